@@ -1,0 +1,38 @@
+"""linlora: linearized LoRA fine-tuning at the cost of plain LoRA.
+
+Fused kernels compute a LoRA layer together with its tangent; a thin layer over PEFT linearizes, trains, fuses, merges
+and exports. Start with `linlora.linearize`.
+"""
+
+from linlora import baselines, functional, reference, testing
+from linlora.backends import BackendUnavailableError, explain, use_backend
+from linlora.export import export, merge
+from linlora.files import CorruptFileError
+from linlora.fusion import fuse
+from linlora.linearize import NoLoraLayerError, Report, UnsupportedLayerError, accelerate, delinearize, linearize
+from linlora.task_vector import DifferentPointError, TaskVector, apply
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "BackendUnavailableError",
+    "CorruptFileError",
+    "DifferentPointError",
+    "NoLoraLayerError",
+    "Report",
+    "TaskVector",
+    "UnsupportedLayerError",
+    "accelerate",
+    "apply",
+    "baselines",
+    "delinearize",
+    "explain",
+    "export",
+    "functional",
+    "fuse",
+    "linearize",
+    "merge",
+    "reference",
+    "testing",
+    "use_backend",
+]

@@ -1,0 +1,110 @@
+"""Layer scope as stock LoRA factors, and back: what makes a linearized adapter loadable by any LoRA server.
+
+A linearized layer is exactly a LoRA layer of rank at most 2r (ΔW = s [(B0 + dB) A0 + B0 dA])::
+
+    A' = [A0; dA]          (2r, K)
+    B' = [B0 + dB, B0]     (N, 2r)       same scaling
+
+At B0 = 0 it is (A0, dB) of rank r, which is what PEFT's own parameters hold already. Otherwise `save_pretrained` of a
+linearized model writes (A', B') with a matching `adapter_config.json`, and loading such a file into a linearized layer
+takes it apart again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+from collections import Counter
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+
+from linlora.modules import FusedLoraLinear
+
+_HOOK = "_folded_factors_hook"
+
+
+def folded_state_dict(model: PeftModel, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The state dict of `model` with (A', B') in place of the factors of every adapter that started at B0 != 0."""
+    state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+    for path, layer in model.named_modules():
+        if isinstance(layer, FusedLoraLinear):
+            for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
+                a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
+                dA, dB = state_dict.pop(f"{path}.lora_dA.{adapter}"), state_dict.pop(f"{path}.lora_dB.{adapter}")
+                A0, B0 = state_dict[a], state_dict[b]
+                state_dict[a] = torch.cat([A0, dA])
+                state_dict[b] = torch.cat([B0 + dB, B0], dim=1)
+    return state_dict
+
+
+def folded_config(model: PeftModel, adapter: str) -> LoraConfig:
+    """The LoraConfig that fits `folded_state_dict`: rank and alpha of every layer as stored, scaling unchanged."""
+    config = copy.deepcopy(model.peft_config[adapter])
+    sizes = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, FusedLoraLinear) and adapter in layer.states:
+            rank = layer.r[adapter] * (2 if layer.states[adapter] == "pair" else 1)
+            sizes[path.removeprefix("base_model.model.")] = (
+                rank,
+                layer.scaling[adapter] * (rank**0.5 if config.use_rslora else rank),
+            )
+    (config.r, config.lora_alpha), _ = Counter(sizes.values()).most_common(1)[0]
+    others = {re.escape(name): size for name, size in sizes.items() if size != (config.r, config.lora_alpha)}
+    config.rank_pattern = {name: rank for name, (rank, _) in others.items()}
+    config.alpha_pattern = {name: alpha for name, (_, alpha) in others.items()}
+    config.init_lora_weights = True
+    return config
+
+
+def has_folded_factors(model: PeftModel) -> bool:
+    """Whether some layer needs folding to be saved as stock LoRA: it started at B0 != 0."""
+    return any("pair" in m.states.values() for m in model.modules() if isinstance(m, FusedLoraLinear))
+
+
+def save_folded_factors(model: PeftModel) -> None:
+    """Make `model.save_pretrained` write the exact stock factors; nothing to do where PEFT's own are exact."""
+    if has_folded_factors(model):
+        model.save_pretrained = functools.partial(_save_pretrained, model)
+
+
+def save_plain_factors(model: PeftModel) -> None:
+    """Undo `save_folded_factors`."""
+    model.__dict__.pop("save_pretrained", None)
+
+
+def _save_pretrained(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    """`PeftModel.save_pretrained` of a linearized model: the exact stock factors and the config that fits them."""
+    state_dict = folded_state_dict(model, kwargs.pop("state_dict", None))
+    configs = model.peft_config
+    model.peft_config = {name: folded_config(model, name) for name in configs}
+    try:
+        type(model).save_pretrained(model, save_directory, *args, state_dict=state_dict, **kwargs)
+    finally:
+        model.peft_config = configs
+
+
+def accept_folded_factors(layer: FusedLoraLinear) -> None:
+    """Let `layer.load_state_dict` take (A', B') of twice its rank: a saved linearized adapter, resumed."""
+    if not hasattr(layer, _HOOK):
+        setattr(layer, _HOOK, layer.register_load_state_dict_pre_hook(_unfold))
+
+
+def refuse_folded_factors(layer: FusedLoraLinear) -> None:
+    """Undo `accept_folded_factors`."""
+    if hasattr(layer, _HOOK):
+        getattr(layer, _HOOK).remove()
+        delattr(layer, _HOOK)
+
+
+def _unfold(layer: FusedLoraLinear, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
+        a, b = f"{prefix}lora_A.{adapter}.weight", f"{prefix}lora_B.{adapter}.weight"
+        r = layer.r[adapter]
+        if a in state_dict and b in state_dict and state_dict[a].shape[0] == 2 * r:
+            A0, dA = state_dict[a].split(r)
+            B, B0 = state_dict[b].split(r, dim=1)
+            state_dict.update({a: A0, b: B0, f"{prefix}lora_dA.{adapter}": dA, f"{prefix}lora_dB.{adapter}": B - B0})

@@ -1,0 +1,15 @@
+"""The ops as functions: what `linlora.linearize` puts into a model, for layers of your own.
+
+>>> import torch
+>>> from linlora import functional as F
+>>> x, W = torch.randn(8, 64), torch.randn(32, 64)
+>>> A0, dA, B0, dB = torch.randn(4, 64), torch.randn(4, 64), torch.randn(32, 4), torch.randn(32, 4)
+>>> y, y_tangent = F.lora_linear(x, W, None, A0, B0, dA, dB, 0.5)
+>>> torch.allclose(y + y_tangent, F.linearized_lora_linear(x, W, None, A0, B0, dA, dB, 0.5), atol=1e-3)
+True
+"""
+
+from linlora.ops.linearized_lora_linear import linearized_lora_linear
+from linlora.ops.lora_linear import lora_linear
+
+__all__ = ["linearized_lora_linear", "lora_linear"]

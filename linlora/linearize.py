@@ -1,0 +1,247 @@
+"""`linearize`, `delinearize`, `accelerate`: put the fused ops under a PEFT model, in place, and take them out again."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import Tensor, nn
+
+from linlora import backends, folding
+from linlora.modules import FusedLoraLinear, fuse_layer, fused_layers, unfuse_layer, unsupported
+
+if TYPE_CHECKING:
+    from linlora.task_vector import TaskVector
+
+
+class UnsupportedLayerError(TypeError):
+    """A LoRA layer of the model cannot be linearized; the message names each with the reason and the remedy."""
+
+
+class NoLoraLayerError(ValueError):
+    """The model holds no LoRA layer; the message lists the layers LoRA could be put on."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """One layer and adapter: what it is and how it runs. `state` is 'plain', 'short' or 'pair' (linlora.modules)."""
+
+    name: str
+    adapter: str
+    in_features: int
+    out_features: int
+    rank: int
+    scaling: float
+    state: str
+    backend: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `linearize` or `accelerate` did. `print(report)` is the readable form."""
+
+    action: str
+    layers: tuple[LayerReport, ...]
+    left_alone: tuple[tuple[str, str], ...]
+    trainable: int
+
+    def __str__(self) -> str:
+        lines = [f"linlora: {self.action} {len({layer.name for layer in self.layers})} LoRA layers"]
+        kinds = Counter(
+            (_family(layer.name), layer.in_features, layer.out_features, layer.rank, layer.scaling, layer.adapter)
+            for layer in self.layers
+        )
+        for (family, k, n, rank, scaling, adapter), count in kinds.items():
+            lines.append(
+                f"  {count:4d} x {family:16s} {k} -> {n}, rank {rank}, scaling {scaling:g}, adapter '{adapter}'"
+            )
+        states = Counter(layer.state for layer in self.layers)
+        lines += [f"  {count:4d} {_STATES[state]}" for state, count in states.items()]
+        lines += [f"  backend: {', '.join(sorted({layer.backend for layer in self.layers}))}"]
+        lines += [f"  left alone: {name} ({why})" for name, why in self.left_alone]
+        lines += [f"  trainable parameters: {self.trainable:,}" + ("" if self.trainable else _NOTHING_TRAINABLE)]
+        return "\n".join(lines)
+
+
+_STATES = {
+    "plain": "plain: A and B train, as in PEFT",
+    "short": "start at B0 = 0: y = x Wᵀ + b + s (x A0ᵀ) dBᵀ. dA has no effect, so A is frozen and B alone trains",
+    "pair": "start at B0 != 0: A0 and B0 are frozen, dA and dB (lora_dA, lora_dB) train",
+}
+_NOTHING_TRAINABLE = " (load the adapter with is_trainable=True, or call model.set_adapter(name), to train it)"
+
+
+def linearize(model: PeftModel, scope: str = "layer", point: TaskVector | None = None) -> Report:
+    """Linearize every LoRA layer of a PEFT model in its adapter, in place, at the adapter's current values.
+
+    Layer scope (arXiv 2310.04742 as its code trains it): each layer returns
+    ``y + y_t = x Wᵀ + b + s[(x A0ᵀ)(B0 + dB)ᵀ + (x dAᵀ) B0ᵀ]`` with (A0, B0) the values the adapter has now, trained or
+    not, and (dA, dB) zero and trainable. The function of the model is unchanged until it is trained. No weight is
+    copied; every adapter of the model is linearized, each at its own point; `modules_to_save` are left as they are.
+
+    Args:
+        model: a PeftModel with LoRA adapters (nn.Linear or transformers Conv1D targets).
+        scope: "layer".
+        point: a TaskVector at whose linearization point the active adapter is put first, to resume or evaluate
+            vectors of an earlier run.
+
+    Returns: a Report; print it.
+
+    Raises:
+        TypeError: `model` is not a PeftModel; UnsupportedLayerError (a TypeError): a LoRA layer of another kind.
+        NoLoraLayerError: there is no LoRA layer.
+        ValueError: unknown scope, merged or already linearized adapters, NaN in an adapter, a point that does not fit.
+
+    >>> import linlora
+    >>> report = linlora.linearize(linlora.testing.tiny_model("bert"))
+    >>> {layer.state for layer in report.layers}
+    {'short'}
+    """
+    if scope != "layer":
+        raise ValueError(f"unknown scope {scope!r}: choose 'layer'")
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"linearize takes a PeftModel, got {type(model).__name__}: wrap it with peft.get_peft_model(model, "
+            "LoraConfig(...)) or load one with PeftModel.from_pretrained(model, directory)"
+        )
+    layers = _lora_layers(model)
+    for name, layer in layers:
+        linearized = [a for a, state in getattr(layer, "states", {}).items() if state != "plain"]
+        if linearized:
+            raise ValueError(f"layer '{name}': adapter {linearized} is linearized already; call delinearize first")
+        for adapter in layer.lora_A:
+            for kind, factor in (("A", layer.lora_A), ("B", layer.lora_B)):
+                if not torch.isfinite(factor[adapter].weight).all():
+                    raise ValueError(f"layer '{name}': lora_{kind} of adapter '{adapter}' holds NaN or infinity")
+    if point is not None:
+        point.move_point(model)
+    for name, layer in layers:
+        fused = fuse_layer(layer, name)
+        for adapter in fused.lora_A:
+            _linearize_adapter(fused, adapter)
+        folding.accept_folded_factors(fused)
+    folding.save_folded_factors(model)
+    return _report("linearized (layer scope)", model, layers)
+
+
+def delinearize(model: PeftModel) -> PeftModel:
+    """Give the PEFT model back, in place: stock PEFT layers with the adapter values (A0 + dA, B0 + dB), trainable.
+
+    An adapter that started at B0 = 0 computes the same function as before. Otherwise the bilinear LoRA layer differs
+    from its linearization by s dB dA; use `linlora.export` to keep the function.
+
+    >>> import linlora
+    >>> model = linlora.testing.tiny_model("bert")
+    >>> _ = linlora.linearize(model)
+    >>> any("Fused" in type(module).__name__ for module in linlora.delinearize(model).modules())
+    False
+    """
+    layers = list(fused_layers(model))
+    if not layers:
+        raise ValueError("delinearize: the model has no linearized or accelerated layer; call linlora.linearize first")
+    for name, layer in layers:
+        if layer.merged_adapters:
+            raise ValueError(
+                f"layer '{name}': adapters {layer.merged_adapters} are merged; call model.unmerge_adapter()"
+            )
+    for _, layer in layers:
+        for adapter, state in layer.states.items():
+            if adapter not in layer.lora_A:  # deleted since
+                continue
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            trainable = B.requires_grad
+            if state == "pair":
+                dA, dB = layer.lora_dA.pop(adapter), layer.lora_dB.pop(adapter)
+                A.data.add_(dA.data)
+                B.data.add_(dB.data)
+                trainable = dB.requires_grad
+            A.requires_grad_(trainable)
+            B.requires_grad_(trainable)
+        folding.refuse_folded_factors(layer)
+        unfuse_layer(layer)
+    folding.save_plain_factors(model)
+    return model
+
+
+def accelerate(model: nn.Module) -> Report:
+    """Run a plain (not linearized) PEFT LoRA model on the fused op, in place: the same function, A and B trained.
+
+    Plain LoRA is the op with B0 = 0, A0 = A trainable and dB = B. Raises like `linearize`; `delinearize` undoes it.
+
+    >>> import linlora
+    >>> {layer.state for layer in linlora.accelerate(linlora.testing.tiny_model("bert")).layers}
+    {'plain'}
+    """
+    layers = _lora_layers(model)
+    for name, layer in layers:
+        fuse_layer(layer, name)
+    return _report("accelerated (plain LoRA)", model, layers)
+
+
+def _linearize_adapter(layer: FusedLoraLinear, adapter: str) -> None:
+    A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    if not B.detach().any():
+        layer.states[adapter] = "short"
+    else:
+        layer.states[adapter] = "pair"
+        layer.lora_dA[adapter] = nn.Parameter(torch.zeros_like(A), requires_grad=B.requires_grad)
+        layer.lora_dB[adapter] = nn.Parameter(torch.zeros_like(B), requires_grad=B.requires_grad)
+    layer._freeze_point()
+
+
+def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """(name in the base model, layer) of every LoRA layer; raises when there is none, or one that is not supported."""
+    layers = [
+        (name.removeprefix("base_model.model."), module)
+        for name, module in model.named_modules()
+        if isinstance(module, LoraLayer)
+    ]
+    if not layers:
+        candidates = sorted({_family(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+        raise NoLoraLayerError(
+            f"{type(model).__name__} has no LoRA layer. Linear layers that LoraConfig(target_modules=[...]) could name: "
+            f"{', '.join(candidates) or 'none'}"
+        )
+    refused = [f"  '{name}': {why}" for name, layer in layers if (why := unsupported(layer)) is not None]
+    if refused:
+        raise UnsupportedLayerError(
+            "these LoRA layers cannot be linearized; leave them out of target_modules (or list them in "
+            "exclude_modules), or create them as vanilla LoRA:\n" + "\n".join(refused)
+        )
+    for name, layer in layers:
+        if layer.merged_adapters:
+            raise ValueError(
+                f"layer '{name}': adapters {layer.merged_adapters} are merged; call model.unmerge_adapter()"
+            )
+    return layers
+
+
+def _report(action: str, model: nn.Module, layers: list[tuple[str, Any]]) -> Report:
+    rows = [
+        LayerReport(
+            name, adapter, layer.in_features, layer.out_features, layer.r[adapter], layer.scaling[adapter],
+            layer.states[adapter], backends.explain(device=layer.weight.device).backend,
+        )
+        for name, layer in layers
+        for adapter in layer.lora_A
+    ]  # fmt: skip
+    left_alone = [
+        (name.removeprefix("base_model.model."), f"{type(module).__name__}: trained as it is, not part of a TaskVector")
+        for name, module in model.named_modules()
+        if isinstance(module, AuxiliaryTrainingWrapper)
+    ]
+    return Report(action, tuple(rows), tuple(left_alone), _trainable(model.parameters()))
+
+
+def _trainable(parameters: Iterable[Tensor]) -> int:
+    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+
+
+def _family(name: str) -> str:
+    return name.rsplit(".", 1)[-1]

@@ -1,0 +1,195 @@
+"""The layer: a PEFT LoRA linear layer whose forward is one linlora op.
+
+`FusedLoraLinear` *is* a `peft.tuners.lora.Linear`: a layer becomes one by a change of its class, so no parameter is
+moved, renamed or copied, and adapters are switched, saved and merged by PEFT's own code. For each adapter it is in one
+of three states, which decide what is passed to the op:
+
+    plain       A0 = lora_A (trainable)    B0 = none            dB = lora_B       ordinary LoRA
+    short       A0 = lora_A (frozen)       B0 = none            dB = lora_B       linearized at B0 = 0
+    pair        A0 = lora_A (frozen)       B0 = lora_B (frozen)  dA, dB = lora_dA, lora_dB
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal, NamedTuple
+
+import torch
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.tuners_utils import check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from linlora.functional import linearized_lora_linear
+from linlora.reference import delta_weight
+
+State = Literal["plain", "short", "pair"]
+
+
+class Factors(NamedTuple):
+    """What the op takes of one adapter."""
+
+    A0: Tensor
+    B0: Tensor | None
+    dA: Tensor | None
+    dB: Tensor
+    scaling: float
+
+
+class FusedLoraLinear(PeftLoraLinear):
+    """A PEFT LoRA linear layer, plain or linearized, that runs on the fused op. Made by `fuse_layer`."""
+
+    adapter_layer_names = (*PeftLoraLinear.adapter_layer_names, "lora_dA", "lora_dB")
+
+    layer_name: str
+    states: dict[str, State]
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if self._disable_adapters or self.merged_adapters or args or kwargs:
+            return self._base_forward(x, *args, **kwargs)
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if not active:
+            return self.base_layer(x)
+        base = self.base_layer
+        weight = base.weight.t() if self.fan_in_fan_out else base.weight
+        if x.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"layer '{self.layer_name}': the input {tuple(x.shape)} has {x.shape[-1]} features in its last "
+                f"dimension, the layer takes {weight.shape[1]}"
+            )
+        factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
+        p = self._dropout_p(active) if self.training else 0.0
+        if p == 0.0:
+            return linearized_lora_linear(x, weight, base.bias, *factors)
+        seed = torch.randint(2**31, (), device=x.device)
+        return linearized_lora_linear(x, weight, base.bias, *factors, dropout_p=p, seed=seed)
+
+    def factors(self, adapter: str) -> Factors:
+        """The factors of one adapter; those of the linearization point come detached: nothing may move the point."""
+        A, B, state = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.states.get(adapter, "plain")
+        if state == "plain":
+            return Factors(A, None, None, B, self.scaling[adapter])
+        if state == "short":
+            return Factors(A.detach(), None, None, B, self.scaling[adapter])
+        return Factors(A.detach(), B.detach(), self.lora_dA[adapter], self.lora_dB[adapter], self.scaling[adapter])
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW of one adapter in fp32 (or wider), in the layout of the base weight; PEFT's name for it."""
+        A0, B0, dA, dB, scaling = self.factors(adapter)
+        wide = torch.promote_types(dB.dtype, torch.float32)
+        A0, B0, dA, dB = (factor if factor is None else factor.detach().to(wide) for factor in (A0, B0, dA, dB))
+        delta = delta_weight(A0, B0, dA, dB, scaling)
+        return delta.t() if self.fan_in_fan_out else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Fold adapters into the base weight: their ΔW are summed with it in fp32 and rounded once."""
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        weight = self.get_base_layer().weight
+        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
+        merged = sum((self.get_delta_weight(name) for name in names), start=wide)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(
+                f"layer '{self.layer_name}': merging {names} gives NaN or infinity; the weight is unchanged"
+            )
+        weight.data = merged.to(weight.dtype)
+        self.merged_adapters.extend(names)
+
+    def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
+        super().set_adapter(adapter_names, *args, **kwargs)
+        self._freeze_point()
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        super().set_requires_grad(adapter_names, requires_grad)
+        self._freeze_point()
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}: {state}" for name, state in self.states.items())
+
+    def _freeze_point(self) -> None:
+        """The linearization point of every linearized adapter takes no gradient, whatever PEFT switched on."""
+        for name, state in self.states.items():
+            if name in self.lora_A:
+                if state != "plain":
+                    self.lora_A[name].weight.requires_grad_(False)
+                if state == "pair":
+                    self.lora_B[name].weight.requires_grad_(False)
+
+    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                f"layer '{self.layer_name}': adapter_names (several adapters in one batch) is not supported by a fused "
+                "layer; run each adapter's rows by themselves after model.set_adapter(name)"
+            )
+        if self._disable_adapters or self.merged_adapters:
+            return super().forward(x, *args, **kwargs)
+        raise ValueError(f"layer '{self.layer_name}': unexpected arguments {args or list(kwargs)} beside the input")
+
+    def _stacked(self, adapters: list[str]) -> Factors:
+        """Several active adapters as one of the summed rank: their factors side by side, each scaled by its own."""
+        parts = [self.factors(name) for name in adapters]
+        A0 = torch.cat([part.A0 for part in parts])
+        dB = torch.cat([part.scaling * part.dB for part in parts], dim=1)
+        if all(part.B0 is None for part in parts):
+            return Factors(A0, None, None, dB, 1.0)
+        dA = torch.cat([torch.zeros_like(part.A0) if part.dA is None else part.dA for part in parts])
+        B0 = torch.cat(
+            [torch.zeros_like(part.dB) if part.B0 is None else part.scaling * part.B0 for part in parts], dim=1
+        )
+        return Factors(A0, B0, dA, dB, 1.0)
+
+    def _dropout_p(self, adapters: list[str]) -> float:
+        ps = {getattr(self.lora_dropout[name], "p", 0.0) for name in adapters}
+        if len(ps) > 1:
+            raise ValueError(
+                f"layer '{self.layer_name}': the active adapters {adapters} have different dropouts {sorted(ps)}; "
+                "give them one dropout, or train one at a time with model.set_adapter(name)"
+            )
+        return ps.pop()
+
+
+def fused_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoraLinear]]:
+    """Every fused layer of a model with the name it has in the base model."""
+    for module in model.modules():
+        if isinstance(module, FusedLoraLinear):
+            yield module.layer_name, module
+
+
+def fuse_layer(layer: PeftLoraLinear, name: str) -> FusedLoraLinear:
+    """Turn a PEFT LoRA linear layer into a FusedLoraLinear, in place, with every adapter plain."""
+    if not isinstance(layer, FusedLoraLinear):
+        layer.__class__ = FusedLoraLinear
+        layer.lora_dA, layer.lora_dB = nn.ParameterDict(), nn.ParameterDict()
+        layer.states = {}
+    layer.layer_name = name
+    for adapter in layer.lora_A:
+        layer.states.setdefault(adapter, "plain")
+    return layer
+
+
+def unfuse_layer(layer: FusedLoraLinear) -> None:
+    """Turn a FusedLoraLinear back into the PEFT layer it was, in place; the adapters must be plain."""
+    for attribute in ("lora_dA", "lora_dB", "states", "layer_name"):
+        delattr(layer, attribute)
+    layer.__class__ = PeftLoraLinear
+
+
+def unsupported(layer: nn.Module) -> str | None:
+    """Why a PEFT LoRA layer cannot run on the fused op, or None. The generic class is matched exactly on purpose:
+    a subclass is a variant whose forward we do not know."""
+    if isinstance(layer, FusedLoraLinear):
+        return None
+    if type(layer) is not PeftLoraLinear:
+        return f"it is a {type(layer).__module__}.{type(layer).__name__}; only LoRA over nn.Linear and Conv1D is fused"
+    base = layer.base_layer
+    if type(base) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D):
+        return f"its base layer is a {type(base).__name__}; only nn.Linear and transformers' Conv1D are fused"
+    if getattr(layer, "lora_variant", None):
+        names = sorted({type(variant).__name__ for variant in layer.lora_variant.values()})
+        return f"its adapters use the variant {', '.join(names)} (DoRA, aLoRA, ...); only vanilla LoRA is linearized"
+    if any(getattr(layer, "use_dora", {}).values()):
+        return "its adapters use DoRA; only vanilla LoRA is linearized"
+    if any(layer.lora_bias.values()):
+        return "its adapters use lora_bias=True; create them with lora_bias=False"
+    return None

@@ -1,0 +1,147 @@
+"""`linearized_lora_linear`: primal + tangent of one LoRA layer in one launch (layer scope).
+
+    forward    y  = x Wᵀ + b + s [ c B0ᵀ + u dBᵀ ]      u  = x' A0ᵀ     c  = x' (A0 + dA)ᵀ
+    backward   dx = g W      + s [ c̄ A0  + ū dA  ]      ū  = g B0       c̄  = g (B0 + dB)
+
+               d dB = s gᵀ u    d B0 = s gᵀ c    d dA = s ūᵀ x'    d A0 = s c̄ᵀ x'
+
+The backward of the op is the op of the transposes: one kernel serves both. With B0 = 0 both lines lose a term:
+y = x Wᵀ + b + s u dBᵀ, and dx = g W + s ū A0 with ū = g dB.
+
+Saved for backward: u (M, r), c only if B0 asks for a gradient, x only if dA, A0 or W does, the factors, no copy of W.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linlora import backends, reference
+from linlora.ops.checks import autocast_input, check_lora_linear
+from linlora.ops.transforms import refuse_double_backward, transform_active
+
+
+def linearized_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A0: Tensor,
+    B0: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor,
+    scaling: float,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    x = autocast_input(x)
+    check_lora_linear("linearized_lora_linear", x, weight, bias, A0, B0, dA, dB, None, dropout_p, seed)
+    if B0 is None:
+        dA = None
+    if transform_active():
+        cast = (weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return reference.linearized_lora_linear(
+            x, *cast, A0, B0, dA, dB, scaling, dropout_p=dropout_p, seed=seed
+        )  # fmt: skip
+    backend = backends.select(x.device, "linearized_lora_linear")
+    return _LinearizedLoraLinear.apply(x, weight, bias, A0, B0, dA, dB, scaling, dropout_p, seed, backend)
+
+
+class _LinearizedLoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        A0: Tensor,
+        B0: Tensor | None,
+        dA: Tensor | None,
+        dB: Tensor,
+        scaling: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        backend: ModuleType,
+    ) -> Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        cast_bias = bias if bias is None else bias.to(x.dtype)
+        y, u, c = backend.linearized_lora_linear(
+            rows, weight.to(x.dtype), cast_bias, A0, dA, B0, dB, scaling, dropout_p, seed
+        )
+        _, W_needs, _, A0_needs, B0_needs, dA_needs, dB_needs, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if W_needs or A0_needs or dA_needs else None,
+            weight, A0, B0, dA, dB,
+            u if dB_needs else None,
+            c if B0_needs else None,
+            seed,
+        )  # fmt: skip
+        ctx.scaling, ctx.dropout_p, ctx.backend, ctx.x_shape = scaling, dropout_p, backend, x.shape
+        return y.view(*x.shape[:-1], weight.shape[0])
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        refuse_double_backward("linearized_lora_linear")
+        x, weight, A0, B0, dA, dB, u, c, seed = ctx.saved_tensors
+        x_needs, W_needs, bias_needs, A0_needs, B0_needs, dA_needs, dB_needs, *_ = ctx.needs_input_grad
+        g = g.reshape(-1, weight.shape[0])
+        rows = None if x is None else x.reshape(-1, x.shape[-1])
+
+        dx = u_adjoint = c_adjoint = None
+        if x_needs:
+            shrink, d_shrink = (dB.t(), None) if B0 is None else (B0.t(), dB.t())
+            expand, d_expand = (None, A0.t()) if B0 is None else (A0.t(), dA.t())
+            dx, u_adjoint, c_adjoint = ctx.backend.linearized_lora_linear(
+                g, weight.to(g.dtype).t(), None, shrink, d_shrink, expand, d_expand,
+                ctx.scaling, ctx.dropout_p, seed, adjoint=True,
+            )  # fmt: skip
+            dx = dx.view(ctx.x_shape)
+        elif A0_needs or dA_needs:
+            u_adjoint = g @ (dB if B0 is None else B0).to(g.dtype)
+            c_adjoint = u_adjoint + g @ dB.to(g.dtype) if B0 is not None and A0_needs else None
+
+        A0_coefficients = u_adjoint if B0 is None else c_adjoint
+        (d_dB, d_B0), (d_dA, d_A0) = factor_gradients(
+            ctx.backend, g, rows, (u, c), (u_adjoint if dA_needs else None, A0_coefficients if A0_needs else None),
+            dB.dtype, ctx.scaling, ctx.dropout_p, seed,
+        )  # fmt: skip
+        d_weight = g.t() @ rows if W_needs else None
+        d_bias = g.sum(0) if bias_needs else None
+        return dx, d_weight, d_bias, d_A0, d_B0, d_dA, d_dB, None, None, None, None
+
+
+def factor_gradients(
+    backend: ModuleType,
+    g: Tensor,
+    x: Tensor | None,
+    g_coefficients: tuple[Tensor | None, ...],
+    x_coefficients: tuple[Tensor | None, ...],
+    dtype: torch.dtype,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """s gᵀ p for every p of `g_coefficients` and s qᵀ x' for every q of `x_coefficients`, in one reading of g and x.
+
+    The coefficients are (M, r) or None; None gives None.
+    """
+    ps = [p for p in g_coefficients if p is not None]
+    qs = [q for q in x_coefficients if q is not None]
+    if not ps and not qs:
+        return [None] * len(g_coefficients), [None] * len(x_coefficients)
+    wide, tall = backend.factor_gradients(
+        _columns(ps), g if ps else None, _columns(qs), x if qs else None, scaling, dtype, dropout_p, seed
+    )
+    expands = iter(wide.split([p.shape[1] for p in ps], dim=1) if ps else ())
+    shrinks = iter(tall.split([q.shape[1] for q in qs], dim=0) if qs else ())
+    return (
+        [None if p is None else next(expands) for p in g_coefficients],
+        [None if q is None else next(shrinks) for q in x_coefficients],
+    )
+
+
+def _columns(blocks: list[Tensor]) -> Tensor | None:
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)) if blocks else None

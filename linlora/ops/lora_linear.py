@@ -1,0 +1,152 @@
+"""`lora_linear`: the primal and the tangent of one LoRA layer, two streams through one reading of W.
+
+    forward    y    = x W ᵀ  + b + s u B0ᵀ                  u = x' A0ᵀ
+               y_t  = x_t Wᵀ + s [ c B0ᵀ + u dBᵀ ]          c = x' dAᵀ + x_t' A0ᵀ
+
+    backward   dx_t = g_t W + s ū A0                        ū = g_t B0
+               dx   = g W   + s [ c̄ A0 + ū dA ]             c̄ = g_t dB + g B0
+
+               d dB = s g_tᵀ u     d B0 = s [ gᵀ u + g_tᵀ c ]
+               d dA = s ūᵀ x'      d A0 = s [ c̄ᵀ x' + ūᵀ x_t' ]
+
+The backward of the op is the op of the transposes with the two streams swapped: (g_t, g) in, (dx_t, dx) out, one
+kernel for both. With B0 = 0: y = x Wᵀ + b, y_t = x_t Wᵀ + s u dBᵀ; dx = g W + s ū A0 with ū = g_t dB.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linlora import backends, reference
+from linlora.ops.checks import autocast_input, check_lora_linear
+from linlora.ops.linearized_lora_linear import factor_gradients
+from linlora.ops.transforms import refuse_double_backward, transform_active
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A0: Tensor,
+    B0: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor,
+    scaling: float,
+    x_tangent: Tensor | None = None,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    x = autocast_input(x)
+    x_tangent = None if x_tangent is None else autocast_input(x_tangent)
+    check_lora_linear("lora_linear", x, weight, bias, A0, B0, dA, dB, x_tangent, dropout_p, seed)
+    if B0 is None:
+        dA = None
+    if transform_active():
+        cast = (weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return reference.lora_linear(x, *cast, A0, B0, dA, dB, scaling, x_tangent, dropout_p=dropout_p, seed=seed)
+    backend = backends.select(x.device, "lora_linear")
+    return _LoraLinear.apply(x, x_tangent, weight, bias, A0, B0, dA, dB, scaling, dropout_p, seed, backend)
+
+
+class _LoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        x: Tensor,
+        x_tangent: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        A0: Tensor,
+        B0: Tensor | None,
+        dA: Tensor | None,
+        dB: Tensor,
+        scaling: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        backend: ModuleType,
+    ) -> tuple[Tensor, Tensor]:
+        rows, rows_tangent = _rows(x), _rows(x_tangent)
+        cast_bias = bias if bias is None else bias.to(x.dtype)
+        y, y_tangent, u, c = backend.lora_linear(
+            rows, rows_tangent, weight.to(x.dtype), cast_bias, A0, dA, B0, dB, scaling, dropout_p, seed
+        )
+        _, _, W_needs, _, A0_needs, B0_needs, dA_needs, dB_needs, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(
+            x if W_needs or A0_needs or dA_needs else None,
+            x_tangent if W_needs or A0_needs else None,
+            weight, A0, B0, dA, dB,
+            u if dB_needs or B0_needs else None,
+            c if B0_needs else None,
+            seed,
+        )  # fmt: skip
+        ctx.scaling, ctx.dropout_p, ctx.backend, ctx.x_shape = scaling, dropout_p, backend, x.shape
+        ctx.set_materialize_grads(False)
+        shape = (*x.shape[:-1], weight.shape[0])
+        return y.view(shape), y_tangent.view(shape)
+
+    @staticmethod
+    def backward(  # type: ignore[override]
+        ctx: Any, g: Tensor | None, g_tangent: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("lora_linear")
+        x, x_tangent, weight, A0, B0, dA, dB, u, c, seed = ctx.saved_tensors
+        x_needs, xt_needs, W_needs, bias_needs, A0_needs, B0_needs, dA_needs, dB_needs, *_ = ctx.needs_input_grad
+        g, g_tangent, x, x_tangent = _rows(g), _rows(g_tangent), _rows(x), _rows(x_tangent)
+        dropout = (ctx.dropout_p, seed)
+        dx = dx_tangent = d_A0 = d_B0 = d_dA = d_dB = None
+
+        if g_tangent is not None:
+            # One launch with the streams swapped: g_tangent is the primal of the adjoint, g its tangent.
+            shrink, d_shrink = (dB.t(), None) if B0 is None else (B0.t(), dB.t())
+            expand, d_expand = (None, A0.t()) if B0 is None else (A0.t(), dA.t())
+            dx_tangent, dx, u_adjoint, c_adjoint = ctx.backend.lora_linear(
+                g_tangent, g, weight.to(g_tangent.dtype).t(), None, shrink, d_shrink, expand, d_expand,
+                ctx.scaling, *dropout, adjoint=True, primal=xt_needs,
+            )  # fmt: skip
+            A0_coefficients = u_adjoint if B0 is None else c_adjoint
+            (d_dB, d_B0), (d_dA, d_A0) = factor_gradients(
+                ctx.backend, g_tangent, x, (u if dB_needs else None, c),
+                (u_adjoint if dA_needs else None, A0_coefficients if A0_needs else None),
+                dB.dtype, ctx.scaling, *dropout,
+            )  # fmt: skip
+            if A0_needs and B0 is not None and x_tangent is not None:
+                _, (d_A0_tangent,) = factor_gradients(
+                    ctx.backend, g_tangent, x_tangent, (), (u_adjoint,), dB.dtype, ctx.scaling, *dropout
+                )  # fmt: skip
+                d_A0 = d_A0 + d_A0_tangent
+        elif g is not None and B0 is not None:
+            # Only the primal was used: plain LoRA at (A0, B0).
+            dx, u_adjoint, _ = ctx.backend.linearized_lora_linear(
+                g, weight.to(g.dtype).t(), None, B0.t(), None, None, A0.t(), ctx.scaling, *dropout, adjoint=True
+            )
+            _, (d_A0,) = factor_gradients(
+                ctx.backend, g, x, (), (u_adjoint if A0_needs else None,), dB.dtype, ctx.scaling, *dropout
+            )
+        elif g is not None:
+            dx = g @ weight.to(g.dtype)
+        if B0_needs and g is not None:
+            (d_B0_primal,), _ = factor_gradients(ctx.backend, g, None, (u,), (), dB.dtype, ctx.scaling, *dropout)
+            d_B0 = d_B0_primal if d_B0 is None else d_B0 + d_B0_primal
+
+        d_weight = _sum(_product(g, x), _product(g_tangent, x_tangent)) if W_needs else None
+        d_bias = g.sum(0) if bias_needs and g is not None else None
+        dx = dx.view(ctx.x_shape) if x_needs and dx is not None else None
+        dx_tangent = dx_tangent.view(ctx.x_shape) if xt_needs and dx_tangent is not None else None
+        return dx, dx_tangent, d_weight, d_bias, d_A0, d_B0, d_dA, d_dB, None, None, None, None
+
+
+def _rows(x: Tensor | None) -> Tensor | None:
+    return None if x is None else x.reshape(-1, x.shape[-1])
+
+
+def _product(g: Tensor | None, x: Tensor | None) -> Tensor | None:
+    return None if g is None or x is None else g.t() @ x
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    return b if a is None else a if b is None else a + b

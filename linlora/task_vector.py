@@ -1,0 +1,290 @@
+"""Task vectors: what training changed, (dA, dB) of every layer, together with the point it was changed from.
+
+Vectors of one linearization point form a vector space: add, subtract, scale, take norms and cosines. Vectors of
+different points do not, and mixing them is an error.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from torch import Tensor
+
+from linlora.files import CorruptFileError, load_tensors, save_tensors
+
+FORMAT = "linlora.task_vector"
+FORMAT_VERSION = "1"
+
+
+class DifferentPointError(ValueError):
+    """Vectors (or a vector and a model) of different linearization points, scopes or layers were combined."""
+
+
+@dataclass(frozen=True, eq=False)
+class TaskVector:
+    """The change of one adapter from its linearization point.
+
+    Attributes:
+        deltas: '<layer>.dA' (r, K) and '<layer>.dB' (N, r); no dA where B0 = 0, where it has no effect.
+        point: '<layer>.A0' and '<layer>.B0' (absent where zero); None if the vector was saved with the hash alone.
+        point_hash: SHA-256 of the point.
+        scalings: the LoRA scaling of each layer.
+        scope: "layer" for a linearized adapter, "lora" for a plain one.
+        base_model: the id of the base model, where PEFT knows it.
+
+    >>> import linlora
+    >>> model = linlora.testing.tiny_model("bert")
+    >>> _ = linlora.linearize(model)
+    >>> vector = linlora.TaskVector.from_model(model)
+    >>> (0.5 * vector + vector).norm()
+    0.0
+    """
+
+    deltas: dict[str, Tensor]
+    point: dict[str, Tensor] | None
+    point_hash: str
+    scalings: dict[str, float]
+    scope: str
+    base_model: str | None = None
+
+    @classmethod
+    def from_model(cls, model: PeftModel, adapter: str | None = None, point: TaskVector | None = None) -> TaskVector:
+        """Read the vector of an adapter (the active one if not named), copied to the CPU.
+
+        A plain LoRA adapter has no linearization point of its own: pass as `point` the vector read before training
+        (without one, its current values are the point and the vector is zero).
+        """
+        adapter = _one_adapter(model, adapter)
+        deltas: dict[str, Tensor] = {}
+        points: dict[str, Tensor] = {}
+        scalings = {}
+        scopes = set()
+        for name, layer in _adapter_layers(model, adapter):
+            state = getattr(layer, "states", {}).get(adapter, "plain")
+            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+            scopes.add("lora" if state == "plain" else "layer")
+            scalings[name] = float(layer.scaling[adapter])
+            if state == "short":
+                points[f"{name}.A0"], deltas[f"{name}.dB"] = _copy(A), _copy(B)
+            elif state == "pair":
+                points[f"{name}.A0"], points[f"{name}.B0"] = _copy(A), _copy(B)
+                deltas[f"{name}.dA"], deltas[f"{name}.dB"] = (
+                    _copy(layer.lora_dA[adapter]),
+                    _copy(layer.lora_dB[adapter]),
+                )
+            else:
+                start = (point.point or {}) if point is not None else {}
+                A0, B0 = start.get(f"{name}.A0", _copy(A)), start.get(f"{name}.B0", _copy(B))
+                points[f"{name}.A0"], points[f"{name}.B0"] = A0, B0
+                deltas[f"{name}.dA"], deltas[f"{name}.dB"] = _copy(A) - A0, _copy(B) - B0
+        if len(scopes) != 1:
+            raise ValueError(
+                f"adapter '{adapter}' is linearized in some layers and plain in others: linearize the model"
+            )
+        base_model = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
+        vector = cls(deltas, points, _hash(points), scalings, scopes.pop(), base_model)
+        if point is not None:
+            vector._check_same_point(point)
+        return vector
+
+    def save(self, path: str | os.PathLike, include_point: bool = True) -> None:
+        """Write a safetensors file; a killed save leaves the previous file whole.
+
+        With `include_point=False` the point is stored as its hash only: smaller, and usable with a model that is at
+        that point already.
+        """
+        tensors = {**self.deltas, **((self.point or {}) if include_point else {})}
+        metadata = {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "scope": self.scope,
+            "point_hash": self.point_hash,
+            "scalings": json.dumps(self.scalings),
+            "base_model": self.base_model or "",
+        }
+        save_tensors(path, tensors, metadata)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike) -> TaskVector:
+        """Read what `save` wrote; refuses truncated, foreign, NaN-carrying and altered files by name."""
+        tensors, metadata = load_tensors(path)
+        if metadata.get("format") != FORMAT:
+            raise CorruptFileError(f"{path}: not a task vector (no '{FORMAT}' in its metadata)")
+        if metadata["format_version"] != FORMAT_VERSION:
+            raise CorruptFileError(
+                f"{path}: format version {metadata['format_version']}, this linlora reads {FORMAT_VERSION}; update linlora"
+            )
+        deltas = {name: tensor for name, tensor in tensors.items() if name.endswith((".dA", ".dB"))}
+        point = {name: tensor for name, tensor in tensors.items() if name not in deltas} or None
+        if point is not None and _hash(point) != metadata["point_hash"]:
+            raise CorruptFileError(f"{path}: the linearization point does not match its hash; the file was altered")
+        return cls(
+            deltas, point, metadata["point_hash"], json.loads(metadata["scalings"]), metadata["scope"],
+            metadata["base_model"] or None,
+        )  # fmt: skip
+
+    def __add__(self, other: TaskVector) -> TaskVector:
+        return self._combine(other, torch.add)
+
+    def __sub__(self, other: TaskVector) -> TaskVector:
+        return self._combine(other, torch.sub)
+
+    def __mul__(self, factor: float) -> TaskVector:
+        return replace(self, deltas={name: delta * factor for name, delta in self.deltas.items()})
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, divisor: float) -> TaskVector:
+        return self * (1.0 / divisor)
+
+    def __neg__(self) -> TaskVector:
+        return self * -1.0
+
+    def __radd__(self, other: Any) -> TaskVector:  # so that sum(vectors) works
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def dot(self, other: TaskVector) -> float:
+        """⟨self, other⟩ over all dA and dB, accumulated in float64."""
+        self._check_same_point(other)
+        return float(sum((self.deltas[n].double() * other.deltas[n].double()).sum() for n in self.deltas))
+
+    def norm(self) -> float:
+        """The Euclidean norm over all dA and dB."""
+        return self.dot(self) ** 0.5
+
+    def cosine(self, other: TaskVector) -> float:
+        """The cosine of the angle between two vectors; 0 if one of them is zero."""
+        norms = self.norm() * other.norm()
+        return self.dot(other) / norms if norms else 0.0
+
+    def move_point(self, model: PeftModel) -> None:
+        """Put the active adapter of a PEFT model, not linearized yet, at this vector's linearization point."""
+        if self.point is None:
+            raise ValueError(
+                "the vector was saved without its point (include_point=False), so no model can be moved to it"
+            )
+        adapter = _one_adapter(model, None)
+        layers = self._matching_layers(model, adapter)
+        for name, layer in layers:
+            A0, B0 = self.point[f"{name}.A0"], self.point.get(f"{name}.B0")
+            _assign(layer.lora_A[adapter].weight, A0, f"{name}.A0")
+            _assign(layer.lora_B[adapter].weight, 0.0 if B0 is None else B0, f"{name}.B0")
+
+    def _combine(self, other: TaskVector, operation: Callable[[Tensor, Tensor], Tensor]) -> TaskVector:
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        self._check_same_point(other)
+        return replace(self, deltas={n: operation(delta, other.deltas[n]) for n, delta in self.deltas.items()})
+
+    def _check_same_point(self, other: TaskVector) -> None:
+        if self.scope != other.scope:
+            raise DifferentPointError(f"a vector of scope '{self.scope}' and one of scope '{other.scope}' do not add")
+        if set(self.deltas) != set(other.deltas):
+            odd = sorted(set(self.deltas) ^ set(other.deltas))
+            raise DifferentPointError(f"the vectors cover different layers; only one of them has {_some(odd)}")
+        if self.point_hash != other.point_hash:
+            where = ""
+            if self.point is not None and other.point is not None:
+                both = self.point.keys() & other.point.keys()
+                odd = sorted(n for n in both if not torch.equal(self.point[n], other.point[n]))
+                where = f"; they differ in {_some(odd)}"
+            raise DifferentPointError(
+                "the vectors start from different linearization points and live in different tangent spaces" + where +
+                ". Train every task from one adapter: linearize(model, point=first_vector)"
+            )  # fmt: skip
+
+    def _matching_layers(self, model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
+        layers = list(_adapter_layers(model, adapter))
+        if set(self.scalings) != {name for name, _ in layers}:
+            odd = sorted(set(self.scalings) ^ {name for name, _ in layers})
+            raise DifferentPointError(f"the vector and the model's adapter '{adapter}' differ in layers: {_some(odd)}")
+        return layers
+
+
+def apply(model: PeftModel, vector: TaskVector, adapter: str | None = None) -> None:
+    """Set an adapter (the active one if not named) to a task vector, in place: (dA, dB) become the vector's.
+
+    A linearized adapter has to be at the vector's linearization point, else DifferentPointError; a plain LoRA adapter
+    becomes (A0 + dA, B0 + dB) of a vector of scope "lora".
+
+    >>> import linlora
+    >>> model = linlora.testing.tiny_model("bert")
+    >>> _ = linlora.linearize(model)
+    >>> linlora.apply(model, 2.0 * linlora.TaskVector.from_model(model))
+    """
+    adapter = _one_adapter(model, adapter)
+    layers = vector._matching_layers(model, adapter)
+    current = TaskVector.from_model(model, adapter, vector if vector.scope == "lora" else None)
+    vector._check_same_point(current)
+    for name, tensor in vector.deltas.items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"the vector holds NaN or infinity in '{name}'; the model is unchanged")
+    for name, layer in layers:
+        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        dA, dB = vector.deltas.get(f"{name}.dA"), vector.deltas[f"{name}.dB"]
+        if vector.scope == "lora":
+            assert vector.point is not None and dA is not None  # _check_same_point saw them
+            A, dA = A, vector.point[f"{name}.A0"] + dA
+            B, dB = B, vector.point[f"{name}.B0"] + dB
+        elif dA is not None:
+            A, B = layer.lora_dA[adapter], layer.lora_dB[adapter]
+        if dA is not None:
+            _assign(A, dA, f"{name}.dA")
+        _assign(B, dB, f"{name}.dB")
+
+
+def _adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
+    layers = [
+        (path.removeprefix("base_model.model."), module)
+        for path, module in model.named_modules()
+        if isinstance(module, PeftLoraLinear) and adapter in module.lora_A
+    ]
+    if not layers:
+        raise ValueError(f"the model has no LoRA layer with an adapter '{adapter}'")
+    return layers
+
+
+def _one_adapter(model: PeftModel, adapter: str | None) -> str:
+    if not isinstance(model, PeftModel):
+        raise TypeError(f"a PeftModel is expected, got {type(model).__name__}")
+    names = [adapter] if adapter is not None else list(model.active_adapters)
+    if len(names) != 1:
+        raise ValueError(f"adapters {names} are active; name one of them with adapter=...")
+    if names[0] not in model.peft_config:
+        raise ValueError(f"no adapter '{names[0]}'; the model has {sorted(model.peft_config)}")
+    return names[0]
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _assign(parameter: Tensor, value: Tensor | float, name: str) -> None:
+    if isinstance(value, Tensor) and value.shape != parameter.shape:
+        raise ValueError(
+            f"'{name}' is {tuple(value.shape)} in the vector and {tuple(parameter.shape)} in the model: "
+            "their ranks or layer sizes differ; create the adapter with the LoraConfig the vector was trained with"
+        )
+    with torch.no_grad():
+        parameter.fill_(value) if isinstance(value, float) else parameter.copy_(value)
+
+
+def _hash(point: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(point):
+        tensor = point[name].contiguous()
+        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
