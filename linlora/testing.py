@@ -94,3 +94,14 @@ def tiny_batch(architecture: str, rows: int = 3, seed: int = 0) -> dict[str, Ten
         return {"pixel_values": torch.randn(rows, 1, 8, 8, generator=generator)}
     tokens = torch.randint(1, 64, (rows, 7), generator=generator)
     return {"input_ids": tokens, "decoder_input_ids": tokens} if architecture == "t5" else {"input_ids": tokens}
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """‖actual − expected‖ / ‖expected‖ in float64; infinite where actual holds NaN, absolute where expected is 0."""
+    actual, expected = actual.detach().double().cpu(), expected.detach().double().cpu()
+    if actual.shape != expected.shape:
+        raise AssertionError(f"shapes differ: {tuple(actual.shape)} and {tuple(expected.shape)}")
+    if actual.isnan().any():
+        return float("inf")
+    norm = expected.norm()
+    return float((actual - expected).norm() / norm) if norm > 0 else float(actual.norm())

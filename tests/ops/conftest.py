@@ -1,0 +1,125 @@
+"""One parity harness for both ops: every output and every gradient of a backend against the float64 reference."""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+from torch import Tensor
+
+import linlora
+from linlora import functional, reference
+from linlora.testing import relative_error
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
+
+
+@dataclass
+class Problem:
+    """The arguments of an op, all leaves; None where an argument is absent."""
+
+    x: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A0: Tensor
+    B0: Tensor | None
+    dA: Tensor | None
+    dB: Tensor
+    x_tangent: Tensor | None = None
+    scaling: float = 0.75
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+
+    NAMES = ("x", "weight", "bias", "A0", "B0", "dA", "dB", "x_tangent")
+
+    def leaves(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in self.NAMES if getattr(self, name) is not None}
+
+    def cast(self, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> "Problem":
+        factor_dtype = factor_dtype or dtype
+        values = {
+            name: tensor.detach().to(factor_dtype if name in ("A0", "B0", "dA", "dB") else dtype)
+            for name, tensor in self.leaves().items()
+        }
+        absent = {name: None for name in self.NAMES if name not in values}
+        return Problem(**values, **absent, scaling=self.scaling, dropout_p=self.dropout_p, seed=self.seed)
+
+    def require_grad(self, names: tuple[str, ...]) -> "Problem":
+        for name, tensor in self.leaves().items():
+            tensor.requires_grad_(name in names)
+        return self
+
+    def call(self, op: str, module) -> tuple[Tensor, ...]:
+        arguments = [self.x, self.weight, self.bias, self.A0, self.B0, self.dA, self.dB, self.scaling]
+        if op == "lora_linear":
+            arguments.append(self.x_tangent)
+        y = getattr(module, op)(*arguments, dropout_p=self.dropout_p, seed=self.seed)
+        return y if isinstance(y, tuple) else (y,)
+
+
+def make_problem(
+    shape=(2, 5), n=7, k=11, rank=3, form="pair", bias=True, tangent=False, dropout_p=0.0, device="cpu"
+) -> Problem:
+    """Random float64 arguments, weights scaled so that every term of the formulas is of order one."""
+
+    def normal(*size, scale=1.0):
+        return torch.randn(*size, dtype=torch.float64, device=device) * scale
+
+    return Problem(
+        x=normal(*shape, k),
+        weight=normal(n, k, scale=k**-0.5),
+        bias=normal(n) if bias else None,
+        A0=normal(rank, k, scale=k**-0.5),
+        B0=normal(n, rank, scale=rank**-0.5) if form == "pair" else None,
+        dA=normal(rank, k, scale=k**-0.5) if form == "pair" else None,
+        dB=normal(n, rank, scale=rank**-0.5),
+        x_tangent=normal(*shape, k) if tangent else None,
+        dropout_p=dropout_p,
+        seed=torch.tensor(20231, device=device) if dropout_p else None,
+    )
+
+
+@pytest.fixture
+def check(device):
+    """check(op, backend, problem, dtype, ...) compares outputs and gradients with the float64 reference."""
+
+    def check(op, backend, problem, dtype, factor_dtype=None, wrt=Problem.NAMES, cotangents=None, tolerance=None):
+        tolerance = tolerance or TOLERANCE[dtype]
+        rounded = problem.cast(dtype, factor_dtype)
+        exact = rounded.cast(torch.float64).require_grad(wrt)
+        rounded.require_grad(wrt)
+        with linlora.use_backend(backend):
+            outputs = rounded.call(op, functional)
+        expected = exact.call(op, reference)
+        used = [i for i in cotangents or range(len(expected)) if expected[i].requires_grad]
+        g = [torch.randn_like(y).to(dtype) for y in expected]
+        leaves, exact_leaves = list(rounded.leaves()), exact.leaves()
+        gradients = torch.autograd.grad(
+            [outputs[i] for i in used],
+            [t for t in rounded.leaves().values() if t.requires_grad],
+            [g[i] for i in used],
+            allow_unused=True,
+        )
+        exact_gradients = torch.autograd.grad(
+            [expected[i] for i in used],
+            [t for t in exact_leaves.values() if t.requires_grad],
+            [g[i].double() for i in used],
+            allow_unused=True,
+        )
+        for i, (y, y_exact) in enumerate(zip(outputs, expected, strict=True)):
+            assert y.dtype == dtype
+            assert relative_error(y, y_exact) < tolerance, f"output {i}"
+        names = [name for name in leaves if exact_leaves[name].requires_grad]
+        for name, gradient, exact_gradient in zip(names, gradients, exact_gradients, strict=True):
+            if exact_gradient is None:
+                assert gradient is None or not gradient.any(), f"gradient of {name} should be zero"
+                continue
+            assert gradient is not None, f"gradient of {name} is missing"
+            assert gradient.dtype == rounded.leaves()[name].dtype
+            assert relative_error(gradient, exact_gradient) < tolerance, f"gradient of {name}"
+
+    return check
+
+
+@pytest.fixture
+def problem(device):
+    return lambda **options: make_problem(**options, device=device)

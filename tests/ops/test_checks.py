@@ -1,0 +1,52 @@
+"""Bad arguments: each refused with the op, the argument, its shape and the remedy."""
+
+import pytest
+import torch
+
+import linlora
+from linlora import functional
+
+BAD = {
+    "wrong-features": (
+        dict(x=torch.randn(3, 5)),
+        "5 features in its last dimension, weight weight \\(7, 11\\) takes 11",
+    ),
+    "scalar-x": (dict(x=torch.tensor(1.0)), "x \\(\\.\\.\\., K\\)"),
+    "rank-mismatch": (dict(dB=torch.randn(7, 4)), "dB \\(7, 3\\) are expected, got .*dB \\(7, 4\\)"),
+    "missing-dA": (dict(dA=None), "dA is missing"),
+    "shape-of-B0": (dict(B0=torch.randn(6, 3)), "B0 \\(6, 3\\)"),
+    "shape-of-bias": (dict(bias=torch.randn(6)), "bias \\(7,\\) is expected"),
+    "integer-x": (dict(x=torch.ones(3, 11, dtype=torch.long)), "int64: use float32"),
+    "dtype-of-x": (dict(x=torch.randn(3, 11).half()), "weight is torch.float32: cast x, or run under torch.autocast"),
+    "dtype-of-factor": (dict(dB=torch.randn(7, 3).half()), "dB is torch.float16"),
+    "device-of-factor": (dict(dB=torch.randn(7, 3, device="meta")), "dB is on meta, x on cpu"),
+    "device-of-weight": (dict(weight=torch.randn(7, 11, device="meta")), "weight is on meta"),
+    "probability": (dict(dropout_p=1.0), "dropout_p is 1.0"),
+    "seedless": (dict(dropout_p=0.5), "dropout needs a seed"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD.values(), ids=BAD)
+@pytest.mark.parametrize("op", ["linearized_lora_linear", "lora_linear"])
+def test_bad_arguments_are_named(op, change, message):
+    arguments = dict(
+        x=torch.randn(3, 11), weight=torch.randn(7, 11), bias=torch.randn(7), A0=torch.randn(3, 11),
+        B0=torch.randn(7, 3), dA=torch.randn(3, 11), dB=torch.randn(7, 3), scaling=1.0,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"{op}: .*{message}"):
+        getattr(functional, op)(**{**arguments, **change})
+
+
+def test_tangent_has_to_be_like_x():
+    factors = torch.randn(3, 11), None, None, torch.randn(7, 3)
+    with pytest.raises(ValueError, match="x_tangent is expected like x"):
+        functional.lora_linear(torch.randn(3, 11), torch.randn(7, 11), None, *factors, 1.0, torch.randn(2, 11))
+
+
+def test_unknown_and_unavailable_backends():
+    with pytest.raises(ValueError, match="unknown backend 'cutlass': choose"), linlora.use_backend("cutlass"):
+        pass
+    with pytest.raises(linlora.BackendUnavailableError, match="no CUDA kernels"), linlora.use_backend("cuda"):
+        pass
+    with pytest.raises(ValueError, match="unknown op"):
+        linlora.explain("matmul")

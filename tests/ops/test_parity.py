@@ -1,0 +1,148 @@
+"""Both ops, every backend: outputs and every gradient against the float64 reference."""
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+OPS = ("linearized_lora_linear", "lora_linear")
+BACKENDS = ("torch", "triton")
+FACTORS = ("A0", "B0", "dA", "dB")
+
+
+@pytest.mark.parametrize("form", ["short", "pair"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_layer_scope_equals_the_reference(check, problem, backend, form, dropout_p):
+    check("linearized_lora_linear", backend, problem(form=form, dropout_p=dropout_p), torch.float32)
+
+
+@pytest.mark.parametrize("form", ["short", "pair"])
+@pytest.mark.parametrize("tangent", [False, True], ids=["x", "x+x_tangent"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_both_streams_equal_the_reference(check, problem, backend, form, tangent, dropout_p):
+    check("lora_linear", backend, problem(form=form, tangent=tangent, dropout_p=dropout_p), torch.float32)
+
+
+@pytest.mark.parametrize("form", ["short", "pair"])
+@pytest.mark.parametrize("tangent", [False, True], ids=["x", "x+x_tangent"])
+@pytest.mark.parametrize("used", [(0,), (1,)], ids=["primal-used", "tangent-used"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_either_stream_alone_can_be_differentiated(check, problem, backend, form, tangent, used):
+    check("lora_linear", backend, problem(form=form, tangent=tangent), torch.float32, cotangents=used)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("form", ["short", "pair"])
+def test_torch_backend_is_exact_in_float64(check, problem, op, form):
+    check(op, "torch", problem(form=form, tangent=op == "lora_linear", dropout_p=0.2), torch.float64)
+
+
+@pytest.mark.parametrize("factors", [torch.float32, None], ids=["fp32-factors", "same-dtype-factors"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision(check, problem, backend, op, dtype, factors):
+    case = problem(shape=(40,), n=48, k=64, rank=8, tangent=op == "lora_linear")
+    check(op, backend, case, dtype, factors)
+
+
+@pytest.mark.parametrize(
+    "wrt", [("dA", "dB"), ("dB",), ("x",), ("A0", "dB"), ("x", "B0"), ("bias", "dA")], ids="+".join
+)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_subset_of_the_inputs_can_ask_for_gradients(check, problem, backend, op, wrt):
+    check(op, backend, problem(), torch.float32, wrt=wrt)
+
+
+@pytest.mark.parametrize("rank", [1, 5, 16, 33, 256])
+@pytest.mark.parametrize("form", ["short", "pair"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_rank(check, problem, backend, form, rank):
+    check("linearized_lora_linear", backend, problem(form=form, rank=rank, n=19, k=35), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (3,), (2, 3, 4)], ids=str)
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_number_of_leading_dimensions(check, problem, backend, op, shape):
+    check(op, backend, problem(shape=shape, bias=False, tangent=op == "lora_linear"), torch.float32)
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0, 3)], ids=str)
+@pytest.mark.parametrize("form", ["short", "pair"])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_an_empty_batch_gives_empty_outputs_and_zero_gradients(check, problem, backend, op, form, shape):
+    check(op, backend, problem(shape=shape, form=form, dropout_p=0.5), torch.float32)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_contiguous_inputs_and_cotangents(problem, backend, op):
+    import linlora
+    from linlora import functional, reference
+    from linlora.testing import relative_error
+
+    case = problem(shape=(6, 5), tangent=True).cast(torch.float32)
+    strided = problem(shape=(6, 5), tangent=True).cast(torch.float32)
+    strided.x = case.x.transpose(0, 1).contiguous().transpose(0, 1)
+    strided.x_tangent = case.x_tangent.transpose(0, 1).contiguous().transpose(0, 1)
+    strided.weight = case.weight.t().contiguous().t()  # the layout of transformers' Conv1D
+    strided.A0, strided.dA = case.A0.t().contiguous().t(), case.dA.repeat(1, 2)[:, : case.dA.shape[1]]
+    strided.B0, strided.dB, strided.bias = case.B0.t().contiguous().t(), case.dB, case.bias
+    results = []
+    for arguments, module in ((strided, functional), (case, reference)):
+        arguments.require_grad(("dB",))
+        arguments.x = arguments.x.detach().requires_grad_()
+        with linlora.use_backend(backend):
+            y = arguments.call(op, module)[-1]
+        gradients = torch.autograd.grad(y.sum(), [arguments.x, arguments.dB])  # the cotangent is expanded, stride 0
+        results.append((y, *gradients))
+    for actual, expected in zip(*results, strict=True):
+        assert relative_error(actual, expected) < 1e-5
+
+
+@given(
+    m=st.integers(0, 9), n=st.integers(1, 40), k=st.integers(1, 40), rank=st.integers(1, 9),
+    form=st.sampled_from(["short", "pair"]), tangent=st.booleans(), bias=st.booleans(), p=st.sampled_from([0.0, 0.4]),
+)  # fmt: skip
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_shapes_of_every_kind(check, problem, m, n, k, rank, form, tangent, bias, p):
+    case = problem(shape=(m,), n=n, k=k, rank=rank, form=form, tangent=tangent, bias=bias, dropout_p=p)
+    check("lora_linear", "torch", case, torch.float64, tolerance=1e-10)
+    check("linearized_lora_linear", "torch", case, torch.float64, wrt=("x", *FACTORS), tolerance=1e-10)
+
+
+def test_gradcheck_by_finite_differences(problem):
+    from linlora import functional
+
+    case = problem(tangent=True, dropout_p=0.3).require_grad(("x", "x_tangent", *FACTORS, "bias", "weight"))
+    leaves = tuple(case.leaves().values())
+
+    def dual(x, weight, bias, A0, B0, dA, dB, x_tangent):
+        return functional.lora_linear(
+            x, weight, bias, A0, B0, dA, dB, 0.75, x_tangent, dropout_p=0.3, seed=case.seed
+        )  # fmt: skip
+
+    assert torch.autograd.gradcheck(dual, leaves)
+
+
+def test_tangent_equals_forward_mode_ad_of_plain_lora(problem):
+    """The independent oracle: torch.func.jvp of the textbook LoRA layer, all of its parameters as primals."""
+    from linlora import functional
+
+    case = problem(tangent=True)
+
+    def plain_lora(x, weight, bias, A, B):
+        return x @ weight.t() + bias + 0.75 * (x @ A.t()) @ B.t()
+
+    zeros = (torch.zeros_like(case.weight), torch.zeros_like(case.bias))
+    y, y_tangent = torch.func.jvp(
+        plain_lora, (case.x, case.weight, case.bias, case.A0, case.B0), (case.x_tangent, *zeros, case.dA, case.dB)
+    )
+    actual, actual_tangent = case.call("lora_linear", functional)
+    torch.testing.assert_close(actual, y)
+    torch.testing.assert_close(actual_tangent, y_tangent)
