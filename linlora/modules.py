@@ -20,7 +20,8 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from linlora.functional import linearized_lora_linear
+from linlora.ops.checks import autocast_input
+from linlora.ops.linearized_lora_linear import unchecked
 from linlora.reference import delta_weight
 
 State = Literal["plain", "short", "pair"]
@@ -52,17 +53,14 @@ class FusedLoraLinear(PeftLoraLinear):
             return self.base_layer(x)
         base = self.base_layer
         weight = base.weight.t() if self.fan_in_fan_out else base.weight
-        if x.shape[-1] != weight.shape[1]:
-            raise ValueError(
-                f"layer '{self.layer_name}': the input {tuple(x.shape)} has {x.shape[-1]} features in its last "
-                f"dimension, the layer takes {weight.shape[1]}"
-            )
+        x = autocast_input(x)
+        if x.shape[-1] != weight.shape[1] or x.device != weight.device or x.dtype != weight.dtype:
+            self._check_input(x, weight)
         factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
         p = self._dropout_p(active) if self.training else 0.0
         if p == 0.0:
-            return linearized_lora_linear(x, weight, base.bias, *factors)
-        seed = torch.randint(2**31, (), device=x.device)
-        return linearized_lora_linear(x, weight, base.bias, *factors, dropout_p=p, seed=seed)
+            return unchecked(x, weight, base.bias, *factors)
+        return unchecked(x, weight, base.bias, *factors, p, torch.randint(2**31, (), device=x.device))
 
     def factors(self, adapter: str) -> Factors:
         """The factors of one adapter; those of the linearization point come detached: nothing may move the point."""
@@ -125,6 +123,22 @@ class FusedLoraLinear(PeftLoraLinear):
         if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
         raise ValueError(f"layer '{self.layer_name}': unexpected arguments {args or list(kwargs)} beside the input")
+
+    def _check_input(self, x: Tensor, weight: Tensor) -> None:
+        if x.shape[-1] != weight.shape[1]:
+            raise ValueError(
+                f"layer '{self.layer_name}': the input {tuple(x.shape)} has {x.shape[-1]} features in its last "
+                f"dimension, the layer takes {weight.shape[1]}"
+            )
+        if x.device != weight.device:
+            raise ValueError(
+                f"layer '{self.layer_name}': the input is on {x.device}, the layer on {weight.device}; move one of them"
+            )
+        if not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"layer '{self.layer_name}': the input is {x.dtype}, the layer {weight.dtype}; cast the input or the "
+                "model, or run under torch.autocast"
+            )
 
     def _stacked(self, adapters: list[str]) -> Factors:
         """Several active adapters as one of the summed rank: their factors side by side, each scaled by its own."""

@@ -19,7 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora import backends, reference
+from linlora import backends
+from linlora.ops import composed
 from linlora.ops.checks import autocast_input, check_lora_linear
 from linlora.ops.transforms import refuse_double_backward, transform_active
 
@@ -37,17 +38,56 @@ def linearized_lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
+    """Layer-scope linearized LoRA: primal + tangent of one layer, as a differentiable op in one launch.
+
+    Args:
+        x: (..., K), float32, float16 or bfloat16 (float64 on the torch backend).
+        weight: (N, K), of x's dtype, any strides. bias: (N,) or None.
+        A0, dA: (r, K). B0, dB: (N, r). float32 or of x's dtype. `B0=None` means B0 = 0; dA is then without effect.
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        dropout_p, seed: LoRA dropout of the low-rank branch, one mask for primal and tangent, made from `seed`, a 0-d
+            int64 tensor on x's device; the mask is recomputed in backward, not saved.
+
+    Returns: y + y_tangent of `lora_linear` for an input without tangent, (..., N), added before rounding.
+
+    Formula (arXiv 2310.04742, at the scope of one layer)::
+
+        x Wᵀ + b + s [ (x A0ᵀ)(B0 + dB)ᵀ + (x dAᵀ) B0ᵀ ]
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, BackendUnavailableError under `use_backend`.
+
+    >>> import torch
+    >>> x, W, A0, dB = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
+    >>> linearized_lora_linear(x, W, None, A0, None, None, dB, 0.5)[0].tolist()
+    [2.5, 2.5, 2.5]
+    """
     x = autocast_input(x)
     check_lora_linear("linearized_lora_linear", x, weight, bias, A0, B0, dA, dB, None, dropout_p, seed)
+    return unchecked(x, weight, bias, A0, B0, dA, dB, scaling, dropout_p, seed)
+
+
+def unchecked(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A0: Tensor,
+    B0: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """The op for callers that have checked its arguments once for all calls (linlora.modules); x is in its dtype."""
     if B0 is None:
         dA = None
+    arguments = (x, weight, bias, A0, B0, dA, dB, scaling, dropout_p, seed)
     if transform_active():
-        cast = (weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return reference.linearized_lora_linear(
-            x, *cast, A0, B0, dA, dB, scaling, dropout_p=dropout_p, seed=seed
-        )  # fmt: skip
+        return composed.linearized_lora_linear(*arguments)
     backend = backends.select(x.device, "linearized_lora_linear")
-    return _LinearizedLoraLinear.apply(x, weight, bias, A0, B0, dA, dB, scaling, dropout_p, seed, backend)
+    if composed.preferred(backend, x, weight, dropout_p):
+        return composed.linearized_lora_linear(*arguments)
+    return _LinearizedLoraLinear.apply(*arguments, backend)
 
 
 class _LinearizedLoraLinear(torch.autograd.Function):

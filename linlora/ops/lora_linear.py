@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora import backends, reference
+from linlora import backends
+from linlora.ops import composed
 from linlora.ops.checks import autocast_input, check_lora_linear
 from linlora.ops.linearized_lora_linear import factor_gradients
 from linlora.ops.transforms import refuse_double_backward, transform_active
@@ -41,16 +42,44 @@ def lora_linear(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
+    """The primal and the tangent of one LoRA layer, as a differentiable op in one launch.
+
+    Args:
+        x: (..., K), float32, float16 or bfloat16 (float64 on the torch backend).
+        weight: (N, K), of x's dtype, any strides. bias: (N,) or None.
+        A0, dA: (r, K). B0, dB: (N, r). float32 or of x's dtype. `B0=None` means B0 = 0; dA is then without effect.
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        x_tangent: like x, or None where the input has no tangent.
+        dropout_p, seed: LoRA dropout of the low-rank branch, one mask for primal and tangent, made from `seed`, a 0-d
+            int64 tensor on x's device; the mask is recomputed in backward, not saved.
+
+    Returns: (y, y_tangent), both (..., N), in the dtype of x (of autocast, where it is on).
+
+    Formula (arXiv 2310.04742)::
+
+        y   = x Wᵀ + b + s (x A0ᵀ) B0ᵀ
+        y_t = x_t Wᵀ + s [ (x_t A0ᵀ) B0ᵀ + (x A0ᵀ) dBᵀ + (x dAᵀ) B0ᵀ ]
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, BackendUnavailableError under `use_backend`.
+
+    >>> import torch
+    >>> x, W, A0, dB = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
+    >>> y, y_tangent = lora_linear(x, W, None, A0, None, None, dB, 0.5)
+    >>> y[0].tolist(), y_tangent[0].tolist()
+    ([1.0, 1.0, 1.0], [1.5, 1.5, 1.5])
+    """
     x = autocast_input(x)
     x_tangent = None if x_tangent is None else autocast_input(x_tangent)
     check_lora_linear("lora_linear", x, weight, bias, A0, B0, dA, dB, x_tangent, dropout_p, seed)
     if B0 is None:
         dA = None
+    arguments = (x, weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, seed)
     if transform_active():
-        cast = (weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-        return reference.lora_linear(x, *cast, A0, B0, dA, dB, scaling, x_tangent, dropout_p=dropout_p, seed=seed)
+        return composed.lora_linear(*arguments)
     backend = backends.select(x.device, "lora_linear")
-    return _LoraLinear.apply(x, x_tangent, weight, bias, A0, B0, dA, dB, scaling, dropout_p, seed, backend)
+    if composed.preferred(backend, x, weight, dropout_p):
+        return composed.lora_linear(*arguments)
+    return _LoraLinear.apply(*arguments, backend)
 
 
 class _LoraLinear(torch.autograd.Function):
@@ -58,7 +87,6 @@ class _LoraLinear(torch.autograd.Function):
     def forward(  # type: ignore[override]
         ctx: Any,
         x: Tensor,
-        x_tangent: Tensor | None,
         weight: Tensor,
         bias: Tensor | None,
         A0: Tensor,
@@ -66,6 +94,7 @@ class _LoraLinear(torch.autograd.Function):
         dA: Tensor | None,
         dB: Tensor,
         scaling: float,
+        x_tangent: Tensor | None,
         dropout_p: float,
         seed: Tensor | None,
         backend: ModuleType,
@@ -75,7 +104,7 @@ class _LoraLinear(torch.autograd.Function):
         y, y_tangent, u, c = backend.lora_linear(
             rows, rows_tangent, weight.to(x.dtype), cast_bias, A0, dA, B0, dB, scaling, dropout_p, seed
         )
-        _, _, W_needs, _, A0_needs, B0_needs, dA_needs, dB_needs, *_ = ctx.needs_input_grad
+        _, W_needs, _, A0_needs, B0_needs, dA_needs, dB_needs, *_ = ctx.needs_input_grad
         ctx.save_for_backward(
             x if W_needs or A0_needs or dA_needs else None,
             x_tangent if W_needs or A0_needs else None,
@@ -95,7 +124,7 @@ class _LoraLinear(torch.autograd.Function):
     ) -> tuple[Tensor | None, ...]:
         refuse_double_backward("lora_linear")
         x, x_tangent, weight, A0, B0, dA, dB, u, c, seed = ctx.saved_tensors
-        x_needs, xt_needs, W_needs, bias_needs, A0_needs, B0_needs, dA_needs, dB_needs, *_ = ctx.needs_input_grad
+        x_needs, W_needs, bias_needs, A0_needs, B0_needs, dA_needs, dB_needs, _, xt_needs, *_ = ctx.needs_input_grad
         g, g_tangent, x, x_tangent = _rows(g), _rows(g_tangent), _rows(x), _rows(x_tangent)
         dropout = (ctx.dropout_p, seed)
         dx = dx_tangent = d_A0 = d_B0 = d_dA = d_dB = None
@@ -137,7 +166,7 @@ class _LoraLinear(torch.autograd.Function):
         d_bias = g.sum(0) if bias_needs and g is not None else None
         dx = dx.view(ctx.x_shape) if x_needs and dx is not None else None
         dx_tangent = dx_tangent.view(ctx.x_shape) if xt_needs and dx_tangent is not None else None
-        return dx, dx_tangent, d_weight, d_bias, d_A0, d_B0, d_dA, d_dB, None, None, None, None
+        return dx, d_weight, d_bias, d_A0, d_B0, d_dA, d_dB, None, dx_tangent, None, None, None
 
 
 def _rows(x: Tensor | None) -> Tensor | None:

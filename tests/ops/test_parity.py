@@ -6,7 +6,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 OPS = ("linearized_lora_linear", "lora_linear")
-BACKENDS = ("torch", "triton")
+BACKENDS = ("composed", "torch", "triton")
 FACTORS = ("A0", "B0", "dA", "dB")
 
 
@@ -97,7 +97,7 @@ def test_non_contiguous_inputs_and_cotangents(problem, backend, op):
     for arguments, module in ((strided, functional), (case, reference)):
         arguments.require_grad(("dB",))
         arguments.x = arguments.x.detach().requires_grad_()
-        with linlora.use_backend(backend):
+        with linlora.use_backend("torch" if backend == "composed" else backend):
             y = arguments.call(op, module)[-1]
         gradients = torch.autograd.grad(y.sum(), [arguments.x, arguments.dB])  # the cotangent is expanded, stride 0
         results.append((y, *gradients))
@@ -112,8 +112,9 @@ def test_non_contiguous_inputs_and_cotangents(problem, backend, op):
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_shapes_of_every_kind(check, problem, m, n, k, rank, form, tangent, bias, p):
     case = problem(shape=(m,), n=n, k=k, rank=rank, form=form, tangent=tangent, bias=bias, dropout_p=p)
-    check("lora_linear", "torch", case, torch.float64, tolerance=1e-10)
-    check("linearized_lora_linear", "torch", case, torch.float64, wrt=("x", *FACTORS), tolerance=1e-10)
+    for backend in ("composed", "torch"):
+        check("lora_linear", backend, case, torch.float64, tolerance=1e-10)
+        check("linearized_lora_linear", backend, case, torch.float64, wrt=("x", *FACTORS), tolerance=1e-10)
 
 
 def test_gradcheck_by_finite_differences(problem):
