@@ -18,7 +18,7 @@ from typing import Literal
 
 import torch
 
-from linlora import kernels
+import linlora.kernels as kernels
 from linlora.ops import aten
 
 BackendName = Literal["torch", "triton", "cuda"]
@@ -148,7 +148,7 @@ def proven(name: str, op: str, arch: str) -> bool:
 @functools.cache
 def _evidence() -> list[dict]:
     """Every run under bench/results/ that carries an `evidence` table (`make gpu-check` writes them)."""
-    from linlora import bench  # the folder, for its data: nothing of it is imported
+    import linlora.bench as bench  # the folder, for its data: nothing of it is imported
 
     files = sorted((Path(bench.__path__[0]) / "results").glob("*/*.json"))
     return [run for run in (json.loads(file.read_text()) for file in files) if "evidence" in run]

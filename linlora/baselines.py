@@ -26,10 +26,9 @@ class FunctorchLoraLinear(nn.Module):
         super().__init__()
         self.layer = layer
         self.over = over
-        names = [name for name, _ in layer.named_parameters() if over == "all" or "lora_" in name]
         parameters = dict(layer.named_parameters())
-        self.names = names
-        for i, name in enumerate(names):
+        self.names = [name for name in parameters if over == "all" or "lora_" in name]
+        for i, name in enumerate(self.names):
             self.register_buffer(f"point_{i}", parameters[name].detach().clone())
 
     def forward(self, x: Tensor) -> Tensor:
@@ -40,7 +39,7 @@ class FunctorchLoraLinear(nn.Module):
         def layer(parameters: dict[str, Tensor]) -> Tensor:
             return torch.func.functional_call(self.layer, parameters, (x,))
 
-        y, y_tangent = torch.func.jvp(layer, (point,), (delta,))
+        y, y_tangent = torch.func.jvp(layer, (point,), (delta,))[:2]
         return y + y_tangent
 
 

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from linlora.files import install_file
-from linlora.folding import folded_config, folded_state_dict
+from linlora.folding import folded_configs, folded_state_dict
 from linlora.linearize import accelerate
 from linlora.modules import fused_layers
 from linlora.task_vector import TaskVector, _one_adapter
@@ -61,15 +61,13 @@ def export(model: PeftModel, directory: str | os.PathLike, adapter: str | None =
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=directory, prefix=".export."))
-    configs = model.peft_config
     try:
-        if any(True for _ in fused_layers(model)):
-            model.peft_config = {name: folded_config(model, name) for name in configs}
-        PeftModel.save_pretrained(model, str(staging), selected_adapters=[adapter], state_dict=folded_state_dict(model))
-        model.peft_config = configs
+        with folded_configs(model):
+            type(model).save_pretrained(
+                model, str(staging), selected_adapters=[adapter], state_dict=folded_state_dict(model)
+            )
         TaskVector.from_model(model, adapter).save(staging / TASK_VECTOR_FILE)
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
             install_file(file, directory / file.name)
     finally:
-        model.peft_config = configs
         shutil.rmtree(staging, ignore_errors=True)

@@ -16,6 +16,8 @@ import copy
 import functools
 import re
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,9 +43,21 @@ def folded_state_dict(model: PeftModel, state_dict: dict[str, Tensor] | None = N
     return state_dict
 
 
+@contextmanager
+def folded_configs(model: PeftModel) -> Iterator[None]:
+    """Let the model's configs be those that fit `folded_state_dict` while a block saves them."""
+    configs: dict[str, Any] = model.peft_config
+    own = dict(configs)
+    configs.update({name: folded_config(model, name) for name in own})
+    try:
+        yield
+    finally:
+        configs.update(own)
+
+
 def folded_config(model: PeftModel, adapter: str) -> LoraConfig:
     """The LoraConfig that fits `folded_state_dict`: rank and alpha of every layer as stored, scaling unchanged."""
-    config = copy.deepcopy(model.peft_config[adapter])
+    config: Any = copy.deepcopy(model.peft_config[adapter])
     sizes = {}
     for path, layer in model.named_modules():
         if isinstance(layer, FusedLoraLinear) and adapter in layer.states:
@@ -52,6 +66,8 @@ def folded_config(model: PeftModel, adapter: str) -> LoraConfig:
                 rank,
                 layer.scaling[adapter] * (rank**0.5 if config.use_rslora else rank),
             )
+    if not sizes:  # no layer of this adapter is fused: the config fits as it is
+        return config
     (config.r, config.lora_alpha), _ = Counter(sizes.values()).most_common(1)[0]
     others = {re.escape(name): size for name, size in sizes.items() if size != (config.r, config.lora_alpha)}
     config.rank_pattern = {name: rank for name, (rank, _) in others.items()}
@@ -68,7 +84,7 @@ def has_folded_factors(model: PeftModel) -> bool:
 def save_folded_factors(model: PeftModel) -> None:
     """Make `model.save_pretrained` write the exact stock factors; nothing to do where PEFT's own are exact."""
     if has_folded_factors(model):
-        model.save_pretrained = functools.partial(_save_pretrained, model)
+        model.__dict__["save_pretrained"] = functools.partial(_save_pretrained, model)
 
 
 def save_plain_factors(model: PeftModel) -> None:
@@ -79,12 +95,8 @@ def save_plain_factors(model: PeftModel) -> None:
 def _save_pretrained(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
     """`PeftModel.save_pretrained` of a linearized model: the exact stock factors and the config that fits them."""
     state_dict = folded_state_dict(model, kwargs.pop("state_dict", None))
-    configs = model.peft_config
-    model.peft_config = {name: folded_config(model, name) for name in configs}
-    try:
+    with folded_configs(model):
         type(model).save_pretrained(model, save_directory, *args, state_dict=state_dict, **kwargs)
-    finally:
-        model.peft_config = configs
 
 
 def accept_folded_factors(layer: FusedLoraLinear) -> None:

@@ -205,7 +205,7 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     if not layers:
         candidates = sorted({_family(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)})
         raise NoLoraLayerError(
-            f"{type(model).__name__} has no LoRA layer. Linear layers that LoraConfig(target_modules=[...]) could name: "
+            f"{type(model).__name__} has no LoRA layer. Linear layers LoraConfig(target_modules=[...]) could name: "
             f"{', '.join(candidates) or 'none'}"
         )
     refused = [f"  '{name}': {why}" for name, layer in layers if (why := unsupported(layer)) is not None]

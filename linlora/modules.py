@@ -20,7 +20,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from linlora.ops.checks import autocast_input
+from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.linearized_lora_linear import unchecked
 from linlora.reference import delta_weight
 
@@ -44,6 +44,11 @@ class FusedLoraLinear(PeftLoraLinear):
 
     layer_name: str
     states: dict[str, State]
+    lora_A: Any  # PEFT's ModuleDicts of nn.Linear by adapter
+    lora_B: Any
+    lora_dA: nn.ParameterDict
+    lora_dB: nn.ParameterDict
+    base_layer: Any
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters or self.merged_adapters or args or kwargs:
@@ -75,8 +80,8 @@ class FusedLoraLinear(PeftLoraLinear):
         """ΔW of one adapter in fp32 (or wider), in the layout of the base weight; PEFT's name for it."""
         A0, B0, dA, dB, scaling = self.factors(adapter)
         wide = torch.promote_types(dB.dtype, torch.float32)
-        A0, B0, dA, dB = (factor if factor is None else factor.detach().to(wide) for factor in (A0, B0, dA, dB))
-        delta = delta_weight(A0, B0, dA, dB, scaling)
+        B0, dA = (None if factor is None else factor.detach().to(wide) for factor in (B0, dA))
+        delta = delta_weight(A0.detach().to(wide), B0, dA, dB.detach().to(wide), scaling)
         return delta.t() if self.fan_in_fan_out else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -134,7 +139,7 @@ class FusedLoraLinear(PeftLoraLinear):
             raise ValueError(
                 f"layer '{self.layer_name}': the input is on {x.device}, the layer on {weight.device}; move one of them"
             )
-        if not torch.is_autocast_enabled(x.device.type):
+        if not autocast_enabled(x.device.type):
             raise ValueError(
                 f"layer '{self.layer_name}': the input is {x.dtype}, the layer {weight.dtype}; cast the input or the "
                 "model, or run under torch.autocast"
@@ -189,7 +194,7 @@ def unfuse_layer(layer: FusedLoraLinear) -> None:
     layer.__class__ = PeftLoraLinear
 
 
-def unsupported(layer: nn.Module) -> str | None:
+def unsupported(layer: Any) -> str | None:
     """Why a PEFT LoRA layer cannot run on the fused op, or None. The generic class is matched exactly on purpose:
     a subclass is a variant whose forward we do not know."""
     if isinstance(layer, FusedLoraLinear):

@@ -42,7 +42,8 @@ def lora_linear(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The primal and the tangent of one LoRA layer: two tensors of shape (..., N)."""
-    A0, B0, dA, dB = (None if factor is None else factor.to(x.dtype) for factor in (A0, B0, dA, dB))
+    A0, dB = A0.to(x.dtype), dB.to(x.dtype)
+    B0, dA = (None if factor is None else factor.to(x.dtype) for factor in (B0, dA))
     low = dropout(x, dropout_p, seed)
     y = linear(x, weight, bias)
     y_tangent = scaling * linear(linear(low, A0), dB)

@@ -35,7 +35,7 @@ class TaskVector:
     Attributes:
         deltas: '<layer>.dA' (r, K) and '<layer>.dB' (N, r); no dA where B0 = 0, where it has no effect.
         point: '<layer>.A0' and '<layer>.B0' (absent where zero); None if the vector was saved with the hash alone.
-        point_hash: SHA-256 of the point.
+        point_hash: SHA-256 of the point's values.
         scalings: the LoRA scaling of each layer.
         scope: "layer" for a linearized adapter, "lora" for a plain one.
         base_model: the id of the base model, where PEFT knows it.
@@ -120,7 +120,8 @@ class TaskVector:
             raise CorruptFileError(f"{path}: not a task vector (no '{FORMAT}' in its metadata)")
         if metadata["format_version"] != FORMAT_VERSION:
             raise CorruptFileError(
-                f"{path}: format version {metadata['format_version']}, this linlora reads {FORMAT_VERSION}; update linlora"
+                f"{path}: format version {metadata['format_version']}, this linlora reads {FORMAT_VERSION}; "
+                "update linlora"
             )
         deltas = {name: tensor for name, tensor in tensors.items() if name.endswith((".dA", ".dB"))}
         point = {name: tensor for name, tensor in tensors.items() if name not in deltas} or None
@@ -195,7 +196,7 @@ class TaskVector:
             if self.point is not None and other.point is not None:
                 both = self.point.keys() & other.point.keys()
                 odd = sorted(n for n in both if not torch.equal(self.point[n], other.point[n]))
-                where = f"; they differ in {_some(odd)}"
+                where = f"; they differ in {_some(odd)}" if odd else ""
             raise DifferentPointError(
                 "the vectors start from different linearization points and live in different tangent spaces" + where +
                 ". Train every task from one adapter: linearize(model, point=first_vector)"
@@ -227,18 +228,19 @@ def apply(model: PeftModel, vector: TaskVector, adapter: str | None = None) -> N
     for name, tensor in vector.deltas.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"the vector holds NaN or infinity in '{name}'; the model is unchanged")
+    start = vector.point or {}
     for name, layer in layers:
-        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-        dA, dB = vector.deltas.get(f"{name}.dA"), vector.deltas[f"{name}.dB"]
-        if vector.scope == "lora":
-            assert vector.point is not None and dA is not None  # _check_same_point saw them
-            A, dA = A, vector.point[f"{name}.A0"] + dA
-            B, dB = B, vector.point[f"{name}.B0"] + dB
-        elif dA is not None:
-            A, B = layer.lora_dA[adapter], layer.lora_dB[adapter]
-        if dA is not None:
-            _assign(A, dA, f"{name}.dA")
-        _assign(B, dB, f"{name}.dB")
+        for kind in ("A", "B"):
+            delta = vector.deltas.get(f"{name}.d{kind}")
+            if delta is None:  # dA where B0 = 0
+                continue
+            if vector.scope == "lora":
+                target, value = getattr(layer, f"lora_{kind}")[adapter].weight, start[f"{name}.{kind}0"] + delta
+            elif layer.states[adapter] == "pair":
+                target, value = getattr(layer, f"lora_d{kind}")[adapter], delta
+            else:
+                target, value = layer.lora_B[adapter].weight, delta
+            _assign(target, value, f"{name}.d{kind}")
 
 
 def _adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
@@ -278,11 +280,12 @@ def _assign(parameter: Tensor, value: Tensor | float, name: str) -> None:
 
 
 def _hash(point: dict[str, Tensor]) -> str:
+    """SHA-256 of names, shapes and values. Values are hashed as float64, so a widened copy is the same point."""
     digest = hashlib.sha256()
     for name in sorted(point):
-        tensor = point[name].contiguous()
-        digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
-        digest.update(tensor.view(-1).view(torch.uint8).numpy().data)
+        values = point[name].double() + 0.0  # -0.0 and 0.0 are one value
+        digest.update(f"{name}{tuple(values.shape)}".encode())
+        digest.update(values.contiguous().numpy().data)
     return digest.hexdigest()
 
 

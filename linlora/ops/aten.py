@@ -99,7 +99,7 @@ def factor_gradients(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The two skinny products of backward: (s gᵀ p, s qᵀ x'), of shapes (N, r) and (r, K); a missing pair gives (0,)."""
+    """The two skinny products of backward, (s gᵀ p, s qᵀ x'): (N, r) and (r, K); a missing pair gives (0,)."""
     empty = torch.empty(0, dtype=out_dtype, device=(g if x is None else x).device)  # type: ignore[union-attr]
     # (pᵀ g)ᵀ is 1.5x faster on a CPU than gᵀ p: the long operand is read along its rows.
     d_expand = empty if p is None or g is None else (p.t() @ g).t().to(out_dtype) * scaling
@@ -120,7 +120,9 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return torch.cat(blocks).mul_(1.0 / (1.0 - p)) if blocks else x
 
 
-def _add_update(y: Tensor, terms: tuple[tuple[Tensor, Tensor | None], ...], scaling: float, p: float, seed) -> None:
+def _add_update(
+    y: Tensor, terms: tuple[tuple[Tensor, Tensor | None], ...], scaling: float, p: float, seed: Tensor | None
+) -> None:
     """y += s mask ⊙ Σ low expandᵀ, in place."""
     if p == 0.0:
         for low, expand in terms:

@@ -11,9 +11,14 @@ _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 def autocast_input(x: Tensor) -> Tensor:
     """x in the dtype autocast computes linear layers in, where autocast is on; the ops cast the rest to x's dtype."""
     device = x.device.type
-    if torch.is_autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
+    if autocast_enabled(device) and x.is_floating_point() and x.dtype != torch.float64:
         return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def autocast_enabled(device: str) -> bool:
+    """Whether autocast is on for a device type; False for those it does not exist on ("meta")."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
 
 
 def check_lora_linear(
@@ -49,11 +54,11 @@ def check_lora_linear(
         _refuse(op, f"x_tangent is expected like x, got {_shapes(x=x, x_tangent=x_tangent)}")
     if x.dtype not in _DTYPES:
         _refuse(op, f"x is {x.dtype}: use float32, float16, bfloat16 (or float64 on the torch backend)")
-    if weight.dtype != x.dtype and not torch.is_autocast_enabled(x.device.type):
+    if weight.dtype != x.dtype and not autocast_enabled(x.device.type):
         _refuse(op, f"x is {x.dtype} and weight is {weight.dtype}: cast x, or run under torch.autocast")
     for name, factor in (("A0", A0), ("B0", B0), ("dA", dA), ("dB", dB)):
         if factor is not None:
-            if factor.dtype not in (x.dtype, torch.float32) and not torch.is_autocast_enabled(x.device.type):
+            if factor.dtype not in (x.dtype, torch.float32) and not autocast_enabled(x.device.type):
                 _refuse(op, f"{name} is {factor.dtype}: factors are float32 or of x's dtype ({x.dtype})")
             if factor.device != x.device:
                 _refuse(op, f"{name} is on {factor.device}, x on {x.device}: move the model or the input")

@@ -92,7 +92,7 @@ def unchecked(
 
 class _LinearizedLoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -123,10 +123,10 @@ class _LinearizedLoraLinear(torch.autograd.Function):
         return y.view(*x.shape[:-1], weight.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("linearized_lora_linear")
         x, weight, A0, B0, dA, dB, u, c, seed = ctx.saved_tensors
-        x_needs, W_needs, bias_needs, A0_needs, B0_needs, dA_needs, dB_needs, *_ = ctx.needs_input_grad
+        x_needs, W_needs, bias_needs, A0_needs, _, dA_needs, *_ = ctx.needs_input_grad
         g = g.reshape(-1, weight.shape[0])
         rows = None if x is None else x.reshape(-1, x.shape[-1])
 
@@ -141,14 +141,14 @@ class _LinearizedLoraLinear(torch.autograd.Function):
             dx = dx.view(ctx.x_shape)
         elif A0_needs or dA_needs:
             u_adjoint = g @ (dB if B0 is None else B0).to(g.dtype)
-            c_adjoint = u_adjoint + g @ dB.to(g.dtype) if B0 is not None and A0_needs else None
+            c_adjoint = torch.addmm(u_adjoint, g, dB.to(g.dtype)) if B0 is not None and A0_needs else None
 
         A0_coefficients = u_adjoint if B0 is None else c_adjoint
         (d_dB, d_B0), (d_dA, d_A0) = factor_gradients(
             ctx.backend, g, rows, (u, c), (u_adjoint if dA_needs else None, A0_coefficients if A0_needs else None),
             dB.dtype, ctx.scaling, ctx.dropout_p, seed,
         )  # fmt: skip
-        d_weight = g.t() @ rows if W_needs else None
+        d_weight = g.t() @ rows if W_needs and rows is not None else None
         d_bias = g.sum(0) if bias_needs else None
         return dx, d_weight, d_bias, d_A0, d_B0, d_dA, d_dB, None, None, None, None
 

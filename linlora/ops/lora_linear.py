@@ -84,7 +84,7 @@ def lora_linear(
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -119,9 +119,7 @@ class _LoraLinear(torch.autograd.Function):
         return y.view(shape), y_tangent.view(shape)
 
     @staticmethod
-    def backward(  # type: ignore[override]
-        ctx: Any, g: Tensor | None, g_tangent: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, g_tangent: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_double_backward("lora_linear")
         x, x_tangent, weight, A0, B0, dA, dB, u, c, seed = ctx.saved_tensors
         x_needs, W_needs, bias_needs, A0_needs, B0_needs, dA_needs, dB_needs, _, xt_needs, *_ = ctx.needs_input_grad
@@ -147,7 +145,7 @@ class _LoraLinear(torch.autograd.Function):
                 _, (d_A0_tangent,) = factor_gradients(
                     ctx.backend, g_tangent, x_tangent, (), (u_adjoint,), dB.dtype, ctx.scaling, *dropout
                 )  # fmt: skip
-                d_A0 = d_A0 + d_A0_tangent
+                d_A0 = _sum(d_A0, d_A0_tangent)
         elif g is not None and B0 is not None:
             # Only the primal was used: plain LoRA at (A0, B0).
             dx, u_adjoint, _ = ctx.backend.linearized_lora_linear(
@@ -160,7 +158,7 @@ class _LoraLinear(torch.autograd.Function):
             dx = g @ weight.to(g.dtype)
         if B0_needs and g is not None:
             (d_B0_primal,), _ = factor_gradients(ctx.backend, g, None, (u,), (), dB.dtype, ctx.scaling, *dropout)
-            d_B0 = d_B0_primal if d_B0 is None else d_B0 + d_B0_primal
+            d_B0 = _sum(d_B0, d_B0_primal)
 
         d_weight = _sum(_product(g, x), _product(g_tangent, x_tangent)) if W_needs else None
         d_bias = g.sum(0) if bias_needs and g is not None else None
@@ -178,4 +176,6 @@ def _product(g: Tensor | None, x: Tensor | None) -> Tensor | None:
 
 
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    return b if a is None else a if b is None else a + b
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b

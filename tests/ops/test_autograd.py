@@ -18,7 +18,8 @@ def saved_elements(function) -> int:
     with torch.autograd.graph.saved_tensors_hooks(
         lambda t: (seen.update({t.untyped_storage().data_ptr(): t.numel()}), t)[1], lambda t: t
     ):
-        keep = function()  # noqa: F841: the graph has to live
+        graph = function()  # alive until the tensors are counted
+    del graph
     return sum(seen.values())
 
 

@@ -1,0 +1,42 @@
+"""The command line: what it prints, and one-line errors instead of tracebacks."""
+
+import pytest
+from typer.testing import CliRunner
+
+import linlora
+from linlora import cli
+
+
+@pytest.fixture
+def run():
+    return lambda *arguments: CliRunner().invoke(cli.app, list(arguments))
+
+
+def test_info_shows_versions_and_the_backend_of_every_op(run):
+    result = run("info")
+    assert result.exit_code == 0
+    assert f"linlora {linlora.__version__}" in result.output
+    for word in ("torch", "triton", "peft", "factor_gradients", "linearized_lora_linear"):
+        assert word in result.output
+
+
+def test_quickstart_passes_its_options_on(run, monkeypatch, tmp_path):
+    from linlora import quickstart
+
+    seen = {}
+    monkeypatch.setattr(quickstart, "run", lambda out, **options: seen.update(out=out, **options))
+    assert run("quickstart", "--out", str(tmp_path), "--seeds", "2", "--fresh").exit_code == 0
+    assert seen == {"out": tmp_path, "device": "cpu", "seeds": 2, "fresh": True}
+
+
+def test_errors_of_a_user_are_one_line(run, monkeypatch):
+    from linlora import quickstart
+
+    def refuse(*_, **__):
+        raise ValueError("directory holds another run")
+
+    monkeypatch.setattr(quickstart, "run", refuse)
+    result = run("quickstart")
+    assert result.exit_code == 2
+    assert "error: directory holds another run" in result.output
+    assert "Traceback" not in result.output
