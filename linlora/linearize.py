@@ -152,8 +152,6 @@ def delinearize(model: PeftModel) -> PeftModel:
             )
     for _, layer in layers:
         for adapter, state in layer.states.items():
-            if adapter not in layer.lora_A:  # deleted since
-                continue
             A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             trainable = B.requires_grad
             if state == "pair":

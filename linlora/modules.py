@@ -41,6 +41,7 @@ class FusedLoraLinear(PeftLoraLinear):
     """A PEFT LoRA linear layer, plain or linearized, that runs on the fused op. Made by `fuse_layer`."""
 
     adapter_layer_names = (*PeftLoraLinear.adapter_layer_names, "lora_dA", "lora_dB")
+    other_param_names = (*PeftLoraLinear.other_param_names, "states")  # what PEFT clears when it deletes an adapter
 
     layer_name: str
     states: dict[str, State]
@@ -113,11 +114,10 @@ class FusedLoraLinear(PeftLoraLinear):
     def _freeze_point(self) -> None:
         """The linearization point of every linearized adapter takes no gradient, whatever PEFT switched on."""
         for name, state in self.states.items():
-            if name in self.lora_A:
-                if state != "plain":
-                    self.lora_A[name].weight.requires_grad_(False)
-                if state == "pair":
-                    self.lora_B[name].weight.requires_grad_(False)
+            if state != "plain":
+                self.lora_A[name].weight.requires_grad_(False)
+            if state == "pair":
+                self.lora_B[name].weight.requires_grad_(False)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if kwargs.get("adapter_names") is not None:

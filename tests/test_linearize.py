@@ -126,6 +126,18 @@ def test_an_adapter_added_later_is_plain_lora():
     assert {n.split("lora_")[1][0] for n, p in model.named_parameters() if p.requires_grad} == {"A", "B"}
 
 
+def test_a_deleted_adapter_is_gone_everywhere(tmp_path):
+    model = tiny_model("bert", trained=True)
+    model.add_adapter("second", LoraConfig(r=3, target_modules=["query"]))
+    randomize(model, 3)
+    linlora.linearize(model)
+    model.delete_adapter("default")
+    assert not any("default" in name for name in model.state_dict())
+    assert all("default" not in layer.states for _, layer in fused_layers(model))
+    model.save_pretrained(tmp_path)
+    linlora.delinearize(model)
+
+
 def test_disabling_and_merging_behave_as_in_peft():
     model = tiny_model("bert", trained=True)
     with model.disable_adapter():
