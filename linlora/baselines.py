@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import Literal
 
+import peft
 import torch
-from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
 
 Over = Literal["all", "adapter"]
@@ -22,7 +22,7 @@ class FunctorchLoraLinear(nn.Module):
     over the "adapter" only A and B are, the strongest form of this baseline.
     """
 
-    def __init__(self, layer: PeftLoraLinear, over: Over = "all") -> None:
+    def __init__(self, layer: peft.tuners.lora.Linear, over: Over = "all") -> None:
         super().__init__()
         self.layer = layer
         self.over = over
@@ -53,6 +53,6 @@ def linearize_with_functorch(model: nn.Module, over: Over = "all") -> nn.Module:
     """
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if isinstance(child, PeftLoraLinear) and not isinstance(parent, FunctorchLoraLinear):
+            if isinstance(child, peft.tuners.lora.Linear) and not isinstance(parent, FunctorchLoraLinear):
                 setattr(parent, name, FunctorchLoraLinear(child, over))
     return model

@@ -1,0 +1,58 @@
+"""Triton kernels of linlora: one launch an op, on contiguous or strided matrices of fp32, fp16 or bf16.
+
+The ops, each in the file of its name, which opens with its formula, tile picture and floor:
+
+    linearized_lora_linear          y + y_t of one LoRA layer, forward and backward (recompute design)
+    linearized_lora_linear_flags      the same beyond small M: persistent programs that share x Aᵀ through flags
+    lora_linear                     primal and tangent streams of one LoRA layer, forward and backward
+    factor_gradients                the gradients of both factors
+
+What they stand on, from the bottom:
+
+    device      what can run where            checks      the constraints on arguments, stated once
+    dropout     the mask, bit for bit         configs     the table of tile sizes, and the function that picks
+    tiles       loads, dots, low-rank steps   launch      from tensors to a launch, for running and for `aot`
+    counters    zeroed int32 buffers          library     the ops as PyTorch operators, opaque to torch.compile
+    aot         compiles every row of the table for every architecture and reads the machine code
+
+To add a kernel: write its formula in `linlora.reference`; add one file here with the `@triton.jit` kernel, a `launch`
+function that fills a `Launch` and a host function that checks, allocates and runs it; give it rows in `configs.TABLE`
+and cases in `aot`; register it in `library`; test it in `tests/kernels` against the formula in float64. The tests run
+on CPU in the Triton interpreter (TRITON_INTERPRET=1), and `python -m linlora.kernels.aot` needs no GPU either.
+
+Importing this package needs neither a GPU nor Triton; `availability` says whether the kernels can run, and why not.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from typing import Any, NoReturn
+
+import torch
+
+__all__ = ["availability", "factor_gradients", "linearized_lora_linear", "lora_linear"]
+
+_MISSING = "Triton is not installed; install triton>=3.6 (Linux), or use the torch backend"
+
+if importlib.util.find_spec("triton") is not None:
+    from .device import unavailable as _unavailable
+    from .library import factor_gradients, linearized_lora_linear, lora_linear
+
+else:
+
+    def _unavailable(device: torch.device) -> str | None:
+        return _MISSING
+
+    def _raise_missing(*args: Any, **kwargs: Any) -> NoReturn:
+        raise ValueError(f"the Triton kernels cannot run: {_MISSING}")
+
+    factor_gradients = linearized_lora_linear = lora_linear = _raise_missing
+
+
+def availability(device: torch.device | str) -> str | None:
+    """None when the kernels run on tensors of this device; otherwise the reason, with the remedy.
+
+    >>> availability("meta") is None
+    False
+    """
+    return _unavailable(torch.device(device))

@@ -1,0 +1,136 @@
+"""The one table of kernel configurations, and the pure function that picks a row of it.
+
+A row holds for ranks up to its `rank`; the first row that fits, from the top, is taken. No row spills registers
+(fp32 above rank 64 excepted) or needs more shared memory than its architectures have: `python -m linlora.kernels.aot`
+compiles every one of them and checks. Architecture 80 stands for every GPU from sm_80 on that is neither sm_90 nor
+sm_100, hence its rows keep to the 99 KiB of shared memory that the smallest of those (sm_86, sm_89, sm_120) offer.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Config:
+    """Everything a launch needs beyond its tensors."""
+
+    design: str  # "recompute", "flags" (see linearized_lora_linear_flags) or "split" (see factor_gradients)
+    block_m: int
+    block_n: int
+    block_k: int  # unused by "split", whose inner loop runs over block_m rows
+    num_warps: int
+    num_stages: int
+    group_m: int = 8  # rows of tiles that walk the columns together
+    block_r: int = 256  # "split" only: largest block of ranks
+    programs: int = 0  # persistent programs ("flags") or programs to aim at ("split"); 0 follows the multiprocessors
+
+
+@dataclass(frozen=True)
+class Row:
+    """A configuration and what it serves."""
+
+    op: str
+    shape: str  # "small", "medium" or "large", see `shape_class`
+    itemsize: int  # bytes of an activation element: 2 or 4
+    rank: int
+    dropout: bool  # whether it may be used with dropout, whose masks take registers
+    architectures: tuple[int, ...]
+    config: Config
+
+
+_ALL, _TMA, _SM80 = (80, 90, 100), (90, 100), (80,)
+
+
+def _rows(op: str, design: str, shape: str, itemsize: int, *entries: tuple) -> tuple[Row, ...]:
+    return tuple(
+        Row(op, shape, itemsize, rank, dropout, architectures, Config(design, *numbers))
+        for rank, dropout, architectures, *numbers in entries
+    )
+
+
+# fmt: off
+TABLE: tuple[Row, ...] = (
+    #                                                            rank dropout  for     BM   BN   BK  warps stages
+    *_rows("linearized_lora_linear", "recompute", "small", 2,   ( 64, True,  _TMA,     16,  64, 128, 4, 3),
+                                                                ( 64, True,  _SM80,    16,  64,  64, 4, 3),
+                                                                (256, True,  _ALL,     16,  64,  32, 8, 2)),
+    *_rows("linearized_lora_linear", "flags", "medium", 2,      (256, False, (90,),    64, 128,  64, 4, 4),
+                                                                (256, True,  _TMA,     64,  64,  64, 4, 4)),
+    *_rows("linearized_lora_linear", "recompute", "medium", 2,  ( 64, True,  _TMA,     64,  64,  64, 4, 3),
+                                                                (128, True,  _TMA,     64,  64,  32, 8, 3),
+                                                                ( 64, True,  _SM80,    64,  64,  32, 8, 3),
+                                                                (256, True,  _ALL,     32,  64,  32, 8, 2)),
+    *_rows("linearized_lora_linear", "flags", "large", 2,       (256, False, _TMA,    128, 256,  64, 8, 4),
+                                                                (256, True,  _TMA,    128, 128,  64, 8, 4)),
+    *_rows("linearized_lora_linear", "recompute", "large", 2,   ( 64, True,  _TMA,    128, 128,  64, 8, 3),
+                                                                ( 64, False, _SM80,   128,  64,  32, 8, 3)),
+    *_rows("linearized_lora_linear", "recompute", "any", 4,     ( 64, True,  _ALL,     16,  32,  32, 4, 2),
+                                                                (256, True,  _ALL,     16,  32,  16, 8, 2)),
+    *_rows("lora_linear", "recompute", "small", 2,              ( 64, True,  _TMA,     16,  64, 128, 4, 3),
+                                                                ( 64, True,  _SM80,    16,  64,  64, 4, 3),
+                                                                (256, True,  _ALL,     16,  64,  32, 8, 2)),
+    *_rows("lora_linear", "recompute", "large", 2,              ( 32, False, _TMA,    128, 128,  64, 8, 3),
+                                                                ( 64, True,  _TMA,    128,  64,  32, 8, 3)),
+    *_rows("lora_linear", "recompute", "medium", 2,             (128, True,  (90,),    64,  64,  32, 8, 3),
+                                                                (128, True,  (100,),   64,  64,  32, 8, 2),
+                                                                ( 64, True,  _SM80,    32,  64,  32, 4, 3),
+                                                                (256, True,  _ALL,     16,  64,  32, 8, 2)),
+    *_rows("lora_linear", "recompute", "any", 4,                ( 64, True,  _ALL,     16,  32,  16, 4, 2),
+                                                                (256, True,  _ALL,     16,  32,  16, 8, 2)),
+    *_rows("factor_gradients", "split", "any", 2,               ( 64, True,  _ALL,     64, 128,   0, 4, 3),
+                                                                (512, True,  _ALL,     64,  64,   0, 8, 3)),
+    *_rows("factor_gradients", "split", "any", 4,               ( 64, True,  _ALL,     32,  64,   0, 4, 2),
+                                                                (512, True,  _ALL,     16,  32,   0, 8, 2)),
+)
+# fmt: on
+
+
+def shape_class(m: int, n: int, itemsize: int, multiprocessors: int) -> str:
+    """How much parallelism the output (M, N) offers.
+
+    "small": at most 16 rows, bound by reading W: one row of tiles, so that W is read once. "large": at least one
+    128 × 256 tile for every multiprocessor. "medium": between. fp32 has one class, "any".
+    """
+    if itemsize == 4:
+        return "any"
+    if m <= 16:
+        return "small"
+    return "large" if -(-m // 128) * -(-n // 256) >= multiprocessors else "medium"
+
+
+@functools.cache
+def select(
+    op: str,
+    *,
+    m: int,
+    n: int,
+    rank: int,
+    itemsize: int,
+    architecture: int,
+    multiprocessors: int,
+    dropout: bool = False,
+    descriptors: bool = False,
+) -> Config:
+    """The configuration of a launch: a pure function of what a caller can name, so that it can be explained.
+
+    The first row of TABLE serves that is for the op, shape class, itemsize and architecture, with a rank no smaller,
+    made for dropout if there is any. The flags design serves only where `descriptors` can read the tensors
+    (`linearized_lora_linear_flags.describable`). A large shape for which no large row serves takes a medium one.
+
+    >>> select("lora_linear", m=8, n=4096, rank=16, itemsize=2, architecture=90, multiprocessors=132).block_m
+    16
+    """
+    shape = "any" if op == "factor_gradients" else shape_class(m, n, itemsize, multiprocessors)
+    for wanted in (shape, "medium"):
+        for row in TABLE:
+            if (
+                (row.op, row.shape, row.itemsize) == (op, wanted, itemsize)
+                and rank <= row.rank
+                and (row.dropout or not dropout)
+                and architecture in row.architectures
+                and (descriptors or row.config.design != "flags")
+            ):
+                return row.config
+    raise ValueError(f"no configuration of {op} serves rank {rank}, itemsize {itemsize}, architecture {architecture}")

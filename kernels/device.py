@@ -1,0 +1,41 @@
+"""What the kernels can run on, and the two numbers about a device that configurations depend on."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+import triton
+
+
+class DeviceTraits(NamedTuple):
+    """`architecture` names rows of the table in `configs`: 90, 100, or 80 for every other one from sm_80 on."""
+
+    architecture: int
+    multiprocessors: int
+
+
+@functools.cache
+def device_traits(device: torch.device) -> DeviceTraits:
+    """The traits of a CUDA device; of an H100 for every other, where only the interpreter runs."""
+    if device.type != "cuda":
+        return DeviceTraits(architecture=90, multiprocessors=132)
+    properties = torch.cuda.get_device_properties(device)
+    architecture = {9: 90, 10: 100}.get(properties.major, 80)
+    return DeviceTraits(architecture, properties.multi_processor_count)
+
+
+@functools.cache
+def unavailable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on tensors of this device, and what to do about it; None when they can."""
+    if triton.knobs.runtime.interpret:
+        return None
+    if device.type != "cuda":
+        return f"no CUDA device for tensors on {device}; set TRITON_INTERPRET=1 before import to run kernels on CPU"
+    if torch.version.hip is not None:
+        return "AMD GPUs are not supported by these configurations; use the torch backend"
+    major, minor = torch.cuda.get_device_capability(device)
+    if major < 8:
+        return f"{device} has compute capability {major}.{minor}, the kernels need 8.0; use the torch backend"
+    return None

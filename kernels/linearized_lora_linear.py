@@ -1,0 +1,199 @@
+"""linearized_lora_linear: one LoRA layer with its tangent folded in, y + y_t, in one launch.
+
+    u = x' S0ᵀ      v = x' dSᵀ      y = x Wᵀ + b + s [ (u + v) E0ᵀ + u dEᵀ ]
+    short form (B0 = 0):            y = x Wᵀ + b + s u dEᵀ                        no dS, no E0, no v
+
+    x (M, K)   W (N, K)   b (N,)   shrink S0, d_shrink dS (r, K)   expand E0, d_expand dE (N, r)
+    y (M, N)   u, v (M, r)         x' = mask/(1-p) ⊙ x
+
+Forward and backward are one kernel, for the operator is self-adjoint up to transposes:
+
+    forward    (S0, dS, E0, dE) = (A0, dA, B0, dB)          weight W,  bias b
+    dX         (S0, dS, E0, dE) = (B0ᵀ, dBᵀ, A0ᵀ, dAᵀ)      weight Wᵀ, no bias:  g W + s [ (g B0 + g dB) A0 + g B0 dA ]
+
+The dropout mask lies over the shrink's input in the forward (x'; the frozen product sees x) and over the update in
+the backward: adjoint, y = x Wᵀ + mask/(1-p) ⊙ s [ … ].
+
+One program computes one tile of y. A tile of x is loaded once and feeds W and both shrinks, so u and v cost each
+column tile 4·BLOCK_M·r·K FLOPs more (overhead 2r / BLOCK_N) and no traffic; the first column stores them. Beyond
+small M `linearized_lora_linear_flags` computes u and v once instead, where the tensors' alignment allows.
+
+                K →                        BLOCK_N        r      r
+           ┌─────┬───                   ┌──────────┐    ┌───┐  ┌───┐     after the loop over K:
+   BLOCK_M │  x  │ …   ·  Wᵀ, S0ᵀ, dSᵀ  │    y     │    │ u │  │ v │       y += s (u + v) E0ᵀ
+           └─────┴───                   └──────────┘    └───┘  └───┘       y += s u dEᵀ
+
+Kept for backward: x, and u, v in x's dtype (M·r each).
+Floor: 2MNK + 4Mr(K + N) FLOPs; MK + NK + MN + 2r(K + N) + 2Mr elements, each moved once.
+Measured: not yet run on a GPU; verified in the interpreter and by ahead-of-time compilation.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import linearized_lora_linear_flags as flags
+from .checks import check_layer
+from .configs import Config, select
+from .device import device_traits
+from .dropout import drop, dropout_argument
+from .launch import Launch, block_r, dot_precision
+from .tiles import (
+    accumulate_shrink,
+    bias_tile,
+    dot,
+    grouped_tile,
+    load_tile,
+    load_transposed,
+    low_rank_update,
+    matrix,
+    store_tile,
+)
+
+
+@triton.jit
+def linearized_lora_linear_kernel(
+    x,
+    weight,
+    p_bias,
+    shrink,
+    d_shrink,
+    expand,
+    d_expand,
+    y,
+    u,
+    v,
+    scaling,
+    dropout,
+    MASK_UPDATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    DTYPE: tl.constexpr = x.pointer.dtype.element_ty
+    n_row_tiles = tl.cdiv(x.rows, BLOCK_M)
+    i_m, i_n = grouped_tile(tl.program_id(0), n_row_tiles, tl.num_programs(0) // n_row_tiles, GROUP_M)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_r = tl.arange(0, BLOCK_R)
+
+    b_y = bias_tile(p_bias, o_n, weight.rows, BLOCK_M, BLOCK_N)
+    b_u = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    b_v = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(0, x.columns, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_x = load_tile(x, o_m, o_k)
+        b_y = dot(b_x, load_transposed(weight, o_n, o_k), b_y, PRECISION)
+        if not MASK_UPDATE:
+            b_x = drop(b_x, o_m, o_k, dropout)
+        b_u = accumulate_shrink(b_u, b_x, shrink, o_r, o_k, PRECISION)
+        if d_shrink is not None:
+            b_v = accumulate_shrink(b_v, b_x, d_shrink, o_r, o_k, PRECISION)
+
+    if i_n == 0:
+        if u is not None:
+            store_tile(u, b_u, o_m, o_r)
+        if v is not None:
+            store_tile(v, b_v, o_m, o_r)
+    b_y = low_rank_update(
+        b_y, b_u, d_expand, b_u + b_v, expand, scaling, o_m, o_n, o_r, dropout, MASK_UPDATE, DTYPE, PRECISION
+    )
+    store_tile(y, b_y, o_m, o_n)
+
+
+def linearized_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shrink: Tensor,
+    d_shrink: Tensor | None,
+    expand: Tensor | None,
+    d_expand: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    adjoint: bool = False,
+    save: bool = True,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y (M, N), u (M, r), v (M, r)) in the dtype of x; one launch, no synchronization.
+
+    Without `save` u and v are (M, 0), and so is v in the short form (`d_shrink` and `expand` both None). `config`
+    overrides what `configs.select` picks. Raises ValueError for shapes, dtypes and devices that do not fit.
+    """
+    rank = check_layer(x, weight, bias, shrink, d_shrink, expand, d_expand, dropout_p, seed)
+    m, n = x.shape[0], weight.shape[0]
+    if config is None:
+        traits = device_traits(x.device)
+        config = select(
+            "linearized_lora_linear",
+            m=m,
+            n=n,
+            rank=rank,
+            itemsize=x.element_size(),
+            architecture=traits.architecture,
+            multiprocessors=traits.multiprocessors,
+            dropout=dropout_p > 0.0,
+            descriptors=flags.describable(x, weight),
+        )
+    y = x.new_empty(m, n)
+    u = x.new_empty(m, rank if save else 0)
+    v = x.new_empty(m, rank if save and d_shrink is not None else 0)
+    if m > 0:
+        build = flags.launch if config.design == "flags" else launch
+        build(
+            x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p, seed, adjoint, y, u, v, config
+        ).run(x.device)
+    return y, u, v
+
+
+def launch(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shrink: Tensor,
+    d_shrink: Tensor | None,
+    expand: Tensor | None,
+    d_expand: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    adjoint: bool,
+    y: Tensor,
+    u: Tensor,
+    v: Tensor,
+    config: Config,
+) -> Launch:
+    """The launch of the recompute design."""
+    row_tiles, column_tiles = triton.cdiv(x.shape[0], config.block_m), triton.cdiv(weight.shape[0], config.block_n)
+    return Launch(
+        kernel=linearized_lora_linear_kernel,
+        grid=(row_tiles * max(1, column_tiles),),
+        arguments={
+            "x": matrix(x),
+            "weight": matrix(weight),
+            "p_bias": bias if bias is None else bias.contiguous(),
+            "shrink": matrix(shrink),
+            "d_shrink": matrix(d_shrink),
+            "expand": matrix(expand),
+            "d_expand": matrix(d_expand),
+            "y": matrix(y),
+            "u": matrix(u) if u.numel() else None,
+            "v": matrix(v) if v.numel() else None,
+            "scaling": scaling,
+            "dropout": dropout_argument(dropout_p, seed),
+            "MASK_UPDATE": adjoint and dropout_p > 0.0,
+            "PRECISION": dot_precision(x.dtype),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "BLOCK_R": block_r(shrink.shape[0]),
+            "GROUP_M": config.group_m,
+        },
+        config=config,
+    )

@@ -1,0 +1,236 @@
+"""lora_linear: one LoRA layer on two streams, primal and tangent, in one launch.
+
+    u = x' S0ᵀ      c = x' dSᵀ + x_t' S0ᵀ
+    y   = x   Wᵀ + b + s u E0ᵀ
+    y_t = x_t Wᵀ     + s [ c E0ᵀ + u dEᵀ ]
+    short form (B0 = 0):   y = x Wᵀ + b      y_t = x_t Wᵀ + s u dEᵀ               no dS, no E0, no c
+
+    x, x_t (M, K)   W (N, K)   b (N,)   shrink S0, d_shrink dS (r, K)   expand E0, d_expand dE (N, r)
+    y, y_t (M, N)   u, c (M, r)         x', x_t' = mask/(1-p) ⊙ x, x_t: one mask for both streams
+
+The backward is the same kernel on the transposes, with the streams swapped: x := g_t, x_t := g give (dx_t, dx) for
+(S0, dS, E0, dE) = (B0ᵀ, dBᵀ, A0ᵀ, dAᵀ), weight Wᵀ, no bias. Then `adjoint` moves the dropout mask from the shrink's
+input to the two updates. An input that had no tangent asks for no y in its backward: not `primal`. No x_t means that
+it is zero: y_t is the update alone.
+
+One program computes the same tile of y and of y_t, so every tile of W is loaded once for two products. u and c are
+recomputed by every column tile (overhead 3r / 2·BLOCK_N) and stored by the first.
+
+                K →                      BLOCK_N            r
+           ┌─────┬───                  ┌──────────┐       ┌───┐
+   BLOCK_M │  x  │ …   ·  Wᵀ, S0ᵀ, dSᵀ │    y     │       │ u │       y   += s u E0ᵀ
+           ├─────┼───      │           ├──────────┤       ├───┤
+   BLOCK_M │ x_t │ …   ·  Wᵀ, S0ᵀ      │   y_t    │       │ c │       y_t += s c E0ᵀ + s u dEᵀ
+           └─────┴───                  └──────────┘       └───┘
+
+Kept for backward: x, x_t, and u, c in x's dtype (M·r each).
+Floor: 4MNK + 6Mr(K + N) FLOPs; 2MK + NK + 2MN + 2r(K + N) + 2Mr elements, each moved once.
+Measured: not yet run on a GPU; verified in the interpreter and by ahead-of-time compilation.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import check_layer
+from .configs import Config, select
+from .device import device_traits
+from .dropout import drop, dropout_argument
+from .launch import Launch, block_r, dot_precision
+from .tiles import (
+    accumulate_shrink,
+    bias_tile,
+    dot,
+    grouped_tile,
+    load_tile,
+    load_transposed,
+    low_rank_update,
+    matrix,
+    store_tile,
+)
+
+
+@triton.jit
+def lora_linear_kernel(
+    x,
+    x_tangent,
+    weight,
+    p_bias,
+    shrink,
+    d_shrink,
+    expand,
+    d_expand,
+    y,
+    y_tangent,
+    u,
+    c,
+    scaling,
+    dropout,
+    MASK_UPDATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    DTYPE: tl.constexpr = x.pointer.dtype.element_ty
+    n_row_tiles = tl.cdiv(x.rows, BLOCK_M)
+    i_m, i_n = grouped_tile(tl.program_id(0), n_row_tiles, tl.num_programs(0) // n_row_tiles, GROUP_M)
+    o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    o_r = tl.arange(0, BLOCK_R)
+
+    b_y = bias_tile(p_bias, o_n, weight.rows, BLOCK_M, BLOCK_N)
+    b_y_tangent = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    b_u = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    b_c = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(0, x.columns, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_x = load_tile(x, o_m, o_k)
+        if y is not None or x_tangent is not None:
+            b_weight = load_transposed(weight, o_n, o_k)
+        if y is not None:
+            b_y = dot(b_x, b_weight, b_y, PRECISION)
+        if not MASK_UPDATE:
+            b_x = drop(b_x, o_m, o_k, dropout)
+        b_u = accumulate_shrink(b_u, b_x, shrink, o_r, o_k, PRECISION)
+        if d_shrink is not None:
+            b_c = accumulate_shrink(b_c, b_x, d_shrink, o_r, o_k, PRECISION)
+        if x_tangent is not None:
+            b_x_tangent = load_tile(x_tangent, o_m, o_k)
+            b_y_tangent = dot(b_x_tangent, b_weight, b_y_tangent, PRECISION)
+            if expand is not None:
+                if not MASK_UPDATE:
+                    b_x_tangent = drop(b_x_tangent, o_m, o_k, dropout)
+                b_c = accumulate_shrink(b_c, b_x_tangent, shrink, o_r, o_k, PRECISION)
+
+    if i_n == 0:
+        store_tile(u, b_u, o_m, o_r)
+        if c is not None:
+            store_tile(c, b_c, o_m, o_r)
+    if y is not None:
+        if expand is not None:
+            b_y = low_rank_update(
+                b_y, b_u, expand, b_c, None, scaling, o_m, o_n, o_r, dropout, MASK_UPDATE, DTYPE, PRECISION
+            )
+        store_tile(y, b_y, o_m, o_n)
+    b_y_tangent = low_rank_update(
+        b_y_tangent, b_u, d_expand, b_c, expand, scaling, o_m, o_n, o_r, dropout, MASK_UPDATE, DTYPE, PRECISION
+    )
+    store_tile(y_tangent, b_y_tangent, o_m, o_n)
+
+
+def lora_linear(
+    x: Tensor,
+    x_tangent: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    shrink: Tensor,
+    d_shrink: Tensor | None,
+    expand: Tensor | None,
+    d_expand: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    adjoint: bool = False,
+    primal: bool = True,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y (M, N), y_tangent (M, N), u (M, r), c (M, r)) in the dtype of x; one launch, no synchronization.
+
+    y is (0,) when not `primal`; c is (M, 0) in the short form (`d_shrink` and `expand` both None). `config` overrides
+    what `configs.select` picks. Raises ValueError for shapes, dtypes and devices that do not fit.
+    """
+    rank = check_layer(x, weight, bias, shrink, d_shrink, expand, d_expand, dropout_p, seed, x_tangent)
+    m, n = x.shape[0], weight.shape[0]
+    if config is None:
+        traits = device_traits(x.device)
+        config = select(
+            "lora_linear",
+            m=m,
+            n=n,
+            rank=rank,
+            itemsize=x.element_size(),
+            architecture=traits.architecture,
+            multiprocessors=traits.multiprocessors,
+            dropout=dropout_p > 0.0,
+        )
+    y = x.new_empty(m, n) if primal else x.new_empty(0)
+    y_tangent = x.new_empty(m, n)
+    u = x.new_empty(m, rank)
+    c = x.new_empty(m, 0 if expand is None else rank)
+    if m > 0:
+        launch(
+            x,
+            x_tangent,
+            weight,
+            bias,
+            shrink,
+            d_shrink,
+            expand,
+            d_expand,
+            scaling,
+            dropout_p,
+            seed,
+            adjoint,
+            y if primal else None,
+            y_tangent,
+            u,
+            c,
+            config,
+        ).run(x.device)
+    return y, y_tangent, u, c
+
+
+def launch(
+    x: Tensor,
+    x_tangent: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    shrink: Tensor,
+    d_shrink: Tensor | None,
+    expand: Tensor | None,
+    d_expand: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    adjoint: bool,
+    y: Tensor | None,
+    y_tangent: Tensor,
+    u: Tensor,
+    c: Tensor,
+    config: Config,
+) -> Launch:
+    """The launch that fills y (unless None), y_tangent, u and c (unless it has no columns)."""
+    row_tiles, column_tiles = triton.cdiv(x.shape[0], config.block_m), triton.cdiv(weight.shape[0], config.block_n)
+    return Launch(
+        kernel=lora_linear_kernel,
+        grid=(row_tiles * max(1, column_tiles),),
+        arguments={
+            "x": matrix(x),
+            "x_tangent": matrix(x_tangent),
+            "weight": matrix(weight),
+            "p_bias": bias if bias is None else bias.contiguous(),
+            "shrink": matrix(shrink),
+            "d_shrink": matrix(d_shrink),
+            "expand": matrix(expand),
+            "d_expand": matrix(d_expand),
+            "y": matrix(y),
+            "y_tangent": matrix(y_tangent),
+            "u": matrix(u),
+            "c": matrix(c) if c.numel() else None,
+            "scaling": scaling,
+            "dropout": dropout_argument(dropout_p, seed),
+            "MASK_UPDATE": adjoint and dropout_p > 0.0,
+            "PRECISION": dot_precision(x.dtype),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "BLOCK_K": config.block_k,
+            "BLOCK_R": block_r(shrink.shape[0]),
+            "GROUP_M": config.group_m,
+        },
+        config=config,
+    )

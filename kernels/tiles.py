@@ -1,0 +1,135 @@
+"""What the kernels share: matrices, loads, dots and the two low-rank steps, each a few lines of Triton.
+
+Names inside kernels: a bare word (``x``, ``shrink``) is a `Matrix`, ``b_`` a block in registers, ``p_`` a pointer,
+``d_`` a tensor descriptor, ``o_`` offsets, ``m_`` a mask, ``i_`` an index. Offsets are widened to 64 bits before they
+meet a stride, so tensors may have more than 2³¹ elements, and any strides.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dropout import keep_mask
+
+# The interpreter holds bf16 as raw 16-bit integers, and its dot multiplies those. True only there.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
+
+class Matrix(NamedTuple):
+    """A 2-D tensor as a kernel argument. A stride of one is a compile-time constant, like any integer argument."""
+
+    pointer: Any
+    rows: Any
+    columns: Any
+    stride_row: Any
+    stride_column: Any
+
+
+def matrix(tensor: Tensor | None) -> Matrix | None:
+    """The kernel argument of a 2-D tensor. None stays None, and the kernel compiles without it."""
+    return None if tensor is None else Matrix(tensor, *tensor.shape, *tensor.stride())
+
+
+@triton.jit
+def grouped_tile(i_tile, n_row_tiles, n_column_tiles, GROUP_M: tl.constexpr):
+    """(row, column) of a tile, walking the columns of GROUP_M rows at a time so that both operands stay in L2."""
+    first_row = i_tile // (GROUP_M * n_column_tiles) * GROUP_M
+    n_rows = min(n_row_tiles - first_row, GROUP_M)
+    i_local = i_tile % (GROUP_M * n_column_tiles)
+    return first_row + i_local % n_rows, i_local // n_rows
+
+
+@triton.jit
+def dot(b_a, b_b, b_accumulator, PRECISION: tl.constexpr):
+    """accumulator + a b in fp32."""
+    if INTERPRETED and b_a.dtype == tl.bfloat16:
+        b_a = b_a.to(tl.float32)
+        b_b = b_b.to(tl.float32)
+    return tl.dot(b_a, b_b, b_accumulator, input_precision=PRECISION)
+
+
+@triton.jit
+def load_tile(a, o_row, o_column, CACHE: tl.constexpr = ""):
+    """a[o_row, o_column] (rows, columns), zero outside a. CACHE ".cg" reads past L1 what other programs wrote."""
+    m_tile = (o_row < a.rows)[:, None] & (o_column < a.columns)[None, :]
+    o_tile = o_row.to(tl.int64)[:, None] * a.stride_row + o_column.to(tl.int64)[None, :] * a.stride_column
+    return tl.load(a.pointer + o_tile, mask=m_tile, other=0.0, cache_modifier=CACHE)
+
+
+@triton.jit
+def load_transposed(a, o_row, o_column):
+    """a[o_row, o_column]ᵀ (columns, rows), zero outside a."""
+    m_tile = (o_column < a.columns)[:, None] & (o_row < a.rows)[None, :]
+    o_tile = o_column.to(tl.int64)[:, None] * a.stride_column + o_row.to(tl.int64)[None, :] * a.stride_row
+    return tl.load(a.pointer + o_tile, mask=m_tile, other=0.0)
+
+
+@triton.jit
+def store_tile(a, b_tile, o_row, o_column):
+    """a[o_row, o_column] = tile, inside a; rounds to a's dtype, the only rounding an output sees."""
+    m_tile = (o_row < a.rows)[:, None] & (o_column < a.columns)[None, :]
+    o_tile = o_row.to(tl.int64)[:, None] * a.stride_row + o_column.to(tl.int64)[None, :] * a.stride_column
+    tl.store(a.pointer + o_tile, b_tile.to(a.pointer.dtype.element_ty), mask=m_tile)
+
+
+@triton.jit
+def accumulate_shrink(b_u, b_x, factor, o_r, o_k, PRECISION: tl.constexpr):
+    """One K step of u = x factorᵀ, factor (R, K)."""
+    b_factor = load_transposed(factor, o_r, o_k)
+    return dot(b_x, b_factor.to(b_x.dtype), b_u, PRECISION)
+
+
+@triton.jit
+def accumulate_expand(b_y, b_u, factor, o_n, o_r, PRECISION: tl.constexpr):
+    """y + u factorᵀ, factor (N, R) and u in the dtype of the dots, s included."""
+    b_factor = load_transposed(factor, o_n, o_r)
+    return dot(b_u, b_factor.to(b_u.dtype), b_y, PRECISION)
+
+
+@triton.jit
+def add_masked(b_y, b_update, o_m, o_n, dropout):
+    """y + mask/(1-p) ⊙ update."""
+    return b_y + tl.where(keep_mask(o_m, o_n, dropout), b_update * dropout.inverse_keep, 0.0)
+
+
+@triton.jit
+def low_rank_update(
+    b_y,
+    b_u,
+    u_factor,
+    b_v,
+    v_factor,
+    scaling,
+    o_m,
+    o_n,
+    o_r,
+    dropout,
+    MASKED: tl.constexpr,
+    DTYPE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """y + s [ u u_factorᵀ + v v_factorᵀ ], factors (N, R) and a term with no factor left out.
+
+    s multiplies the fp32 u and v before their only rounding, so that the update needs no accumulator of its own.
+
+    MASKED is dropout seen from its output, as the backward of a masked shrink needs it: y + mask/(1-p) ⊙ s [ … ].
+    """
+    b_update = tl.zeros_like(b_y) if MASKED else b_y
+    if u_factor is not None:
+        b_update = accumulate_expand(b_update, (b_u * scaling).to(DTYPE), u_factor, o_n, o_r, PRECISION)
+    if v_factor is not None:
+        b_update = accumulate_expand(b_update, (b_v * scaling).to(DTYPE), v_factor, o_n, o_r, PRECISION)
+    return add_masked(b_y, b_update, o_m, o_n, dropout) if MASKED else b_update
+
+
+@triton.jit
+def bias_tile(p_bias, o_n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The accumulator an output tile starts from: a contiguous bias (N,) in every row, or zero without one."""
+    b_y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    if p_bias is not None:
+        b_y += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+    return b_y

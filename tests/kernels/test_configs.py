@@ -1,0 +1,86 @@
+"""The configuration table and the function that picks from it."""
+
+import dataclasses
+import subprocess
+import sys
+
+import pytest
+import torch
+from linlora.kernels.configs import TABLE, select
+from linlora.kernels.linearized_lora_linear_flags import describable
+
+from linlora import kernels
+
+H100 = {"architecture": 90, "multiprocessors": 132}
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["no-dropout", "dropout"])
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize("op", ["linearized_lora_linear", "lora_linear", "factor_gradients"])
+def test_every_rank_and_shape_is_served(op, architecture, itemsize, dropout):
+    for rank in (1, 16, 17, 64, 65, 128, 256):
+        for m in (1, 16, 17, 512, 100_000):
+            select(
+                op, m=m, n=4096, rank=rank, itemsize=itemsize, architecture=architecture, multiprocessors=132,
+                dropout=dropout,
+            )  # fmt: skip
+
+
+def test_every_row_can_be_picked():
+    picked = set()
+    for row in TABLE:
+        for architecture in row.architectures:
+            for dropout in (False, True):
+                for m in (1, 100, 100_000):
+                    for descriptors in (False, True):
+                        picked.add(
+                            select(
+                                row.op, m=m, n=4096, rank=row.rank, itemsize=row.itemsize, dropout=dropout,
+                                architecture=architecture, multiprocessors=132, descriptors=descriptors,
+                            )
+                        )  # fmt: skip
+    assert {row.config for row in TABLE} == picked
+
+
+def test_flags_serve_what_descriptors_can_read_beyond_the_small_shapes():
+    large = {"m": 8192, "n": 4096, "rank": 16, "itemsize": 2}
+    assert select("linearized_lora_linear", **large, **H100, descriptors=True).design == "flags"
+    assert select("linearized_lora_linear", **large, **H100, descriptors=False).design == "recompute"
+    assert select("linearized_lora_linear", **{**large, "m": 16}, **H100, descriptors=True).design == "recompute"
+    assert select("linearized_lora_linear", **large, architecture=80, multiprocessors=108).design == "recompute"
+
+
+def test_describable_asks_for_16_byte_rows():
+    x, weight = torch.zeros(8, 64, dtype=torch.float16), torch.zeros(32, 64, dtype=torch.float16)
+    assert describable(x, weight)
+    assert describable(x, weight.t().contiguous().t())
+    assert not describable(x[:, 1:], weight[:, 1:])
+    assert not describable(x, weight[:29])
+    assert not describable(x[:, ::2], weight[:, ::2])
+    assert not describable(x[:, :0], weight[:, :0])
+
+
+def test_a_config_is_frozen():
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        TABLE[0].config.block_m = 1
+
+
+def test_no_row_serves_an_unknown_op():
+    with pytest.raises(ValueError, match="no configuration of conv"):
+        select("conv", m=1, n=1, rank=1, itemsize=2, **H100)
+
+
+def test_availability_names_the_remedy(device):
+    assert kernels.availability(device) is None
+
+
+def test_the_package_imports_without_triton_and_says_so():
+    program = """
+import sys
+sys.modules["triton"] = None
+from linlora import kernels
+print(kernels.availability("cpu"))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert "Triton is not installed" in done.stdout
