@@ -119,12 +119,12 @@ def build(case: Case) -> Launch:
     bias = None if adjoint else _meta(dtype, N)
     shrink, expand = weight_like(factor_dtype, rank, K), weight_like(factor_dtype, N, rank)
     layer = (weight, bias, shrink, shrink if pair else None, expand if pair else None, expand, 2.0, dropout_p, seed)
-    v = u if pair else _meta(dtype, M, 0)
+    c = u if pair else _meta(dtype, M, 0)
     if case.row.op == "linearized_lora_linear":
         launch = launch_flags if config.design == "flags" else launch_recompute
-        return launch(x, *layer, adjoint, y, u, v, config)
+        return launch(x, *layer, adjoint, y, u, c, config)
     untangled = "untangled" in variant  # the backward of a layer whose input had no tangent: no y
-    return launch_lora_linear(x, x, *layer, adjoint, None if untangled else y, y, u, v, config)
+    return launch_lora_linear(x, x, *layer, adjoint, None if untangled else y, y, u, c, config)
 
 
 def check(case: Case) -> Result:

@@ -39,8 +39,8 @@ def _linearized_lora_linear_op(
 @_linearized_lora_linear_op.register_fake
 def _(x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p=0.0, seed=None, adjoint=False, save=True):
     m, rank = x.shape[0], shrink.shape[0]
-    v_rank = rank if save and d_shrink is not None else 0
-    return x.new_empty(m, weight.shape[0]), x.new_empty(m, rank if save else 0), x.new_empty(m, v_rank)
+    c_rank = rank if save and d_shrink is not None else 0
+    return x.new_empty(m, weight.shape[0]), x.new_empty(m, rank if save else 0), x.new_empty(m, c_rank)
 
 
 @custom_op("linlora::lora_linear", mutates_args=())
@@ -108,7 +108,7 @@ def _(p, g, q, x, scaling, out_dtype, dropout_p=0.0, seed=None):
 
 
 def linearized_lora_linear(*args, **kwargs) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, u, v): see `linlora.kernels.linearized_lora_linear`; an opaque operator while torch.compile traces."""
+    """(y, u, c): see `linlora.kernels.linearized_lora_linear`; an opaque operator while torch.compile traces."""
     if torch.compiler.is_compiling():
         return _linearized_lora_linear_op(*args, **kwargs)
     return _linearized_lora_linear(*args, **kwargs)

@@ -1,10 +1,10 @@
 """linearized_lora_linear: one LoRA layer with its tangent folded in, y + y_t, in one launch.
 
-    u = x' S0ᵀ      v = x' dSᵀ      y = x Wᵀ + b + s [ (u + v) E0ᵀ + u dEᵀ ]
-    short form (B0 = 0):            y = x Wᵀ + b + s u dEᵀ                        no dS, no E0, no v
+    u = x' S0ᵀ      c = x' (S0 + dS)ᵀ      y = x Wᵀ + b + s [ c E0ᵀ + u dEᵀ ]
+    short form (B0 = 0):                   y = x Wᵀ + b + s u dEᵀ                no dS, no E0, no c
 
     x (M, K)   W (N, K)   b (N,)   shrink S0, d_shrink dS (r, K)   expand E0, d_expand dE (N, r)
-    y (M, N)   u, v (M, r)         x' = mask/(1-p) ⊙ x
+    y (M, N)   u, c (M, r)         x' = mask/(1-p) ⊙ x
 
 Forward and backward are one kernel, for the operator is self-adjoint up to transposes:
 
@@ -14,16 +14,16 @@ Forward and backward are one kernel, for the operator is self-adjoint up to tran
 The dropout mask lies over the shrink's input in the forward (x'; the frozen product sees x) and over the update in
 the backward: adjoint, y = x Wᵀ + mask/(1-p) ⊙ s [ … ].
 
-One program computes one tile of y. A tile of x is loaded once and feeds W and both shrinks, so u and v cost each
+One program computes one tile of y. A tile of x is loaded once and feeds W and both shrinks, so u and c cost each
 column tile 4·BLOCK_M·r·K FLOPs more (overhead 2r / BLOCK_N) and no traffic; the first column stores them. Beyond
-small M `linearized_lora_linear_flags` computes u and v once instead, where the tensors' alignment allows.
+small M `linearized_lora_linear_flags` computes u and c once instead, where the tensors' alignment allows.
 
                 K →                        BLOCK_N        r      r
            ┌─────┬───                   ┌──────────┐    ┌───┐  ┌───┐     after the loop over K:
-   BLOCK_M │  x  │ …   ·  Wᵀ, S0ᵀ, dSᵀ  │    y     │    │ u │  │ v │       y += s (u + v) E0ᵀ
+   BLOCK_M │  x  │ …   ·  Wᵀ, S0ᵀ, dSᵀ  │    y     │    │ u │  │ c │       y += s c E0ᵀ
            └─────┴───                   └──────────┘    └───┘  └───┘       y += s u dEᵀ
 
-Kept for backward: x, and u, v in x's dtype (M·r each).
+Kept for backward: x, and u, c in x's dtype (M·r each).
 Floor: 2MNK + 4Mr(K + N) FLOPs; MK + NK + MN + 2r(K + N) + 2Mr elements, each moved once.
 Measured: not yet run on a GPU; verified in the interpreter and by ahead-of-time compilation.
 """
@@ -64,7 +64,7 @@ def linearized_lora_linear_kernel(
     d_expand,
     y,
     u,
-    v,
+    c,
     scaling,
     dropout,
     MASK_UPDATE: tl.constexpr,
@@ -98,8 +98,8 @@ def linearized_lora_linear_kernel(
     if i_n == 0:
         if u is not None:
             store_tile(u, b_u, o_m, o_r)
-        if v is not None:
-            store_tile(v, b_v, o_m, o_r)
+        if c is not None:
+            store_tile(c, b_u + b_v, o_m, o_r)
     b_y = low_rank_update(
         b_y, b_u, d_expand, b_u + b_v, expand, scaling, o_m, o_n, o_r, dropout, MASK_UPDATE, DTYPE, PRECISION
     )
@@ -121,9 +121,9 @@ def linearized_lora_linear(
     save: bool = True,
     config: Config | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y (M, N), u (M, r), v (M, r)) in the dtype of x; one launch, no synchronization.
+    """(y (M, N), u (M, r), c (M, r)) in the dtype of x; one launch, no synchronization.
 
-    Without `save` u and v are (M, 0), and so is v in the short form (`d_shrink` and `expand` both None). `config`
+    Without `save` u and c are (M, 0), and so is c in the short form (`d_shrink` and `expand` both None). `config`
     overrides what `configs.select` picks. Raises ValueError for shapes, dtypes and devices that do not fit.
     """
     rank = check_layer(x, weight, bias, shrink, d_shrink, expand, d_expand, dropout_p, seed)
@@ -143,13 +143,13 @@ def linearized_lora_linear(
         )
     y = x.new_empty(m, n)
     u = x.new_empty(m, rank if save else 0)
-    v = x.new_empty(m, rank if save and d_shrink is not None else 0)
+    c = x.new_empty(m, rank if save and d_shrink is not None else 0)
     if m > 0:
         build = flags.launch if config.design == "flags" else launch
         build(
-            x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p, seed, adjoint, y, u, v, config
+            x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p, seed, adjoint, y, u, c, config
         ).run(x.device)
-    return y, u, v
+    return y, u, c
 
 
 def launch(
@@ -166,7 +166,7 @@ def launch(
     adjoint: bool,
     y: Tensor,
     u: Tensor,
-    v: Tensor,
+    c: Tensor,
     config: Config,
 ) -> Launch:
     """The launch of the recompute design."""
@@ -184,7 +184,7 @@ def launch(
             "d_expand": matrix(d_expand),
             "y": matrix(y),
             "u": matrix(u) if u.numel() else None,
-            "v": matrix(v) if v.numel() else None,
+            "c": matrix(c) if c.numel() else None,
             "scaling": scaling,
             "dropout": dropout_argument(dropout_p, seed),
             "MASK_UPDATE": adjoint and dropout_p > 0.0,

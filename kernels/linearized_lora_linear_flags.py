@@ -1,6 +1,6 @@
-"""linearized_lora_linear beyond small M: persistent programs that share u and v through flags, in one launch.
+"""linearized_lora_linear beyond small M: persistent programs that share u and c through flags, in one launch.
 
-    u = x' S0ᵀ      v = x' dSᵀ      y = x Wᵀ + b + s [ (u + v) E0ᵀ + u dEᵀ ]        (see `linearized_lora_linear`)
+    u = x' S0ᵀ      c = x' (S0 + dS)ᵀ      y = x Wᵀ + b + s [ c E0ᵀ + u dEᵀ ]        (see `linearized_lora_linear`)
 
 [S0; dS] counts as more columns of tiles, 64 ranks each. A program draws tiles from a ticket counter, in groups of
 GROUP_M rows:
@@ -8,12 +8,12 @@ GROUP_M rows:
                     shrink     output tiles, column after column
                    ┌──────┐  ┌─────────┬─────────┬───
     group   row 0  │  0   │  │    2    │    4    │  …        output tile: whole loop over K, then wait for the row's
-            row 1  │  1   │  │    3    │    5    │           flag, add s [ … ] from u and v, store y
+            row 1  │  1   │  │    3    │    5    │           flag, add s [ … ] from u and c, store y
                    └──────┘  └─────────┴─────────┴───
 
 The shrink costs 2r / N instead of the recompute's 2r / BLOCK_N, and waits hide behind loops over K. The protocol:
 
-* A shrink tile stores s u and s (u + v), then counts itself in the flag of its row (release). An output tile waits
+* A shrink tile stores s u and s c, then counts itself in the flag of its row (release). An output tile waits
   (acquire) until all shrink tiles of the row are counted, and counts itself when it has read. The last one of the row
   sets the flag back to 0; the program that draws the last ticket of all sets the counter back to 0. So the buffer is
   all zeros between launches, with no epoch and no memset.
@@ -23,8 +23,8 @@ The shrink costs 2r / N instead of the recompute's 2r / BLOCK_N, and waits hide 
 x, W and y go through tensor descriptors (TMA), hence the conditions of `describable`; a transposed weight is read
 through the descriptor of its contiguous transpose.
 
-Kept for backward: x, and u, v in x's dtype (M·r each).
-Floor: 2MNK + 4Mr(K + N) FLOPs; MK + NK + MN + 2r(K + N) + 2Mr elements, each moved once; the shared s u and s (u + v)
+Kept for backward: x, and u, c in x's dtype (M·r each).
+Floor: 2MNK + 4Mr(K + N) FLOPs; MK + NK + MN + 2r(K + N) + 2Mr elements, each moved once; the shared s u and s c
 are 4Mr more.
 Measured: not yet run on a GPU; verified in the interpreter and by ahead-of-time compilation.
 """
@@ -62,9 +62,9 @@ def shrink_tile(
     shrink,
     d_shrink,
     u,
-    v,
+    c,
     su,
-    su_plus_sv,
+    sc,
     p_flag,
     K,
     scaling,
@@ -74,7 +74,7 @@ def shrink_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """BLOCK_R columns of u and v, released by the row's flag."""
+    """BLOCK_R columns of u and c, released by the row's flag."""
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_r = i_r * BLOCK_R + tl.arange(0, BLOCK_R)
     b_u = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
@@ -87,11 +87,11 @@ def shrink_tile(
             b_v = accumulate_shrink(b_v, b_x, d_shrink, o_r, o_k, PRECISION)
     if u is not None:
         store_tile(u, b_u, o_m, o_r)
-    if v is not None:
-        store_tile(v, b_v, o_m, o_r)
+    if c is not None:
+        store_tile(c, b_u + b_v, o_m, o_r)
     store_tile(su, b_u * scaling, o_m, o_r)
     if d_shrink is not None:
-        store_tile(su_plus_sv, (b_u + b_v) * scaling, o_m, o_r)
+        store_tile(sc, (b_u + b_v) * scaling, o_m, o_r)
     tl.debug_barrier()  # every thread has stored before one of them releases
     tl.atomic_add(p_flag, 1, sem="release")
 
@@ -107,7 +107,7 @@ def output_tile(
     d_expand,
     d_y,
     su,
-    su_plus_sv,
+    sc,
     p_flag,
     N,
     K,
@@ -122,7 +122,7 @@ def output_tile(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
-    """One tile of y. It waits for the row's u and v only after its own loop over K."""
+    """One tile of y. It waits for the row's u and c only after its own loop over K."""
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
     b_y = bias_tile(p_bias, o_n, N, BLOCK_M, BLOCK_N)
@@ -139,8 +139,8 @@ def output_tile(
         b_su = load_tile(su, o_m, o_r, CACHE=".cg")
         b_update = accumulate_expand(b_update, b_su, d_expand, o_n, o_r, PRECISION)
         if expand is not None:
-            b_su_plus_sv = load_tile(su_plus_sv, o_m, o_r, CACHE=".cg")
-            b_update = accumulate_expand(b_update, b_su_plus_sv, expand, o_n, o_r, PRECISION)
+            b_sc = load_tile(sc, o_m, o_r, CACHE=".cg")
+            b_update = accumulate_expand(b_update, b_sc, expand, o_n, o_r, PRECISION)
     b_y = add_masked(b_y, b_update, o_m, o_n, dropout) if MASK_UPDATE else b_update
     d_y.store([i_m * BLOCK_M, i_n * BLOCK_N], b_y.to(d_y.dtype))
     if tl.atomic_add(p_flag, 1, sem="relaxed") == n_shrink_tiles + n_output_tiles - 1:  # the last tile of the row
@@ -158,9 +158,9 @@ def linearized_lora_linear_flags_kernel(
     d_expand,
     d_y,
     u,
-    v,
+    c,
     su,
-    su_plus_sv,
+    sc,
     p_counters,
     M,
     N,
@@ -195,9 +195,9 @@ def linearized_lora_linear_flags_kernel(
                 shrink,
                 d_shrink,
                 u,
-                v,
+                c,
                 su,
-                su_plus_sv,
+                sc,
                 p_flag,
                 K,
                 scaling,
@@ -218,7 +218,7 @@ def linearized_lora_linear_flags_kernel(
                 d_expand,
                 d_y,
                 su,
-                su_plus_sv,
+                sc,
                 p_flag,
                 N,
                 K,
@@ -238,7 +238,7 @@ def linearized_lora_linear_flags_kernel(
         tl.atomic_xchg(p_ticket, 0, sem="relaxed")
 
 
-# u and v of a shrink tile, 64 ranks each, take the registers that an output tile has for y.
+# u and c of a shrink tile, 64 ranks each, take the registers that an output tile has for y.
 RANKS_PER_SHRINK_TILE = 64
 
 
@@ -271,7 +271,7 @@ def launch(
     adjoint: bool,
     y: Tensor,
     u: Tensor,
-    v: Tensor,
+    c: Tensor,
     config: Config,
 ) -> Launch:
     """The launch of the flags design."""
@@ -287,7 +287,7 @@ def launch(
     tiles = row_tiles * (triton.cdiv(rank, rank_block) + triton.cdiv(n, config.block_n))
     programs = config.programs or device_traits(x.device).multiprocessors
     su = x.new_empty(m, rank)
-    su_plus_sv = None if expand is None else x.new_empty(m, rank)
+    sc = None if expand is None else x.new_empty(m, rank)
     return Launch(
         kernel=linearized_lora_linear_flags_kernel,
         grid=(min(programs, tiles),),
@@ -301,9 +301,9 @@ def launch(
             "d_expand": matrix(d_expand),
             "d_y": TensorDescriptor.from_tensor(y, [config.block_m, config.block_n]),
             "u": matrix(u) if u.numel() else None,
-            "v": matrix(v) if v.numel() else None,
+            "c": matrix(c) if c.numel() else None,
             "su": matrix(su),
-            "su_plus_sv": matrix(su_plus_sv),
+            "sc": matrix(sc),
             "p_counters": counters(x.device, 1 + row_tiles),
             "M": m,
             "N": n,

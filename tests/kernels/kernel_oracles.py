@@ -40,18 +40,18 @@ def mask_of(like: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | flo
 def linearized_lora_linear(
     x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p=0.0, seed=None, adjoint=False
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, u, v) of the self-adjoint form."""
+    """(y, u, c) of the self-adjoint form."""
     x, weight, bias, shrink, d_shrink, expand, d_expand = wide(x, weight, bias, shrink, d_shrink, expand, d_expand)
     low = x if adjoint else x * mask_of(x, dropout_p, seed)
     u = low @ shrink.t()
     update = u @ d_expand.t()
-    v = u.new_empty(u.shape[0], 0)
+    c = u.new_empty(u.shape[0], 0)
     if expand is not None:
-        v = low @ d_shrink.t()
-        update = update + (u + v) @ expand.t()
+        c = low @ (shrink + d_shrink).t()
+        update = update + c @ expand.t()
     y = x @ weight.t() + (0 if bias is None else bias)
     update = scaling * update
-    return y + (update * mask_of(update, dropout_p, seed) if adjoint else update), u, v
+    return y + (update * mask_of(update, dropout_p, seed) if adjoint else update), u, c
 
 
 def lora_linear(

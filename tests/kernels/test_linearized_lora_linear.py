@@ -110,20 +110,20 @@ def test_one_kernel_is_its_own_backward(device, design):
 @pytest.mark.parametrize("design", DESIGNS)
 def test_without_save_only_y_is_returned(device, design, short):
     arguments = layer(20, 40, 64, 8, FP32, device, short=short)
-    y, u, v = linearized_lora_linear(**arguments, scaling=0.7, save=False, config=design)
-    assert u.shape == v.shape == (20, 0)
+    y, u, c = linearized_lora_linear(**arguments, scaling=0.7, save=False, config=design)
+    assert u.shape == c.shape == (20, 0)
     assert_close("y", y, oracle.linearized_lora_linear(**arguments, scaling=0.7)[0])
 
 
 def test_empty_sides(device):
-    y, u, v = linearized_lora_linear(**layer(0, 40, 64, 8, FP32, device), scaling=1.0)
+    y, u, c = linearized_lora_linear(**layer(0, 40, 64, 8, FP32, device), scaling=1.0)
     assert y.shape == (0, 40)
-    assert u.shape == v.shape == (0, 8)
+    assert u.shape == c.shape == (0, 8)
     no_input = layer(5, 40, 0, 8, FP32, device)
-    y, u, v = linearized_lora_linear(**no_input, scaling=1.0)
+    y, u, c = linearized_lora_linear(**no_input, scaling=1.0)
     assert torch.equal(y, no_input["bias"].expand(5, 40))
     assert not u.any()
-    assert not v.any()
+    assert not c.any()
     y, u, _ = linearized_lora_linear(**(no_output := layer(5, 0, 64, 8, FP32, device)), scaling=1.0)
     assert y.shape == (5, 0)
     assert_close("u", u, no_output["x"].double() @ no_output["shrink"].double().t())
