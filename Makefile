@@ -1,0 +1,67 @@
+# The jobs of this repository, each one command. They run in .venv, which is set up on first use; with PYTHON they run
+# in an environment of yours, which is left as it is:
+#   make gpu-check PYTHON=python OUT=/tmp/results
+# gpu-check is gpu-test, gpu-sanitize and gpu-bench; each command is bounded by LIMIT and can be run by itself.
+
+ifeq ($(origin PYTHON), undefined)
+PYTHON := .venv/bin/python
+READY := .venv/.installed
+endif
+SANITIZER ?= compute-sanitizer
+LIMIT ?= 580s
+# The folder of the JSON files: bench/results/h200 on an NVIDIA H200.
+OUT ?= bench/results/$(shell $(PYTHON) -m linlora.bench.environment)
+# pytest-xdist workers on the GPU; they share its memory.
+WORKERS ?= 4
+
+.PHONY: install test lint quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
+  gpu-bench-compiled require-gpu
+
+install: $(READY)
+
+.venv/.installed: pyproject.toml setup.py
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -e '.[test]'
+	touch $@
+
+# What .ci/run runs: style, types, doctests and tests (on the GPU where there is one).
+test: lint
+	$(PYTHON) -m pytest -q -n auto
+
+lint: $(READY)
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+	$(PYTHON) -m mypy
+
+quickstart: $(READY)
+	$(PYTHON) -m linlora.cli quickstart
+
+bench: $(READY)
+	$(PYTHON) -m linlora.bench
+
+gpu-check: gpu-test gpu-sanitize gpu-bench
+
+# The whole test suite: the tests run on the GPU, with real dtypes, where there is one.
+gpu-test: require-gpu
+	timeout $(LIMIT) $(PYTHON) -m pytest -q -n $(WORKERS)
+
+# Every kernel at small shapes and the flag protocol at a large one; the caching allocator would hide overruns.
+gpu-sanitize: gpu-memcheck gpu-racecheck
+
+gpu-memcheck gpu-racecheck: gpu-%: require-gpu
+	@command -v $(SANITIZER) > /dev/null || { \
+	  echo "$(SANITIZER) is not on the PATH: it comes with the CUDA toolkit, or with"; \
+	  echo "'pip install nvidia-cuda-sanitizer-api'; name it with SANITIZER=..."; exit 1; }
+	PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $(LIMIT) \
+	  $(SANITIZER) --tool $* --error-exitcode 9 $(PYTHON) -m linlora.bench.sanitize
+
+# One JSON a run under $(OUT); the exit status is 1 when a correctness check is red.
+gpu-bench: require-gpu
+	timeout $(LIMIT) $(PYTHON) -m linlora.bench --suite gpu --device cuda --seconds 480 --out $(OUT)
+
+# Not part of gpu-check: torch.compile takes most of the time.
+gpu-bench-compiled: require-gpu
+	timeout $(LIMIT) $(PYTHON) -m linlora.bench --suite compiled --compiled --device cuda --seconds 480 --out $(OUT)
+
+require-gpu: $(READY)
+	@$(PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no CUDA GPU is available to torch')"

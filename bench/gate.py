@@ -1,0 +1,102 @@
+"""The correctness gate: no time is printed for a job whose results differ from a float64 reference.
+
+Results are compared by ‖out − ref‖ / ‖ref‖, output and every gradient by itself:
+
+    y, y_tangent                what the layer returns
+    grad_x, grad_x_tangent      gradients of its inputs
+    grad_A, grad_B              gradients of the trained factors (of dA and dB for a linearization)
+    loss, grad_B                of a whole model, grad_B over all of its layers
+
+A result passes below the tolerance of its dtype, or at up to 1.2 times the error of linlora's composed torch path in
+the same dtype. A gradient that is zero by the mathematics (of dA at B0 = 0) may be absent.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from linlora import baselines, reference
+
+from .cases import Case
+from .data import LayerData
+from .models import ModelJob
+
+Errors = dict[str, float]
+
+_LAYER_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
+_MODEL_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-2}  # 16 bit: every layer adds its roundings
+_SLACK = 1.2
+
+
+def expected(case: Case, function: str, data: LayerData | None, device: torch.device) -> dict[str, Tensor]:
+    """What a provider of `function` ("frozen", "plain" or "linearized") has to compute, in float64."""
+    if case.op == "model":
+        prepare = partial(baselines.linearize_with_functorch, over="adapter")
+        train = function != "frozen"
+        job = ModelJob(
+            case, device, prepare if function == "linearized" else lambda model: None, train=train, exact=True
+        )
+        return job.results()
+    assert data is not None
+    return _expected_layer(case, function, data)
+
+
+def errors(results: dict[str, Tensor], expected: dict[str, Tensor]) -> Errors:
+    """The relative error of every expected result; inf for one that is missing or not finite."""
+    return {name: _relative_error(results.get(name), reference) for name, reference in expected.items()}
+
+
+def verdict(case: Case, found: Errors, composed: Errors | None = None) -> str | None:
+    """None when every error is allowed, else the worst offender in words. `composed` are those of the torch path."""
+    tolerance = (_MODEL_TOLERANCE if case.op == "model" else _LAYER_TOLERANCE)[case.dtype]
+    limits = {name: max(tolerance, _SLACK * (composed or {}).get(name, 0.0)) for name in found}
+    wrong = {name: error for name, error in found.items() if not error <= limits[name]}
+    if not wrong:
+        return None
+    name = max(wrong, key=lambda name: wrong[name] / limits[name])
+    return f"{name}: rel err {wrong[name]:.1e} > {limits[name]:.0e}"
+
+
+def _relative_error(result: Tensor | None, reference: Tensor) -> float:
+    norm = reference.norm().item()
+    if result is None:
+        return 0.0 if norm == 0.0 else math.inf
+    if result.shape != reference.shape:
+        return math.inf
+    error = (result.double() - reference).norm().item() / (norm or 1.0)
+    return error if math.isfinite(error) else math.inf
+
+
+def _expected_layer(case: Case, function: str, data: LayerData) -> dict[str, Tensor]:
+    wide: dict[str, Any] = {
+        name: None if tensor is None else tensor.detach().double()
+        for name, tensor in vars(data).items()
+        if tensor is None or isinstance(tensor, Tensor)
+    }
+    x, x_tangent, weight, bias = (wide[name] for name in ("x", "x_tangent", "weight", "bias"))
+    A0, B0, dA, dB = (wide[name] for name in ("A0", "B0", "dA", "dB"))
+    if function == "plain":
+        A0, B0, dA, dB = wide["A"], None, None, wide["B"]  # with A0 trained this is plain LoRA (see linlora.reference)
+    leaves = {"grad_x": x, "grad_x_tangent": x_tangent}
+    if function != "frozen":
+        leaves |= {"grad_A": A0 if function == "plain" else dA, "grad_B": dB}
+    leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf is not None}
+
+    outputs: Any
+    if function == "frozen":
+        outputs = (linear(x, weight, bias), *(() if x_tangent is None else (linear(x_tangent, weight),)))
+    elif x_tangent is not None:
+        outputs = reference.lora_linear(x, weight, bias, A0, B0, dA, dB, data.scaling, x_tangent)
+    else:
+        outputs = (reference.linearized_lora_linear(x, weight, bias, A0, B0, dA, dB, data.scaling),)
+    named = dict(zip(("y", "y_tangent"), outputs, strict=False))
+    if case.phase != "forward":
+        cotangents = [cotangent.double() for cotangent in data.cotangents]
+        named.update(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), cotangents), strict=True))
+    return {name: tensor.detach() for name, tensor in named.items()}

@@ -1,0 +1,84 @@
+"""A job: one provider's work on one case, ready to be checked, timed and weighed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+import linlora
+
+from .data import LayerData
+
+
+class Job(Protocol):
+    """What the gate, the clock and the scale ask of a job."""
+
+    def context(self) -> ExitStack:
+        """What is switched on around a run of steps and is not part of their time: the backend, the grad mode."""
+
+    def step(self) -> Any:
+        """The work that is timed."""
+
+    def results(self) -> dict[str, Tensor]:
+        """What the step computes, by the names of `linlora.bench.gate`."""
+
+    def resident(self) -> Iterable[Tensor]:
+        """What stays in memory between steps: parameters, buffers, inputs, optimizer state."""
+
+
+class Layer(NamedTuple):
+    """A provider's layer: inputs → outputs, with the parameters it trains ("A", "B") and every tensor it holds."""
+
+    forward: Callable[..., Any]
+    trainable: dict[str, Tensor]
+    tensors: list[Tensor]
+
+
+class LayerJob:
+    """The forward, or the forward and the backward, of one layer."""
+
+    def __init__(
+        self, layer: Layer, data: LayerData, phase: str, backend: str | None = None, compiled: bool = False
+    ) -> None:
+        self.data, self.backend, self.differentiates = data, backend, phase == "forward_backward"
+        self.forward = torch.compile(layer.forward, dynamic=False) if compiled else layer.forward
+        self.tensors = layer.tensors
+        self.leaves = {"grad_x": data.x}
+        if data.x_tangent is not None:
+            self.leaves["grad_x_tangent"] = data.x_tangent
+        self.leaves.update({f"grad_{name}": parameter for name, parameter in layer.trainable.items()})
+        self._inputs, self._leaves = data.inputs, tuple(self.leaves.values())
+
+    def context(self) -> ExitStack:
+        return switched(self.backend, grad=self.differentiates)
+
+    def step(self) -> Any:
+        outputs = self.forward(*self._inputs)
+        if not self.differentiates:
+            return outputs
+        return torch.autograd.grad(outputs, self._leaves, self.data.cotangents)
+
+    def results(self) -> dict[str, Tensor]:
+        with self.context():
+            outputs = self.forward(*self._inputs)
+            named = dict(zip(("y", "y_tangent"), outputs if isinstance(outputs, tuple) else (outputs,), strict=False))
+            if self.differentiates:
+                gradients = torch.autograd.grad(outputs, self._leaves, self.data.cotangents)
+                named.update(zip(self.leaves, gradients, strict=True))
+        return {name: tensor.detach() for name, tensor in named.items()}
+
+    def resident(self) -> Iterable[Tensor]:
+        return [*self.tensors, *self.data.inputs, *(self.data.cotangents if self.differentiates else ())]
+
+
+def switched(backend: str | None, grad: bool = True) -> ExitStack:
+    """A context in which ops run on `backend` and autograd records, or not."""
+    stack = ExitStack()
+    stack.enter_context(torch.set_grad_enabled(grad))
+    if backend is not None:
+        stack.enter_context(linlora.use_backend(backend))  # type: ignore[arg-type]
+    return stack

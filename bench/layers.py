@@ -1,0 +1,130 @@
+"""One layer, built the way each provider builds it, from the same tensors."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from itertools import chain
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+import linlora
+from linlora import functional
+from linlora.baselines import FunctorchLoraLinear, Over
+
+from .data import LayerData
+from .job import Layer
+
+
+def frozen(data: LayerData) -> Layer:
+    """The floor: the frozen `nn.Linear` alone, once for every stream."""
+    module = _linear(data)
+    if data.x_tangent is None:
+        return Layer(module, {}, _tensors(module))
+    return Layer(lambda x, x_tangent: (module(x), linear(x_tangent, module.weight)), {}, _tensors(module))
+
+
+def addmm(data: LayerData) -> Layer:
+    """Plain LoRA with the update added by `addmm` into the output of the base layer; no module, no PEFT."""
+    module, A, B = _linear(data), nn.Parameter(data.A), nn.Parameter(data.B)
+
+    def forward(x: Tensor) -> Tensor:
+        return torch.addmm(linear(x, module.weight, module.bias), x @ A.t(), B.t(), alpha=data.scaling)
+
+    return Layer(forward, {"A": A, "B": B}, [*_tensors(module), A, B])
+
+
+def peft(data: LayerData) -> Layer:
+    """Plain LoRA as PEFT runs it."""
+    layer = _lora_layer(_peft_model(data, data.A, data.B))
+    return Layer(layer, _adapter(layer), _tensors(layer))
+
+
+def linearized(data: LayerData) -> Layer:
+    """linlora: the PEFT layer after `linlora.linearize`; for two streams, the op itself."""
+    if data.x_tangent is not None:
+        return _dual(data)
+    model = _peft_model(data, data.A0, torch.zeros_like(data.B) if data.B0 is None else data.B0)
+    linlora.linearize(model)
+    layer = _lora_layer(model)
+    if data.B0 is None:
+        trainable = {"B": layer.lora_B["default"].weight}
+        trainable["B"].data = data.dB
+    else:
+        trainable = {"A": layer.lora_dA["default"], "B": layer.lora_dB["default"]}
+        trainable["A"].data, trainable["B"].data = data.dA, data.dB
+    return Layer(layer, trainable, _tensors(layer))
+
+
+def functorch(data: LayerData, over: Over) -> Layer:
+    """`torch.func.jvp` around the PEFT layer, over all its parameters or over A and B."""
+    module = FunctorchLoraLinear(
+        _lora_layer(_peft_model(data, data.A0, torch.zeros_like(data.B) if data.B0 is None else data.B0)), over
+    )
+    trainable = _adapter(module.layer)
+    trainable["A"].data, trainable["B"].data = data.A, data.B
+    forward = module if data.x_tangent is None else _functorch_dual(module)
+    return Layer(forward, trainable, _tensors(module))
+
+
+def _dual(data: LayerData) -> Layer:
+    if data.B0 is None or data.dA is None:
+        raise ValueError("the op with two streams is measured at B0 ≠ 0: make it a case of form 'pair'")
+    module, dA, dB = _linear(data), nn.Parameter(data.dA), nn.Parameter(data.dB)
+    A0, B0 = data.A0, data.B0
+
+    def forward(x: Tensor, x_tangent: Tensor) -> tuple[Tensor, Tensor]:
+        return functional.lora_linear(x, module.weight, module.bias, A0, B0, dA, dB, data.scaling, x_tangent)
+
+    return Layer(forward, {"A": dA, "B": dB}, [*_tensors(module), A0, B0, dA, dB])
+
+
+def _functorch_dual(module: FunctorchLoraLinear) -> Any:
+    """The two-stream form of `FunctorchLoraLinear.forward`: the input is one more primal, with its own tangent."""
+
+    def forward(x: Tensor, x_tangent: Tensor) -> Any:
+        parameters = dict(module.layer.named_parameters())
+        point = {name: getattr(module, f"point_{i}") for i, name in enumerate(module.names)}
+        delta = {name: parameters[name] - point[name] for name in module.names}
+        return torch.func.jvp(
+            lambda parameters, x: torch.func.functional_call(module.layer, parameters, (x,)),
+            (point, x),
+            (delta, x_tangent),
+        )
+
+    return forward
+
+
+def _peft_model(data: LayerData, A: Tensor, B: Tensor) -> PeftModel:
+    """A PEFT model of one LoRA layer that shares the tensors of `data`; the factors keep the dtype of the layer."""
+    config = LoraConfig(
+        r=A.shape[0], lora_alpha=round(data.scaling * A.shape[0]), target_modules=["linear"], lora_dropout=0.0
+    )
+    base = nn.Sequential(OrderedDict(linear=_linear(data)))
+    model = get_peft_model(base, config, autocast_adapter_dtype=False)
+    adapter = _adapter(_lora_layer(model))
+    adapter["A"].data, adapter["B"].data = A, B
+    return model
+
+
+def _linear(data: LayerData) -> nn.Linear:
+    module = nn.Linear(data.weight.shape[1], data.weight.shape[0], bias=data.bias is not None, device="meta")
+    module.weight = nn.Parameter(data.weight, requires_grad=False)
+    if data.bias is not None:
+        module.bias = nn.Parameter(data.bias, requires_grad=False)
+    return module
+
+
+def _lora_layer(model: Any) -> Any:
+    return model.base_model.model.linear
+
+
+def _adapter(layer: Any) -> dict[str, Tensor]:
+    return {"A": layer.lora_A["default"].weight, "B": layer.lora_B["default"].weight}
+
+
+def _tensors(module: nn.Module) -> list[Tensor]:
+    return list(chain(module.parameters(), module.buffers()))

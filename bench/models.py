@@ -1,0 +1,156 @@
+"""Whole models for the training-step cases: transformers with random weights, LoRA on every linear layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any, Literal
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from linlora.testing import randomize
+
+from .cases import Case
+from .data import SCALING
+from .job import switched
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """An architecture, its size and its batch."""
+
+    architecture: Literal["bert", "vit"]
+    layers: int
+    hidden: int
+    batch: int
+    tokens: int
+
+
+MODELS = {
+    "bert-2x32": ModelSpec("bert", 2, 32, 2, 8),
+    "bert-4x256": ModelSpec("bert", 4, 256, 16, 64),
+    "vit-4x256": ModelSpec("vit", 4, 256, 16, 65),
+    "bert-12x768": ModelSpec("bert", 12, 768, 32, 128),
+    "vit-12x768": ModelSpec("vit", 12, 768, 32, 197),
+}
+_LABELS, _VOCABULARY, _PATCH = 10, 1024, 8
+
+
+class ModelJob:
+    """A training step: forward, loss, backward, AdamW on the adapter. `prepare` turns the PEFT model into a provider's.
+
+    Without an optimizer (`train=False`) it is the floor: forward and backward through the frozen model. `exact` is the
+    same step, of the same rounded parameters, in float64.
+    """
+
+    def __init__(
+        self,
+        case: Case,
+        device: torch.device,
+        prepare: Callable[[PeftModel], Any],
+        backend: str | None = None,
+        train: bool = True,
+        exact: bool = False,
+    ) -> None:
+        self.backend = backend
+        spec = MODELS[case.model]
+        model: Any = _peft_model(spec, case.rank) if train else _frozen_model(spec)
+        if case.form == "pair" and train:
+            randomize(model, seed=2)
+        prepare(model)
+        if train:
+            _move(model, case.form)
+        self.model = model.to(device, getattr(torch, case.dtype)).train()
+        self.batch = _batch(spec, device, getattr(torch, case.dtype))
+        if exact:
+            self.model = self.model.double()
+            self.batch = {name: t.double() if t.is_floating_point() else t for name, t in self.batch.items()}
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5) if train else None
+
+    def context(self) -> ExitStack:
+        return switched(self.backend)
+
+    def step(self) -> Tensor:
+        loss = self.model(**self.batch).loss
+        loss.backward()
+        if self.optimizer is not None:
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+        return loss
+
+    def results(self) -> dict[str, Tensor]:
+        """The loss and the gradients of every up projection (those of the down projections vanish where B0 = 0)."""
+        with self.context():
+            loss = self.model(**self.batch).loss
+            loss.backward()
+        results = {"loss": loss.detach()}
+        ups = [p.grad.flatten() for name, p in self.model.named_parameters() if p.grad is not None and _is_up(name)]
+        if ups:
+            results["grad_B"] = torch.cat(ups)
+        self.model.zero_grad(set_to_none=True)
+        return results
+
+    def resident(self) -> Iterable[Tensor]:
+        state = self.optimizer.state.values() if self.optimizer is not None else ()
+        moments = [value for entry in state for value in entry.values() if isinstance(value, Tensor)]
+        return [*chain(self.model.parameters(), self.model.buffers()), *moments, *self.batch.values()]
+
+
+def _is_up(name: str) -> bool:
+    return ".lora_B." in name or ".lora_dB." in name
+
+
+def _move(model: nn.Module, form: str) -> None:
+    """Away from the linearization point, by the same step in every provider's own parameters."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and (form == "pair" or ".lora_B." in name):
+                parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+
+
+def _peft_model(spec: ModelSpec, rank: int) -> PeftModel:
+    config = LoraConfig(r=rank, lora_alpha=round(SCALING * rank), target_modules="all-linear", lora_dropout=0.0)
+    return get_peft_model(_base_model(spec), config, autocast_adapter_dtype=False)
+
+
+def _frozen_model(spec: ModelSpec) -> nn.Module:
+    model = _base_model(spec)
+    model.requires_grad_(False)
+    model.enable_input_require_grads()  # so that backward runs through every layer, as it does under an adapter
+    return model
+
+
+def _base_model(spec: ModelSpec) -> Any:
+    torch.manual_seed(0)
+    size: dict[str, Any] = {
+        "hidden_size": spec.hidden,
+        "num_hidden_layers": spec.layers,
+        "num_attention_heads": max(spec.hidden // 64, 1),
+        "intermediate_size": 4 * spec.hidden,
+        "hidden_dropout_prob": 0.0,
+        "attention_probs_dropout_prob": 0.0,
+        "num_labels": _LABELS,
+    }
+    if spec.architecture == "bert":
+        return transformers.BertForSequenceClassification(transformers.BertConfig(vocab_size=_VOCABULARY, **size))
+    side = round((spec.tokens - 1) ** 0.5)
+    size |= {"image_size": side * _PATCH, "patch_size": _PATCH}
+    return transformers.ViTForImageClassification(transformers.ViTConfig(**size))
+
+
+def _batch(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    labels = torch.randint(_LABELS, (spec.batch,), generator=generator)
+    if spec.architecture == "bert":
+        tokens = torch.randint(1, _VOCABULARY, (spec.batch, spec.tokens), generator=generator)
+        return {"input_ids": tokens.to(device), "labels": labels.to(device)}
+    side = round((spec.tokens - 1) ** 0.5) * _PATCH
+    pixels = torch.randn(spec.batch, 3, side, side, generator=generator)
+    return {"pixel_values": pixels.to(device, dtype), "labels": labels.to(device)}

@@ -1,0 +1,67 @@
+"""What runs under compute-sanitizer: every Triton kernel once or a few times, at shapes that reach every design.
+
+    compute-sanitizer --tool memcheck  python -m linlora.bench.sanitize
+    compute-sanitizer --tool racecheck python -m linlora.bench.sanitize
+
+The shapes are as small as each design allows, for a sanitizer slows a kernel down a hundredfold. The wide ones give
+every multiprocessor a tile, forward or backward: that is where the persistent kernel with flags runs. Every case is
+launched several times, because the flags are handed from launch to launch.
+Results are compared with the float64 reference, as everywhere. racecheck sees hazards in shared memory; that the flags
+in global memory order the programs is checked by the results, which are wrong or missing when they do not.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+from . import gate
+from .cases import Case, Form, Op
+from .data import random_layer
+from .providers import PROVIDERS
+
+_LAUNCHES = 3
+
+
+def cases(multiprocessors: int) -> list[Case]:
+    """Ragged and aligned, few rows and many, both forms, both ops, both kinds of dtype."""
+    wide = 256 * -(-multiprocessors // 16)  # with 2048 rows, a 128 × 256 tile for every multiprocessor
+    shapes = ((1, 64, 64), (37, 72, 136), (300, 256, 512), (2048, 128, wide), (2048, wide, 128))
+    forms: tuple[tuple[Op, Form], ...] = (
+        ("linearized_lora_linear", "short"),
+        ("linearized_lora_linear", "pair"),
+        ("lora_linear", "pair"),
+    )
+    return [
+        Case("sanitize", "sanitize", M, K, N, rank=rank, dtype=dtype, form=form, op=op, bias=True)
+        for M, K, N in shapes
+        for op, form in forms
+        for rank, dtype in ((16, "bfloat16"), (8, "float32"))
+        if not (dtype == "float32" and M > 300)
+    ]
+
+
+def main() -> int:
+    """Run every case and return the number of wrong ones."""
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    provider = PROVIDERS["linlora-triton"]
+    multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+    red = 0
+    for case in cases(multiprocessors):
+        if (obstacle := provider.obstacle(case, device)) is not None:
+            print(f"cannot run: {obstacle}")
+            return 1
+        data = random_layer(case, device)
+        job = provider.job(case, device, data)
+        expected = gate.expected(case, provider.function, data, device)
+        problem = None
+        for _ in range(_LAUNCHES):
+            problem = problem or gate.verdict(case, gate.errors(job.results(), expected))
+        red += problem is not None
+        print(f"{case.id}: {problem or 'green'}", flush=True)
+    return red
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,121 @@
+"""The file of a run, the evidence in it, and the pictures and tables made of it."""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from linlora.bench.cases import Case
+from linlora.bench.environment import slug
+from linlora.bench.evidence import evidence
+from linlora.bench.plot import plot_run
+from linlora.bench.report import losses, print_run
+from linlora.bench.results import CaseResult, Outcome, Run
+from rich.console import Console
+
+LARGE = Case("q", "llama-3-8b", 8192, 4096, 4096, dtype="bfloat16", form="pair")
+SMALL = replace(LARGE, M=16, phase="forward")
+RATIOS = {"frozen": 1.0, "linlora-torch": 1.3, "linlora-triton": 1.04, "peft": 1.4, "functorch-all": 2.6}
+
+
+def green(ratio: float) -> Outcome:
+    return Outcome("green", "", {"y": 1e-3}, ratio, ratio, ratio, ratio, 9, 100 * ratio)
+
+
+def result(case: Case, **changed: Outcome) -> CaseResult:
+    outcomes = {name: green(ratio) for name, ratio in RATIOS.items()}
+    return CaseResult(case, {**outcomes, **{name.replace("_", "-"): outcome for name, outcome in changed.items()}})
+
+
+def a_run(*results: CaseResult, architecture: str | None = "sm_90") -> Run:
+    about = {"date": "2026-01-02T03:04:05+00:00", "commit": "abc", "torch": "2", "threads": 2, "cpu": "a CPU"}
+    return Run("gpu", "cuda:0", about, architecture, list(results))
+
+
+def test_green_and_faster_is_evidence() -> None:
+    entries = evidence([result(LARGE), result(SMALL)])
+    assert {entry["op"] for entry in entries} == {"linearized_lora_linear", "factor_gradients"}
+    for entry in entries:
+        assert entry["backend"] == "triton"
+        assert entry["correct"] is True
+        assert entry["speedup_over_torch"] == pytest.approx(1.3 / 1.04, abs=1e-4)
+
+
+def test_one_red_case_takes_the_evidence_of_its_op() -> None:
+    red = result(SMALL, linlora_triton=Outcome("wrong", "y: rel err 1e0"))
+    assert {entry["op"] for entry in evidence([result(LARGE), red])} == {"factor_gradients"}
+    assert evidence([result(LARGE, linlora_triton=Outcome("failed", "out of resources"))]) == []
+
+
+def test_small_shapes_alone_are_no_evidence() -> None:
+    assert evidence([result(SMALL)]) == []
+
+
+def test_the_dual_op_has_evidence_of_its_own() -> None:
+    dual = replace(LARGE, op="lora_linear")
+    assert [entry["op"] for entry in evidence([result(dual)])] == ["lora_linear"]
+
+
+def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    wrong = Outcome("wrong", "y: rel err inf", {"y": float("inf")})
+    run = a_run(result(LARGE), result(SMALL, peft=wrong))
+    run.not_run.append("a case")
+    run.save(tmp_path / "deep" / "run.json")
+    assert Run.load(tmp_path / "deep" / "run.json") == run
+    content = json.loads((tmp_path / "deep" / "run.json").read_text())
+    assert content["architecture"] == "sm_90"
+    assert content["evidence"]
+
+
+def test_a_run_on_a_cpu_carries_no_evidence(tmp_path: Path) -> None:
+    a_run(result(LARGE), architecture=None).save(tmp_path / "run.json")
+    content = json.loads((tmp_path / "run.json").read_text())
+    assert "evidence" not in content
+    assert "architecture" not in content
+
+
+def test_a_file_that_is_not_a_run_is_refused_by_name(tmp_path: Path) -> None:
+    for text in ("{", "{}", "[]", '{"schema": 99}'):
+        (tmp_path / "file.json").write_text(text)
+        with pytest.raises(ValueError, match=r"file\.json"):
+            Run.load(tmp_path / "file.json")
+
+
+def test_speedups_and_losses() -> None:
+    slow = result(SMALL, linlora_triton=green(1.5), linlora_torch=green(1.6))
+    assert slow.speedup("linlora-triton", "functorch-all") == pytest.approx(2.6 / 1.5)
+    assert slow.memory("linlora-triton", "peft") == pytest.approx(1.5 / 1.4)
+    assert slow.speedup("linlora-triton", "nobody") is None
+    (line,) = losses(a_run(result(LARGE), slow))
+    assert "linlora-triton is slower than PEFT (0.93x)" in line
+
+
+def test_the_report_says_what_is_red_and_keeps_its_time_to_itself() -> None:
+    wrong = Outcome("wrong", "grad_B: rel err 3.0e-01 > 1e-02", {"y": 1e-3, "grad_B": 0.3})
+    console = Console(width=120, record=True, file=io.StringIO())
+    print_run(a_run(result(LARGE, peft=wrong)), console)
+    text = console.export_text()
+    assert "RED" in text
+    assert "WRONG (rel err 3e-01)" in " ".join(text.split())
+    assert "grad_B: rel err 3.0e-01" in text
+    assert "1.04" in text
+
+
+def test_pictures_are_written(tmp_path: Path) -> None:
+    run = a_run(result(LARGE), result(replace(LARGE, rank=64)), result(SMALL))
+    pictures = plot_run(run, tmp_path, "run")
+    assert [picture.name for picture in pictures] == ["run-ratios.png", "run-ranks.png"]
+    assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)
+
+
+def test_nothing_to_draw_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="nothing to draw"):
+        plot_run(a_run(), tmp_path, "run")
+
+
+def test_results_are_filed_by_gpu() -> None:
+    assert slug("NVIDIA H200") == "h200"
+    assert slug("NVIDIA H100 80GB HBM3") == "h100-80gb-hbm3"
