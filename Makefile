@@ -19,9 +19,9 @@ WORKERS ?= 4
 
 install: $(READY)
 
-.venv/.installed: pyproject.toml setup.py
+.venv/.installed: pyproject.toml setup.py constraints.txt
 	python3 -m venv .venv
-	.venv/bin/python -m pip install -e '.[test]'
+	.venv/bin/python -m pip install -e '.[test]' -c constraints.txt
 	touch $@
 
 # What .ci/run runs: style, types, doctests and tests (on the GPU where there is one).

@@ -8,7 +8,7 @@ PyPI package of that name.
 from setuptools import setup
 
 setup(
-    packages=["linlora", "linlora.ops", "linlora.kernels", "linlora.bench"],
+    packages=["linlora", "linlora.ops", "linlora.quickstart", "linlora.kernels", "linlora.bench"],
     package_dir={"linlora.kernels": "kernels", "linlora.bench": "bench"},
     package_data={"linlora": ["py.typed"], "linlora.bench": ["results/*/*.json"]},
 )

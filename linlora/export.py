@@ -46,7 +46,8 @@ def export(model: PeftModel, directory: str | os.PathLike, adapter: str | None =
 
     `adapter_model.safetensors` and `adapter_config.json` hold the exact LoRA factors of the layer-scope function, of
     rank r where B0 = 0 and 2r elsewhere; `task_vector.safetensors` holds (dA, dB) and the linearization point, for
-    `TaskVector.load`. Each file is replaced in one step.
+    `TaskVector.load`. A plain LoRA adapter has no linearization point, so no vector is written for it: save
+    `TaskVector.from_model(model, point=start)` beside it. Each file is replaced in one step.
 
     >>> import linlora, tempfile, peft
     >>> model = linlora.testing.tiny_model("bert")
@@ -66,7 +67,9 @@ def export(model: PeftModel, directory: str | os.PathLike, adapter: str | None =
             type(model).save_pretrained(
                 model, str(staging), selected_adapters=[adapter], state_dict=folded_state_dict(model)
             )
-        TaskVector.from_model(model, adapter).save(staging / TASK_VECTOR_FILE)
+        vector = TaskVector.from_model(model, adapter)
+        if vector.scope == "layer":
+            vector.save(staging / TASK_VECTOR_FILE)
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
             install_file(file, directory / file.name)
     finally:

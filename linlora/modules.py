@@ -69,13 +69,17 @@ class FusedLoraLinear(PeftLoraLinear):
         return unchecked(x, weight, base.bias, *factors, p, torch.randint(2**31, (), device=x.device))
 
     def factors(self, adapter: str) -> Factors:
-        """The factors of one adapter; those of the linearization point come detached: nothing may move the point."""
+        """The factors of one adapter. Those of the linearization point take no gradient: nothing may move the point."""
         A, B, state = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.states.get(adapter, "plain")
         if state == "plain":
             return Factors(A, None, None, B, self.scaling[adapter])
+        if A.requires_grad:
+            A = A.detach()
         if state == "short":
-            return Factors(A.detach(), None, None, B, self.scaling[adapter])
-        return Factors(A.detach(), B.detach(), self.lora_dA[adapter], self.lora_dB[adapter], self.scaling[adapter])
+            return Factors(A, None, None, B, self.scaling[adapter])
+        if B.requires_grad:
+            B = B.detach()
+        return Factors(A, B, self.lora_dA[adapter], self.lora_dB[adapter], self.scaling[adapter])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter in fp32 (or wider), in the layout of the base weight; PEFT's name for it."""

@@ -113,6 +113,14 @@ def test_only_the_named_adapter_is_exported(tmp_path):
     assert model.peft_config["second"].r == 3  # the live model is as it was
 
 
+def test_a_plain_adapter_is_exported_without_a_vector_it_does_not_have(tmp_path):
+    model = tiny_model("bert", trained=True)
+    linlora.export(model, tmp_path)
+    assert not (tmp_path / "task_vector.safetensors").exists()
+    stock = PeftModel.from_pretrained(tiny_base("bert"), tmp_path)
+    torch.testing.assert_close(logits(stock), logits(model))
+
+
 def test_a_killed_export_leaves_the_previous_adapter_whole(tmp_path, monkeypatch):
     model = linearized()
     linlora.export(model, tmp_path)

@@ -38,7 +38,12 @@ def features(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def pretrain(
-    settings: Settings, train: Split, workplace: Path, device: str, on_epoch: Callable[[], None] = lambda: None
+    settings: Settings,
+    train: Split,
+    workplace: Path,
+    device: str,
+    on_epoch: Callable[[], None] = lambda: None,
+    on_found: Callable[[], None] = lambda: None,
 ) -> ViTModel:
     """Train a backbone to read upright digits, slightly moved and with noise.
 
@@ -56,7 +61,7 @@ def pretrain(
         optimizer.load_state_dict(state["optimizer"])
         first_epoch = state["epochs"]
         for _ in range(first_epoch):
-            on_epoch()
+            on_found()
     for epoch in range(first_epoch, settings.pretraining_epochs):
         generator = torch.Generator().manual_seed(epoch)
         learning_rate = settings.pretraining_learning_rate * (1 - epoch / settings.pretraining_epochs)

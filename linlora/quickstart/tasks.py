@@ -32,7 +32,7 @@ def rotated(images: Tensor) -> Tensor:
 def inverted(images: Tensor) -> Tensor:
     """Dark on light, with noise: drawn once from a fixed seed, so the data set is the same in every run."""
     noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
-    return (-images + 0.4 * noise).clamp(-1, 1)
+    return (-images + 0.25 * noise).clamp(-1, 1)
 
 
 def mirrored(images: Tensor) -> Tensor:
@@ -69,12 +69,12 @@ def is_one_of(*members: int) -> Callable[[Tensor], Tensor]:
 
 
 TASKS = (
-    Task("rotated: which digit", rotated, which_digit, 10),
-    Task("inverted: which digit", inverted, which_digit, 10),
-    Task("mirrored: odd", mirrored, is_odd, 2),
-    Task("transposed: five or more", transposed, is_five_or_more, 2),
-    Task("shifted: has a loop", shifted, is_one_of(0, 6, 8, 9), 2),
-    Task("upside down: prime", upside_down, is_one_of(2, 3, 5, 7), 2),
+    Task("rotated-digit", rotated, which_digit, 10),
+    Task("inverted-digit", inverted, which_digit, 10),
+    Task("mirrored-odd", mirrored, is_odd, 2),
+    Task("transposed-five-or-more", transposed, is_five_or_more, 2),
+    Task("shifted-loop", shifted, is_one_of(0, 6, 8, 9), 2),
+    Task("upside-down-prime", upside_down, is_one_of(2, 3, 5, 7), 2),
 )
 
 

@@ -1,0 +1,95 @@
+"""One miniature run writes everything it says it writes, and the numbers agree with the adapters on disk."""
+
+from __future__ import annotations
+
+import json
+
+import peft
+import pytest
+import torch
+from matplotlib.image import imread
+
+import linlora
+from linlora import TaskVector
+from linlora.quickstart.backbone import features, load_backbone, load_heads
+from linlora.quickstart.data import load_digits
+from linlora.quickstart.tasks import select_tasks
+from linlora.quickstart.train import accuracy, adapted, of_family
+
+FAMILIES = ("lora", "linearized")
+TASKS = ("rotated-digit", "mirrored-odd")
+
+
+def test_the_json_holds_every_number_of_the_table(finished):
+    out, results, printed = finished
+    assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
+    table = (out / "table.txt").read_text()
+    for family in FAMILIES:
+        entry = results["families"][family]
+        for value in (
+            entry["single"],
+            *(entry[m][kind] for m in ("average", "task_arithmetic") for kind in ("absolute", "normalised")),
+        ):
+            assert f"{100 * value['mean']:.1f}" in table
+            assert f"{100 * value['mean']:.1f}" in printed
+    for milliseconds in results["step_time"]["median_ms"].values():
+        assert milliseconds > 0
+        assert f"{milliseconds:.1f}" in table
+    assert results["environment"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("picture", ["scaling_curve.png", "cosine_matrices.png"])
+def test_the_pictures_show_something(finished, picture):
+    pixels = imread(finished[0] / picture)
+    assert min(pixels.shape[:2]) > 300
+    assert pixels.std() > 0.02
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("task", TASKS)
+def test_stock_peft_loads_an_exported_adapter_with_the_same_logits(finished, miniature, family, task):
+    out = finished[0]
+    directory = out / "adapters" / family / task / "seed0"
+    vector = TaskVector.load(directory / "task_vector.safetensors")
+    assert vector.norm() > 0
+    images = load_digits().images[:50]
+    backbone = load_backbone(out / "backbone")
+    ours = of_family(adapted(backbone, miniature, seed=0), family)
+    linlora.apply(ours, vector)
+    stock = peft.PeftModel.from_pretrained(load_backbone(out / "backbone"), directory).eval()
+    assert not any(type(module).__module__.startswith("linlora") for module in stock.modules())
+    torch.testing.assert_close(features(stock, images), features(ours, images), rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(features(stock, images), features(backbone, images), atol=1e-3)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("method", ["average", "task_arithmetic"])
+def test_a_fused_adapter_on_disk_has_the_accuracy_of_the_table(finished, family, method):
+    out, results, _ = finished
+    directory = out / "fused" / family / "seed0" / method
+    model = peft.PeftModel.from_pretrained(load_backbone(out / "backbone"), directory).eval()
+    heads = load_heads(out / "backbone" / "heads.safetensors", "cpu")
+    digits = load_digits()
+    measured = [accuracy(model, heads[task.name], task.splits(digits)["test"]) for task in select_tasks(TASKS)]
+    assert measured == pytest.approx(results["families"][family][method]["by_task"], abs=0.0041)  # two of 500
+
+
+def test_all_vectors_of_a_seed_share_their_point_in_both_families(finished):
+    out = finished[0]
+    points = []
+    for family in FAMILIES:
+        files = [out / "adapters" / family / task / "seed0" / "task_vector.safetensors" for task in TASKS]
+        vectors = [TaskVector.load(file) for file in files]
+        assert vectors[0].point_hash == vectors[1].point_hash
+        points.append({name: A0 for name, A0 in vectors[0].point.items() if name.endswith(".A0")})
+    assert points[0].keys() == points[1].keys()
+    assert all(torch.equal(points[0][name], points[1][name]) for name in points[0])
+
+
+def test_plain_lora_trains_both_factors_and_linearized_lora_only_b(finished):
+    out = finished[0]
+    moved = {}
+    for family in FAMILIES:
+        vector = TaskVector.load(out / "adapters" / family / TASKS[0] / "seed0" / "task_vector.safetensors")
+        moved[family] = {name.rsplit(".", 1)[1] for name, delta in vector.deltas.items() if delta.any()}
+    assert moved == {"lora": {"dA", "dB"}, "linearized": {"dB"}}
