@@ -32,7 +32,9 @@ def unavailable(device: torch.device) -> str | None:
     if triton.knobs.runtime.interpret:
         return None
     if device.type != "cuda":
-        return f"no CUDA device for tensors on {device}; set TRITON_INTERPRET=1 before import to run kernels on CPU"
+        return (
+            f"the kernels need tensors on a CUDA GPU, got {device} (there only tests run them, by TRITON_INTERPRET=1)"
+        )
     if torch.version.hip is not None:
         return "AMD GPUs are not supported by these configurations; use the torch backend"
     major, minor = torch.cuda.get_device_capability(device)

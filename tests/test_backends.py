@@ -62,25 +62,27 @@ def test_the_gpu_runs_what_is_proven_for_the_op(evidence, monkeypatch):
     assert backends.select(torch.device("cpu"), "lora_linear") is aten
 
 
-def test_use_backend_nests_and_is_undone_by_errors():
+def test_use_backend_nests_and_is_undone_by_errors(device):
+    here, before = torch.device(device), backends.select(torch.device(device), "lora_linear")
     with linlora.use_backend("triton"):
-        assert backends.select(torch.device("cpu"), "lora_linear") is kernels
+        assert backends.select(here, "lora_linear") is kernels
         with contextlib.suppress(ZeroDivisionError), linlora.use_backend("torch"):
-            assert backends.select(torch.device("cpu"), "lora_linear") is aten
+            assert backends.select(here, "lora_linear") is aten
             raise ZeroDivisionError
-        assert backends.select(torch.device("cpu"), "lora_linear") is kernels
-    assert backends.select(torch.device("cpu"), "lora_linear") is aten
+        assert backends.select(here, "lora_linear") is kernels
+    assert backends.select(here, "lora_linear") is before
 
 
-def test_backward_runs_on_the_backend_of_its_forward(monkeypatch):
+def test_backward_runs_on_the_backend_of_its_forward(monkeypatch, device):
     calls = []
     original = kernels.linearized_lora_linear
     monkeypatch.setattr(
         kernels, "linearized_lora_linear", lambda *a, **k: (calls.append(k.get("adjoint", False)), original(*a, **k))[1]
     )
-    x, dB = torch.randn(3, 8, requires_grad=True), torch.randn(6, 2, requires_grad=True)
+    x, weight, A0, dB = (torch.randn(*shape, device=device) for shape in ((3, 8), (6, 8), (2, 8), (6, 2)))
+    x.requires_grad_()
     with linlora.use_backend("triton"):
-        y = functional.linearized_lora_linear(x, torch.randn(6, 8), None, torch.randn(2, 8), None, None, dB, 1.0)
+        y = functional.linearized_lora_linear(x, weight, None, A0, None, None, dB, 1.0)
     y.sum().backward()
     assert calls == [False, True]
 
@@ -92,7 +94,7 @@ def test_a_backend_that_cannot_run_is_an_error_with_the_remedy(monkeypatch):
         pass
 
 
-def test_explain_names_the_backend_and_the_reason_for_each(monkeypatch):
+def test_explain_names_the_backend_and_the_reason_for_each(monkeypatch, device):
     monkeypatch.setattr(kernels, "availability", lambda device: "no CUDA device")
     text = str(linlora.explain("lora_linear", "cpu"))
     assert text.splitlines()[0] == "lora_linear on cpu runs on 'torch'"
@@ -101,7 +103,7 @@ def test_explain_names_the_backend_and_the_reason_for_each(monkeypatch):
     assert "torch   chosen automatically" in text
     monkeypatch.undo()
     with linlora.use_backend("triton"):
-        explanation = linlora.explain("lora_linear")
+        explanation = linlora.explain("lora_linear", device)
     assert (explanation.backend, explanation.reasons["triton"]) == ("triton", "asked for with use_backend")
 
 

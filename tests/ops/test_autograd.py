@@ -68,7 +68,7 @@ def test_gradient_checkpointing_recomputes_the_same_mask(problem, op, reentrant)
     case = problem(dropout_p=0.5).require_grad(("x", "dA", "dB"))
 
     def layer(x):
-        seed = torch.randint(2**31, ())
+        seed = torch.randint(2**31, (), device=x.device)
         return getattr(functional, op)(
             x, case.weight, case.bias, case.A0, case.B0, case.dA, case.dB, 0.75, dropout_p=0.5, seed=seed
         )  # fmt: skip
@@ -128,7 +128,7 @@ def test_grad_vjp_vmap_and_their_nesting(problem, op, backend):
 
     def pullback(module):
         return torch.func.vjp(lambda x: loss(module, x, case.dA, case.dB), case.x)[1](
-            torch.tensor(1.0, dtype=torch.float64)
+            torch.ones((), dtype=torch.float64, device=case.x.device)
         )
 
     with linlora.use_backend(backend):
