@@ -87,7 +87,31 @@ def unchecked(
     backend = backends.select(x.device, "linearized_lora_linear")
     if composed.preferred(backend, x, weight, dropout_p):
         return composed.linearized_lora_linear(*arguments)
+    if not torch.is_grad_enabled():
+        return _forward(*arguments, backend, save=False)[0]
     return _LinearizedLoraLinear.apply(*arguments, backend)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A0: Tensor,
+    B0: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    backend: ModuleType,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows = x.reshape(-1, x.shape[-1])
+    bias = bias if bias is None else bias.to(x.dtype)
+    y, u, c = backend.linearized_lora_linear(
+        rows, weight.to(x.dtype), bias, A0, dA, B0, dB, scaling, dropout_p, seed, save=save
+    )
+    return y.view(*x.shape[:-1], weight.shape[0]), u, c
 
 
 class _LinearizedLoraLinear(torch.autograd.Function):
@@ -106,12 +130,10 @@ class _LinearizedLoraLinear(torch.autograd.Function):
         seed: Tensor | None,
         backend: ModuleType,
     ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])
-        cast_bias = bias if bias is None else bias.to(x.dtype)
-        y, u, c = backend.linearized_lora_linear(
-            rows, weight.to(x.dtype), cast_bias, A0, dA, B0, dB, scaling, dropout_p, seed
-        )
         _, W_needs, _, A0_needs, B0_needs, dA_needs, dB_needs, *_ = ctx.needs_input_grad
+        y, u, c = _forward(
+            x, weight, bias, A0, B0, dA, dB, scaling, dropout_p, seed, backend, save=dB_needs or B0_needs
+        )  # fmt: skip
         ctx.save_for_backward(
             x if W_needs or A0_needs or dA_needs else None,
             weight, A0, B0, dA, dB,
@@ -120,7 +142,7 @@ class _LinearizedLoraLinear(torch.autograd.Function):
             seed,
         )  # fmt: skip
         ctx.scaling, ctx.dropout_p, ctx.backend, ctx.x_shape = scaling, dropout_p, backend, x.shape
-        return y.view(*x.shape[:-1], weight.shape[0])
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
@@ -136,7 +158,7 @@ class _LinearizedLoraLinear(torch.autograd.Function):
             expand, d_expand = (None, A0.t()) if B0 is None else (A0.t(), dA.t())
             dx, u_adjoint, c_adjoint = ctx.backend.linearized_lora_linear(
                 g, weight.to(g.dtype).t(), None, shrink, d_shrink, expand, d_expand,
-                ctx.scaling, ctx.dropout_p, seed, adjoint=True,
+                ctx.scaling, ctx.dropout_p, seed, adjoint=True, save=A0_needs or dA_needs,
             )  # fmt: skip
             dx = dx.view(ctx.x_shape)
         elif A0_needs or dA_needs:

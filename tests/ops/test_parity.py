@@ -5,6 +5,9 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from linlora import functional, reference
+from linlora.ops import aten
+
 OPS = ("linearized_lora_linear", "lora_linear")
 BACKENDS = ("composed", "torch", "triton")
 FACTORS = ("A0", "B0", "dA", "dB")
@@ -57,6 +60,20 @@ def test_any_subset_of_the_inputs_can_ask_for_gradients(check, problem, backend,
     check(op, backend, problem(), torch.float32, wrt=wrt)
 
 
+@pytest.mark.parametrize("form", ["short", "pair"])
+@pytest.mark.parametrize("wrt", [("x",), ("x", "dB"), ()], ids=["dx", "dx+dB", "no-gradient"])
+def test_many_rows_fold_the_update_into_a_transient_weight(check, problem, form, wrt):
+    case = problem(shape=(64,), form=form)
+    assert aten.folding_pays(case.x, case.weight)
+    assert not aten.folding_pays(case.x[:10], case.weight)
+    assert not aten.folding_pays(case.x.bfloat16(), case.weight)
+    if wrt:
+        check("linearized_lora_linear", "torch", case, torch.float64, wrt=wrt)
+    with torch.no_grad():
+        (y,), (expected,) = (case.call("linearized_lora_linear", module) for module in (functional, reference))
+    torch.testing.assert_close(y, expected)
+
+
 @pytest.mark.parametrize("rank", [1, 5, 16, 33, 256])
 @pytest.mark.parametrize("form", ["short", "pair"])
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -83,7 +100,6 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_gradients(check, problem, b
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous_inputs_and_cotangents(problem, backend, op):
     import linlora
-    from linlora import functional, reference
     from linlora.testing import relative_error
 
     case = problem(shape=(6, 5), tangent=True).cast(torch.float32)
@@ -118,8 +134,6 @@ def test_shapes_of_every_kind(check, problem, m, n, k, rank, form, tangent, bias
 
 
 def test_gradcheck_by_finite_differences(problem):
-    from linlora import functional
-
     case = problem(tangent=True, dropout_p=0.3).require_grad(("x", "x_tangent", *FACTORS, "bias", "weight"))
     leaves = tuple(case.leaves().values())
 
@@ -133,8 +147,6 @@ def test_gradcheck_by_finite_differences(problem):
 
 def test_tangent_equals_forward_mode_ad_of_plain_lora(problem):
     """The independent oracle: torch.func.jvp of the textbook LoRA layer, all of its parameters as primals."""
-    from linlora import functional
-
     case = problem(tangent=True)
 
     def plain_lora(x, weight, bias, A, B):
