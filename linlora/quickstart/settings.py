@@ -45,7 +45,7 @@ class Settings:
     linearized_learning_rate: float = 5e-3
 
     # fusion: the grid of scaling coefficients, searched on the validation split
-    scalings: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
+    scalings: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 
     # step time: interleaved steps, of which the first are not counted
     timed_steps: int = 40
