@@ -39,8 +39,6 @@ from .lora_linear import launch as launch_lora_linear
 ARCHITECTURES = (80, 90, 100)
 # Bytes of shared memory a program may use. 80 also stands for sm_86, sm_89 and sm_120, the smallest of which counts.
 SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
-# fp32 operands of rank 256 do not fit in registers; it is a rare case, served without a kernel of its own.
-FP32_SPILLS = 2048
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
 M, N, K = 8192, 4096, 4096
 
@@ -51,15 +49,16 @@ class Case:
 
     architecture: int
     row: Row
+    rank: int
     dtype: str
     variant: str  # words of: pair, short, adjoint, dropout, fp32-factors, untangled
 
     def __str__(self) -> str:
         c = self.row.config
-        tile = f"{c.block_m}x{c.block_n}x{c.block_k} w{c.num_warps} s{c.num_stages}"
+        tile = f"{c.block_m}x{c.block_n}x{c.block_k}x{c.block_r} w{c.num_warps} s{c.num_stages}"
         return (
-            f"sm_{self.architecture:<3} {self.row.op:22} {c.design:9} {self.row.shape:6} r<={self.row.rank:<3} "
-            f"{tile:19} {self.dtype:8} {self.variant}"
+            f"sm_{self.architecture:<3} {self.row.op:22} {c.design:9} {self.row.shape:6} r={self.rank:<3} "
+            f"{tile:22} {self.dtype:8} {self.variant}"
         )
 
 
@@ -78,8 +77,9 @@ class Result:
 def cases(architecture: int, op: str | None = None) -> Iterator[Case]:
     """Every row in the variants that decide: the one with the most registers, the backward's strides, other dtypes.
 
-    A row's rank stands for all smaller ones, the pair form for the short one (less of everything) except on the rows
-    of large shapes, and bf16 for fp16 except there.
+    A row is compiled at its rank and, where that takes more than one block of ranks, at a single full block, which
+    is a kernel without the loop over blocks. These ranks stand for all smaller ones, the pair form for the short one
+    (less of everything) except on the rows of large shapes, and bf16 for fp16 except there.
     """
     for row in configs.TABLE:
         if architecture not in row.architectures or op not in (None, row.op):
@@ -87,20 +87,35 @@ def cases(architecture: int, op: str | None = None) -> Iterator[Case]:
         dtype = "bfloat16" if row.itemsize == 2 else "float32"
         dropout = " dropout" if row.dropout else ""
         if row.op == "factor_gradients":
-            yield Case(architecture, row, dtype, "pair dropout")
+            yield Case(architecture, row, row.rank, dtype, "pair dropout")
             continue
-        yield Case(architecture, row, dtype, "pair fp32-factors" + dropout)
-        yield Case(architecture, row, dtype, "pair adjoint" + dropout)
+        one_block = min(row.rank, row.config.block_r)
+        ranks = {row.rank} if _is_served(one_block, row, architecture) else {one_block, row.rank}
+        for rank in sorted(ranks):
+            yield Case(architecture, row, rank, dtype, "pair fp32-factors" + dropout)
+            yield Case(architecture, row, rank, dtype, "pair adjoint" + dropout)
         if row.shape == "large":
-            yield Case(architecture, row, "float16", "short")
+            yield Case(architecture, row, min(ranks), "float16", "short")
             if row.op == "lora_linear":
-                yield Case(architecture, row, dtype, "pair adjoint untangled" + dropout)
+                yield Case(architecture, row, min(ranks), dtype, "pair adjoint untangled" + dropout)
+
+
+def _is_served(rank: int, by: Row, architecture: int) -> bool:
+    """Whether `by` is never asked for this rank: its kernel knows no single block, or a row above it comes first."""
+    above = configs.TABLE[: configs.TABLE.index(by)]
+    return by.config.design != "recompute" or any(
+        (row.op, row.shape, row.itemsize, row.config.design) == (by.op, by.shape, by.itemsize, by.config.design)
+        and architecture in row.architectures
+        and rank <= row.rank
+        and row.dropout >= by.dropout
+        for row in above
+    )
 
 
 def build(case: Case) -> Launch:
     """The launch of the case, from tensors on the meta device."""
     config, variant, dtype = case.row.config, case.variant.split(), getattr(torch, case.dtype)
-    rank = case.row.rank
+    rank = case.rank
     dropout_p = 0.1 if "dropout" in variant else 0.0
     seed = _meta(torch.int64)
     if case.row.op == "factor_gradients":
@@ -148,7 +163,7 @@ def check(case: Case) -> Result:
     shared, limit = kernel.metadata.shared, SHARED_LIMIT[case.architecture]
     expected = _tensor_core_of(case.architecture, case.row.config, case.row.itemsize)
     failures = []
-    if stack + local > (FP32_SPILLS if case.row.itemsize == 4 and case.row.rank > 64 else 0):
+    if stack + local > 0:
         failures.append(f"spills: {stack} B of stack, {local} B of local memory")
     if shared > limit:
         failures.append(f"{shared} B of shared memory, sm_{case.architecture} has {limit}")
@@ -159,13 +174,13 @@ def check(case: Case) -> Result:
 
 
 def _tensor_core_of(architecture: int, config: Config, itemsize: int) -> str | None:
-    """The instruction a 16-bit dot must become; wgmma and tcgen05 take 64 rows or more. fp32 asks for no such."""
+    """The instruction a 16-bit dot must become; wgmma and tcgen05 take 64 rows or more. fp32 asks for none."""
     if itemsize == 4:
         return None
     rows = config.block_n if config.design == "split" else config.block_m
     if rows < 64 or architecture == 80:
         return "HMMA"
-    return "HGMMA" if architecture == 90 else None
+    return {90: "HGMMA", 100: "UTCHMMA"}[architecture]
 
 
 def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
@@ -201,7 +216,7 @@ def main(arguments: list[str] | None = None) -> int:
     results = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         print(f"{'case':108} registers  spills  shared   tensor-core instructions")
-        for result in pool.map(check, todo):
+        for result in map(check, todo) if options.jobs == 1 else pool.map(check, todo):  # a pool starts on first use
             results.append(result)
             cores = " ".join(f"{name} {count}" for name, count in result.tensor_core.items())
             print(f"{result.case:108} {result.registers:9} {result.local_bytes:7} {result.shared_bytes:7}   {cores}")

@@ -1,8 +1,8 @@
 """The one table of kernel configurations, and the pure function that picks a row of it.
 
-A row holds for ranks up to its `rank`; the first row that fits, from the top, is taken. No row spills registers
-(fp32 above rank 64 excepted) or needs more shared memory than its architectures have: `python -m linlora.kernels.aot`
-compiles every one of them and checks. Architecture 80 stands for every GPU from sm_80 on that is neither sm_90 nor
+A row holds for ranks up to its `rank`; the first row that fits, from the top, is taken. No row spills registers or
+needs more shared memory than its architectures have: `python -m linlora.kernels.aot` compiles every one of them and
+checks. Architecture 80 stands for every GPU from sm_80 on that is neither sm_90 nor
 sm_100, hence its rows keep to the 99 KiB of shared memory that the smallest of those (sm_86, sm_89, sm_120) offer.
 """
 
@@ -20,10 +20,10 @@ class Config:
     block_m: int
     block_n: int
     block_k: int  # unused by "split", whose inner loop runs over block_m rows
+    block_r: int  # ranks that a program holds at a time, at most
     num_warps: int
     num_stages: int
     group_m: int = 8  # rows of tiles that walk the columns together
-    block_r: int = 256  # "split" only: largest block of ranks
     programs: int = 0  # persistent programs ("flags") or programs to aim at ("split"); 0 follows the multiprocessors
 
 
@@ -40,7 +40,8 @@ class Row:
     config: Config
 
 
-_ALL, _TMA, _SM80 = (80, 90, 100), (90, 100), (80,)
+_ALL, _TMA = (80, 90, 100), (90, 100)
+_SM80, _SM90, _SM100 = (80,), (90,), (100,)
 
 
 def _rows(op: str, design: str, shape: str, itemsize: int, *entries: tuple) -> tuple[Row, ...]:
@@ -52,37 +53,35 @@ def _rows(op: str, design: str, shape: str, itemsize: int, *entries: tuple) -> t
 
 # fmt: off
 TABLE: tuple[Row, ...] = (
-    #                                                            rank dropout  for     BM   BN   BK  warps stages
-    *_rows("linearized_lora_linear", "recompute", "small", 2,   ( 64, True,  _TMA,     16,  64, 128, 4, 3),
-                                                                ( 64, True,  _SM80,    16,  64,  64, 4, 3),
-                                                                (256, True,  _ALL,     16,  64,  32, 8, 2)),
-    *_rows("linearized_lora_linear", "flags", "medium", 2,      (256, False, (90,),    64, 128,  64, 4, 4),
-                                                                (256, True,  _TMA,     64,  64,  64, 4, 4)),
-    *_rows("linearized_lora_linear", "recompute", "medium", 2,  ( 64, True,  _TMA,     64,  64,  64, 4, 3),
-                                                                (128, True,  _TMA,     64,  64,  32, 8, 3),
-                                                                ( 64, True,  _SM80,    64,  64,  32, 8, 3),
-                                                                (256, True,  _ALL,     32,  64,  32, 8, 2)),
-    *_rows("linearized_lora_linear", "flags", "large", 2,       (256, False, _TMA,    128, 256,  64, 8, 4),
-                                                                (256, True,  _TMA,    128, 128,  64, 8, 4)),
-    *_rows("linearized_lora_linear", "recompute", "large", 2,   ( 64, True,  _TMA,    128, 128,  64, 8, 3),
-                                                                ( 64, False, _SM80,   128,  64,  32, 8, 3)),
-    *_rows("linearized_lora_linear", "recompute", "any", 4,     ( 64, True,  _ALL,     16,  32,  32, 4, 2),
-                                                                (256, True,  _ALL,     16,  32,  16, 8, 2)),
-    *_rows("lora_linear", "recompute", "small", 2,              ( 64, True,  _TMA,     16,  64, 128, 4, 3),
-                                                                ( 64, True,  _SM80,    16,  64,  64, 4, 3),
-                                                                (256, True,  _ALL,     16,  64,  32, 8, 2)),
-    *_rows("lora_linear", "recompute", "large", 2,              ( 32, False, _TMA,    128, 128,  64, 8, 3),
-                                                                ( 64, True,  _TMA,    128,  64,  32, 8, 3)),
-    *_rows("lora_linear", "recompute", "medium", 2,             (128, True,  (90,),    64,  64,  32, 8, 3),
-                                                                (128, True,  (100,),   64,  64,  32, 8, 2),
-                                                                ( 64, True,  _SM80,    32,  64,  32, 4, 3),
-                                                                (256, True,  _ALL,     16,  64,  32, 8, 2)),
-    *_rows("lora_linear", "recompute", "any", 4,                ( 64, True,  _ALL,     16,  32,  16, 4, 2),
-                                                                (256, True,  _ALL,     16,  32,  16, 8, 2)),
-    *_rows("factor_gradients", "split", "any", 2,               ( 64, True,  _ALL,     64, 128,   0, 4, 3),
-                                                                (512, True,  _ALL,     64,  64,   0, 8, 3)),
-    *_rows("factor_gradients", "split", "any", 4,               ( 64, True,  _ALL,     32,  64,   0, 4, 2),
-                                                                (512, True,  _ALL,     16,  32,   0, 8, 2)),
+    #                                                            rank dropout  for     BM   BN   BK   BR  warps stages
+    *_rows("linearized_lora_linear", "recompute", "small", 2,   ( 64, True,  _TMA,     16,  64, 128,  64, 4, 3),
+                                                                (256, True,  _ALL,     16,  64,  64,  64, 4, 3)),
+    *_rows("linearized_lora_linear", "flags", "medium", 2,      (256, False, _SM90,    64, 128,  64,  64, 4, 4),
+                                                                (256, True,  _SM90,    64,  64,  64,  64, 4, 4),
+                                                                (256, True,  _SM100,  128,  64,  64,  64, 8, 4)),
+    *_rows("linearized_lora_linear", "recompute", "medium", 2,  (256, True,  _SM90,    64,  64,  64,  64, 4, 3),
+                                                                ( 64, True,  _SM100,   64,  64,  64,  64, 4, 3),
+                                                                (256, True,  _SM100,   64,  64,  32,  64, 4, 3),
+                                                                ( 64, True,  _SM80,    64,  64,  32,  64, 8, 3),
+                                                                (256, True,  _SM80,    32,  64,  32,  64, 4, 3)),
+    *_rows("linearized_lora_linear", "flags", "large", 2,       (256, False, _SM90,   128, 256,  64,  64, 8, 4),
+                                                                (256, True,  _SM90,   128, 128,  64,  64, 8, 4),
+                                                                (256, False, _SM100,  128, 128,  64,  64, 8, 4),
+                                                                (256, True,  _SM100,  128,  64,  64,  64, 8, 4)),
+    *_rows("linearized_lora_linear", "recompute", "large", 2,   ( 64, True,  _TMA,    128, 128,  64,  64, 8, 3),
+                                                                (256, False, _SM80,   128,  64,  32,  64, 8, 3)),
+    *_rows("linearized_lora_linear", "recompute", "any", 4,     (256, True,  _ALL,     16,  32,  32,  64, 4, 2)),
+    *_rows("lora_linear", "recompute", "small", 2,              ( 64, True,  _TMA,     16,  64, 128,  64, 4, 3),
+                                                                (256, True,  _ALL,     16,  64,  64,  64, 4, 3)),
+    *_rows("lora_linear", "recompute", "large", 2,              ( 32, False, _TMA,    128, 128,  64,  64, 8, 3),
+                                                                (256, True,  _TMA,    128,  64,  32,  64, 8, 3)),
+    *_rows("lora_linear", "recompute", "medium", 2,             (256, True,  _TMA,     64,  64,  32,  64, 8, 3),
+                                                                (256, True,  _SM80,    32,  64,  32,  64, 4, 3)),
+    *_rows("lora_linear", "recompute", "any", 4,                (256, True,  _ALL,     16,  32,  16,  64, 4, 2)),
+    *_rows("factor_gradients", "split", "any", 2,               ( 64, True,  _ALL,     64, 128,   0,  64, 4, 3),
+                                                                (512, True,  _ALL,     64,  64,   0, 256, 8, 3)),
+    *_rows("factor_gradients", "split", "any", 4,               ( 64, True,  _ALL,     32,  64,   0,  64, 4, 2),
+                                                                (512, True,  _ALL,     16,  32,   0, 256, 8, 2)),
 )
 # fmt: on
 

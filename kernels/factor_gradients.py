@@ -209,7 +209,7 @@ def launch(
     rows, device = wide.shape[0], wide.device
     g_tiles, x_tiles = (0 if a is None else triton.cdiv(a.shape[1], config.block_n) for a in (g, x))
     rank = max(0 if low is None else low.shape[1] for low in (p, q))
-    rank_block = min(block_r(rank), config.block_r)
+    rank_block = block_r(rank, config)
     rank_blocks = triton.cdiv(rank, rank_block)
     tiles = (g_tiles + x_tiles) * rank_blocks
     programs = config.programs or 2 * device_traits(device).multiprocessors

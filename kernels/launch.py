@@ -27,12 +27,15 @@ class Launch(NamedTuple):
             self._run()
 
     def _run(self) -> None:
-        self.kernel[self.grid](**self.arguments, num_warps=self.config.num_warps, num_stages=self.config.num_stages)
+        self.kernel[self.grid](**self.arguments, **self._options())
 
     def compile(self) -> Any:
         """Compiles for the active driver's target exactly what `run` would, and launches nothing."""
-        options = {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}
-        return self.kernel.warmup(**self.arguments, grid=self.grid, **options)
+        return self.kernel.warmup(**self.arguments, grid=self.grid, **self._options())
+
+    def _options(self) -> dict[str, int]:
+        # All registers that an instruction can name: left to itself, ptxas spills a few to fit one more program.
+        return {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages, "maxnreg": 255}
 
 
 def dot_precision(dtype: torch.dtype) -> str:
@@ -45,6 +48,6 @@ def dot_precision(dtype: torch.dtype) -> str:
     return "tf32" if dtype is torch.float32 and torch.get_float32_matmul_precision() != "highest" else "tf32x3"
 
 
-def block_r(rank: int) -> int:
-    """The rank as a tile side: a power of two, and at least the 16 that tensor cores need."""
-    return max(16, triton.next_power_of_2(rank))
+def block_r(rank: int, config: Config) -> int:
+    """The ranks a tile has room for: a power of two, at least the 16 that tensor cores need, at most config.block_r."""
+    return min(max(16, triton.next_power_of_2(rank)), config.block_r)

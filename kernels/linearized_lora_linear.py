@@ -14,12 +14,15 @@ Forward and backward are one kernel, for the operator is self-adjoint up to tran
 The dropout mask lies over the shrink's input in the forward (x'; the frozen product sees x) and over the update in
 the backward: adjoint, y = x Wᵀ + mask/(1-p) ⊙ s [ … ].
 
-One program computes one tile of y. A tile of x is loaded once and feeds W and both shrinks, so u and c cost each
-column tile 4·BLOCK_M·r·K FLOPs more (overhead 2r / BLOCK_N) and no traffic; the first column stores them. Beyond
-small M `linearized_lora_linear_flags` computes u and c once instead, where the tensors' alignment allows.
+One program computes one tile of y, a block of BLOCK_R ranks at a time. A tile of x that is loaded feeds W and both
+shrinks, so u and c cost each column tile 4·BLOCK_M·r·K FLOPs more (overhead 2r / BLOCK_N); the first column stores
+them. Ranks up to BLOCK_R (64) read x once, in the loop over K that computes x Wᵀ. Every further block of ranks is a
+loop over K of its own before that one, without W, which reads the same rows of x (from L2, all but the first time)
+and its own rows of S0 and dS: x is read ceil(r / BLOCK_R) times in all. Beyond small M `linearized_lora_linear_flags`
+computes u and c once instead, where the tensors' alignment allows.
 
-                K →                        BLOCK_N        r      r
-           ┌─────┬───                   ┌──────────┐    ┌───┐  ┌───┐     after the loop over K:
+                K →                        BLOCK_N      BLOCK_R
+           ┌─────┬───                   ┌──────────┐    ┌───┐  ┌───┐     after each loop over K:
    BLOCK_M │  x  │ …   ·  Wᵀ, S0ᵀ, dSᵀ  │    y     │    │ u │  │ c │       y += s c E0ᵀ
            └─────┴───                   └──────────┘    └───┘  └───┘       y += s u dEᵀ
 
@@ -42,6 +45,7 @@ from .dropout import drop, dropout_argument
 from .launch import Launch, block_r, dot_precision
 from .tiles import (
     accumulate_shrink,
+    add_masked,
     bias_tile,
     dot,
     grouped_tile,
@@ -51,6 +55,59 @@ from .tiles import (
     matrix,
     store_tile,
 )
+
+
+@triton.jit
+def rank_block(
+    b_y,
+    o_m,
+    o_n,
+    r,
+    is_first_column,
+    x,
+    weight,
+    shrink,
+    d_shrink,
+    expand,
+    d_expand,
+    u,
+    c,
+    scaling,
+    dropout,
+    MASK_UPDATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """y + the update of BLOCK_R ranks from r on, in one loop over K, which also adds x Wᵀ.
+
+    With no weight, y is a sum of updates alone, and all of it is masked later.
+    """
+    DTYPE: tl.constexpr = x.pointer.dtype.element_ty
+    MASKED: tl.constexpr = MASK_UPDATE and weight is not None
+    o_r = r + tl.arange(0, BLOCK_R)
+    b_u = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    b_v = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(0, x.columns, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_x = load_tile(x, o_m, o_k)
+        if weight is not None:
+            b_y = dot(b_x, load_transposed(weight, o_n, o_k), b_y, PRECISION)
+        if not MASK_UPDATE:
+            b_x = drop(b_x, o_m, o_k, dropout)
+        b_u = accumulate_shrink(b_u, b_x, shrink, o_r, o_k, PRECISION)
+        if d_shrink is not None:
+            b_v = accumulate_shrink(b_v, b_x, d_shrink, o_r, o_k, PRECISION)
+
+    if is_first_column:
+        if u is not None:
+            store_tile(u, b_u, o_m, o_r)
+        if c is not None:
+            store_tile(c, b_u + b_v, o_m, o_r)
+    return low_rank_update(
+        b_y, b_u, d_expand, b_u + b_v, expand, scaling, o_m, o_n, o_r, dropout, MASKED, DTYPE, PRECISION
+    )
 
 
 @triton.jit
@@ -73,35 +130,64 @@ def linearized_lora_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ONE_RANK_BLOCK: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = x.pointer.dtype.element_ty
     n_row_tiles = tl.cdiv(x.rows, BLOCK_M)
     i_m, i_n = grouped_tile(tl.program_id(0), n_row_tiles, tl.num_programs(0) // n_row_tiles, GROUP_M)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_r = tl.arange(0, BLOCK_R)
 
     b_y = bias_tile(p_bias, o_n, weight.rows, BLOCK_M, BLOCK_N)
-    b_u = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    b_v = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(0, x.columns, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
-        b_x = load_tile(x, o_m, o_k)
-        b_y = dot(b_x, load_transposed(weight, o_n, o_k), b_y, PRECISION)
-        if not MASK_UPDATE:
-            b_x = drop(b_x, o_m, o_k, dropout)
-        b_u = accumulate_shrink(b_u, b_x, shrink, o_r, o_k, PRECISION)
-        if d_shrink is not None:
-            b_v = accumulate_shrink(b_v, b_x, d_shrink, o_r, o_k, PRECISION)
-
-    if i_n == 0:
-        if u is not None:
-            store_tile(u, b_u, o_m, o_r)
-        if c is not None:
-            store_tile(c, b_u + b_v, o_m, o_r)
-    b_y = low_rank_update(
-        b_y, b_u, d_expand, b_u + b_v, expand, scaling, o_m, o_n, o_r, dropout, MASK_UPDATE, DTYPE, PRECISION
+    # These come first and keep their invariants to themselves: addresses that are hoisted, or shared with the loop
+    # over W, would hold registers through all of it, and spill.
+    if not ONE_RANK_BLOCK:
+        b_update = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for r in tl.range(BLOCK_R, d_expand.columns, BLOCK_R, disable_licm=True):
+            b_update = rank_block(
+                b_update,
+                o_m,
+                o_n,
+                r,
+                i_n == 0,
+                x,
+                None,
+                shrink,
+                d_shrink,
+                expand,
+                d_expand,
+                u,
+                c,
+                scaling,
+                dropout,
+                MASK_UPDATE,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_K,
+                BLOCK_R,
+            )
+        b_y = add_masked(b_y, b_update, o_m, o_n, dropout) if MASK_UPDATE else b_y + b_update
+    b_y = rank_block(
+        b_y,
+        o_m,
+        o_n,
+        0,
+        i_n == 0,
+        x,
+        weight,
+        shrink,
+        d_shrink,
+        expand,
+        d_expand,
+        u,
+        c,
+        scaling,
+        dropout,
+        MASK_UPDATE,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_K,
+        BLOCK_R,
     )
     store_tile(y, b_y, o_m, o_n)
 
@@ -171,6 +257,7 @@ def launch(
 ) -> Launch:
     """The launch of the recompute design."""
     row_tiles, column_tiles = triton.cdiv(x.shape[0], config.block_m), triton.cdiv(weight.shape[0], config.block_n)
+    rank_block = block_r(shrink.shape[0], config)
     return Launch(
         kernel=linearized_lora_linear_kernel,
         grid=(row_tiles * max(1, column_tiles),),
@@ -192,7 +279,8 @@ def launch(
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
-            "BLOCK_R": block_r(shrink.shape[0]),
+            "BLOCK_R": rank_block,
+            "ONE_RANK_BLOCK": shrink.shape[0] <= rank_block,
             "GROUP_M": config.group_m,
         },
         config=config,

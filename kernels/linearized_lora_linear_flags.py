@@ -2,7 +2,7 @@
 
     u = x' S0ᵀ      c = x' (S0 + dS)ᵀ      y = x Wᵀ + b + s [ c E0ᵀ + u dEᵀ ]        (see `linearized_lora_linear`)
 
-[S0; dS] counts as more columns of tiles, 64 ranks each. A program draws tiles from a ticket counter, in groups of
+[S0; dS] counts as more columns of tiles, BLOCK_R ranks each. A program draws tiles from a ticket counter, in groups of
 GROUP_M rows:
 
                     shrink     output tiles, column after column
@@ -136,10 +136,10 @@ def output_tile(
     b_update = tl.zeros_like(b_y) if MASK_UPDATE else b_y
     for r in tl.range(0, d_expand.columns, BLOCK_R, num_stages=2):  # few ranks at a time: y holds most registers
         o_r = r + tl.arange(0, BLOCK_R)
-        b_su = load_tile(su, o_m, o_r, CACHE=".cg")
+        b_su = load_tile(su, o_m, o_r, PAST_L1=True)
         b_update = accumulate_expand(b_update, b_su, d_expand, o_n, o_r, PRECISION)
         if expand is not None:
-            b_sc = load_tile(sc, o_m, o_r, CACHE=".cg")
+            b_sc = load_tile(sc, o_m, o_r, PAST_L1=True)
             b_update = accumulate_expand(b_update, b_sc, expand, o_n, o_r, PRECISION)
     b_y = add_masked(b_y, b_update, o_m, o_n, dropout) if MASK_UPDATE else b_update
     d_y.store([i_m * BLOCK_M, i_n * BLOCK_N], b_y.to(d_y.dtype))
@@ -238,10 +238,6 @@ def linearized_lora_linear_flags_kernel(
         tl.atomic_xchg(p_ticket, 0, sem="relaxed")
 
 
-# u and c of a shrink tile, 64 ranks each, take the registers that an output tile has for y.
-RANKS_PER_SHRINK_TILE = 64
-
-
 def describable(x: Tensor, weight: Tensor) -> bool:
     """Whether tensor descriptors can read x and write y by rows, and read the weight by rows or by columns."""
     return (
@@ -282,7 +278,7 @@ def launch(
     weight_rows, weight_block = weight, [config.block_n, config.block_k]
     if transposed_weight:
         weight_rows, weight_block = weight.t(), [config.block_k, config.block_n]
-    rank_block = min(block_r(rank), RANKS_PER_SHRINK_TILE)
+    rank_block = block_r(rank, config)
     row_tiles = triton.cdiv(m, config.block_m)
     tiles = row_tiles * (triton.cdiv(rank, rank_block) + triton.cdiv(n, config.block_n))
     programs = config.programs or device_traits(x.device).multiprocessors

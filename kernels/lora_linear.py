@@ -14,13 +14,17 @@ input to the two updates. An input that had no tangent asks for no y in its back
 it is zero: y_t is the update alone.
 
 One program computes the same tile of y and of y_t, so every tile of W is loaded once for two products. u and c are
-recomputed by every column tile (overhead 3r / 2·BLOCK_N) and stored by the first.
+recomputed by every column tile (overhead 3r / 2·BLOCK_N) and stored by the first, a block of BLOCK_R ranks at a time.
+Ranks up to BLOCK_R (64) read x and x_t once, in the loop over K that computes the frozen products. Every further
+block of ranks is a loop over K of its own before that one, without W, which reads the same rows of x and x_t (from
+L2, all but the first time) and its own rows of S0 and dS: ceil(r / BLOCK_R) times in all. The short form reads x_t
+once at every rank.
 
-                K →                      BLOCK_N            r
+                K →                      BLOCK_N         BLOCK_R      after each loop over K:
            ┌─────┬───                  ┌──────────┐       ┌───┐
-   BLOCK_M │  x  │ …   ·  Wᵀ, S0ᵀ, dSᵀ │    y     │       │ u │       y   += s u E0ᵀ
+   BLOCK_M │  x  │ …   ·  Wᵀ, S0ᵀ, dSᵀ │    y     │       │ u │         y   += s u E0ᵀ
            ├─────┼───      │           ├──────────┤       ├───┤
-   BLOCK_M │ x_t │ …   ·  Wᵀ, S0ᵀ      │   y_t    │       │ c │       y_t += s c E0ᵀ + s u dEᵀ
+   BLOCK_M │ x_t │ …   ·  Wᵀ, S0ᵀ      │   y_t    │       │ c │         y_t += s c E0ᵀ + s u dEᵀ
            └─────┴───                  └──────────┘       └───┘
 
 Kept for backward: x, x_t, and u, c in x's dtype (M·r each).
@@ -41,6 +45,7 @@ from .dropout import drop, dropout_argument
 from .launch import Launch, block_r, dot_precision
 from .tiles import (
     accumulate_shrink,
+    add_masked,
     bias_tile,
     dot,
     grouped_tile,
@@ -50,6 +55,76 @@ from .tiles import (
     matrix,
     store_tile,
 )
+
+
+@triton.jit
+def rank_block(
+    b_y,
+    b_y_tangent,
+    o_m,
+    o_n,
+    r,
+    is_first_column,
+    x,
+    x_tangent,
+    weight,
+    shrink,
+    d_shrink,
+    expand,
+    d_expand,
+    u,
+    c,
+    scaling,
+    dropout,
+    PRIMAL: tl.constexpr,
+    MASK_UPDATE: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    """y and y_t + the updates of BLOCK_R ranks from r on, in one loop over K.
+
+    The loop also adds the frozen products x Wᵀ and x_t Wᵀ. With no weight, y and y_t are sums of updates alone, and
+    all of them is masked later. Without PRIMAL y stays as it is.
+    """
+    DTYPE: tl.constexpr = x.pointer.dtype.element_ty
+    MASKED: tl.constexpr = MASK_UPDATE and weight is not None
+    o_r = r + tl.arange(0, BLOCK_R)
+    b_u = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    b_c = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    for k in range(0, x.columns, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_x = load_tile(x, o_m, o_k)
+        if weight is not None:
+            if PRIMAL or x_tangent is not None:
+                b_weight = load_transposed(weight, o_n, o_k)
+            if PRIMAL:
+                b_y = dot(b_x, b_weight, b_y, PRECISION)
+        if not MASK_UPDATE:
+            b_x = drop(b_x, o_m, o_k, dropout)
+        b_u = accumulate_shrink(b_u, b_x, shrink, o_r, o_k, PRECISION)
+        if d_shrink is not None:
+            b_c = accumulate_shrink(b_c, b_x, d_shrink, o_r, o_k, PRECISION)
+        if x_tangent is not None and (weight is not None or expand is not None):
+            b_x_tangent = load_tile(x_tangent, o_m, o_k)
+            if weight is not None:
+                b_y_tangent = dot(b_x_tangent, b_weight, b_y_tangent, PRECISION)
+            if expand is not None:
+                if not MASK_UPDATE:
+                    b_x_tangent = drop(b_x_tangent, o_m, o_k, dropout)
+                b_c = accumulate_shrink(b_c, b_x_tangent, shrink, o_r, o_k, PRECISION)
+
+    if is_first_column:
+        store_tile(u, b_u, o_m, o_r)
+        if c is not None:
+            store_tile(c, b_c, o_m, o_r)
+    if PRIMAL and expand is not None:
+        b_y = low_rank_update(b_y, b_u, expand, b_c, None, scaling, o_m, o_n, o_r, dropout, MASKED, DTYPE, PRECISION)
+    b_y_tangent = low_rank_update(
+        b_y_tangent, b_u, d_expand, b_c, expand, scaling, o_m, o_n, o_r, dropout, MASKED, DTYPE, PRECISION
+    )
+    return b_y, b_y_tangent
 
 
 @triton.jit
@@ -74,52 +149,78 @@ def lora_linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    ONE_RANK_BLOCK: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    DTYPE: tl.constexpr = x.pointer.dtype.element_ty
     n_row_tiles = tl.cdiv(x.rows, BLOCK_M)
     i_m, i_n = grouped_tile(tl.program_id(0), n_row_tiles, tl.num_programs(0) // n_row_tiles, GROUP_M)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    o_r = tl.arange(0, BLOCK_R)
 
     b_y = bias_tile(p_bias, o_n, weight.rows, BLOCK_M, BLOCK_N)
     b_y_tangent = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    b_u = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    b_c = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(0, x.columns, BLOCK_K):
-        o_k = k + tl.arange(0, BLOCK_K)
-        b_x = load_tile(x, o_m, o_k)
-        if y is not None or x_tangent is not None:
-            b_weight = load_transposed(weight, o_n, o_k)
-        if y is not None:
-            b_y = dot(b_x, b_weight, b_y, PRECISION)
-        if not MASK_UPDATE:
-            b_x = drop(b_x, o_m, o_k, dropout)
-        b_u = accumulate_shrink(b_u, b_x, shrink, o_r, o_k, PRECISION)
-        if d_shrink is not None:
-            b_c = accumulate_shrink(b_c, b_x, d_shrink, o_r, o_k, PRECISION)
-        if x_tangent is not None:
-            b_x_tangent = load_tile(x_tangent, o_m, o_k)
-            b_y_tangent = dot(b_x_tangent, b_weight, b_y_tangent, PRECISION)
-            if expand is not None:
-                if not MASK_UPDATE:
-                    b_x_tangent = drop(b_x_tangent, o_m, o_k, dropout)
-                b_c = accumulate_shrink(b_c, b_x_tangent, shrink, o_r, o_k, PRECISION)
-
-    if i_n == 0:
-        store_tile(u, b_u, o_m, o_r)
-        if c is not None:
-            store_tile(c, b_c, o_m, o_r)
-    if y is not None:
-        if expand is not None:
-            b_y = low_rank_update(
-                b_y, b_u, expand, b_c, None, scaling, o_m, o_n, o_r, dropout, MASK_UPDATE, DTYPE, PRECISION
+    # These come first and keep their invariants to themselves: addresses that are hoisted, or shared with the loop
+    # over W, would hold registers through all of it, and spill.
+    if not ONE_RANK_BLOCK:
+        b_update = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for r in tl.range(BLOCK_R, d_expand.columns, BLOCK_R, disable_licm=True):
+            b_update, b_y_tangent = rank_block(
+                b_update,
+                b_y_tangent,
+                o_m,
+                o_n,
+                r,
+                i_n == 0,
+                x,
+                x_tangent,
+                None,
+                shrink,
+                d_shrink,
+                expand,
+                d_expand,
+                u,
+                c,
+                scaling,
+                dropout,
+                y is not None,
+                MASK_UPDATE,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_K,
+                BLOCK_R,
             )
-        store_tile(y, b_y, o_m, o_n)
-    b_y_tangent = low_rank_update(
-        b_y_tangent, b_u, d_expand, b_c, expand, scaling, o_m, o_n, o_r, dropout, MASK_UPDATE, DTYPE, PRECISION
+        if MASK_UPDATE:
+            b_y = add_masked(b_y, b_update, o_m, o_n, dropout)
+            b_y_tangent = add_masked(tl.zeros_like(b_y_tangent), b_y_tangent, o_m, o_n, dropout)
+        else:
+            b_y += b_update
+    b_y, b_y_tangent = rank_block(
+        b_y,
+        b_y_tangent,
+        o_m,
+        o_n,
+        0,
+        i_n == 0,
+        x,
+        x_tangent,
+        weight,
+        shrink,
+        d_shrink,
+        expand,
+        d_expand,
+        u,
+        c,
+        scaling,
+        dropout,
+        y is not None,
+        MASK_UPDATE,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_K,
+        BLOCK_R,
     )
+    if y is not None:
+        store_tile(y, b_y, o_m, o_n)
     store_tile(y_tangent, b_y_tangent, o_m, o_n)
 
 
@@ -206,6 +307,7 @@ def launch(
 ) -> Launch:
     """The launch that fills y (unless None), y_tangent, u and c (unless it has no columns)."""
     row_tiles, column_tiles = triton.cdiv(x.shape[0], config.block_m), triton.cdiv(weight.shape[0], config.block_n)
+    rank_block = block_r(shrink.shape[0], config)
     return Launch(
         kernel=lora_linear_kernel,
         grid=(row_tiles * max(1, column_tiles),),
@@ -229,7 +331,8 @@ def launch(
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
-            "BLOCK_R": block_r(shrink.shape[0]),
+            "BLOCK_R": rank_block,
+            "ONE_RANK_BLOCK": shrink.shape[0] <= rank_block,
             "GROUP_M": config.group_m,
         },
         config=config,

@@ -53,11 +53,11 @@ def dot(b_a, b_b, b_accumulator, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def load_tile(a, o_row, o_column, CACHE: tl.constexpr = ""):
-    """a[o_row, o_column] (rows, columns), zero outside a. CACHE ".cg" reads past L1 what other programs wrote."""
+def load_tile(a, o_row, o_column, PAST_L1: tl.constexpr = False):
+    """a[o_row, o_column] (rows, columns), zero outside a. PAST_L1 sees what other programs of the launch wrote."""
     m_tile = (o_row < a.rows)[:, None] & (o_column < a.columns)[None, :]
     o_tile = o_row.to(tl.int64)[:, None] * a.stride_row + o_column.to(tl.int64)[None, :] * a.stride_column
-    return tl.load(a.pointer + o_tile, mask=m_tile, other=0.0, cache_modifier=CACHE)
+    return tl.load(a.pointer + o_tile, mask=m_tile, other=0.0, cache_modifier=".cg" if PAST_L1 else "")
 
 
 @triton.jit

@@ -10,10 +10,10 @@ from linlora.reference import keep_mask
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 # Tiles small enough that odd little matrices have several of them in every direction.
-RECOMPUTE = Config("recompute", 16, 32, 32, 4, 2, group_m=2)
-FLAGS = Config("flags", 16, 32, 32, 4, 2, group_m=2, programs=3)
-SPLIT = Config("split", 16, 32, 0, 4, 2, block_r=32, programs=1)
-SPLIT_MANY = Config("split", 16, 32, 0, 4, 2, block_r=32, programs=1000)
+RECOMPUTE = Config("recompute", 16, 32, 32, 64, 4, 2, group_m=2)
+FLAGS = Config("flags", 16, 32, 32, 64, 4, 2, group_m=2, programs=3)
+SPLIT = Config("split", 16, 32, 0, 32, 4, 2, programs=1)
+SPLIT_MANY = Config("split", 16, 32, 0, 32, 4, 2, programs=1000)
 
 
 def assert_close(name: str, actual: Tensor, expected: Tensor, tolerance: float | None = None) -> None:

@@ -1,5 +1,7 @@
 """Layer scope: both designs against the formulas in float64."""
 
+import dataclasses
+
 import kernel_oracles as oracle
 import pytest
 import torch
@@ -33,6 +35,17 @@ def test_matches_the_formula(device, dtype, design, short):
 @pytest.mark.parametrize("design", DESIGNS)
 def test_every_rank(device, design, rank):
     check(layer(5, 40, 32, rank, FP16, device), design)
+
+
+@pytest.mark.parametrize("short", FORMS)
+@pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
+@pytest.mark.parametrize("rank", [65, 100, 256])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+def test_several_blocks_of_ranks(device, dtype, rank, adjoint, short):
+    assert rank > RECOMPUTE.block_r
+    seed = torch.tensor(7, device=device)
+    arguments = layer(20, 40, 72, rank, dtype, device, short=short)
+    check(arguments, RECOMPUTE, dropout_p=0.4, seed=seed, adjoint=adjoint)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 29, 17), (5, 130, 96), (37, 29, 17), (37, 130, 1)])
@@ -131,7 +144,7 @@ def test_empty_sides(device):
 
 @pytest.mark.parametrize("programs", [1, 4, 1000])
 def test_flags_return_to_zero_and_launches_repeat(device, programs):
-    config = type(FLAGS)("flags", 16, 32, 32, 4, 2, group_m=2, programs=programs)
+    config = dataclasses.replace(FLAGS, programs=programs)
     arguments = layer(75, 72, 64, 40, FP16, device)
     first, second = (linearized_lora_linear(**arguments, scaling=0.7, config=config) for _ in range(2))
     for one, other in zip(first, second, strict=True):

@@ -38,6 +38,16 @@ def test_every_rank(device, rank):
     check(dual_layer(5, 40, 32, rank, FP16, device))
 
 
+@pytest.mark.parametrize("short", FORMS)
+@pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
+@pytest.mark.parametrize("rank", [65, 100, 256])
+@pytest.mark.parametrize("dtype", [FP32, FP16, BF16], ids=str)
+def test_several_blocks_of_ranks(device, dtype, rank, adjoint, short):
+    assert rank > RECOMPUTE.block_r
+    seed = torch.tensor(7, device=device)
+    check(dual_layer(20, 40, 72, rank, dtype, device, short=short), dropout_p=0.4, seed=seed, adjoint=adjoint)
+
+
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 29, 17), (5, 130, 96), (37, 29, 17), (37, 130, 1)])
 def test_odd_sizes(device, m, n, k):
     check(dual_layer(m, n, k, 4, FP32, device))
@@ -59,8 +69,9 @@ def test_arbitrary_strides(device):
 @pytest.mark.parametrize("primal", [True, False], ids=["primal", "tangent-only"])
 @pytest.mark.parametrize("tangent", [True, False], ids=["x_t", "no-x_t"])
 @pytest.mark.parametrize("short", FORMS)
-def test_streams_left_out(device, short, tangent, primal):
-    arguments = {**dual_layer(20, 40, 64, 8, FP32, device, short=short), "bias": None}
+@pytest.mark.parametrize("rank", [8, 80])
+def test_streams_left_out(device, rank, short, tangent, primal):
+    arguments = {**dual_layer(20, 40, 64, rank, FP32, device, short=short), "bias": None}
     check(arguments if tangent else {**arguments, "x_tangent": None}, primal=primal)
 
 
