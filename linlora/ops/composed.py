@@ -2,7 +2,7 @@
 
 They run in two situations. Under a `torch.func` transform or forward-mode AD every aten call is differentiated
 exactly, where a fused Function would have to refuse. And on the `torch` backend a Function written in Python costs
-about 80 us a call more than C++ autograd, which small problems do not earn back (`SMALL`).
+about 70 us a call more than C++ autograd, which small problems do not earn back (`SMALL`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from linlora.ops import aten
 from linlora.reference import dropout
 
 SMALL = 2**18
-"""Below this many elements in x and y together the composition beats the Function on a CPU: bench/NOTES.md, note 1."""
+"""Elements of x and y together below which calls run composed on the torch backend: bench/NOTES.md, note 1."""
 
 
 def preferred(backend: ModuleType, x: Tensor, weight: Tensor, dropout_p: float) -> bool:
