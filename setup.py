@@ -8,7 +8,16 @@ PyPI package of that name.
 from setuptools import setup
 
 setup(
-    packages=["linlora", "linlora.ops", "linlora.quickstart", "linlora.kernels", "linlora.bench"],
+    packages=[
+        "linlora",
+        "linlora.ops",
+        "linlora.ops.aten",
+        "linlora.ops.dual",
+        "linlora.stream",
+        "linlora.quickstart",
+        "linlora.kernels",
+        "linlora.bench",
+    ],
     package_dir={"linlora.kernels": "kernels", "linlora.bench": "bench"},
     package_data={"linlora": ["py.typed"], "linlora.bench": ["results/*/*.json"]},
 )

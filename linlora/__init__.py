@@ -9,7 +9,16 @@ from linlora.backends import BackendUnavailableError, explain, use_backend
 from linlora.export import export, merge
 from linlora.files import CorruptFileError
 from linlora.fusion import fuse
-from linlora.linearize import NoLoraLayerError, Report, UnsupportedLayerError, accelerate, delinearize, linearize
+from linlora.linearize import (
+    NoLoraLayerError,
+    Report,
+    UnsupportedLayerError,
+    accelerate,
+    delinearize,
+    linearize,
+    set_scope,
+)
+from linlora.stream import TangentError
 from linlora.task_vector import DifferentPointError, TaskVector, apply
 
 __version__ = "0.1.0"
@@ -20,6 +29,7 @@ __all__ = [
     "DifferentPointError",
     "NoLoraLayerError",
     "Report",
+    "TangentError",
     "TaskVector",
     "UnsupportedLayerError",
     "accelerate",
@@ -33,6 +43,7 @@ __all__ = [
     "linearize",
     "merge",
     "reference",
+    "set_scope",
     "testing",
     "use_backend",
 ]

@@ -22,7 +22,10 @@ import linlora.kernels as kernels
 from linlora.ops import aten
 
 BackendName = Literal["torch", "triton", "cuda"]
-OPS = ("linearized_lora_linear", "lora_linear", "factor_gradients")
+OPS = (
+    "linearized_lora_linear", "lora_linear", "factor_gradients",
+    "linear", "attention", "layer_norm", "rms_norm", "activation", "gated_activation",
+)  # fmt: skip
 
 _MODULES: dict[str, ModuleType] = {"torch": aten, "triton": kernels}
 _requested: str | None = None  # a module global, not a ContextVar: torch.compile guards on it

@@ -31,6 +31,11 @@ class FunctorchLoraLinear(nn.Module):
         for i, name in enumerate(self.names):
             self.register_buffer(f"point_{i}", parameters[name].detach().clone())
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, which some models ask their layers for."""
+        return self.layer.weight
+
     def forward(self, x: Tensor) -> Tensor:
         parameters = dict(self.layer.named_parameters())
         point = {name: getattr(self, f"point_{i}") for i, name in enumerate(self.names)}

@@ -59,6 +59,13 @@ def export(model: PeftModel, directory: str | os.PathLike, adapter: str | None =
     PeftModel
     """
     adapter = _one_adapter(model, adapter)
+    vector = TaskVector.from_model(model, adapter)
+    if vector.scope == "model":
+        raise ValueError(
+            "export: no LoRA adapter has the function of a model linearized at model scope. Save its task vector, "
+            "TaskVector.from_model(model).save(path), or export the layer-scope function: "
+            "linlora.set_scope(model, 'layer')"
+        )
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=directory, prefix=".export."))
@@ -67,7 +74,6 @@ def export(model: PeftModel, directory: str | os.PathLike, adapter: str | None =
             type(model).save_pretrained(
                 model, str(staging), selected_adapters=[adapter], state_dict=folded_state_dict(model)
             )
-        vector = TaskVector.from_model(model, adapter)
         if vector.scope == "layer":
             vector.save(staging / TASK_VECTOR_FILE)
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):

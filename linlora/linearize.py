@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,9 +14,12 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from linlora import backends, folding
+from linlora.model_scope import check_model_scope, enter_model_scope, leave_model_scope
 from linlora.modules import FusedLoraLinear, fuse_layer, fused_layers, unfuse_layer, unsupported
 
 if TYPE_CHECKING:
+    from linlora.stream import Stream
+    from linlora.stream.fallback import Fallback
     from linlora.task_vector import TaskVector
 
 
@@ -50,6 +53,14 @@ class Report:
     layers: tuple[LayerReport, ...]
     left_alone: tuple[tuple[str, str], ...]
     trainable: int
+    fused_modules: tuple[str, ...] = ()
+    stream: Stream | None = field(default=None, repr=False)
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """At model scope, the functions that ran without a rule so far: where, how often, seconds; dearest first."""
+        found = () if self.stream is None else self.stream.fallbacks.values()
+        return tuple(sorted(found, key=lambda fallback: -fallback.seconds))
 
     def __str__(self) -> str:
         lines = [f"linlora: {self.action} {len({layer.name for layer in self.layers})} LoRA layers"]
@@ -64,6 +75,9 @@ class Report:
         states = Counter(layer.state for layer in self.layers)
         lines += [f"  {count:4d} {_STATES[state]}" for state, count in states.items()]
         lines += [f"  backend: {', '.join(sorted({layer.backend for layer in self.layers}))}"]
+        if self.fused_modules:
+            lines += [f"  fused as a whole: {len(self.fused_modules)} x {', '.join(_families(self.fused_modules))}"]
+        lines += [f"  without a rule, by forward mode: {fallback}" for fallback in self.fallbacks]
         lines += [f"  left alone: {name} ({why})" for name, why in self.left_alone]
         lines += [f"  trainable parameters: {self.trainable:,}" + ("" if self.trainable else _NOTHING_TRAINABLE)]
         return "\n".join(lines)
@@ -78,33 +92,39 @@ _NOTHING_TRAINABLE = " (load the adapter with is_trainable=True, or call model.s
 
 
 def linearize(model: PeftModel, scope: str = "layer", point: TaskVector | None = None) -> Report:
-    """Linearize every LoRA layer of a PEFT model in its adapter, in place, at the adapter's current values.
+    """Linearize a PEFT model in its LoRA adapters, in place, at the adapters' current values.
 
     Layer scope (arXiv 2310.04742 as its code trains it): each layer returns
     ``y + y_t = x Wᵀ + b + s[(x A0ᵀ)(B0 + dB)ᵀ + (x dAᵀ) B0ᵀ]`` with (A0, B0) the values the adapter has now, trained or
-    not, and (dA, dB) zero and trainable. The function of the model is unchanged until it is trained. No weight is
-    copied; every adapter of the model is linearized, each at its own point; `modules_to_save` are left as they are.
+    not, and (dA, dB) zero and trainable. Activations between layers stay nonlinear, and the result is a LoRA adapter.
+
+    Model scope (its equation 4): the whole network is linearized, ``F(δ) = f(x; φ0) + J(x; φ0) δ`` with δ all (dA, dB).
+    Two streams flow through the network; outputs and the loss (also with `labels`) are those of F. It stays two
+    streams: it does not fold into weights.
+
+    The function of the model is unchanged until it is trained. No weight is copied; every adapter of the model is
+    linearized, each at its own point; `modules_to_save` are trained as they are, at model scope on top of F.
 
     Args:
         model: a PeftModel with LoRA adapters (nn.Linear or transformers Conv1D targets).
-        scope: "layer".
+        scope: "layer" or "model".
         point: a TaskVector at whose linearization point the active adapter is put first, to resume or evaluate
             vectors of an earlier run.
 
-    Returns: a Report; print it.
+    Returns: a Report; print it. At model scope, print it again after a step: functions without a rule are counted.
 
     Raises:
         TypeError: `model` is not a PeftModel; UnsupportedLayerError (a TypeError): a LoRA layer of another kind.
         NoLoraLayerError: there is no LoRA layer.
-        ValueError: unknown scope, merged or already linearized adapters, NaN in an adapter, a point that does not fit.
+        ValueError: unknown scope, merged or already linearized adapters, NaN in an adapter, a point that does not fit;
+            at model scope an attention implementation without tangents, or parameters that train beside the adapter.
 
     >>> import linlora
-    >>> report = linlora.linearize(linlora.testing.tiny_model("bert"))
+    >>> report = linlora.linearize(linlora.testing.tiny_model("bert"), scope="model")
     >>> {layer.state for layer in report.layers}
     {'short'}
     """
-    if scope != "layer":
-        raise ValueError(f"unknown scope {scope!r}: choose 'layer'")
+    _check_scope(scope)
     if not isinstance(model, PeftModel):
         raise TypeError(
             f"linearize takes a PeftModel, got {type(model).__name__}: wrap it with peft.get_peft_model(model, "
@@ -119,6 +139,8 @@ def linearize(model: PeftModel, scope: str = "layer", point: TaskVector | None =
             for kind, factor in (("A", layer.lora_A), ("B", layer.lora_B)):
                 if not torch.isfinite(factor[adapter].weight).all():
                     raise ValueError(f"layer '{name}': lora_{kind} of adapter '{adapter}' holds NaN or infinity")
+    if scope == "model":
+        check_model_scope(model)
     if point is not None:
         point.move_point(model)
     for name, layer in layers:
@@ -127,7 +149,29 @@ def linearize(model: PeftModel, scope: str = "layer", point: TaskVector | None =
             _linearize_adapter(fused, adapter)
         folding.accept_folded_factors(fused)
     folding.save_folded_factors(model)
-    return _report("linearized (layer scope)", model, layers)
+    fused_modules = enter_model_scope(model) if scope == "model" else ()
+    return _report(f"linearized ({scope} scope)", model, layers, fused_modules)
+
+
+def set_scope(model: PeftModel, scope: str) -> None:
+    """Let a linearized model be that of the other scope, in place: the same point, the same (dA, dB), another function.
+
+    >>> import linlora
+    >>> model = linlora.testing.tiny_model("bert")
+    >>> _ = linlora.linearize(model, scope="model")
+    >>> linlora.set_scope(model, "layer")
+    >>> linlora.TaskVector.from_model(model).scope
+    'layer'
+    """
+    _check_scope(scope)
+    layers = list(fused_layers(model))
+    if not any(state != "plain" for _, layer in layers for state in layer.states.values()):
+        raise ValueError("set_scope: the model is not linearized; call linlora.linearize(model, scope)")
+    if scope == "model" and layers[0][1].stream is None:
+        check_model_scope(model)
+        enter_model_scope(model)
+    elif scope == "layer":
+        leave_model_scope(model)
 
 
 def delinearize(model: PeftModel) -> PeftModel:
@@ -150,6 +194,7 @@ def delinearize(model: PeftModel) -> PeftModel:
             raise ValueError(
                 f"layer '{name}': adapters {layer.merged_adapters} are merged; call model.unmerge_adapter()"
             )
+    leave_model_scope(model)
     for _, layer in layers:
         for adapter, state in layer.states.items():
             A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
@@ -201,7 +246,7 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
         if isinstance(module, LoraLayer)
     ]
     if not layers:
-        candidates = sorted({_family(name) for name, module in model.named_modules() if isinstance(module, nn.Linear)})
+        candidates = _families(name for name, module in model.named_modules() if isinstance(module, nn.Linear))
         raise NoLoraLayerError(
             f"{type(model).__name__} has no LoRA layer. Linear layers LoraConfig(target_modules=[...]) could name: "
             f"{', '.join(candidates) or 'none'}"
@@ -220,7 +265,9 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     return layers
 
 
-def _report(action: str, model: nn.Module, layers: list[tuple[str, Any]]) -> Report:
+def _report(
+    action: str, model: nn.Module, layers: list[tuple[str, Any]], fused_modules: tuple[str, ...] = ()
+) -> Report:
     rows = [
         LayerReport(
             name, adapter, layer.in_features, layer.out_features, layer.r[adapter], layer.scaling[adapter],
@@ -229,16 +276,27 @@ def _report(action: str, model: nn.Module, layers: list[tuple[str, Any]]) -> Rep
         for name, layer in layers
         for adapter in layer.lora_A
     ]  # fmt: skip
+    stream = layers[0][1].stream
+    how = "trained as it is" if stream is None else "trained as it is, on the linearized features"
     left_alone = [
-        (name.removeprefix("base_model.model."), f"{type(module).__name__}: trained as it is, not part of a TaskVector")
+        (name.removeprefix("base_model.model."), f"{type(module).__name__}: {how}, not part of a TaskVector")
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
     ]
-    return Report(action, tuple(rows), tuple(left_alone), _trainable(model.parameters()))
+    return Report(action, tuple(rows), tuple(left_alone), _trainable(model.parameters()), fused_modules, stream)
 
 
 def _trainable(parameters: Iterable[Tensor]) -> int:
     return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
+
+
+def _check_scope(scope: str) -> None:
+    if scope not in ("layer", "model"):
+        raise ValueError(f"unknown scope {scope!r}: choose 'layer' or 'model'")
+
+
+def _families(names: Iterable[str]) -> list[str]:
+    return sorted({_family(name) for name in names})
 
 
 def _family(name: str) -> str:

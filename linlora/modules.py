@@ -7,6 +7,9 @@ of three states, which decide what is passed to the op:
     plain       A0 = lora_A (trainable)    B0 = none            dB = lora_B       ordinary LoRA
     short       A0 = lora_A (frozen)       B0 = none            dB = lora_B       linearized at B0 = 0
     pair        A0 = lora_A (frozen)       B0 = lora_B (frozen)  dA, dB = lora_dA, lora_dB
+
+At layer scope the layer returns primal + tangent. At model scope, where it has a `stream`, it returns both as a
+DualTensor (linlora.stream).
 """
 
 from __future__ import annotations
@@ -20,9 +23,11 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from linlora.ops import dual
 from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.linearized_lora_linear import unchecked
 from linlora.reference import delta_weight
+from linlora.stream import DualTensor, Stream
 
 State = Literal["plain", "short", "pair"]
 
@@ -45,6 +50,7 @@ class FusedLoraLinear(PeftLoraLinear):
 
     layer_name: str
     states: dict[str, State]
+    stream: Stream | None
     lora_A: Any  # PEFT's ModuleDicts of nn.Linear by adapter
     lora_B: Any
     lora_dA: nn.ParameterDict
@@ -57,6 +63,8 @@ class FusedLoraLinear(PeftLoraLinear):
         active = [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return self.base_layer(x)
+        if self.stream is not None:
+            return self._both_streams(x, active)
         base = self.base_layer
         weight = base.weight.t() if self.fan_in_fan_out else base.weight
         x = autocast_input(x)
@@ -67,6 +75,25 @@ class FusedLoraLinear(PeftLoraLinear):
         if p == 0.0:
             return unchecked(x, weight, base.bias, *factors)
         return unchecked(x, weight, base.bias, *factors, p, torch.randint(2**31, (), device=x.device))
+
+    def _both_streams(self, x: Tensor, active: list[str]) -> Tensor:
+        """Model scope: the primal at (A0, B0) and the tangent in (dA, dB) and in the stream so far."""
+        plain = [name for name in active if self.states[name] == "plain"]
+        if plain:
+            raise ValueError(
+                f"layer '{self.layer_name}': adapter {plain} is not linearized, the model is (model scope); activate a "
+                "linearized adapter, or delinearize the model and linearize it again with all its adapters"
+            )
+        base = self.base_layer
+        x, x_tangent = (x.primal, x.tangent) if isinstance(x, DualTensor) else (x, None)
+        weight = base.weight.t() if self.fan_in_fan_out else base.weight
+        self._check_input(autocast_input(x), weight)
+        factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
+        p = self._dropout_p(active) if self.training else 0.0
+        seed = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
+        y, y_tangent = dual.lora_linear(x, x_tangent, weight, base.bias, *factors, p, seed)
+        assert self.stream is not None
+        return DualTensor(y, y_tangent, self.stream) if self.stream.tangents else y
 
     def factors(self, adapter: str) -> Factors:
         """The factors of one adapter. Those of the linearization point take no gradient: nothing may move the point."""
@@ -83,6 +110,12 @@ class FusedLoraLinear(PeftLoraLinear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter in fp32 (or wider), in the layout of the base weight; PEFT's name for it."""
+        if self.stream is not None:
+            raise ValueError(
+                f"layer '{self.layer_name}': a model linearized at model scope does not fold into weights, because its "
+                "tangent runs through the whole network; serve it with both streams, or give up the exact function: "
+                "linlora.set_scope(model, 'layer')"
+            )
         A0, B0, dA, dB, scaling = self.factors(adapter)
         wide = torch.promote_types(dB.dtype, torch.float32)
         B0, dA = (None if factor is None else factor.detach().to(wide) for factor in (B0, dA))
@@ -143,7 +176,7 @@ class FusedLoraLinear(PeftLoraLinear):
             raise ValueError(
                 f"layer '{self.layer_name}': the input is on {x.device}, the layer on {weight.device}; move one of them"
             )
-        if not autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not autocast_enabled(x.device.type):
             raise ValueError(
                 f"layer '{self.layer_name}': the input is {x.dtype}, the layer {weight.dtype}; cast the input or the "
                 "model, or run under torch.autocast"
@@ -184,7 +217,7 @@ def fuse_layer(layer: PeftLoraLinear, name: str) -> FusedLoraLinear:
     if not isinstance(layer, FusedLoraLinear):
         layer.__class__ = FusedLoraLinear
         layer.lora_dA, layer.lora_dB = nn.ParameterDict(), nn.ParameterDict()
-        layer.states = {}
+        layer.states, layer.stream = {}, None
     layer.layer_name = name
     for adapter in layer.lora_A:
         layer.states.setdefault(adapter, "plain")
@@ -193,7 +226,7 @@ def fuse_layer(layer: PeftLoraLinear, name: str) -> FusedLoraLinear:
 
 def unfuse_layer(layer: FusedLoraLinear) -> None:
     """Turn a FusedLoraLinear back into the PEFT layer it was, in place; the adapters must be plain."""
-    for attribute in ("lora_dA", "lora_dB", "states", "layer_name"):
+    for attribute in ("lora_dA", "lora_dB", "states", "stream", "layer_name"):
         delattr(layer, attribute)
     layer.__class__ = PeftLoraLinear
 

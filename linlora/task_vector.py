@@ -70,7 +70,7 @@ class TaskVector:
         for name, layer in _adapter_layers(model, adapter):
             state = getattr(layer, "states", {}).get(adapter, "plain")
             A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            scopes.add("lora" if state == "plain" else "layer")
+            scopes.add("lora" if state == "plain" else "layer" if layer.stream is None else "model")
             scalings[name] = float(layer.scaling[adapter])
             if state == "short":
                 points[f"{name}.A0"], deltas[f"{name}.dB"] = _copy(A), _copy(B)

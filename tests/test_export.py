@@ -19,7 +19,7 @@ def linearized(architecture="bert", trained=True, **options):
 
 
 def logits(model, architecture="bert"):
-    return model(**tiny_batch(architecture)).logits.detach()
+    return model(**tiny_batch(architecture))[0].detach()
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["B0=0", "B0!=0"])

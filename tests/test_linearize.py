@@ -13,7 +13,7 @@ from linlora.testing import ARCHITECTURES, randomize, tiny_base, tiny_batch, tin
 
 
 def logits(model, architecture="bert"):
-    return model(**tiny_batch(architecture)).logits.detach()
+    return model(**tiny_batch(architecture))[0].detach()
 
 
 def mlp(**options):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from linlora import functional, reference
-from linlora.ops import aten
+from linlora.ops.aten import lora as aten
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])

@@ -1,7 +1,6 @@
-"""The `torch` backend: the three primitives of linlora composed of aten calls.
+"""The LoRA primitives of the `torch` backend, on matrices.
 
-Every backend offers the same three functions on matrices, and the autograd Functions of this package are written
-against them once. The roles are named by what they do, because forward and backward are the same function of them:
+The roles are named by what they do, because forward and backward are the same function of them:
 
     shrink S0, d_shrink dS   (r, K)   wide → rank       forward: A0, dA       backward: B0ᵀ, dBᵀ
     expand E0, d_expand dE   (N, r)   rank → wide       forward: B0, dB       backward: A0ᵀ, dAᵀ

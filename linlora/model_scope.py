@@ -1,0 +1,82 @@
+"""Turning model scope on and off for a linearized PEFT model, and the conditions under which it is exact."""
+
+from __future__ import annotations
+
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from linlora.modules import FusedLoraLinear
+from linlora.stream import Stream, head
+from linlora.stream.modules import fuse_modules, unfuse_modules
+
+_ATTENTION = ("eager", "sdpa")
+
+
+def enter_model_scope(model: PeftModel) -> tuple[str, ...]:
+    """Give every linearized layer the stream of the model; returns the names of the modules fused as a whole."""
+    stream = Stream()
+    for module in model.modules():
+        if isinstance(module, FusedLoraLinear):
+            module.stream = stream
+    head.attach(model)
+    return tuple(name.removeprefix("base_model.model.") for name in fuse_modules(model))
+
+
+def leave_model_scope(model: PeftModel) -> None:
+    """Undo `enter_model_scope`; nothing to do at layer scope."""
+    head.detach(model)
+    unfuse_modules(model)
+    for module in model.modules():
+        if isinstance(module, FusedLoraLinear):
+            module.stream = None
+
+
+def check_model_scope(model: PeftModel) -> None:
+    """Raise a ValueError, with the remedy, where F = f(φ0) + J δ could not be formed or trained exactly."""
+    _check_attention(model)
+    _check_trained_parameters(model)
+    _check_trained_modules(model)
+
+
+def _check_attention(model: PeftModel) -> None:
+    for name, module in [("", model.get_base_model()), *model.named_modules()]:
+        implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
+        if implementation not in (None, *_ATTENTION):
+            raise ValueError(
+                f"model scope: attention implementation '{implementation}'{f' of {name!r}' if name else ''} has no "
+                "tangent; load the model with attn_implementation='sdpa', which linlora computes with tangents in "
+                "O(S) memory, or call model.set_attn_implementation('sdpa')"
+            )
+
+
+def _check_trained_parameters(model: PeftModel) -> None:
+    inside = {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))
+        for name, parameter in module.named_parameters()
+        if isinstance(module, AuxiliaryTrainingWrapper) or "lora_" in name
+    }
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if others:
+        raise ValueError(
+            f"model scope linearizes in the adapter alone, but {len(others)} other parameters train: "
+            f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Freeze them (LoraConfig(bias='none')), or "
+            "name a head in LoraConfig(modules_to_save=[...]), which is trained on top of the linearized features"
+        )
+
+
+def _check_trained_modules(model: PeftModel) -> None:
+    """A module trained as a whole ends the stream, so no adapter may come after it."""
+    trained: list[tuple[str, nn.Module]] = []
+    for name, module in model.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            trained.append((name.removeprefix("base_model.model."), module))
+        elif isinstance(module, LoraLayer) and trained:
+            raise ValueError(
+                f"model scope: '{trained[-1][0]}' is trained as a whole and comes before the adapter of "
+                f"'{name.removeprefix('base_model.model.')}', so the network is not linear in what trains; take it out "
+                "of modules_to_save, or use scope='layer'"
+            )

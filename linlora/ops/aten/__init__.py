@@ -1,0 +1,28 @@
+"""The `torch` backend: every primitive of linlora composed of aten calls.
+
+Every backend offers the same functions, and the autograd Functions of `linlora.ops` are written against them once.
+"""
+
+from linlora.ops.aten.activations import activation, activation_backward, gated_activation, gated_activation_backward
+from linlora.ops.aten.attention import attention, attention_backward
+from linlora.ops.aten.linear import linear
+from linlora.ops.aten.lora import factor_gradients, folding_pays, linearized_lora_linear, lora_linear
+from linlora.ops.aten.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+
+__all__ = [
+    "activation",
+    "activation_backward",
+    "attention",
+    "attention_backward",
+    "factor_gradients",
+    "folding_pays",
+    "gated_activation",
+    "gated_activation_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "linear",
+    "linearized_lora_linear",
+    "lora_linear",
+    "rms_norm",
+    "rms_norm_backward",
+]

@@ -1,0 +1,163 @@
+"""Attention with tangents in blocks of queries, so that no S × S matrix exists.
+
+    S = scale q kᵀ + mask          S_t = scale (q_t kᵀ + q k_tᵀ)
+    P = softmax(S)                 o   = P v
+    dP = P ⊙ (S_t − rowsum(P ⊙ S_t))                   the softmax's symmetric Jacobian, applied to S_t
+    o_t = P v_t + dP v             = P v_t + (P ⊙ S_t) v − rowsum(P ⊙ S_t) ⊙ o
+
+With dropout, P and dP meet the values through one mask. Backward recomputes P block by block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from linlora.reference import keep_mask
+
+_ROWS = 128
+_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}  # of a block of S: in the cache of a CPU; enough to fill a GPU
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(o, o_t, lse) for q (B, H, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), H a multiple of Hkv.
+
+    `mask` broadcasts to (B, H, Sq, Sk): True where a query sees a key, or added to the scores. `causal` lets query i
+    see the keys j <= i. A query that sees no key gets zeros. lse is empty: this backward does not ask for it.
+    """
+    heads = q.shape[1]
+    q, k, v = (q * scale).contiguous(), _every_head(k, heads), _every_head(v, heads)
+    q_tangent = None if q_tangent is None else (q_tangent * scale).contiguous()
+    k_tangent = None if k_tangent is None else _every_head(k_tangent, heads)
+    v_tangent = None if v_tangent is None else _every_head(v_tangent, heads)
+    o = q.new_empty(*q.shape[:-1], v.shape[-1])
+    tangents = q_tangent is not None or k_tangent is not None or v_tangent is not None
+    o_tangent = torch.zeros_like(o) if tangents else q.new_empty(0)
+    for block in _blocks(q, k):
+        rows, keys = block, block[:2]
+        P = _probabilities(q[rows], k[keys], mask, causal, block)
+        keep = _keep(P, block, q.shape, dropout_p, seed)
+        kept = _times(P, keep).to(v.dtype)
+        o[rows] = kept @ v[keys]
+        if v_tangent is not None:
+            o_tangent[rows] = kept @ v_tangent[keys]
+        if q_tangent is not None or k_tangent is not None:
+            S_tangent = _product_tangent(q, q_tangent, k, k_tangent, rows, keys).to(P.dtype)
+            P_tangent = torch.ops.aten._softmax_backward_data.default(S_tangent, P, -1, P.dtype)
+            o_tangent[rows] += _times(P_tangent, keep).to(v.dtype) @ v[keys]
+    return o, o_tangent, q.new_empty(0)
+
+
+def attention_backward(
+    g: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    o: Tensor,
+    lse: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(dq, dk, dv): dv = Pᵀ g, dS = P ⊙ (g vᵀ − rowsum(g ⊙ o)), dq = scale dS k, dk = scale dSᵀ q."""
+    heads, kv_heads = q.shape[1], k.shape[1]
+    q, g = (q * scale).contiguous(), g.contiguous()
+    k, v = _every_head(k, heads), _every_head(v, heads)
+    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for block in _blocks(q, k):
+        rows, keys = block, block[:2]
+        P = _probabilities(q[rows], k[keys], mask, causal, block)
+        keep = _keep(P, block, q.shape, dropout_p, seed)
+        dv[keys] += _times(P, keep).to(g.dtype).mT @ g[rows]
+        dP = _times((g[rows] @ v[keys].mT).to(P.dtype), keep)
+        dS = torch.ops.aten._softmax_backward_data.default(dP, P, -1, P.dtype).to(q.dtype)
+        dq[rows] = dS @ k[keys]
+        dk[keys] += dS.mT @ q[rows]
+    return dq.mul_(scale), _sum_groups(dk, kv_heads), _sum_groups(dv, kv_heads)
+
+
+def _every_head(x: Tensor, heads: int) -> Tensor:
+    """Grouped heads repeated for each of their queries, contiguous: O(S), like the input."""
+    return x.contiguous() if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def _sum_groups(dx: Tensor, kv_heads: int) -> Tensor:
+    return dx if dx.shape[1] == kv_heads else dx.unflatten(1, (kv_heads, -1)).sum(2)
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Slices (batch, heads, rows) whose scores have at most _ELEMENTS elements, but at least one row."""
+    batch, heads, rows, _ = q.shape
+    row_step = max(min(rows, _ROWS), 1)
+    matrices = max(_ELEMENTS.get(q.device.type, 2**19) // max(row_step * k.shape[2], 1), 1)
+    head_step, batch_step = min(matrices, max(heads, 1)), max(matrices // max(heads, 1), 1)
+    for b in range(0, batch, batch_step):
+        for h in range(0, heads, head_step):
+            for r in range(0, rows, row_step):
+                yield (
+                    slice(b, min(b + batch_step, batch)),
+                    slice(h, min(h + head_step, heads)),
+                    slice(r, min(r + row_step, rows)),
+                )
+
+
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, block: tuple[slice, ...]) -> Tensor:
+    """softmax of a block of scores, in float32 or wider; zero in a row where every key is masked."""
+    S = q @ k.mT
+    S = S.to(torch.promote_types(S.dtype, torch.float32))
+    if mask is not None:
+        mask = _slice_mask(mask, block)
+        S = S.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else S.add_(mask)
+    if causal:
+        row = torch.arange(block[2].start, block[2].stop, device=S.device)
+        S = S.masked_fill_(torch.arange(S.shape[-1], device=S.device) > row.unsqueeze(1), -torch.inf)
+    P = torch.softmax(S, -1)
+    return P if mask is None or S.shape[-1] == 0 else P.masked_fill_(S.amax(-1, keepdim=True) == -torch.inf, 0.0)
+
+
+def _slice_mask(mask: Tensor, block: tuple[slice, ...]) -> Tensor:
+    """The block's part of a mask that broadcasts: dimensions of size one stay."""
+    mask = mask[(None,) * (4 - mask.dim())]
+    return mask[tuple(s if size > 1 else slice(None) for s, size in zip(block, mask.shape[:3], strict=True))]
+
+
+def _product_tangent(
+    q: Tensor, q_tangent: Tensor | None, k: Tensor, k_tangent: Tensor | None, rows: tuple, keys: tuple
+) -> Tensor:
+    """q_t kᵀ + q k_tᵀ of a block, the scale being in q and q_t."""
+    if q_tangent is None or k_tangent is None:
+        return q[rows] @ k_tangent[keys].mT if k_tangent is not None else q_tangent[rows] @ k[keys].mT  # type: ignore[index]
+    return (q_tangent[rows] @ k[keys].mT).add_(q[rows] @ k_tangent[keys].mT)
+
+
+def _keep(P: Tensor, block: tuple[slice, ...], shape: torch.Size, p: float, seed: Tensor | None) -> Tensor | None:
+    """mask / (1 − p) of a block: row (b H + h) Sq + i of the mask of the whole (B H Sq, Sk)."""
+    if p == 0.0:
+        return None
+    _, heads, rows, _ = shape
+    masks = [
+        keep_mask(P.shape[2], P.shape[3], p, seed, (b * heads + h) * rows + block[2].start)
+        for b in range(block[0].start, block[0].stop)
+        for h in range(block[1].start, block[1].stop)
+    ]
+    return torch.stack(masks).view(P.shape).to(P.dtype).mul_(1.0 / (1.0 - p))
+
+
+def _times(P: Tensor, keep: Tensor | None) -> Tensor:
+    return P if keep is None else P * keep

@@ -1,0 +1,78 @@
+"""`activation` and `gated_activation` (SwiGLU, GeGLU) on both streams.
+
+    y = act(x)             y_t = act'(x) x_t                                       dx = act'(x) g
+    y = act(gate) ⊙ up     y_t = act'(gate) gate_t ⊙ up + act(gate) ⊙ up_t
+                           d gate = act'(gate) (g ⊙ up)       d up = act(gate) ⊙ g
+
+act is "gelu" (by erf), "gelu_tanh", "silu" or "relu". Kept for backward: the inputs.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linlora import backends
+from linlora.ops.aten.activations import Kind
+
+
+def activation(x: Tensor, x_tangent: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
+    """(act(x), act'(x) x_tangent), shaped like x."""
+    _check_like("activation", x, "x_tangent", x_tangent)
+    return _Activation.apply(x, x_tangent, kind, backends.select(x.device, "activation"))
+
+
+def gated_activation(
+    gate: Tensor, gate_tangent: Tensor | None, up: Tensor, up_tangent: Tensor | None, kind: Kind
+) -> tuple[Tensor, Tensor]:
+    """(act(gate) ⊙ up, its tangent), shaped like gate; at least one tangent is given."""
+    _check_like("gated_activation", gate, "up", up)
+    backend = backends.select(gate.device, "gated_activation")
+    return _GatedActivation.apply(gate, gate_tangent, up, up_tangent, kind, backend)
+
+
+class _Activation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, x_tangent: Tensor, kind: Kind, backend: ModuleType) -> tuple[Tensor, Tensor]:
+        y, y_tangent = backend.activation(x, x_tangent, kind)
+        ctx.save_for_backward(x)
+        ctx.kind, ctx.backend = kind, backend
+        ctx.mark_non_differentiable(y_tangent)
+        return y, y_tangent
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        return ctx.backend.activation_backward(g, *ctx.saved_tensors, ctx.kind), None, None, None
+
+
+class _GatedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        gate: Tensor,
+        gate_tangent: Tensor | None,
+        up: Tensor,
+        up_tangent: Tensor | None,
+        kind: Kind,
+        backend: ModuleType,
+    ) -> tuple[Tensor, Tensor]:
+        y, y_tangent = backend.gated_activation(gate, gate_tangent, up, up_tangent, kind)
+        ctx.save_for_backward(gate, up)
+        ctx.kind, ctx.backend = kind, backend
+        ctx.mark_non_differentiable(y_tangent)
+        return y, y_tangent
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        d_gate, d_up = ctx.backend.gated_activation_backward(g, *ctx.saved_tensors, ctx.kind)
+        return d_gate, None, d_up, None, None, None
+
+
+def _check_like(op: str, x: Tensor, name: str, other: Tensor) -> None:
+    if other.shape != x.shape or other.dtype != x.dtype:
+        raise ValueError(
+            f"{op}: {name} is expected to be {x.dtype} {tuple(x.shape)}, got {other.dtype} {tuple(other.shape)}"
+        )

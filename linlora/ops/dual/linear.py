@@ -1,0 +1,44 @@
+"""`linear` on both streams, a frozen layer: y = x Wᵀ + b, y_t = x_t Wᵀ with one reading of W; dx = g W."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linlora import backends
+from linlora.ops.checks import autocast_input
+
+
+def linear(x: Tensor, x_tangent: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(y, y_tangent), both (..., N), of x and x_tangent (..., K), weight (N, K) and bias (N,) or None.
+
+    Raises ValueError when the last dimension of x is not the layer's K.
+    """
+    x, x_tangent = autocast_input(x), autocast_input(x_tangent)
+    if x.shape[-1:] != weight.shape[1:]:
+        raise ValueError(f"linear: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}")
+    return _Linear.apply(x, x_tangent, weight, bias, backends.select(x.device, "linear"))
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, x_tangent: Tensor, weight: Tensor, bias: Tensor | None, backend: ModuleType
+    ) -> tuple[Tensor, Tensor]:
+        rows = x.reshape(-1, x.shape[-1])
+        weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
+        y, y_tangent = backend.linear(rows, x_tangent.reshape(rows.shape), weight, bias)
+        ctx.save_for_backward(weight)
+        ctx.x_shape = x.shape
+        shape = (*x.shape[:-1], weight.shape[0])
+        y, y_tangent = y.view(shape), y_tangent.view(shape)
+        ctx.mark_non_differentiable(y_tangent)
+        return y, y_tangent
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        (weight,) = ctx.saved_tensors
+        return (g.reshape(-1, g.shape[-1]) @ weight).view(ctx.x_shape), None, None, None, None

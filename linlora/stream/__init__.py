@@ -1,0 +1,18 @@
+"""Model scope's second stream: a (primal, tangent) pair that flows through unmodified transformers code.
+
+    tensor        DualTensor, and how a torch function called on one finds its rule
+    structural    views, indexing, casts, masks, concatenation: the same map on both streams
+    arithmetic    sums, products and elementwise functions
+    fused         the functions that have an op in linlora.ops.dual, and the losses
+    in_place      x += y and its kin, by their functional forms
+    fallback      every other function: forward-mode AD of that one function, counted
+    modules       modules that are fused as a whole, because they reach the stream in pieces
+    head          where a stream ends: the model's outputs and the modules trained beside the adapter
+
+Inputs have no tangent. They stay plain tensors until the first adapter, whose layer returns the first DualTensor.
+"""
+
+from linlora.stream import arithmetic, fallback, fused, in_place, structural  # noqa: F401  they register their rules
+from linlora.stream.tensor import DualTensor, Stream, TangentError, collapse
+
+__all__ = ["DualTensor", "Stream", "TangentError", "collapse"]

@@ -1,0 +1,134 @@
+"""Rules of sums, products and elementwise functions."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linlora.stream.tensor import DualTensor, duals, primals, rule, wrap
+
+
+@rule("add", "__add__", "__radd__", "sub", "__sub__", "subtract")
+def add(func: Any, args: tuple, kwargs: dict) -> Any:
+    """a ± alpha b."""
+    a, b = args
+    y = func(primals(a), primals(b), **kwargs)
+    with torch.no_grad():
+        return _wrap_like(y, _signed(func, tangent(a), tangent(b), kwargs), args)
+
+
+@rule("__rsub__", "rsub")
+def subtract_from(func: Any, args: tuple, kwargs: dict) -> Any:
+    """b − a."""
+    return -add(torch.sub, args, kwargs)
+
+
+def _signed(func: Any, a: Tensor | None, b: Tensor | None, kwargs: dict) -> Tensor | None:
+    if b is None:
+        return a
+    if a is None:
+        b = -b if "sub" in func.__name__ else b
+        return b * kwargs["alpha"] if "alpha" in kwargs else b
+    return func(a, b, **kwargs)
+
+
+@rule("mul", "__mul__", "__rmul__", "multiply", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "outer")
+def product(func: Any, args: tuple, kwargs: dict) -> Any:
+    """A bilinear function: f(a, b)_t = f(a_t, b) + f(a, b_t)."""
+    a, b = args
+    y = func(primals(a), primals(b))
+    a_tangent, b_tangent = tangent(a), tangent(b)
+    y_tangent = None
+    with torch.no_grad():
+        if a_tangent is not None:
+            y_tangent = func(a_tangent, primals(b))
+        if b_tangent is not None:
+            term = func(primals(a), b_tangent)
+            y_tangent = term if y_tangent is None else y_tangent + term
+    return _wrap_like(y, y_tangent, args)
+
+
+@rule("div", "__truediv__", "divide", "true_divide")
+def quotient(func: Any, args: tuple, kwargs: dict) -> Any:
+    """(a / b)_t = (a_t − (a / b) b_t) / b."""
+    a, b = args
+    y = func(primals(a), primals(b), **kwargs)
+    if kwargs.get("rounding_mode") is not None:
+        return y
+    a_tangent, b_tangent = tangent(a), tangent(b)
+    with torch.no_grad():
+        numerator = a_tangent
+        if b_tangent is not None:
+            numerator = -y * b_tangent if a_tangent is None else a_tangent - y * b_tangent
+        return _wrap_like(y, None if numerator is None else numerator / primals(b), args)
+
+
+@rule("__rtruediv__", "__rdiv__")
+def quotient_of(func: Any, args: tuple, kwargs: dict) -> Any:
+    """b / a, as torch computes it with a number b."""
+    return args[1] * args[0].reciprocal()
+
+
+@rule("pow", "__pow__", "float_power")
+def power(func: Any, args: tuple, kwargs: dict) -> Any:
+    """x^n with a number n; anything else is a fallback."""
+    x, n = (*args, *kwargs.values())
+    if not isinstance(x, DualTensor) or not isinstance(n, (int, float)):
+        return DualTensor.rules[None](func, args, kwargs)
+    y = func(x.primal, n)
+    with torch.no_grad():
+        return _wrap_like(y, None if x.tangent is None else n * x.tangent * x.primal ** (n - 1), args)
+
+
+def _elementwise(jacobian: Any) -> Any:
+    """The rule of a function of one tensor, from jacobian(x_t, x, y) = y_t."""
+
+    def apply(func: Any, args: tuple, kwargs: dict) -> Any:
+        (x,) = args
+        y = func(x.primal, **kwargs)
+        with torch.no_grad():
+            return wrap(y, None if x.tangent is None else jacobian(x.tangent, x.primal, y), x.stream)
+
+    return apply
+
+
+for _name, _jacobian in {
+    "rsqrt": lambda t, x, y: -0.5 * t * y / x,
+    "sqrt": lambda t, x, y: 0.5 * t / y,
+    "square": lambda t, x, y: 2 * t * x,
+    "reciprocal": lambda t, x, y: -t * y * y,
+    "exp": lambda t, x, y: t * y,
+    "log": lambda t, x, y: t / x,
+    "sin": lambda t, x, y: t * x.cos(),
+    "cos": lambda t, x, y: -t * x.sin(),
+    "tanh": lambda t, x, y: torch.ops.aten.tanh_backward.default(t, y),
+    "sigmoid": lambda t, x, y: torch.ops.aten.sigmoid_backward.default(t, y),
+}.items():
+    rule(_name)(_elementwise(_jacobian))
+
+
+@rule("softmax")
+def softmax(func: Any, args: tuple, kwargs: dict) -> Any:
+    """y_t = y ⊙ (x_t − sum(y ⊙ x_t)): the Jacobian is symmetric, so aten's backward of softmax is its tangent."""
+    x = args[0]
+    y = func(x.primal, *args[1:], **kwargs)
+    dim = kwargs["dim"] if "dim" in kwargs else args[1]
+    if x.tangent is None or dim is None:
+        return DualTensor.rules[None](func, args, kwargs)
+    with torch.no_grad():
+        y_tangent = torch.ops.aten._softmax_backward_data.default(x.tangent.to(y.dtype), y, dim, y.dtype)
+    return wrap(y, y_tangent, x.stream)
+
+
+def tangent(x: Any) -> Tensor | None:
+    """The tangent of an argument; None where it has none."""
+    return x.tangent if isinstance(x, DualTensor) else None
+
+
+def _wrap_like(y: Tensor, y_tangent: Tensor | None, args: tuple) -> Any:
+    """A result with its tangent broadcast and cast as type promotion made the result."""
+    if y_tangent is not None:
+        y_tangent = y_tangent.to(y.dtype).expand(y.shape)
+    return wrap(y, y_tangent, next(duals(args)).stream)

@@ -1,0 +1,190 @@
+"""Rules of the functions that have an op in `linlora.ops.dual`, of dropout, and of the losses."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from linlora.ops import dual
+from linlora.ops.aten.activations import Kind
+from linlora.stream.arithmetic import product, tangent
+from linlora.stream.tensor import DualTensor, TangentError, collapse, duals, primals, rebind, rule, where, wrap
+
+LOSSES = (
+    "cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits",
+    "soft_margin_loss", "multilabel_soft_margin_loss", "multi_margin_loss", "multilabel_margin_loss",
+    "margin_ranking_loss", "triplet_margin_loss", "hinge_embedding_loss", "cosine_embedding_loss",
+)  # fmt: skip
+LOSSES_OF_PROBABILITIES = ("nll_loss", "kl_div", "binary_cross_entropy", "ctc_loss", "poisson_nll_loss")
+
+
+@rule("linear")
+def linear(func: Any, args: tuple, kwargs: dict) -> Any:
+    x, weight, bias = _bound(_LINEAR, args, kwargs)
+    if not isinstance(x, DualTensor) or x.tangent is None or any(duals((weight, bias))):
+        return _forward_mode(func, args, kwargs)
+    _check_frozen(func, weight, bias)
+    return wrap(*dual.linear(x.primal, x.tangent, weight, bias), x.stream)
+
+
+@rule("addmm")
+def addmm(func: Any, args: tuple, kwargs: dict) -> Any:
+    """bias + x W, as transformers' Conv1D writes a linear layer."""
+    if kwargs or not isinstance(args[1], DualTensor) or any(duals((args[0], args[2]))) or args[0].dim() != 1:
+        return _forward_mode(func, args, kwargs)
+    bias, x, weight = args
+    return linear(functional.linear, (x, weight.t(), bias), {})
+
+
+@rule("layer_norm")
+def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
+    x, shape, weight, bias, eps = _bound(_LAYER_NORM, args, kwargs)
+    if len(shape) != 1 or any(duals((weight, bias))):
+        return _forward_mode(func, args, kwargs)
+    _check_frozen(func, weight, bias)
+    return wrap(*dual.layer_norm(x.primal, x.tangent, weight, bias, eps), x.stream)
+
+
+@rule("rms_norm")
+def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
+    x, shape, weight, eps = _bound(_RMS_NORM, args, kwargs)
+    if len(shape) != 1 or any(duals(weight)):
+        return _forward_mode(func, args, kwargs)
+    _check_frozen(func, weight)
+    eps = torch.finfo(x.dtype).eps if eps is None else eps
+    return wrap(*dual.rms_norm(x.primal, x.tangent, weight, eps), x.stream)
+
+
+@rule("scaled_dot_product_attention")
+def attention(func: Any, args: tuple, kwargs: dict) -> Any:
+    q, k, v, mask, dropout_p, causal, scale, grouped = _bound(_ATTENTION, args, kwargs)
+    if any(duals(mask)) or q.dim() not in (3, 4) or (q.shape[-3] != k.shape[-3] and not grouped):
+        return _forward_mode(func, args, kwargs)
+    stream = next(duals((q, k, v))).stream
+    seed = torch.randint(2**31, (), device=q.device) if dropout_p > 0.0 else None
+    tensors = [primals(x) for x in (q, k, v)] + [tangent(x) for x in (q, k, v)]
+    if q.dim() == 3:  # (heads, length, size): one sample
+        tensors = [x if x is None else x.unsqueeze(0) for x in tensors]
+    outputs = dual.attention(*tensors, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
+    o, o_tangent = (o.reshape(*q.shape[:-1], v.shape[-1]) for o in outputs)
+    return wrap(o, o_tangent, stream)
+
+
+class PendingActivation(DualTensor):
+    """act(gate), not computed yet: if a product with `up` is next (SwiGLU, GeGLU), both run as one op."""
+
+    gate: DualTensor
+    kind: Kind
+    grad_enabled: bool  # where the activation was called, which is where it belongs to autograd
+    streams: list[Tensor] | None  # [primal, tangent], once computed
+
+    @staticmethod
+    def __new__(cls, gate: DualTensor, kind: Kind) -> PendingActivation:
+        pending = Tensor._make_wrapper_subclass(cls, gate.shape, dtype=gate.dtype, device=gate.device)
+        pending.gate, pending.kind, pending.stream, pending.aliased = gate, kind, gate.stream, False
+        pending.grad_enabled, pending.streams = torch.is_grad_enabled(), None
+        return pending
+
+    @property
+    def has_graph(self) -> bool:
+        return self.gate.has_graph if self.streams is None else self.streams[0].requires_grad
+
+    def _computed(self) -> list[Tensor]:
+        if self.streams is None:
+            with torch.set_grad_enabled(self.grad_enabled):
+                self.streams = list(dual.activation(self.gate.primal, self.gate.tangent, self.kind))
+            del self.gate
+        return self.streams
+
+    @property
+    def primal(self) -> Tensor:
+        return self._computed()[0]
+
+    @primal.setter
+    def primal(self, value: Tensor) -> None:
+        self._computed()[0] = value
+
+    @property
+    def tangent(self) -> Tensor:
+        return self._computed()[1]
+
+    @tangent.setter
+    def tangent(self, value: Tensor) -> None:
+        self._computed()[1] = value
+
+
+@rule("gelu", "silu", "relu")
+def activation(func: Any, args: tuple, kwargs: dict) -> Any:
+    kind: Any = func.__name__
+    if kwargs.get("approximate", "none") == "tanh":
+        kind = "gelu_tanh"
+    return PendingActivation(args[0], kind)
+
+
+@rule("mul", "__mul__", "__rmul__", "multiply")
+def gated(func: Any, args: tuple, kwargs: dict) -> Any:
+    for pending, up in (args, args[::-1]):
+        if isinstance(pending, PendingActivation) and pending.streams is None and isinstance(up, Tensor):
+            gate = pending.gate
+            if up is not pending and (primals(up).shape, primals(up).dtype) == (gate.primal.shape, gate.primal.dtype):
+                outputs = dual.gated_activation(gate.primal, gate.tangent, primals(up), tangent(up), pending.kind)
+                return wrap(*outputs, gate.stream)
+    return product(func, args, kwargs)
+
+
+@rule("dropout")
+def dropout(func: Any, args: tuple, kwargs: dict) -> Any:
+    """One mask for both streams."""
+    x, p, training, inplace = _bound(_DROPOUT, args, kwargs)
+    if not training or p == 0.0:
+        return x
+    y, mask = torch.native_dropout(x.primal, p, True)
+    with torch.no_grad():
+        y_tangent = x.tangent * mask * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
+    result = wrap(y, y_tangent, x.stream)
+    return rebind(x, result, func) if inplace else result
+
+
+@rule(*LOSSES)
+def loss(func: Any, args: tuple, kwargs: dict) -> Any:
+    """A loss is a function of F, not linearized itself: the stream ends here."""
+    return func(*collapse(args), **collapse(kwargs))
+
+
+@rule(*LOSSES_OF_PROBABILITIES)
+def loss_of_probabilities(func: Any, args: tuple, kwargs: dict) -> Any:
+    raise TangentError(
+        f"{where(func)}: takes (log) probabilities, but the linearized function is that of the logits, before the "
+        "softmax; leave the labels out and compute this loss from the logits the model returns"
+    )
+
+
+_LINEAR: dict[str, Any] = {"input": None, "weight": None, "bias": None}
+_LAYER_NORM = {"input": None, "normalized_shape": (), "weight": None, "bias": None, "eps": 1e-5}
+_RMS_NORM = {"input": None, "normalized_shape": (), "weight": None, "eps": None}
+_DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
+_ATTENTION = {
+    "query": None, "key": None, "value": None, "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None,
+    "enable_gqa": False,
+}  # fmt: skip
+
+
+def _bound(defaults: dict[str, Any], args: tuple, kwargs: dict) -> list[Any]:
+    """The arguments of a call in the order of `defaults`."""
+    return list({**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}.values())
+
+
+def _forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:
+    return DualTensor.rules[None](func, args, kwargs)
+
+
+def _check_frozen(func: Any, *parameters: Tensor | None) -> None:
+    """A parameter that trains beside the adapter would not get the gradient of the tangent."""
+    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
+        raise TangentError(
+            f"{where(func)}: a parameter of a function that the stream runs through asks for a gradient, but model "
+            "scope linearizes in the adapter alone; freeze it, or name its module in modules_to_save"
+        )

@@ -1,0 +1,89 @@
+"""Modules fused as a whole: their forward reaches the stream in pieces (pow, mean, rsqrt, mul), no one of them an op.
+
+As for a LoRA layer, a module becomes fused by a change of its class. That it is what its name says is checked, not
+assumed: the op and the module are compared on random input, and a module that differs is left alone.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linlora.ops import dual
+from linlora.stream.fused import PendingActivation
+from linlora.stream.tensor import DualTensor, Stream
+
+
+class Fused(nn.Module):
+    """Mixed into the class of a module: a stream takes the op, a plain tensor the module's own forward."""
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if isinstance(x, DualTensor) and not args and not kwargs:
+            return self.both_streams(self, x)
+        return super().forward(x, *args, **kwargs)
+
+    @staticmethod
+    def both_streams(module: Any, x: DualTensor) -> DualTensor:
+        raise NotImplementedError
+
+
+class FusedRMSNorm(Fused):
+    """LlamaRMSNorm, Qwen2RMSNorm, T5LayerNorm, ...: y = w ⊙ x / sqrt(mean(x²) + eps)."""
+
+    @staticmethod
+    def both_streams(module: Any, x: DualTensor) -> DualTensor:
+        y, y_tangent = dual.rms_norm(x.primal, x.tangent, module.weight, module.variance_epsilon)
+        dtype = torch.promote_types(x.dtype, module.weight.dtype)
+        return DualTensor(y.to(dtype), y_tangent.to(dtype), x.stream)
+
+
+class FusedGeluTanh(Fused):
+    """NewGELUActivation: gelu by tanh, written out."""
+
+    @staticmethod
+    def both_streams(module: Any, x: DualTensor) -> DualTensor:
+        return PendingActivation(x, "gelu_tanh")
+
+
+def fuse_modules(model: nn.Module) -> list[str]:
+    """Fuse, in place, every module this file knows; returns their names."""
+    fused = []
+    for name, module in model.named_modules():
+        mixin = _mixin(module)
+        if mixin is not None and not isinstance(module, Fused) and _agrees(module, mixin):
+            module.__class__ = _class(mixin, type(module))  # type: ignore[arg-type]
+            fused.append(name)
+    return fused
+
+
+def unfuse_modules(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, Fused):
+            module.__class__ = type(module).__bases__[1]
+
+
+def _mixin(module: nn.Module) -> type[Fused] | None:
+    name = type(module).__name__
+    if name.endswith("RMSNorm") or name == "T5LayerNorm":
+        return FusedRMSNorm if hasattr(module, "weight") and hasattr(module, "variance_epsilon") else None
+    return FusedGeluTanh if name == "NewGELUActivation" else None
+
+
+@functools.cache
+def _class(mixin: Any, base: Any) -> Any:
+    return type(base.__name__, (mixin, base), {"__module__": base.__module__})
+
+
+def _agrees(module: Any, mixin: type[Fused]) -> bool:
+    """Whether the op computes the module's function."""
+    weight = getattr(module, "weight", None)
+    like = torch.empty(0) if weight is None else weight
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 8 if weight is None else weight.shape[0], generator=generator).to(like.device, like.dtype)
+    with torch.no_grad():
+        expected = module(x).float()
+        y = mixin.both_streams(module, DualTensor(x, torch.zeros_like(x), Stream())).primal.float()
+    return bool((y - expected).norm() <= 1e-2 * expected.norm())

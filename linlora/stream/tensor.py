@@ -1,0 +1,237 @@
+"""`DualTensor`: a tensor that carries its tangent, and how a torch function called on one finds its rule."""
+
+from __future__ import annotations
+
+import copy
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+Rule = Callable[[Any, tuple, dict], Any]
+
+
+class TangentError(RuntimeError):
+    """The tangent of a function cannot be formed; the message names the module, the function and the remedy."""
+
+
+class Stream:
+    """What the tensors of one linearized model share: the functions that ran without a rule (`fallback`)."""
+
+    def __init__(self) -> None:
+        self.fallbacks: dict[tuple[str, str], Any] = {}
+        self.tangents = True
+        """False while only the primal is wanted, for `linlora.functional.vjp`: layers then start no tangent."""
+
+
+class DualTensor(Tensor):
+    """A primal tensor with its tangent, of one shape and dtype; to Python code, a tensor of that shape and dtype.
+
+    The primal is under autograd as any tensor is. The tangent is a constant to autograd: ∂L/∂δ needs the primal's
+    graph alone (linlora.ops.dual). A tensor of integers or booleans computed from a stream has tangent None.
+
+    A float without a tangent is a plain tensor. A DualTensor has no storage of its own: code that bypasses
+    `__torch_function__`, and would lose the tangent, raises.
+    """
+
+    primal: Tensor
+    tangent: Any  # a Tensor; None beside integers and booleans
+    stream: Stream
+    aliased: bool  # it is a view of another DualTensor, or one was made of it
+
+    rules: ClassVar[dict[Any, Rule]] = {}
+
+    @staticmethod
+    def __new__(cls, primal: Tensor, tangent: Tensor | None, stream: Stream, aliased: bool = False) -> DualTensor:
+        dual = Tensor._make_wrapper_subclass(
+            cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device
+        )
+        dual.primal, dual.tangent, dual.stream, dual.aliased = primal, tangent, stream, aliased
+        return dual
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"DualTensor(primal={self.primal!r}, tangent={self.tangent!r})"
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    @property
+    def has_graph(self) -> bool:
+        """Whether autograd records the primal."""
+        return self.primal.requires_grad
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        if not torch.is_grad_enabled() and any(dual.has_graph for dual in duals((args, kwargs))):
+            return _constant(func, args, kwargs)
+        if kwargs.get("out") is not None:
+            raise TangentError(f"{where(func)}: out= is not supported on a tensor that carries a tangent")
+        rule = cls.rules.get(func) or cls.rules[None]
+        if kwargs.get("inplace"):
+            return rebind(args[0], rule(func, args, {**kwargs, "inplace": False}), func)
+        return rule(func, args, kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
+        raise TangentError(
+            f"{where(func)}: called from code that bypasses torch functions (an extension, a compiled or scripted "
+            "function), which would lose the tangent; replace it by torch functions, or use scope='layer'"
+        )
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a rule for every torch function or Tensor method of these names."""
+
+    def register(function: Rule) -> Rule:
+        found = [target for name in names for target in named(name)]
+        if not found:
+            raise ValueError(f"no torch function is called {names}")
+        DualTensor.rules.update(dict.fromkeys(found, function))
+        return function
+
+    return register
+
+
+def named(name: str) -> list[Any]:
+    """What a model can call by a name: torch.name, Tensor.name, torch.nn.functional.name; of a property, its getter."""
+    found = []
+    for namespace in (torch, Tensor, nn.functional, torch.special, torch._C._nn):
+        target: Any = getattr(namespace, name, None)
+        if callable(target) and not isinstance(target, type):
+            found.append(target)
+        elif namespace is Tensor and target is not None:
+            found.append(target.__get__)  # a property
+    return found
+
+
+def wrap(primal: Any, tangent: Any, stream: Stream, aliased: bool = False) -> Any:
+    """DualTensors of a primal and a tangent result, which are tensors or equal (named) tuples or lists of them.
+
+    A floating-point result without a tangent is a constant, a plain tensor.
+    """
+    if isinstance(primal, Tensor):
+        if not primal.is_floating_point():
+            tangent = None
+        elif tangent is None:
+            return primal
+        return DualTensor(primal, tangent, stream, aliased)
+    tangents = tangent or [None] * len(primal)
+    parts = [wrap(p, t, stream, aliased) for p, t in zip(primal, tangents, strict=True)]
+    return type(primal)(parts) if type(primal) in (tuple, list) else type(primal)(*parts)
+
+
+def duals(tree: Any) -> Iterator[DualTensor]:
+    """The DualTensors among the arguments of a call."""
+    if isinstance(tree, DualTensor):
+        yield tree
+    elif isinstance(tree, (tuple, list, dict)):
+        for child in tree.values() if isinstance(tree, dict) else tree:
+            yield from duals(child)
+
+
+def primals(tree: Any) -> Any:
+    """The arguments of a call with every DualTensor replaced by its primal."""
+    return _replace(tree, _primal)
+
+
+def collapse(tree: Any) -> Any:
+    """The value of the linearized function, F = f + (J δ), in the place of every DualTensor of a tree.
+
+    Its gradient is the primal's: J δ is a constant to autograd.
+    """
+    return _replace(tree, _value)
+
+
+def _replace(tree: Any, leaf: Callable[[DualTensor], Tensor]) -> Any:
+    """A tree of tuples, lists and dicts with its DualTensors replaced; what holds none is the same object."""
+    if isinstance(tree, DualTensor):
+        return leaf(tree)
+    if not isinstance(tree, (tuple, list, dict)) or next(duals(tree), None) is None:
+        return tree
+    if isinstance(tree, dict):  # and transformers' ModelOutput, which is one
+        replaced = copy.copy(tree)
+        for name, child in tree.items():
+            replaced[name] = _replace(child, leaf)
+        return replaced
+    children = [_replace(child, leaf) for child in tree]
+    return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
+
+
+def _primal(dual: DualTensor) -> Tensor:
+    return dual.primal
+
+
+def _value(dual: DualTensor) -> Tensor:
+    return dual.primal if dual.tangent is None else dual.primal + dual.tangent
+
+
+def rebind(target: Any, result: Any, func: Any) -> DualTensor:
+    """x.op_(y): the target takes the value of the functional form. A view would need its base to follow."""
+    if not isinstance(target, DualTensor):
+        raise TangentError(
+            f"{where(func)}: writes a value that carries a tangent into a tensor that has none; "
+            "build the tensor with torch.cat, torch.stack or torch.where instead"
+        )
+    if target.aliased:
+        raise TangentError(
+            f"{where(func)}: in-place on a view (or on a tensor that has views) would not reach the other tensors of "
+            "this memory; write x = x + y in place of x += y, or use scope='layer'"
+        )
+    if result.shape != target.shape:
+        raise TangentError(f"{where(func)}: in-place result {tuple(result.shape)} in {tuple(target.shape)}")
+    dtype = target.primal.dtype
+    target.primal = result.primal.to(dtype)
+    target.tangent = None if result.tangent is None else result.tangent.to(dtype)
+    return target
+
+
+def _constant(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Inside torch.no_grad() results are constants: to autograd, and so to the tangent too."""
+    frame = sys._getframe()
+    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+        if frame.f_code is torch.autograd.Function.apply.__func__.__code__:  # type: ignore[attr-defined]
+            name = frame.f_locals["cls"].__name__
+            remedy = (
+                "pass use_reentrant=False to gradient checkpointing"
+                if name == "CheckpointFunction"
+                else "replace it by torch functions, or use scope='layer'"
+            )
+            raise TangentError(
+                f"{where(func)}: called by the autograd Function {name}, whose tangent is unknown; {remedy}"
+            )
+    return func(*primals(args), **primals(kwargs))
+
+
+def where(func: Any = None) -> str:
+    """The innermost module of the model that is running, and the function it called, for messages and reports."""
+    function = "" if func is None else f", function '{function_name(func)}'"
+    return f"module '{module_name()}'{function}"
+
+
+def function_name(func: Any) -> str:
+    """'softmax' of torch.softmax or Tensor.softmax; 'T' of the getter of the property."""
+    name = getattr(func, "__name__", None) or str(func)
+    if name == "__get__":
+        name = func.__self__.__name__
+    namespace = getattr(func, "_qualified_op_name", None)
+    return namespace or name
+
+
+def module_name() -> str:
+    """The name, in the model, of the innermost nn.Module whose method is on the call stack."""
+    inner: nn.Module | None = None
+    outer: nn.Module | None = None
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_varnames[:1] == ("self",):
+            owner = frame.f_locals.get("self")
+            if isinstance(owner, nn.Module):
+                inner, outer = inner or owner, owner
+        frame = frame.f_back  # type: ignore[assignment]
+    if inner is None or outer is None:
+        return "(outside a module)"
+    names = {id(module): name for name, module in outer.named_modules()}
+    return names[id(inner)].removeprefix("base_model.model.") or type(inner).__name__
