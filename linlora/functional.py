@@ -1,4 +1,4 @@
-"""The ops as functions: what `linlora.linearize` puts into a model, for layers of your own.
+"""linlora as functions: the ops, for layers of your own, and the products of a whole linearized network.
 
 >>> import torch
 >>> from linlora import functional as F
@@ -9,7 +9,10 @@
 True
 """
 
+from linlora.ops.dual.attention import attention
 from linlora.ops.linearized_lora_linear import linearized_lora_linear
 from linlora.ops.lora_linear import lora_linear
+from linlora.products import jvp, vjp
+from linlora.solve import Solution, solve
 
-__all__ = ["linearized_lora_linear", "lora_linear"]
+__all__ = ["Solution", "attention", "jvp", "linearized_lora_linear", "lora_linear", "solve", "vjp"]

@@ -28,6 +28,7 @@ from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.linearized_lora_linear import unchecked
 from linlora.reference import delta_weight
 from linlora.stream import DualTensor, Stream
+from linlora.stream.tensor import refuse_inside_function
 
 State = Literal["plain", "short", "pair"]
 
@@ -76,8 +77,11 @@ class FusedLoraLinear(PeftLoraLinear):
             return unchecked(x, weight, base.bias, *factors)
         return unchecked(x, weight, base.bias, *factors, p, torch.randint(2**31, (), device=x.device))
 
+    @torch.compiler.disable
     def _both_streams(self, x: Tensor, active: list[str]) -> Tensor:
         """Model scope: the primal at (A0, B0) and the tangent in (dA, dB) and in the stream so far."""
+        if not torch.is_grad_enabled():
+            refuse_inside_function(f"layer '{self.layer_name}'")
         plain = [name for name in active if self.states[name] == "plain"]
         if plain:
             raise ValueError(
@@ -93,7 +97,7 @@ class FusedLoraLinear(PeftLoraLinear):
         seed = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
         y, y_tangent = dual.lora_linear(x, x_tangent, weight, base.bias, *factors, p, seed)
         assert self.stream is not None
-        return DualTensor(y, y_tangent, self.stream) if self.stream.tangents else y
+        return y if self.stream.output == "primal" else DualTensor(y, y_tangent, self.stream)
 
     def factors(self, adapter: str) -> Factors:
         """The factors of one adapter. Those of the linearization point take no gradient: nothing may move the point."""

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
-from torch import Tensor
+from torch import Tensor, nn
 
 from linlora.files import CorruptFileError, load_tensors, save_tensors
 
@@ -37,7 +37,7 @@ class TaskVector:
         point: '<layer>.A0' and '<layer>.B0' (absent where zero); None if the vector was saved with the hash alone.
         point_hash: SHA-256 of the point's values.
         scalings: the LoRA scaling of each layer.
-        scope: "layer" for a linearized adapter, "lora" for a plain one.
+        scope: "layer" or "model" for a linearized adapter, "lora" for a plain one.
         base_model: the id of the base model, where PEFT knows it.
 
     >>> import linlora
@@ -92,7 +92,7 @@ class TaskVector:
         base_model = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
         vector = cls(deltas, points, _hash(points), scalings, scopes.pop(), base_model)
         if point is not None:
-            vector._check_same_point(point)
+            vector.check_same_point(point)
         return vector
 
     def save(self, path: str | os.PathLike, include_point: bool = True) -> None:
@@ -152,9 +152,27 @@ class TaskVector:
     def __radd__(self, other: Any) -> TaskVector:  # so that sum(vectors) works
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
+    def cast(self, scope: str) -> TaskVector:
+        """The same displacement from the same point as a vector of scope "layer" or "model": another function of it.
+
+        A vector of plain LoRA training (scope "lora") becomes one of the tangent space at the point it started from:
+        post-hoc linearization, `f(φ0) + J (φ - φ0)`. Where B0 = 0 its dA has no effect there and is dropped.
+        """
+        if scope not in ("layer", "model"):
+            raise ValueError(f"cast: unknown scope {scope!r}; choose 'layer' or 'model'")
+        if self.scope != "lora":
+            return replace(self, scope=scope)
+        if self.point is None:
+            raise ValueError("cast: a vector of plain LoRA needs its point, it was saved with include_point=False")
+        zero = [name for name in self.scalings if not self.point[f"{name}.B0"].any()]
+        without = {f"{name}.B0" for name in zero} | {f"{name}.dA" for name in zero}
+        point = {name: tensor for name, tensor in self.point.items() if name not in without}
+        deltas = {name: tensor for name, tensor in self.deltas.items() if name not in without}
+        return replace(self, deltas=deltas, point=point, point_hash=_hash(point), scope=scope)
+
     def dot(self, other: TaskVector) -> float:
         """⟨self, other⟩ over all dA and dB, accumulated in float64."""
-        self._check_same_point(other)
+        self.check_same_point(other)
         return float(sum((self.deltas[n].double() * other.deltas[n].double()).sum() for n in self.deltas))
 
     def norm(self) -> float:
@@ -182,10 +200,11 @@ class TaskVector:
     def _combine(self, other: TaskVector, operation: Callable[[Tensor, Tensor], Tensor]) -> TaskVector:
         if not isinstance(other, TaskVector):
             return NotImplemented
-        self._check_same_point(other)
+        self.check_same_point(other)
         return replace(self, deltas={n: operation(delta, other.deltas[n]) for n, delta in self.deltas.items()})
 
-    def _check_same_point(self, other: TaskVector) -> None:
+    def check_same_point(self, other: TaskVector) -> None:
+        """Raise a DifferentPointError unless the vectors have one scope, layers and point, and so may be added."""
         if self.scope != other.scope:
             raise DifferentPointError(f"a vector of scope '{self.scope}' and one of scope '{other.scope}' do not add")
         if set(self.deltas) != set(other.deltas):
@@ -222,25 +241,34 @@ def apply(model: PeftModel, vector: TaskVector, adapter: str | None = None) -> N
     >>> linlora.apply(model, 2.0 * linlora.TaskVector.from_model(model))
     """
     adapter = _one_adapter(model, adapter)
-    layers = vector._matching_layers(model, adapter)
+    vector._matching_layers(model, adapter)
     current = TaskVector.from_model(model, adapter, vector if vector.scope == "lora" else None)
-    vector._check_same_point(current)
+    vector.check_same_point(current)
     for name, tensor in vector.deltas.items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"the vector holds NaN or infinity in '{name}'; the model is unchanged")
     start = vector.point or {}
-    for name, layer in layers:
-        for kind in ("A", "B"):
-            delta = vector.deltas.get(f"{name}.d{kind}")
-            if delta is None:  # dA where B0 = 0
-                continue
-            if vector.scope == "lora":
-                target, value = getattr(layer, f"lora_{kind}")[adapter].weight, start[f"{name}.{kind}0"] + delta
-            elif layer.states[adapter] == "pair":
-                target, value = getattr(layer, f"lora_d{kind}")[adapter], delta
-            else:
-                target, value = layer.lora_B[adapter].weight, delta
-            _assign(target, value, f"{name}.d{kind}")
+    for name, parameter in delta_parameters(model, adapter).items():
+        delta = vector.deltas[name]
+        _assign(parameter, start[f"{name}0".replace(".d", ".")] + delta if vector.scope == "lora" else delta, name)
+
+
+def delta_parameters(model: PeftModel, adapter: str | None = None) -> dict[str, nn.Parameter]:
+    """The parameters that hold an adapter's change, by their names in a TaskVector: '<layer>.dA', '<layer>.dB'.
+
+    Of a plain LoRA layer they are A and B themselves; where B0 = 0 a linearized layer has dB alone.
+    """
+    adapter = _one_adapter(model, adapter)
+    parameters = {}
+    for name, layer in _adapter_layers(model, adapter):
+        state = getattr(layer, "states", {}).get(adapter, "plain")
+        if state == "pair":
+            parameters[f"{name}.dA"], parameters[f"{name}.dB"] = layer.lora_dA[adapter], layer.lora_dB[adapter]
+        else:
+            if state == "plain":
+                parameters[f"{name}.dA"] = layer.lora_A[adapter].weight
+            parameters[f"{name}.dB"] = layer.lora_B[adapter].weight
+    return parameters
 
 
 def _adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:

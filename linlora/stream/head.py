@@ -12,7 +12,7 @@ from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from linlora.stream.tensor import DualTensor, TangentError, collapse
+from linlora.stream.tensor import DualTensor, TangentError, collapse, duals
 
 
 def attach(model: PeftModel) -> None:
@@ -34,6 +34,9 @@ def detach(model: PeftModel) -> None:
 
 def collapse_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
     """A forward hook. A key-value cache among the outputs keeps its tangents: the next token needs them."""
+    dual = next(duals(output), None)
+    if dual is None or dual.stream.output == "both":
+        return output
     loss = output.get("loss") if isinstance(output, dict) else None
     if isinstance(loss, DualTensor):
         raise TangentError(

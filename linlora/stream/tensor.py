@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import sys
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar
+from contextlib import contextmanager
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,12 +19,25 @@ class TangentError(RuntimeError):
 
 
 class Stream:
-    """What the tensors of one linearized model share: the functions that ran without a rule (`fallback`)."""
+    """What the tensors of one linearized model share.
+
+    Attributes:
+        fallbacks: the functions that ran without a rule (linlora.stream.fallback).
+        output: what the model returns: "value", F = f + J δ; "both", DualTensors; "primal", f alone, with no tangent
+            ever started. Users see "value", `linlora.functional.jvp` and `vjp` ask for the others.
+    """
 
     def __init__(self) -> None:
         self.fallbacks: dict[tuple[str, str], Any] = {}
-        self.tangents = True
-        """False while only the primal is wanted, for `linlora.functional.vjp`: layers then start no tangent."""
+        self.output: Literal["value", "both", "primal"] = "value"
+
+    @contextmanager
+    def returning(self, output: Literal["both", "primal"]) -> Iterator[None]:
+        self.output = output
+        try:
+            yield
+        finally:
+            self.output = "value"
 
 
 class DualTensor(Tensor):
@@ -63,10 +77,12 @@ class DualTensor(Tensor):
         return self.primal.requires_grad
 
     @classmethod
+    @torch.compiler.disable  # a compiled model runs eagerly where both streams flow
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if not torch.is_grad_enabled() and any(dual.has_graph for dual in duals((args, kwargs))):
-            return _constant(func, args, kwargs)
+            refuse_inside_function(where(func))
+            return func(*primals(args), **primals(kwargs))  # under torch.no_grad() results are constants: no tangent
         if kwargs.get("out") is not None:
             raise TangentError(f"{where(func)}: out= is not supported on a tensor that carries a tangent")
         rule = cls.rules.get(func) or cls.rules[None]
@@ -188,21 +204,16 @@ def rebind(target: Any, result: Any, func: Any) -> DualTensor:
     return target
 
 
-def _constant(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Inside torch.no_grad() results are constants: to autograd, and so to the tangent too."""
+def refuse_inside_function(where: str) -> None:
+    """Raise where an autograd Function is calling: its backward is its own, and no tangent follows from it."""
     frame = sys._getframe()
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
         if frame.f_code is torch.autograd.Function.apply.__func__.__code__:  # type: ignore[attr-defined]
             name = frame.f_locals["cls"].__name__
-            remedy = (
-                "pass use_reentrant=False to gradient checkpointing"
-                if name == "CheckpointFunction"
-                else "replace it by torch functions, or use scope='layer'"
-            )
-            raise TangentError(
-                f"{where(func)}: called by the autograd Function {name}, whose tangent is unknown; {remedy}"
-            )
-    return func(*primals(args), **primals(kwargs))
+            remedy = "replace it by torch functions, or use scope='layer'"
+            if name == "CheckpointFunction":
+                remedy = "checkpoint with use_reentrant=False (gradient_checkpointing_kwargs)"
+            raise TangentError(f"{where}: called by the autograd Function {name}, whose tangent is unknown; {remedy}")
 
 
 def where(func: Any = None) -> str:
