@@ -1,4 +1,4 @@
-"""The benchmark: linlora against `torch.func.jvp`, PEFT and the frozen layer, on the layer shapes of real models.
+"""The benchmark: linlora against `torch.func.jvp`, PEFT and the frozen layer, at the shapes of real models.
 
 `linlora bench` runs it; NOTES.md keeps what was learned; results/<gpu>/ holds the runs that prove a backend.
 Importing the package imports nothing else: `linlora.backends` reads results/ from here.

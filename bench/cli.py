@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
-from . import cases as case_table
+from . import suites
+from .cases import Case
 
 
 class _RunByDefault(TyperGroup):
@@ -33,9 +34,7 @@ app = typer.Typer(
 _Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU if not given.")]
 _Ranks = Annotated[list[int] | None, typer.Option("--rank", help="Replace the ranks of the suite. Repeatable.")]
 _Filters = Annotated[list[str] | None, typer.Option("--case", help="Keep cases whose id holds this. Repeatable.")]
-_Suite = Annotated[
-    str | None, typer.Option(help=f"One of {', '.join(case_table.SUITES)}; 'gpu' on a GPU if not given.")
-]
+_Suite = Annotated[str | None, typer.Option(help=f"One of {', '.join(suites.SUITES)}; 'gpu' on a GPU if not given.")]
 
 
 @app.command()
@@ -112,14 +111,14 @@ def plot(
         raise typer.BadParameter(str(error), param_hint="FILE") from None
 
 
-def _cases(suite: str, dtype: str | None, ranks: list[int] | None, filters: list[str] | None) -> list[case_table.Case]:
+def _cases(suite: str, dtype: str | None, ranks: list[int] | None, filters: list[str] | None) -> list[Case]:
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16", param_hint="--dtype")
     try:
-        every = case_table.suite(suite)
+        every = suites.suite(suite)
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--suite") from None
-    chosen = case_table.select(every, dtype, ranks or (), filters or ())
+    chosen = suites.select(every, dtype, ranks or (), filters or ())
     if not chosen:
         raise typer.BadParameter(
             f"no case of suite {suite!r} holds {filters}; `linlora bench list --suite {suite}` shows them",

@@ -1,4 +1,4 @@
-"""The random tensors of a layer case, from which every provider is built."""
+"""The random tensors of a case, from which every provider is built."""
 
 from __future__ import annotations
 
@@ -37,6 +37,45 @@ class LayerData:
     def inputs(self) -> tuple[Tensor, ...]:
         return (self.x,) if self.x_tangent is None else (self.x, self.x_tangent)
 
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The inputs that ask for a gradient, by the names of `linlora.bench.gate`."""
+        return dict(zip(("grad_x", "grad_x_tangent"), self.inputs, strict=False))
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*(tensor for tensor in vars(self).values() if isinstance(tensor, Tensor)), *self.cotangents]
+
+
+@dataclass(frozen=True)
+class StreamData:
+    """The inputs of an op of model scope with their tangents, its frozen parameters and the cotangent of its primal."""
+
+    primals: dict[str, Tensor]
+    tangents: tuple[Tensor, ...]
+    parameters: dict[str, Tensor]
+    cotangents: tuple[Tensor]
+
+    @property
+    def inputs(self) -> tuple[Tensor, ...]:
+        return (*self.primals.values(), *self.tangents)
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The inputs that ask for a gradient, by the names of `linlora.bench.gate`."""
+        return {f"grad_{name}": primal for name, primal in self.primals.items()}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*self.inputs, *self.parameters.values(), *self.cotangents]
+
+
+def random_data(case: Case, device: torch.device, seed: int = 0) -> LayerData | StreamData | None:
+    """The tensors of a case; a whole model has none to share."""
+    if case.kind == "model":
+        return None
+    return random_layer(case, device, seed) if case.kind == "layer" else random_streams(case, device, seed)
+
 
 def random_layer(case: Case, device: torch.device, seed: int = 0) -> LayerData:
     """Normal noise of the magnitudes of a trained layer; the low-rank terms are as large as the base, so that an
@@ -64,3 +103,33 @@ def random_layer(case: Case, device: torch.device, seed: int = 0) -> LayerData:
         if tensor is not None:
             tensor.requires_grad_()
     return LayerData(x, x_tangent, weight, bias, A0, B0, dA, dB, A, B, cotangents)
+
+
+def random_streams(case: Case, device: torch.device, seed: int = 0) -> StreamData:
+    """Normal noise; tangents as large as their primals, so that an error in one shows."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+
+    def normal(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
+
+    inputs, parameters, output = stream_shapes(case)
+    return StreamData(
+        {name: normal(shape).requires_grad_(case.phase != "forward") for name, shape in inputs.items()},
+        tuple(normal(shape) for shape in inputs.values()),
+        {name: normal(shape, shape[-1] ** -0.5 if len(shape) == 2 else 1.0) for name, shape in parameters.items()},
+        (normal(output),),
+    )
+
+
+def stream_shapes(case: Case) -> tuple[dict[str, tuple[int, ...]], dict[str, tuple[int, ...]], tuple[int, ...]]:
+    """The shapes of the inputs and of the parameters of an op of model scope, by name, and of its output."""
+    M, K, N = case.M, case.K, case.N
+    if case.op == "attention":
+        heads = (case.batch, case.heads, M, K)
+        return dict.fromkeys("qkv", heads), {}, heads
+    if case.op == "linear":
+        return {"x": (M, K)}, {"weight": (N, K), "bias": (N,)}, (M, N)
+    inputs = ("gate", "up") if case.op == "gated_activation" else ("x",)
+    parameters = {"layer_norm": ("weight", "bias"), "rms_norm": ("weight",)}.get(case.op, ())
+    return dict.fromkeys(inputs, (M, N)), dict.fromkeys(parameters, (N,)), (M, N)

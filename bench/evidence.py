@@ -9,26 +9,21 @@ from __future__ import annotations
 from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
+from linlora.backends import OPS
+
 from .cases import Case
 
 if TYPE_CHECKING:
     from .results import CaseResult
-
-# Which cases speak for an op: the factor gradients are computed in the backward of a linearized layer.
-_CASES = {
-    "linearized_lora_linear": lambda case: case.op == "linearized_lora_linear",
-    "lora_linear": lambda case: case.op == "lora_linear",
-    "factor_gradients": lambda case: case.op == "linearized_lora_linear" and case.phase == "forward_backward",
-}
 
 
 def evidence(results: list[CaseResult]) -> list[dict[str, object]]:
     """The entries that the results of a GPU run support."""
     entries: list[dict[str, object]] = []
     for backend in ("triton", "cuda"):
-        for op, speaks in _CASES.items():
+        for op in OPS:
             ours = f"linlora-{backend}"
-            ran = [r for r in results if speaks(r.case) and ours in r.outcomes]
+            ran = [r for r in results if _speaks(r.case, op) and ours in r.outcomes]
             ran = [r for r in ran if r.outcomes[ours].status != "unavailable"]
             if not ran or any(r.outcomes[ours].status != "green" for r in ran):
                 continue
@@ -48,6 +43,15 @@ def evidence(results: list[CaseResult]) -> list[dict[str, object]]:
     return entries
 
 
+def _speaks(case: Case, op: str) -> bool:
+    """Whether a case measures an op. The factor gradients are computed in the backward of a linearized layer."""
+    if op == "factor_gradients":
+        return case.op == "linearized_lora_linear" and case.phase == "forward_backward"
+    return case.op == op
+
+
 def is_large(case: Case) -> bool:
     """Shapes at which arithmetic, not launches, is the time: those training is made of."""
+    if case.kind == "stream":
+        return case.M >= 2048 and case.batch * case.heads * case.M * case.N >= 2**22
     return case.M >= 2048 and case.K * case.N >= 2**22

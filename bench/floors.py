@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from math import prod
+
 from .cases import Case
+from .data import stream_shapes
 
 _ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -16,11 +19,13 @@ _PEAKS = {
 
 
 def flops(case: Case) -> int:
-    """Multiplications and additions of the linearized layer.
+    """Multiplications and additions of the linearized layer or the op of model scope; 0 for a whole model.
 
-    Forward 2 MNK and, per rank, one shrink and one expand of x (two each in the pair form); backward the same for dx,
-    and one skinny product of M rows for every trained factor.
+    Of a layer, forward 2 MNK and, per rank, one shrink and one expand of x (two each in the pair form); backward the
+    same for dx, and one skinny product of M rows for every trained factor.
     """
+    if case.kind != "layer":
+        return _stream_flops(case)
     M, K, N, r = case.M, case.K, case.N, case.rank
     terms = 2 if case.form == "pair" else 1
     streams = 2 if case.op == "lora_linear" else 1
@@ -34,6 +39,8 @@ def flops(case: Case) -> int:
 
 def least_bytes(case: Case) -> int:
     """Every operand read once and every result written once; u and its adjoint stay on chip in forward."""
+    if case.kind == "stream":
+        return _stream_bytes(case)
     M, K, N, r = case.M, case.K, case.N, case.rank
     size = _ITEMSIZE[case.dtype]
     terms = 2 if case.form == "pair" else 1
@@ -46,9 +53,31 @@ def least_bytes(case: Case) -> int:
 
 
 def roofline_seconds(case: Case, gpu: str) -> float | None:
-    """The least time of a layer case by the data sheet of a GPU; None for other GPUs and for whole models."""
+    """The least time of a layer or an op by the data sheet of a GPU; None for other GPUs and for whole models."""
     peaks = next((peak for name, peak in _PEAKS.items() if name in gpu), None)
-    if peaks is None or case.op == "model":
+    if peaks is None or case.kind == "model":
         return None
     half, single, bandwidth = peaks
     return max(flops(case) / (single if case.dtype == "float32" else half), least_bytes(case) / bandwidth)
+
+
+def _stream_flops(case: Case) -> int:
+    """Attention has six products of Sq × Sk × D forward (half of each when causal): q kᵀ and P v of plain attention,
+    q_t kᵀ, q k_tᵀ, P v_t and (P ⊙ S_t) v for the tangent; and five backward, those of flash attention's backward, of
+    which one recomputes q kᵀ. A linear layer has one a stream, and one backward. The others have none."""
+    if case.op == "attention":
+        product = 2 * case.batch * case.heads * case.M * case.M * case.K // (2 if case.causal else 1)
+        return (6 if case.phase == "forward" else 11) * product
+    if case.op == "linear":
+        return (2 if case.phase == "forward" else 3) * 2 * case.M * case.N * case.K
+    return 0
+
+
+def _stream_bytes(case: Case) -> int:
+    """Forward reads and writes both streams and the parameters; backward reads the cotangent and what is kept, which is
+    the inputs (with the output for attention; of a linear layer, the weight instead), and writes their gradients."""
+    inputs, parameters, output = stream_shapes(case)
+    x, frozen, y = sum(map(prod, inputs.values())), sum(map(prod, parameters.values())), prod(output)
+    forward = 2 * (x + y) + frozen
+    kept = {"attention": x + y, "linear": frozen}.get(case.op, x)
+    return _ITEMSIZE[case.dtype] * (forward if case.phase == "forward" else forward + y + kept + x)

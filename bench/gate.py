@@ -4,8 +4,9 @@ Results are compared by ‖out − ref‖ / ‖ref‖, output and every gradient
 
     y, y_tangent                what the layer returns
     grad_x, grad_x_tangent      gradients of its inputs
+    grad_q, grad_gate, ...      the same of the inputs of an op of model scope: the gradients of its primal
     grad_A, grad_B              gradients of the trained factors (of dA and dB for a linearization)
-    loss, grad_B                of a whole model, grad_B over all of its layers
+    loss, grad_A, grad_B        of a whole model, the gradients over all of its layers (grad_A where B0 ≠ 0)
 
 A result passes below the tolerance of its dtype, or at up to 1.2 times the error of linlora's composed torch path in
 the same dtype. A gradient that is zero by the mathematics (of dA at B0 = 0) may be absent.
@@ -14,17 +15,19 @@ the same dtype. A gradient that is zero by the mathematics (of dA at B0 = 0) may
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from linlora import baselines, reference
 
+from . import streams
 from .cases import Case
-from .data import LayerData
+from .data import LayerData, StreamData
 from .models import ModelJob
 
 Errors = dict[str, float]
@@ -32,19 +35,20 @@ Errors = dict[str, float]
 _LAYER_TOLERANCE = {"float32": 1e-5, "bfloat16": 1e-2, "float16": 1e-2}
 _MODEL_TOLERANCE = {"float32": 1e-5, "bfloat16": 5e-2, "float16": 5e-2}  # 16 bit: every layer adds its roundings
 _SLACK = 1.2
+_PREPARE: dict[str, Callable[[Any], nn.Module]] = {
+    "linearized": partial(baselines.linearize_with_functorch, over="adapter"),
+    "network": baselines.FunctorchModel,
+}
 
 
-def expected(case: Case, function: str, data: LayerData | None, device: torch.device) -> dict[str, Tensor]:
-    """What a provider of `function` ("frozen", "plain" or "linearized") has to compute, in float64."""
-    if case.op == "model":
-        prepare = partial(baselines.linearize_with_functorch, over="adapter")
-        train = function != "frozen"
-        job = ModelJob(
-            case, device, prepare if function == "linearized" else lambda model: None, train=train, exact=True
-        )
-        return job.results()
-    assert data is not None
-    return _expected_layer(case, function, data)
+def expected(case: Case, function: str, data: LayerData | StreamData | None, device: torch.device) -> dict[str, Tensor]:
+    """What a provider of `function` (see `linlora.bench.providers`) has to compute, in float64."""
+    if isinstance(data, StreamData):
+        return streams.reference(case, function, data)
+    if isinstance(data, LayerData):
+        return _expected_layer(case, function, data)
+    prepare = _PREPARE.get(function, lambda model: model)
+    return ModelJob(case, device, prepare, train=function != "frozen", exact=True).results()
 
 
 def errors(results: dict[str, Tensor], expected: dict[str, Tensor]) -> Errors:
@@ -54,7 +58,7 @@ def errors(results: dict[str, Tensor], expected: dict[str, Tensor]) -> Errors:
 
 def verdict(case: Case, found: Errors, composed: Errors | None = None) -> str | None:
     """None when every error is allowed, else the worst offender in words. `composed` are those of the torch path."""
-    tolerance = (_MODEL_TOLERANCE if case.op == "model" else _LAYER_TOLERANCE)[case.dtype]
+    tolerance = (_MODEL_TOLERANCE if case.kind == "model" else _LAYER_TOLERANCE)[case.dtype]
     limits = {name: max(tolerance, _SLACK * (composed or {}).get(name, 0.0)) for name in found}
     wrong = {name: error for name, error in found.items() if not error <= limits[name]}
     if not wrong:

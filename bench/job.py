@@ -11,7 +11,7 @@ from torch import Tensor
 
 import linlora
 
-from .data import LayerData
+from .data import LayerData, StreamData
 
 
 class Job(Protocol):
@@ -39,18 +39,24 @@ class Layer(NamedTuple):
 
 
 class LayerJob:
-    """The forward, or the forward and the backward, of one layer."""
+    """The forward, or the forward and the backward, of one layer or op.
+
+    Backward begins at as many outputs as there are cotangents: at both streams of a layer, at the primal of an op of
+    model scope.
+    """
 
     def __init__(
-        self, layer: Layer, data: LayerData, phase: str, backend: str | None = None, compiled: bool = False
+        self,
+        layer: Layer,
+        data: LayerData | StreamData,
+        phase: str,
+        backend: str | None = None,
+        compiled: bool = False,
     ) -> None:
         self.data, self.backend, self.differentiates = data, backend, phase == "forward_backward"
         self.forward = torch.compile(layer.forward, dynamic=False) if compiled else layer.forward
         self.tensors = layer.tensors
-        self.leaves = {"grad_x": data.x}
-        if data.x_tangent is not None:
-            self.leaves["grad_x_tangent"] = data.x_tangent
-        self.leaves.update({f"grad_{name}": parameter for name, parameter in layer.trainable.items()})
+        self.leaves = data.leaves | {f"grad_{name}": parameter for name, parameter in layer.trainable.items()}
         self._inputs, self._leaves = data.inputs, tuple(self.leaves.values())
 
     def context(self) -> ExitStack:
@@ -60,16 +66,20 @@ class LayerJob:
         outputs = self.forward(*self._inputs)
         if not self.differentiates:
             return outputs
-        return torch.autograd.grad(outputs, self._leaves, self.data.cotangents)
+        return self._gradients(outputs)
 
     def results(self) -> dict[str, Tensor]:
         with self.context():
             outputs = self.forward(*self._inputs)
             named = dict(zip(("y", "y_tangent"), outputs if isinstance(outputs, tuple) else (outputs,), strict=False))
             if self.differentiates:
-                gradients = torch.autograd.grad(outputs, self._leaves, self.data.cotangents)
-                named.update(zip(self.leaves, gradients, strict=True))
+                named.update(zip(self.leaves, self._gradients(outputs), strict=True))
         return {name: tensor.detach() for name, tensor in named.items()}
+
+    def _gradients(self, outputs: Any) -> tuple[Tensor, ...]:
+        cotangents = self.data.cotangents
+        starts = outputs[: len(cotangents)] if isinstance(outputs, tuple) else outputs
+        return torch.autograd.grad(starts, self._leaves, cotangents)
 
     def resident(self) -> Iterable[Tensor]:
         return [*self.tensors, *self.data.inputs, *(self.data.cotangents if self.differentiates else ())]

@@ -86,9 +86,7 @@ def _functorch_dual(module: FunctorchLoraLinear) -> Any:
     """The two-stream form of `FunctorchLoraLinear.forward`: the input is one more primal, with its own tangent."""
 
     def forward(x: Tensor, x_tangent: Tensor) -> Any:
-        parameters = dict(module.layer.named_parameters())
-        point = {name: getattr(module, f"point_{i}") for i, name in enumerate(module.names)}
-        delta = {name: parameters[name] - point[name] for name in module.names}
+        (point,), (delta,) = module.point_and_delta()
         return torch.func.jvp(
             lambda parameters, x: torch.func.functional_call(module.layer, parameters, (x,)),
             (point, x),

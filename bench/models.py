@@ -12,6 +12,7 @@ import torch
 import transformers
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from linlora.testing import randomize
 
@@ -22,27 +23,37 @@ from .job import switched
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """An architecture, its size and its batch."""
+    """An architecture, its size and its batch. A "llama" has four heads of queries to one of keys and values."""
 
-    architecture: Literal["bert", "vit"]
+    architecture: Literal["bert", "vit", "llama"]
     layers: int
     hidden: int
     batch: int
     tokens: int
+    head_size: int = 64
+
+    @property
+    def heads(self) -> int:
+        return max(self.hidden // self.head_size, 1)
 
 
 MODELS = {
     "bert-2x32": ModelSpec("bert", 2, 32, 2, 8),
+    "llama-1x64": ModelSpec("llama", 1, 64, 2, 8, head_size=16),
     "bert-4x256": ModelSpec("bert", 4, 256, 16, 64),
     "vit-4x256": ModelSpec("vit", 4, 256, 16, 65),
+    "bert-6x384": ModelSpec("bert", 6, 384, 16, 128),
+    "llama-2x512": ModelSpec("llama", 2, 512, 1, 512),
     "bert-12x768": ModelSpec("bert", 12, 768, 32, 128),
     "vit-12x768": ModelSpec("vit", 12, 768, 32, 197),
+    "llama-1x4096": ModelSpec("llama", 1, 4096, 1, 4096, head_size=128),
 }
 _LABELS, _VOCABULARY, _PATCH = 10, 1024, 8
 
 
 class ModelJob:
-    """A training step: forward, loss, backward, AdamW on the adapter. `prepare` turns the PEFT model into a provider's.
+    """A training step: forward, loss, backward, AdamW on the adapter. `prepare` makes a provider's model of the PEFT
+    model. The loss is the cross entropy of the logits the model returns, the same for every provider.
 
     Without an optimizer (`train=False`) it is the floor: forward and backward through the frozen model. `exact` is the
     same step, of the same rounded parameters, in float64.
@@ -52,7 +63,7 @@ class ModelJob:
         self,
         case: Case,
         device: torch.device,
-        prepare: Callable[[PeftModel], Any],
+        prepare: Callable[[Any], nn.Module],
         backend: str | None = None,
         train: bool = True,
         exact: bool = False,
@@ -62,14 +73,16 @@ class ModelJob:
         model: Any = _peft_model(spec, case.rank) if train else _frozen_model(spec)
         if case.form == "pair" and train:
             randomize(model, seed=2)
-        prepare(model)
+        model = prepare(model)
         if train:
             _move(model, case.form)
+        self.names = ("A", "B") if case.form == "pair" else ("B",)  # at B0 = 0 the down projections have no gradient
         self.model = model.to(device, getattr(torch, case.dtype)).train()
         self.batch = _batch(spec, device, getattr(torch, case.dtype))
         if exact:
             self.model = self.model.double()
             self.batch = {name: t.double() if t.is_floating_point() else t for name, t in self.batch.items()}
+        self.labels = self.batch.pop("labels")
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-5) if train else None
 
@@ -77,7 +90,7 @@ class ModelJob:
         return switched(self.backend)
 
     def step(self) -> Tensor:
-        loss = self.model(**self.batch).loss
+        loss = self._loss()
         loss.backward()
         if self.optimizer is not None:
             self.optimizer.step()
@@ -85,25 +98,32 @@ class ModelJob:
         return loss
 
     def results(self) -> dict[str, Tensor]:
-        """The loss and the gradients of every up projection (those of the down projections vanish where B0 = 0)."""
+        """The loss and the gradients of the trained factors, all layers in one vector."""
         with self.context():
-            loss = self.model(**self.batch).loss
+            loss = self._loss()
             loss.backward()
         results = {"loss": loss.detach()}
-        ups = [p.grad.flatten() for name, p in self.model.named_parameters() if p.grad is not None and _is_up(name)]
-        if ups:
-            results["grad_B"] = torch.cat(ups)
+        for factor in self.names:
+            found = [
+                parameter.grad.flatten()
+                for name, parameter in self.model.named_parameters()
+                if parameter.grad is not None and (f".lora_{factor}." in name or f".lora_d{factor}." in name)
+            ]
+            if found:
+                results[f"grad_{factor}"] = torch.cat(found)
         self.model.zero_grad(set_to_none=True)
         return results
 
     def resident(self) -> Iterable[Tensor]:
         state = self.optimizer.state.values() if self.optimizer is not None else ()
         moments = [value for entry in state for value in entry.values() if isinstance(value, Tensor)]
-        return [*chain(self.model.parameters(), self.model.buffers()), *moments, *self.batch.values()]
+        return [*chain(self.model.parameters(), self.model.buffers()), *moments, *self.batch.values(), self.labels]
 
-
-def _is_up(name: str) -> bool:
-    return ".lora_B." in name or ".lora_dB." in name
+    def _loss(self) -> Tensor:
+        outputs = self.model(**self.batch)
+        logits = outputs if isinstance(outputs, Tensor) else outputs.logits
+        logits = logits.flatten(0, -2).to(torch.promote_types(logits.dtype, torch.float32))
+        return cross_entropy(logits, self.labels.flatten())
 
 
 def _move(model: nn.Module, form: str) -> None:
@@ -132,7 +152,13 @@ def _base_model(spec: ModelSpec) -> Any:
     size: dict[str, Any] = {
         "hidden_size": spec.hidden,
         "num_hidden_layers": spec.layers,
-        "num_attention_heads": max(spec.hidden // 64, 1),
+        "num_attention_heads": spec.heads,
+    }
+    if spec.architecture == "llama":
+        size |= {"num_key_value_heads": max(spec.heads // 4, 1), "intermediate_size": 7 * spec.hidden // 2}
+        config = transformers.LlamaConfig(vocab_size=_VOCABULARY, use_cache=False, **size)
+        return transformers.LlamaForCausalLM(config)
+    size |= {
         "intermediate_size": 4 * spec.hidden,
         "hidden_dropout_prob": 0.0,
         "attention_probs_dropout_prob": 0.0,
@@ -148,8 +174,10 @@ def _base_model(spec: ModelSpec) -> Any:
 def _batch(spec: ModelSpec, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(1)
     labels = torch.randint(_LABELS, (spec.batch,), generator=generator)
-    if spec.architecture == "bert":
+    if spec.architecture != "vit":
         tokens = torch.randint(1, _VOCABULARY, (spec.batch, spec.tokens), generator=generator)
+        if spec.architecture == "llama":  # one label a token
+            labels = torch.randint(_VOCABULARY, (spec.batch, spec.tokens), generator=generator)
         return {"input_ids": tokens.to(device), "labels": labels.to(device)}
     side = round((spec.tokens - 1) ** 0.5) * _PATCH
     pixels = torch.randn(spec.batch, 3, side, side, generator=generator)

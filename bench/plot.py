@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,6 +19,8 @@ from .results import CaseResult, Run
 
 # Okabe and Ito's colours, which colour-blind readers tell apart; the marker says the same once more.
 _STYLES = {
+    "linlora-model-triton": ("#D55E00", "*"),
+    "linlora-model-torch": ("#56B4E9", "*"),
     "linlora-cuda": ("#D55E00", "P"),
     "linlora-triton": ("#D55E00", "o"),
     "linlora-torch": ("#0072B2", "D"),
@@ -25,9 +28,10 @@ _STYLES = {
     "peft": ("#CC79A7", "s"),
     "functorch-ab": ("#E69F00", "v"),
     "functorch-all": ("#000000", "X"),
+    "functorch": ("#000000", "x"),
+    "jvp-flash": ("#F0E442", "v"),
 }
-_PHASES = {"forward": "forward", "forward_backward": "forward + backward", "training_step": "training step"}
-_CALLS = "cost of a call (8 → 8 features)"  # far from the floor: it has an axis of its own
+_CALLS = "cost of a call (8 → 8 features)"
 _TICKS = [0.8, 0.9, 1, 1.1, 1.2, 1.3, 1.5, 1.75, 2, 2.5, 3, 4, 5, 6, 8, 10, 15, 20, 30, 50, 75, 100, 150, 200, 300, 500]
 _TICKS_OF_AN_AXIS = 9
 
@@ -55,16 +59,17 @@ def plot_run(run: Run, folder: Path, stem: str) -> list[Path]:
 def _figure_of_ratios(run: Run, results: list[CaseResult]) -> Figure:
     panels = defaultdict(list)
     for result in results:
-        title = _CALLS if result.case.model == "tiny" else _PHASES[result.case.phase]
+        title = _CALLS if result.case.model == "tiny" else result.case.group
         panels[title].append(result)
-    if _CALLS in panels:
-        panels[_CALLS] = panels.pop(_CALLS)  # below the others, which share their axis
+    alone = {title for title, members in panels.items() if title == _CALLS or members[0].case.kind == "stream"}
+    for title in sorted(alone):  # far from the floor: below the others, which share their axis
+        panels[title] = panels.pop(title)
     heights = [len(members) + 1.6 for members in panels.values()]
     figure, axes = plt.subplots(
         len(panels), 1, figsize=(10, 0.36 * sum(heights) + 1.5), height_ratios=heights, squeeze=False,
         layout="constrained",
     )  # fmt: skip
-    layers = [result for title, members in panels.items() for result in members if title != _CALLS]
+    layers = [result for title, members in panels.items() for result in members if title not in alone]
     for axis, (title, members) in zip(axes[:, 0], panels.items(), strict=True):
         for row, result in enumerate(reversed(members)):
             for name, ratio in reversed(_ratios(result).items()):  # linlora last, on top
@@ -75,8 +80,8 @@ def _figure_of_ratios(run: Run, results: list[CaseResult]) -> Figure:
         axis.set_title(title, loc="left", fontsize=11, fontweight="bold")
         axis.axvline(1, color="#555555", linewidth=1.2)
         axis.grid(axis="y", color="#E5E5E5")
-        _log_axis(axis, members if title == _CALLS else layers)
-    axes[-1, 0].set_xlabel("time over that of the frozen nn.Linear (1 = the floor; log scale, less is better)")
+        _log_axis(axis, members if title in alone else layers)
+    axes[-1, 0].set_xlabel("time over the floor (frozen nn.Linear, model or primal; log scale)")
     _legend(figure, results)
     figure.suptitle(_title(run), fontsize=12)
     return figure
@@ -86,7 +91,7 @@ def _figure_of_ranks(run: Run, results: list[CaseResult]) -> Figure | None:
     groups = defaultdict(list)
     for result in results:
         case = result.case
-        groups[f"{case.title}, {case.variant}, {_PHASES[case.phase]}"].append(result)
+        groups[f"{case.title}, {case.variant}, {case.group}"].append(result)
     series = {title: members for title, members in groups.items() if len({r.case.rank for r in members}) > 1}
     if not series:
         return None
@@ -107,7 +112,7 @@ def _figure_of_ranks(run: Run, results: list[CaseResult]) -> Figure | None:
         axis.set_xlabel("rank")
         axis.grid(color="#E5E5E5")
     axes[0, 0].set_ylabel("time over the frozen nn.Linear")
-    _legend(figure, results)
+    _legend(figure, [result for members in series.values() for result in members])
     figure.suptitle(_title(run), fontsize=12)
     return figure
 
@@ -124,8 +129,8 @@ def _shown(results: list[CaseResult]) -> list[str]:
 
 def _label(result: CaseResult) -> str:
     case = result.case
-    phase = f", {_PHASES[case.phase]}" if case.model == "tiny" else ""
-    return f"{case.title}, r {case.rank}, {case.variant}{phase}"
+    phase = f", {case.group}" if case.model == "tiny" else ""
+    return f"{case.title}, r {case.rank}, {case.variant}{phase}" if case.rank else case.title
 
 
 def _log_axis(axis: Axes, results: list[CaseResult]) -> None:
@@ -148,9 +153,15 @@ def _legend(figure: Figure, results: list[CaseResult]) -> None:
         plt.Line2D([], [], color=_STYLES[name][0], marker=_STYLES[name][1], linestyle="", markersize=7)
         for name in shown
     ]
-    labels = [PROVIDERS[name].label.replace("jvp", "torch.func.jvp,") for name in shown]
+    labels = [re.sub("^jvp ", "torch.func.jvp, ", PROVIDERS[name].label) for name in shown]
     figure.legend(
-        handles, labels, loc="outside lower center", ncols=len(shown), frameon=False, fontsize=9, columnspacing=1.2
+        handles,
+        labels,
+        loc="outside lower center",
+        ncols=min(len(shown), 5),
+        frameon=False,
+        fontsize=9,
+        columnspacing=1.2,
     )
 
 

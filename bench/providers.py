@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -9,85 +10,138 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
+from torch import nn
 
 import linlora
 from linlora import backends, baselines
 
-from . import layers
-from .cases import Case
-from .data import LayerData, random_layer
+from . import layers, streams
+from .cases import Case, LayerOp, Scope, StreamOp
+from .data import LayerData, StreamData, random_data
 from .job import Job, Layer, LayerJob
 from .models import ModelJob
 
-Function = Literal["frozen", "plain", "linearized"]
+Function = Literal["frozen", "plain", "linearized", "network"]
+
+_LAYER_OPS: tuple[LayerOp, ...] = ("linearized_lora_linear", "lora_linear")
+_STREAM_OPS: tuple[StreamOp, ...] = (
+    "linear", "attention", "layer_norm", "rms_norm", "activation", "gated_activation",
+)  # fmt: skip
+_BOTH: tuple[Scope, ...] = ("layer", "model")
 
 
 @dataclass(frozen=True)
 class Provider:
-    """One way of computing a layer.
+    """One way of computing a layer, an op of model scope or a training step, each built by a function (None: it has no
+    such case).
 
-    `function` says what it computes, hence what it is checked against: the frozen layer, plain LoRA at the adapter's
-    current values, or the linearization. `layer` and `model` build it (None: it has no such case); `ops` are the
-    ops it serves besides whole models.
+    `function` says what it computes, hence what it is checked against: the frozen layer or model, or the primal of an
+    op, alone; plain LoRA at the adapter's current values; the linearization of every layer, or of the whole network.
+    `ops` are those it serves besides whole models, `scopes` the cases of whole models. `package` is what it needs
+    installed beside linlora; such a provider runs on a GPU only.
     """
 
     name: str
     label: str
     function: Function
-    layer: Callable[[LayerData], Layer]
-    model: Callable[[PeftModel], Any] | None = None
-    ops: tuple[str, ...] = ("linearized_lora_linear", "lora_linear")
+    layer: Callable[[LayerData], Layer] | None = None
+    stream: Callable[[Case, StreamData], Layer] | None = None
+    model: Callable[[Any], nn.Module] | None = None
+    ops: tuple[str, ...] = ()
+    scopes: tuple[Scope, ...] = ()
     backend: str | None = None
     compiled: bool = False
+    package: str | None = None
+
+    def serves(self, case: Case) -> bool:
+        """Whether it computes such a case at all."""
+        if case.kind == "model":
+            return case.scope in self.scopes and not self.compiled
+        return case.op in self.ops and not (self.compiled and case.kind == "stream")
 
     def obstacle(self, case: Case, device: torch.device) -> str | None:
         """Why this provider has no time for a case on a device; None when it has."""
-        if case.op == "model" and (self.model is None or self.compiled):
-            return "a layer, not a model" if self.model is None else "compiled only for single layers"
-        if case.op != "model" and case.op not in self.ops:
-            return "plain LoRA has one stream"
-        if self.backend == "triton" and device.type != "cuda":
+        if not self.serves(case):
+            return "it computes something else"
+        if (self.backend == "triton" or self.package) and device.type != "cuda":
             return "Triton times mean something on a GPU only (the interpreter is for tests)"
+        if self.package and importlib.util.find_spec(self.package) is None:
+            return f"not installed: pip install {self.package}"
         return None if self.backend is None else backends.unavailable(self.backend, device)
 
-    def job(self, case: Case, device: torch.device, data: LayerData | None = None) -> Job:
-        """The job of a case; `data` is shared by the providers of a layer case."""
-        if case.op == "model":
+    def job(self, case: Case, device: torch.device, data: LayerData | StreamData | None = None) -> Job:
+        """The job of a case; `data` is shared by the providers of a layer or an op."""
+        if case.kind == "model":
             assert self.model is not None
             return ModelJob(case, device, self.model, self.backend, train=self.function != "frozen")
-        data = random_layer(case, device) if data is None else data
-        return LayerJob(self.layer(data), data, case.phase, self.backend, self.compiled)
+        data = random_data(case, device) if data is None else data
+        if isinstance(data, StreamData):
+            assert self.stream is not None
+            layer = self.stream(case, data)
+        else:
+            assert self.layer is not None
+            assert data is not None
+            layer = self.layer(data)
+        return LayerJob(layer, data, case.phase, self.backend, self.compiled)
 
 
-def _untouched(model: PeftModel) -> None:
+def _untouched(model: nn.Module) -> nn.Module:
     """A model that is measured as it comes."""
+    return model
 
 
-FLOOR = Provider("frozen", "frozen nn.Linear", "frozen", layers.frozen, _untouched)
+def _linearized(model: PeftModel, scope: Scope) -> nn.Module:
+    linlora.linearize(model, scope)
+    return model
+
+
+FLOOR = Provider(
+    "frozen", "frozen nn.Linear", "frozen", layers.frozen, streams.primal, _untouched,
+    (*_LAYER_OPS, *_STREAM_OPS), _BOTH,
+)  # fmt: skip
 TORCH = Provider(
-    "linlora-torch", "linlora torch", "linearized", layers.linearized, linlora.linearize, backend="torch"
+    "linlora-torch", "linlora torch", "linearized", layers.linearized, streams.fused,
+    partial(_linearized, scope="layer"), (*_LAYER_OPS, *_STREAM_OPS), _BOTH, backend="torch",
+)  # fmt: skip
+_TORCH_MODEL = Provider(
+    "linlora-model-torch", "linlora torch, model scope", "network", model=partial(_linearized, scope="model"),
+    scopes=("model",), backend="torch",
 )  # fmt: skip
 _OURS = [
     TORCH,
     replace(TORCH, name="linlora-triton", label="linlora triton", backend="triton"),
     replace(TORCH, name="linlora-cuda", label="linlora cuda", backend="cuda"),
+    _TORCH_MODEL,
+    replace(_TORCH_MODEL, name="linlora-model-triton", label="linlora triton, model scope", backend="triton"),
 ]
-_PEERS = [
+_LAYER_PEERS = [
     Provider(
         "functorch-all", "jvp all", "linearized", partial(layers.functorch, over="all"),
-        partial(baselines.linearize_with_functorch, over="all"),
+        model=partial(baselines.linearize_with_functorch, over="all"), ops=_LAYER_OPS, scopes=("layer",),
     ),
     Provider(
         "functorch-ab", "jvp A,B", "linearized", partial(layers.functorch, over="adapter"),
-        partial(baselines.linearize_with_functorch, over="adapter"),
+        model=partial(baselines.linearize_with_functorch, over="adapter"), ops=_LAYER_OPS, scopes=("layer",),
     ),
-    Provider("peft", "PEFT LoRA", "plain", layers.peft, _untouched, ops=("linearized_lora_linear",)),
+    Provider(
+        "peft", "PEFT LoRA", "plain", layers.peft, model=_untouched, ops=("linearized_lora_linear",), scopes=_BOTH
+    ),
     Provider("addmm", "addmm LoRA", "plain", layers.addmm, ops=("linearized_lora_linear",)),
 ]  # fmt: skip
-EAGER = [FLOOR, *_OURS, *_PEERS]
+_MODEL_PEERS = [
+    Provider(
+        "functorch", "torch.func.jvp", "network", stream=streams.functorch, model=baselines.FunctorchModel,
+        ops=_STREAM_OPS, scopes=("model",),
+    ),
+    Provider(
+        "jvp-flash", "jvp_flash_attention", "network", stream=streams.jvp_flash, ops=("attention",),
+        package="jvp_flash_attention",
+    ),
+]  # fmt: skip
+EAGER = [FLOOR, *_OURS, *_LAYER_PEERS, *_MODEL_PEERS]
 COMPILED = [
     replace(provider, name=f"{provider.name}-compiled", label=f"{provider.label} compiled", compiled=True)
-    for provider in (FLOOR, TORCH, *_PEERS)
+    for provider in (FLOOR, TORCH, *_LAYER_PEERS)
 ]
 PROVIDERS = {provider.name: provider for provider in (*EAGER, *COMPILED)}
 

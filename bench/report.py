@@ -10,13 +10,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from .providers import COMPILED, EAGER, PROVIDERS
+from .providers import COMPILED, EAGER, FLOOR, PROVIDERS, Provider
 from .results import CaseResult, Outcome, Run
 
-_PHASES = {"forward": "forward", "forward_backward": "forward + backward", "training_step": "training step"}
 _OURS = [provider for provider in EAGER if provider.backend is not None]
 _LOOK: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": (0, 1)}
-_PEERS = {"functorch-all": "jvp all", "functorch-ab": "jvp A,B", "peft": "PEFT", "addmm": "addmm"}
+_PEERS = {
+    "functorch-all": "jvp all", "functorch-ab": "jvp A,B", "functorch": "jvp", "jvp-flash": "jvp_flash",
+    "peft": "PEFT", "addmm": "addmm",
+}  # fmt: skip
+_MEMORY_PEERS = {"peft": "PEFT", "functorch": "jvp"}
 
 
 def print_run(run: Run, console: Console) -> None:
@@ -27,59 +30,86 @@ def print_run(run: Run, console: Console) -> None:
         f"commit {str(about['commit'])[:12]}, torch {about['torch']}, {about['threads']} threads",
         highlight=False,
     )
-    for phase in _PHASES:
-        results = [result for result in run.results if result.case.phase == phase]
-        if results:
-            console.print(_times(phase, results))
-            console.print(_gains(results))
+    for group in dict.fromkeys(result.case.group for result in run.results):
+        results = [result for result in run.results if result.case.group == group]
+        console.print(_times(group, results))
+        console.print(_gains(results))
     compiled = [result for result in run.results if any(p.name in result.outcomes for p in COMPILED)]
     if compiled:
-        console.print(_times("compiled", compiled, compiled_only=True))
+        console.print(_times("torch.compile", compiled, compiled_only=True))
     for line in _footnotes(run):
         console.print(line, highlight=False, soft_wrap=True)
 
 
-def _times(phase: str, results: list[CaseResult], compiled_only: bool = False) -> Table:
-    title = "torch.compile" if compiled_only else _PHASES[phase]
+def _times(title: str, results: list[CaseResult], compiled_only: bool = False) -> Table:
     table = Table(title=f"{title}: median ms", **_LOOK)
     table.add_column("case", no_wrap=True)
     table.add_column("form", no_wrap=True)
     table.add_column("r", justify="right")
     shown = _timed_providers(results, [p.name for p in (COMPILED if compiled_only else EAGER)])
     for name in shown:
-        table.add_column(PROVIDERS[name].label.replace(" compiled", ""), justify="right")
+        table.add_column(_heading(PROVIDERS[name], results[0]), justify="right")
     for result in results:
         cells = [_time(result.outcomes.get(name)) for name in shown]
-        table.add_row(result.case.title, result.case.variant, str(result.case.rank), *cells)
+        table.add_row(result.case.title, result.case.variant, _rank(result), *cells)
     return table
 
 
+def _heading(provider: Provider, result: CaseResult) -> str:
+    if provider is FLOOR and result.case.kind != "layer":
+        return "primal alone" if result.case.kind == "stream" else "frozen model"
+    return provider.label.replace(" compiled", "")
+
+
+def _rank(result: CaseResult) -> str:
+    return str(result.case.rank or "")
+
+
 def _gains(results: list[CaseResult]) -> Table:
-    table = Table(title="linlora: times faster than, and memory over PEFT's", **_LOOK)
+    """Times over the floor, speed-ups and memory: a column for every peer that has a time in these results."""
+    table = Table(title="linlora: times faster than a peer, and memory over the peer's", **_LOOK)
+    timed = {name for result in results for name, outcome in result.outcomes.items() if outcome.ratio is not None}
+    peers = {name: label for name, label in _PEERS.items() if name in timed}
+    memory_peers = {name: label for name, label in _MEMORY_PEERS.items() if name in timed}
+    attention = results[0].case.op == "attention"
     table.add_column("case", no_wrap=True)
     table.add_column("form", no_wrap=True)
     table.add_column("r", justify="right")
     table.add_column("backend", no_wrap=True)
     table.add_column("/ floor", justify="right")
-    for label in _PEERS.values():
+    for label in peers.values():
         table.add_column(f"vs {label}", justify="right")
-    table.add_column("memory", justify="right")
+    for label in memory_peers.values():
+        table.add_column(f"memory / {label}", justify="right")
     with_roofline = any(o.roofline for result in results for o in result.outcomes.values())
-    if with_roofline:
-        table.add_column("% cuBLAS", justify="right")
-        table.add_column("% roof", justify="right")
+    with_cublas = with_roofline and results[0].case.kind == "layer"
+    for column, shown in (("TFLOP/s", attention), ("% cuBLAS", with_cublas), ("% roof", with_roofline)):
+        if shown:
+            table.add_column(column, justify="right")
     for result in results:
         for provider in _OURS:
             outcome = result.outcomes.get(provider.name)
             if outcome is None or outcome.ratio is None:
                 continue
             cells = [_times_over(outcome.ratio, plain=True)]
-            cells += [_times_over(result.speedup(provider.name, peer)) for peer in _PEERS]
-            cells += [_times_over(result.memory(provider.name, "peft"), plain=True)]
+            cells += [_times_over(_speedup(result, provider, peer)) for peer in peers]
+            cells += [_times_over(result.memory(provider.name, peer), plain=True) for peer in memory_peers]
+            if attention:
+                cells += [_three_digits(result.tflops(provider.name) or 0.0)]
+            if with_cublas:
+                cells += [f"{100 / outcome.ratio:.0f}"]
             if with_roofline:
-                cells += [f"{100 / outcome.ratio:.0f}", f"{100 * outcome.roofline:.0f}" if outcome.roofline else "-"]
-            table.add_row(result.case.title, result.case.variant, str(result.case.rank), str(provider.backend), *cells)
+                cells += [f"{100 * outcome.roofline:.0f}" if outcome.roofline else "-"]
+            name = provider.label.removeprefix("linlora ")
+            table.add_row(result.case.title, result.case.variant, _rank(result), name, *cells)
     return table
+
+
+def _speedup(result: CaseResult, ours: Provider, peer: str) -> float | None:
+    """Of linlora over a peer that computes the same, or plain LoRA: layer scope is no match for jvp over a model."""
+    if result.case.kind == "model" and PROVIDERS[peer].function not in (ours.function, "plain"):
+        return None
+    return result.speedup(ours.name, peer)
 
 
 def losses(run: Run) -> list[str]:
@@ -87,8 +117,8 @@ def losses(run: Run) -> list[str]:
     lines = []
     for result in run.results:
         best = min(
-            (p.name for p in _OURS if getattr(result.outcomes.get(p.name), "ratio", None) is not None),
-            key=lambda name: result.outcomes[name].ratio or 0.0,
+            (p for p in _ours(result) if getattr(result.outcomes.get(p.name), "ratio", None) is not None),
+            key=lambda provider: result.outcomes[provider.name].ratio or 0.0,
             default=None,
         )
         if best is None:
@@ -96,16 +126,24 @@ def losses(run: Run) -> list[str]:
         slower = [
             f"{label} ({speedup:.2f}x)"
             for peer, label in _PEERS.items()
-            if (speedup := result.speedup(best, peer)) is not None and speedup < 0.995
+            if (speedup := _speedup(result, best, peer)) is not None and speedup < 0.995
         ]
         if slower:
-            lines.append(f"{result.case.id}: {best} is slower than {', '.join(slower)}")
+            lines.append(f"{result.case.id}: {best.name} is slower than {', '.join(slower)}")
     return lines
+
+
+def _ours(result: CaseResult) -> list[Provider]:
+    """linlora's providers of the function the case is about."""
+    network = result.case.scope == "model"
+    return [provider for provider in _OURS if (provider.function == "network") == network]
 
 
 def _footnotes(run: Run) -> Iterable[str]:
     yield "\nRatios are medians over rounds of times in the same round: above 1, linlora is faster than the peer."
     yield "short: linearized at B0 = 0, where PEFT starts; pair: at B0 ≠ 0; dual: two streams, primal and tangent."
+    if any(result.case.op == "attention" for result in run.results):
+        yield "TFLOP/s of attention count six products forward and five backward, half of each when causal."
     cores, load = run.environment.get("cores"), run.environment.get("load")
     if cores and load and load > 0.25 * cores:
         yield f"[yellow]The machine was busy before the run (load {load}, {cores} cores): times are noisy.[/yellow]"
@@ -121,7 +159,7 @@ def _footnotes(run: Run) -> Iterable[str]:
         f"  {PROVIDERS[name].label}: {escape(outcome.detail)}"
         for result in run.results
         for name, outcome in result.outcomes.items()
-        if outcome.status == "unavailable" and result.case.op == "linearized_lora_linear"
+        if outcome.status == "unavailable"
     }
     if missing:
         yield "\nNot measured"

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from .cases import Case
 from .evidence import evidence
+from .floors import flops
 
 SCHEMA = 1
 
@@ -55,6 +56,11 @@ class CaseResult:
     def memory(self, ours: str, peer: str) -> float | None:
         """Peak memory of `ours` over that of `peer`."""
         return _over(self._get(ours, "peak_mb"), self._get(peer, "peak_mb"))
+
+    def tflops(self, name: str) -> float | None:
+        """10¹² FLOPs of the case (`linlora.bench.floors`) a second; None where the FLOPs are not counted."""
+        rate = _over(flops(self.case), self._get(name, "median_ms"))
+        return rate / 1e9 if rate else None
 
     def _get(self, name: str, value: str) -> float | None:
         return getattr(self.outcomes.get(name), value, None)

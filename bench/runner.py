@@ -15,7 +15,7 @@ from linlora import backends
 
 from . import gate
 from .cases import Case
-from .data import LayerData, random_layer
+from .data import LayerData, StreamData, random_data
 from .environment import environment
 from .floors import roofline_seconds
 from .job import Job
@@ -53,6 +53,7 @@ def run(
 def run_case(case: Case, providers: list[Provider], device: torch.device, seconds: float) -> CaseResult:
     """One case in about `seconds`, as far as building, checking and three rounds allow."""
     began = time.perf_counter()
+    providers = [provider for provider in providers if provider.serves(case)]
     with _resources(device):
         data = _copies(case, device)
         outcomes: dict[str, Outcome] = {}
@@ -84,7 +85,7 @@ def run_case(case: Case, providers: list[Provider], device: torch.device, second
 class _Gate:
     """The gate of one case: references are computed once for each function, in float64."""
 
-    def __init__(self, case: Case, data: LayerData | None, device: torch.device) -> None:
+    def __init__(self, case: Case, data: LayerData | StreamData | None, device: torch.device) -> None:
         self.case, self.data, self.device = case, data, device
         self.expected: dict[str, dict[str, torch.Tensor]] = {}
         self.composed: gate.Errors | None = None
@@ -101,7 +102,7 @@ class _Gate:
 
     def recheck(self, provider: Provider, job: Job, outcome: Outcome, device: torch.device) -> Outcome:
         """Once more after the timing, for errors that come and go, and the memory of a step of a green job."""
-        if self.case.op != "model":  # a model has been trained meanwhile
+        if self.case.kind != "model":  # a model has been trained meanwhile
             again = self.check(provider, job)
             if again.status != "green":
                 return replace(again, detail=f"after timing, {again.detail}")
@@ -109,18 +110,17 @@ class _Gate:
 
 
 def _copies(case: Case, device: torch.device) -> list[Any]:
-    """The tensors of the case as often as it takes to leave the cache; a whole model has none to share."""
-    if case.op == "model":
+    """The tensors of the case as often as it takes to leave the cache."""
+    first = random_data(case, device)
+    if first is None:
         return [None]
-    first = random_layer(case, device)
-    tensors = [tensor for tensor in vars(first).values() if isinstance(tensor, torch.Tensor)]
-    count = copies_past_cache(resident_bytes([*tensors, *first.cotangents]), device)
-    return [first, *(random_layer(case, device, seed) for seed in range(1, count))]
+    count = copies_past_cache(resident_bytes(first.tensors), device)
+    return [first, *(random_data(case, device, seed) for seed in range(1, count))]
 
 
 def _timed(case: Case, jobs: dict[str, list[Job]], device: torch.device, seconds: float) -> dict[str, list[Turn]]:
     # The host belongs to the time of a whole training step; a layer's is what the GPU needs for it.
-    clock = DeviceClock() if device.type == "cuda" and case.op != "model" else WallClock(device)
+    clock = DeviceClock() if device.type == "cuda" and case.kind != "model" else WallClock(device)
     return interleaved(jobs, clock, seconds)
 
 
@@ -147,6 +147,10 @@ def _broken(provider: Provider, error: Exception) -> Outcome:
     text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if provider.compiled:
         return Outcome("unavailable", f"torch.compile gave up: {text}")
+    if provider.package:
+        return Outcome("unavailable", f"{provider.package} gave up: {text}")
+    if isinstance(error, torch.OutOfMemoryError) and provider.backend is None:
+        return Outcome("unavailable", "out of memory")
     return Outcome("failed", text)
 
 

@@ -13,19 +13,21 @@ in global memory order the programs is checked by the results, which are wrong o
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
 import torch
 
 from . import gate
-from .cases import Case, Form, Op
-from .data import random_layer
+from .cases import Case, Form, Op, StreamOp, attention_case, stream_case
+from .data import random_data
 from .providers import PROVIDERS
 
 _LAUNCHES = 3
+_STREAM_OPS: tuple[StreamOp, ...] = ("linear", "layer_norm", "rms_norm", "activation", "gated_activation")
 
 
 def cases(multiprocessors: int) -> list[Case]:
-    """Ragged and aligned, few rows and many, both forms, both ops, both kinds of dtype."""
+    """Ragged and aligned, few rows and many, both forms, all ops, both kinds of dtype."""
     wide = 256 * -(-multiprocessors // 16)  # with 2048 rows, a 128 × 256 tile for every multiprocessor
     shapes = ((1, 64, 64), (37, 72, 136), (300, 256, 512), (2048, 128, wide), (2048, wide, 128))
     forms: tuple[tuple[Op, Form], ...] = (
@@ -33,13 +35,22 @@ def cases(multiprocessors: int) -> list[Case]:
         ("linearized_lora_linear", "pair"),
         ("lora_linear", "pair"),
     )
-    return [
+    layers = [
         Case("sanitize", "sanitize", M, K, N, rank=rank, dtype=dtype, form=form, op=op, bias=True)
         for M, K, N in shapes
         for op, form in forms
         for rank, dtype in ((16, "bfloat16"), (8, "float32"))
         if not (dtype == "float32" and M > 300)
     ]
+    streams = [
+        *(
+            stream_case("sanitize", op, op, M, K, N)
+            for op in _STREAM_OPS
+            for M, K, N in ((37, 72, 136), (300, 256, 512))
+        ),
+        *(attention_case("sanitize", 2, 2, length, size, length > 64) for length, size in ((37, 40), (300, 128))),
+    ]
+    return [*layers, *(replace(case, dtype=dtype) for case in streams for dtype in ("bfloat16", "float32"))]
 
 
 def main() -> int:
@@ -52,7 +63,7 @@ def main() -> int:
         if (obstacle := provider.obstacle(case, device)) is not None:
             print(f"cannot run: {obstacle}")
             return 1
-        data = random_layer(case, device)
+        data = random_data(case, device)
         job = provider.job(case, device, data)
         expected = gate.expected(case, provider.function, data, device)
         problem = None

@@ -14,10 +14,11 @@ import os
 import pytest
 import torch
 from linlora.bench import gate
-from linlora.bench.cases import Case, select, suite
-from linlora.bench.data import random_layer
+from linlora.bench.cases import Case
+from linlora.bench.data import random_data
 from linlora.bench.measure import synchronize
 from linlora.bench.providers import EAGER, Provider
+from linlora.bench.suites import select, suite
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CASES = select(suite(os.environ.get("LINLORA_SUITE", "quick")), "bfloat16" if DEVICE.type == "cuda" else None)
@@ -28,7 +29,7 @@ CASES = select(suite(os.environ.get("LINLORA_SUITE", "quick")), "bfloat16" if DE
 def test_layer(benchmark, case: Case, provider: Provider) -> None:
     if (obstacle := provider.obstacle(case, DEVICE)) is not None:
         pytest.skip(obstacle)
-    data = None if case.op == "model" else random_layer(case, DEVICE)
+    data = random_data(case, DEVICE)
     job = provider.job(case, DEVICE, data)
     errors = gate.errors(job.results(), gate.expected(case, provider.function, data, DEVICE))
     assert gate.verdict(case, errors) is None

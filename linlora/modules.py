@@ -82,7 +82,7 @@ class FusedLoraLinear(PeftLoraLinear):
         """Model scope: the primal at (A0, B0) and the tangent in (dA, dB) and in the stream so far."""
         if not torch.is_grad_enabled():
             refuse_inside_function(f"layer '{self.layer_name}'")
-        plain = [name for name in active if self.states[name] == "plain"]
+        plain = [name for name in active if self.states.get(name, "plain") == "plain"]
         if plain:
             raise ValueError(
                 f"layer '{self.layer_name}': adapter {plain} is not linearized, the model is (model scope); activate a "

@@ -61,9 +61,10 @@ def vjp(model: PeftModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Callable[[
         output = main_output(model, inputs)
 
     def pullback(g: Tensor) -> TaskVector:
-        gradients = torch.autograd.grad(
-            output, list(parameters.values()), g, retain_graph=True, allow_unused=True, materialize_grads=True
-        )
+        with trainable(parameters):
+            gradients = torch.autograd.grad(
+                output, list(parameters.values()), g, retain_graph=True, allow_unused=True, materialize_grads=True
+            )
         deltas = {name: gradient.cpu() for name, gradient in zip(parameters, gradients, strict=True)}
         return TaskVector(**{**vars(origin), "deltas": deltas})
 

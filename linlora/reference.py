@@ -22,6 +22,8 @@ Everything here is composed of differentiable aten calls, so it runs in any dtyp
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
@@ -83,6 +85,99 @@ def delta_weight(A0: Tensor, B0: Tensor | None, dA: Tensor | None, dB: Tensor, s
         return scaling * (dB @ A0)
     delta = (B0 + dB) @ A0
     return scaling * (delta if dA is None else delta + B0 @ dA)
+
+
+def dual_linear(x: Tensor, x_tangent: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
+    """y = x Wᵀ + b and y_t = x_t Wᵀ."""
+    return linear(x, weight, bias), linear(x_tangent, weight)
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_tangent: Tensor | None = None,
+    k_tangent: Tensor | None = None,
+    v_tangent: Tensor | None = None,
+    *,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    scale: float | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention and its tangent, for q (B, H, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv)::
+
+        S = scale q kᵀ + mask      S_t = scale (q_t kᵀ + q k_tᵀ)
+        P = softmax(S)             P_t = P ⊙ (S_t − rowsum(P ⊙ S_t))
+        o = (P ⊙ M) v              o_t = (P ⊙ M) v_t + (P_t ⊙ M) v
+
+    M is the dropout mask over 1 − p, element ((b H + h) Sq + i, j) of `keep_mask`; a query that sees no key gets zeros.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    q_tangent = torch.zeros_like(q) if q_tangent is None else q_tangent
+    k_tangent = torch.zeros_like(k) if k_tangent is None else k_tangent
+    v_tangent = torch.zeros_like(v) if v_tangent is None else v_tangent
+    group = q.shape[1] // k.shape[1]
+    k, k_tangent, v, v_tangent = (x.repeat_interleave(group, 1) for x in (k, k_tangent, v, v_tangent))
+    S = scale * q @ k.mT
+    S_tangent = scale * (q_tangent @ k.mT + q @ k_tangent.mT)
+    if mask is not None:
+        S = S.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else S + mask
+    if causal:
+        S = S.masked_fill(~torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).tril(), -torch.inf)
+    seen = (-torch.inf < S).any(-1, keepdim=True)
+    P = torch.where(seen, torch.softmax(torch.where(seen, S, 0.0), -1), 0.0)
+    P_tangent = P * (S_tangent - (P * S_tangent).sum(-1, keepdim=True))
+    if dropout_p > 0.0:
+        M = keep_mask(P.numel() // max(P.shape[-1], 1), P.shape[-1], dropout_p, seed).view(P.shape).to(P.dtype)
+        P, P_tangent = P * M / (1.0 - dropout_p), P_tangent * M / (1.0 - dropout_p)
+    return P @ v, P @ v_tangent + P_tangent @ v
+
+
+def layer_norm(
+    x: Tensor, x_tangent: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """y = w ⊙ x̂ + b with x̂ = (x − mean) rstd, and y_t = w ⊙ rstd (x_t − mean(x_t) − x̂ mean(x̂ ⊙ x_t))."""
+    centered = x - x.mean(-1, keepdim=True)
+    y, y_tangent = rms_norm(centered, x_tangent - x_tangent.mean(-1, keepdim=True), weight, eps)
+    return y if bias is None else y + bias, y_tangent
+
+
+def rms_norm(x: Tensor, x_tangent: Tensor, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor]:
+    """y = w ⊙ x̂ with x̂ = x rstd, rstd = (mean(x²) + eps)^-½, and y_t = w ⊙ rstd (x_t − x̂ mean(x̂ ⊙ x_t))."""
+    rstd = (x.square().mean(-1, keepdim=True) + eps).rsqrt()
+    normalized = x * rstd
+    tangent = rstd * (x_tangent - normalized * (normalized * x_tangent).mean(-1, keepdim=True))
+    return (normalized, tangent) if weight is None else (weight * normalized, weight * tangent)
+
+
+def activation(x: Tensor, x_tangent: Tensor, kind: str) -> tuple[Tensor, Tensor]:
+    """act(x) and act'(x) x_t, act one of gelu (Φ the normal distribution), its tanh form, silu and relu."""
+    if kind == "relu":
+        return x.clamp(min=0.0), x_tangent * (x > 0)
+    if kind == "silu":
+        gate = torch.sigmoid(x)
+        return x * gate, x_tangent * gate * (1 + x * (1 - gate))
+    if kind == "gelu":
+        Phi = 0.5 * (1 + torch.erf(x / math.sqrt(2)))
+        phi = torch.exp(-0.5 * x * x) / math.sqrt(2 * math.pi)
+        return x * Phi, x_tangent * (Phi + x * phi)
+    if kind == "gelu_tanh":
+        c = math.sqrt(2 / math.pi)
+        t = torch.tanh(c * (x + 0.044715 * x**3))
+        derivative = 0.5 * (1 + t) + 0.5 * x * (1 - t * t) * c * (1 + 3 * 0.044715 * x * x)
+        return 0.5 * x * (1 + t), x_tangent * derivative
+    raise ValueError(f"unknown activation {kind!r}: choose 'gelu', 'gelu_tanh', 'silu' or 'relu'")
+
+
+def gated_activation(
+    gate: Tensor, gate_tangent: Tensor | None, up: Tensor, up_tangent: Tensor | None, kind: str
+) -> tuple[Tensor, Tensor]:
+    """SwiGLU and its kin: y = act(gate) ⊙ up and y_t = act'(gate) gate_t ⊙ up + act(gate) ⊙ up_t."""
+    opened, opened_tangent = activation(gate, torch.zeros_like(gate) if gate_tangent is None else gate_tangent, kind)
+    through = opened_tangent * up
+    return opened * up, through if up_tangent is None else through + opened * up_tangent
 
 
 def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:

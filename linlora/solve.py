@@ -45,7 +45,7 @@ def solve(
     *,
     ridge: float = 1e-4,
     steps: int = 3,
-    iterations: int = 6,
+    iterations: int = 15,
 ) -> Solution:
     """Fit a model linearized at model scope to data, from where its adapter is now; the model is left unchanged.
 

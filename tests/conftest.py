@@ -18,6 +18,12 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+@pytest.fixture
+def double(monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers computes norms and softmax in torch.float32, whatever the model; here that name means float64."""
+    monkeypatch.setattr(torch, "float32", torch.float64)
+
+
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)

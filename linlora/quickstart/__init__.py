@@ -1,8 +1,9 @@
-"""The main job, `linlora quickstart`: plain and linearized LoRA on real data, trained, fused and compared.
+"""The main job, `linlora quickstart`: LoRA, plain and linearized at layer and at model scope, trained, fused, compared.
 
 A small transformers ViT is pre-trained on scikit-learn's handwritten digits; adapters are fine-tuned from it for six
-tasks, each a question about the digit in a domain of its own; each family is fused and evaluated. Nothing is
-downloaded. Read `run.py` first: it names the phases in order.
+tasks, each a question about the digit in a domain of its own; each of the three families is fused and evaluated. All
+that concerns one adapter or one fusion is a job, done by one of a few worker processes. Nothing is downloaded. Read
+`run.py` first: it names the phases in order.
 """
 
 from linlora.quickstart.artifacts import DifferentSettingsError

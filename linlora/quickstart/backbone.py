@@ -34,7 +34,9 @@ def load_backbone(directory: Path) -> ViTModel:
 
 def features(model: nn.Module, images: Tensor) -> Tensor:
     """What the heads read, (n, hidden_size): the class token after the last layer norm."""
-    return model(pixel_values=images).last_hidden_state[:, 0]
+    output = model(pixel_values=images)
+    tokens = output if isinstance(output, Tensor) else output.last_hidden_state  # a tensor of baselines.FunctorchModel
+    return tokens[:, 0]
 
 
 def pretrain(

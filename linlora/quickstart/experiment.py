@@ -33,8 +33,8 @@ class Experiment:
     heads: dict[str, nn.Linear]
     pretraining: dict[str, float]
 
-    def run_directory(self, family: Family, task: Task, seed: int) -> Path:
-        return self.out / "adapters" / family / task.name / f"seed{seed}"
+    def run_directory(self, family: Family, task: str, seed: int) -> Path:
+        return self.out / "adapters" / family / task / f"seed{seed}"
 
     def fused_directory(self, family: Family, seed: int) -> Path:
         return self.out / "fused" / family / f"seed{seed}"
@@ -47,35 +47,37 @@ class Experiment:
 def prepare(
     settings: Settings, out: Path, device: str, on_epoch: Callable[[], None], on_found: Callable[[], None]
 ) -> Experiment:
-    """Load the backbone and the heads of a run directory, after making them if they are not there.
+    """Open the experiment of a run directory, after making its backbone and heads if they are not there.
 
     `on_epoch` is called after each epoch of pre-training, `on_found` for each that an earlier call had done.
     """
-    digits = load_digits()
-    tasks = select_tasks(settings.tasks)
-    splits = {task.name: {name: split.to(device) for name, split in task.splits(digits).items()} for task in tasks}
-    directory = out / "backbone"
-    if not is_whole(directory, *BACKBONE_FILES):
-        _make_backbone(settings, digits, tasks, splits, directory, device, on_epoch, on_found)
-    else:
+    if is_whole(out / "backbone", *BACKBONE_FILES):
         for _ in range(settings.pretraining_epochs):
             on_found()
+    else:
+        _make_backbone(settings, out / "backbone", device, on_epoch, on_found)
+    return open_experiment(settings, out, device)
+
+
+def open_experiment(settings: Settings, out: Path, device: str) -> Experiment:
+    """Load what `prepare` made: in the process that made it, and in every worker."""
+    directory = out / "backbone"
+    tasks = select_tasks(settings.tasks)
     return Experiment(
-        settings, out, device, tasks, splits, load_backbone(directory).to(device),
+        settings, out, device, tasks, _splits(tasks, load_digits(), device), load_backbone(directory).to(device),
         load_heads(directory / "heads.safetensors", device), read_json(directory / "pretraining.json"),
     )  # fmt: skip
 
 
+def _splits(tasks: tuple[Task, ...], digits: Digits, device: str) -> dict[str, dict[SplitName, Split]]:
+    return {task.name: {name: split.to(device) for name, split in task.splits(digits).items()} for task in tasks}
+
+
 def _make_backbone(
-    settings: Settings,
-    digits: Digits,
-    tasks: tuple[Task, ...],
-    splits: dict[str, dict[SplitName, Split]],
-    directory: Path,
-    device: str,
-    on_epoch: Callable[[], None],
-    on_found: Callable[[], None],
+    settings: Settings, directory: Path, device: str, on_epoch: Callable[[], None], on_found: Callable[[], None]
 ) -> None:
+    digits, tasks = load_digits(), select_tasks(settings.tasks)
+    splits = _splits(tasks, digits, device)
     upright = {name: split.to(device) for name, split in digits.split(digits.images, digits.digits).items()}
     partial = directory.with_name("backbone.partial")
     partial.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,8 @@ from matplotlib.figure import Figure
 from linlora.quickstart.settings import FAMILIES, FAMILY_TITLES
 
 # Okabe and Ito's palette, told apart by the colour-blind; the markers differ too.
-_STYLES = {"lora": ("#D55E00", "o"), "linearized": ("#0072B2", "s")}
+_STYLES = {"lora": ("#D55E00", "o"), "layer": ("#0072B2", "s"), "model": ("#009E73", "^")}
+_DASHED = (0, (5, 3))
 
 
 def draw_scaling_curve(results: dict[str, Any], path: Path) -> None:
@@ -27,9 +28,9 @@ def draw_scaling_curve(results: dict[str, Any], path: Path) -> None:
         axes.plot(scalings, mean, color=color, marker=marker, markersize=5, label=FAMILY_TITLES[family])
         axes.fill_between(scalings, mean - std, mean + std, color=color, alpha=0.18, linewidth=0)
         single = 100 * entry["single_validation"]["mean"]
-        label = f"{FAMILY_TITLES[family]}, single-task adapters"
-        axes.axhline(single, color=color, linestyle=(0, (5, 3)), linewidth=1.2, label=label)
+        axes.axhline(single, color=color, linestyle=_DASHED, linewidth=1.2)
     tasks = len(results["tasks"])
+    axes.plot([], [], color="0.4", linestyle=_DASHED, linewidth=1.2, label="single-task adapters, same colours")
     axes.axvline(1 / tasks, color="0.4", linestyle=":", linewidth=1.4, label=f"simple average (λ = 1/{tasks})")
     axes.set_xlabel("scaling coefficient λ of every task vector (λ = 0: the pre-trained backbone)")
     axes.set_ylabel(f"validation accuracy, mean of {tasks} tasks (%)")
@@ -42,7 +43,7 @@ def draw_scaling_curve(results: dict[str, Any], path: Path) -> None:
 
 
 def draw_cosine_matrices(results: dict[str, Any], path: Path) -> None:
-    """Cosines between the task vectors of one seed, averaged over seeds, in one colour scale for both families.
+    """Cosines between the task vectors of one seed, averaged over seeds, in one colour scale for all families.
 
     The diagonal is 1 by definition and left grey, so that the colours serve the cosines one came to see.
     """
@@ -50,7 +51,7 @@ def draw_cosine_matrices(results: dict[str, Any], path: Path) -> None:
     own = np.eye(len(tasks), dtype=bool)
     matrices = {family: np.array(results["families"][family]["cosine"]) for family in FAMILIES}
     limit = max(0.05, max((np.abs(matrix[~own]).max() for matrix in matrices.values()), default=0.05))
-    figure = Figure(figsize=(4.6 + 1.15 * len(tasks), 2.9 + 0.55 * len(tasks)), layout="constrained")
+    figure = Figure(figsize=(5.6 + 1.7 * len(tasks), 2.9 + 0.55 * len(tasks)), layout="constrained")
     panels = figure.subplots(1, len(FAMILIES), sharey=True)
     for axes, family in zip(panels, FAMILIES, strict=True):
         masked = np.ma.array(matrices[family], mask=own)
@@ -65,7 +66,7 @@ def draw_cosine_matrices(results: dict[str, Any], path: Path) -> None:
         axes.set_xticks(range(len(tasks)), tasks, rotation=40, ha="right", rotation_mode="anchor")
         axes.set_yticks(range(len(tasks)), tasks)
         mean = np.abs(matrices[family][~own]).mean() if len(tasks) > 1 else 0.0
-        axes.set_title(f"{FAMILY_TITLES[family]} (mean |cosine| {mean:.3f})")
+        axes.set_title(f"{FAMILY_TITLES[family]}\n(mean |cosine| {mean:.3f})")
     figure.colorbar(image, ax=list(panels), label="cosine", shrink=0.8)
     over_seeds = f", mean over {results['seeds']} seeds" if results["seeds"] > 1 else ""
     figure.suptitle(f"Cosine between task vectors{over_seeds}")

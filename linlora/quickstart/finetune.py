@@ -1,4 +1,4 @@
-"""The phase that trains: one adapter for each seed, family and task, each kept as soon as it is done."""
+"""The phase that trains: one adapter for each seed, task and family, each kept as soon as it is done."""
 
 from __future__ import annotations
 
@@ -14,20 +14,19 @@ from linlora import TaskVector
 from linlora.export import TASK_VECTOR_FILE
 from linlora.quickstart.artifacts import is_whole, read_json, staged, write_json
 from linlora.quickstart.experiment import Experiment
-from linlora.quickstart.progress import STEP_COST, WorkBar
+from linlora.quickstart.progress import WorkBar
 from linlora.quickstart.settings import FAMILIES, FAMILY_TITLES, Family
-from linlora.quickstart.tasks import Task
 from linlora.quickstart.train import accuracy, adapted, of_family, training_steps
+from linlora.quickstart.workers import Crew
 
 RECORD_FILE = "training.json"
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors", TASK_VECTOR_FILE)
+_PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 
 @dataclass(frozen=True)
 class FineTuned:
-    """A finished run: what training changed, its record (accuracies, losses, seconds), and whether it was found."""
+    """A finished run: its record (accuracies, losses, seconds), and whether an earlier call had made it."""
 
-    vector: TaskVector
     record: dict[str, Any]
     found: bool
 
@@ -35,42 +34,31 @@ class FineTuned:
 Runs = dict[tuple[Family, int], list[FineTuned]]  # by family and seed, in the order of the tasks
 
 
-def fine_tune_all(experiment: Experiment, seeds: int, bar: WorkBar) -> Runs:
+def fine_tune_all(experiment: Experiment, seeds: int, crew: Crew, bar: WorkBar) -> Runs:
     """Every run, trained now or by an earlier call. Seed by seed, so that an interrupted table lacks whole seeds."""
+    jobs = [(family, task.name, seed) for seed in range(seeds) for task in experiment.tasks for family in FAMILIES]
+    missing = [job for job in jobs if not _is_done(experiment, *job)]
+    bar.skip(sum(bar.costs.fine_tuning(family) for family, _, _ in set(jobs) - set(missing)))
+    bar.now("fine-tuning")
+    for family, task, seed in crew(fine_tune, missing):
+        bar.advance(bar.costs.fine_tuning(family))
+        bar.now(f"trained {FAMILY_TITLES[family]}, {task}, seed {seed}")
     runs: Runs = {(family, seed): [] for family in FAMILIES for seed in range(seeds)}
-    for seed in range(seeds):
-        for task in experiment.tasks:
-            for family in FAMILIES:
-                bar.now(f"{FAMILY_TITLES[family]}, {task.name}, seed {seed}")
-                runs[family, seed].append(_run(experiment, family, task, seed, bar))
+    for job in jobs:
+        family, _, seed = job
+        record = read_json(experiment.run_directory(*job) / RECORD_FILE)
+        runs[family, seed].append(FineTuned(record, found=job not in missing))
     return runs
 
 
-def _run(experiment: Experiment, family: Family, task: Task, seed: int, bar: WorkBar) -> FineTuned:
-    directory = experiment.run_directory(family, task, seed)
-    found = is_whole(directory, *ADAPTER_FILES, RECORD_FILE)
-    if found:
-        bar.skip(run_cost(experiment.settings.steps, experiment.settings.batch))
-    else:
-        fine_tune(experiment, family, task, seed, bar)
-    return FineTuned(TaskVector.load(directory / TASK_VECTOR_FILE), read_json(directory / RECORD_FILE), found)
-
-
-def run_cost(steps: int, batch: int) -> int:
-    return STEP_COST * steps * batch
-
-
-def fine_tune(experiment: Experiment, family: Family, task: Task, seed: int, bar: WorkBar) -> None:
+def fine_tune(experiment: Experiment, family: Family, task: str, seed: int) -> None:
     """Train one adapter and write it, its task vector and its record to its directory."""
-    settings, head, splits = experiment.settings, experiment.heads[task.name], experiment.splits[task.name]
+    settings, head, splits = experiment.settings, experiment.heads[task], experiment.splits[task]
     start = time.perf_counter()
     model = adapted(experiment.backbone, settings, seed)
     start_vector = TaskVector.from_model(model)  # for plain LoRA: where training starts from
     of_family(model, family)
-    losses = []
-    for loss in training_steps(model, head, splits["train"], settings, settings.learning_rate(family), seed):
-        losses.append(loss)
-        bar.advance(STEP_COST * settings.batch)
+    losses = list(training_steps(model, head, splits["train"], settings, settings.learning_rate(family), seed))
     record = {
         "validation": accuracy(model, head, splits["validation"]),
         "test": accuracy(model, head, splits["test"]),
@@ -85,6 +73,22 @@ def fine_tune(experiment: Experiment, family: Family, task: Task, seed: int, bar
 
 
 def save_adapter(model: PeftModel, vector: TaskVector, directory: Path) -> None:
-    """An adapter directory for stock PEFT, with the task vector beside it."""
-    linlora.export(model, directory)
+    """The task vector, and beside it an adapter for stock PEFT where there is one of this function."""
+    if vector.scope != "model":
+        linlora.export(model, directory)
     vector.save(directory / TASK_VECTOR_FILE)
+
+
+def adapter_files(family: Family) -> tuple[str, ...]:
+    """What `save_adapter` writes. No LoRA adapter has the function of a network linearized at model scope."""
+    return (TASK_VECTOR_FILE,) if family == "model" else (*_PEFT_FILES, TASK_VECTOR_FILE)
+
+
+def load_vectors(experiment: Experiment, family: Family, seed: int) -> list[TaskVector]:
+    """The vectors of all tasks, in their order."""
+    directories = [experiment.run_directory(family, task.name, seed) for task in experiment.tasks]
+    return [TaskVector.load(directory / TASK_VECTOR_FILE) for directory in directories]
+
+
+def _is_done(experiment: Experiment, family: Family, task: str, seed: int) -> bool:
+    return is_whole(experiment.run_directory(family, task, seed), *adapter_files(family), RECORD_FILE)

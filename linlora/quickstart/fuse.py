@@ -10,54 +10,46 @@ import linlora
 from linlora import TaskVector
 from linlora.quickstart.artifacts import is_whole, read_json, staged, write_json
 from linlora.quickstart.experiment import Experiment
-from linlora.quickstart.finetune import ADAPTER_FILES, FineTuned, Runs, save_adapter
+from linlora.quickstart.finetune import Runs, adapter_files, load_vectors, save_adapter
 from linlora.quickstart.progress import WorkBar
-from linlora.quickstart.settings import FAMILY_TITLES, Family, Settings
+from linlora.quickstart.settings import FAMILY_TITLES, Family
 from linlora.quickstart.train import adapted, of_family
+from linlora.quickstart.workers import Crew
 
 SCORES_FILE = "scores.json"
 FUSED = ("average", "task_arithmetic")
-_FILES = (SCORES_FILE, *(f"{method}/{file}" for method in FUSED for file in ADAPTER_FILES))
 
 Scores = dict[tuple[Family, int], dict[str, Any]]
 
 
-def fuse_all(experiment: Experiment, runs: Runs, bar: WorkBar) -> Scores:
+def fuse_all(experiment: Experiment, runs: Runs, crew: Crew, bar: WorkBar) -> Scores:
     """The scores of every family and seed: found, or fused now if one of their adapters was trained now."""
-    scores: Scores = {}
-    for (family, seed), fine_tuned in runs.items():
-        bar.now(f"fusing {FAMILY_TITLES[family]}, seed {seed}")
-        directory = experiment.fused_directory(family, seed)
-        if is_whole(directory, *_FILES) and all(run.found for run in fine_tuned):
-            bar.skip(fusion_cost(experiment.settings, len(experiment.tasks), *_split_sizes(experiment)))
-        else:
-            fuse_one(experiment, family, seed, fine_tuned, bar)
-        scores[family, seed] = read_json(directory / SCORES_FILE)
-    return scores
+    found = [job for job, of_job in runs.items() if _is_done(experiment, *job) and all(run.found for run in of_job)]
+    bar.skip(sum(bar.costs.fusion(family) for family, _ in found))
+    bar.now("fusing")
+    # the longest first, so that no process is left alone with one in the end
+    missing = sorted(runs.keys() - set(found), key=lambda job: (-bar.costs.fusion(job[0]), job))
+    for family, seed in crew(fuse_one, missing):
+        bar.advance(bar.costs.fusion(family))
+        bar.now(f"fused {FAMILY_TITLES[family]}, seed {seed}")
+    return {job: read_json(experiment.fused_directory(*job) / SCORES_FILE) for job in runs}
 
 
-def fusion_cost(settings: Settings, tasks: int, validation: int, test: int) -> int:
-    """Images through the network: the validation split for each scaling of the grid, the test split for three."""
-    return tasks * (len(settings.scalings) * validation + 3 * test)
+def _is_done(experiment: Experiment, family: Family, seed: int) -> bool:
+    fused = [f"{method}/{file}" for method in FUSED for file in adapter_files(family)]
+    return is_whole(experiment.fused_directory(family, seed), SCORES_FILE, *fused)
 
 
-def _split_sizes(experiment: Experiment) -> tuple[int, int]:
-    splits = experiment.splits[experiment.tasks[0].name]  # every task has the same images in its splits
-    return len(splits["validation"]), len(splits["test"])
-
-
-def fuse_one(experiment: Experiment, family: Family, seed: int, fine_tuned: Sequence[FineTuned], bar: WorkBar) -> None:
+def fuse_one(experiment: Experiment, family: Family, seed: int) -> None:
     """Choose the scaling on the validation split, then look at the test split: once each for average, λ and λ = 1."""
-    vectors = [run.vector for run in fine_tuned]
+    vectors = load_vectors(experiment, family, seed)
     scalings = experiment.settings.scalings
     model = of_family(adapted(experiment.backbone, experiment.settings, seed), family)
-    validation_cost, test_cost = (len(experiment.tasks) * size for size in _split_sizes(experiment))
 
     validation = []
     for scaling in scalings:
         linlora.apply(model, linlora.fuse(vectors, "task_arithmetic", scaling=scaling))
         validation.append(experiment.accuracies(model, "validation"))
-        bar.advance(validation_cost)
     chosen = choose_scaling(scalings, validation)
 
     fused = {
@@ -72,7 +64,6 @@ def fuse_one(experiment: Experiment, family: Family, seed: int, fine_tuned: Sequ
             test[method] = experiment.accuracies(model, "test")
             if method in FUSED:
                 save_adapter(model, vector, staging / method)
-            bar.advance(test_cost)
         scores = {"scalings": scalings, "validation": validation, "chosen": chosen, "test": test}
         write_json(staging / SCORES_FILE, {**scores, "cosine": cosine_matrix(vectors)})
 

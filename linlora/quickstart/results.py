@@ -87,14 +87,14 @@ def by_task(values: Sequence[Sequence[float]]) -> list[float]:
     return [statistics.fmean(of_task) for of_task in zip(*values, strict=True)]
 
 
-def paired_difference(results: dict, key: str, part: str | None = None) -> dict[str, Any]:
-    """Linearized minus plain LoRA, seed by seed: both start from the same adapter and see the same batches."""
+def paired_difference(results: dict, pair: tuple[Family, Family], key: str, part: str | None = None) -> dict[str, Any]:
+    """The first family minus the second, seed by seed: both start from the same adapter and see the same batches."""
 
     def of(family: Family) -> list[float]:
         entry = results["families"][family][key]
         return (entry if part is None else entry[part])["by_seed"]
 
-    return mean_std([ours - theirs for ours, theirs in zip(of("linearized"), of("lora"), strict=True)])
+    return mean_std([one - other for one, other in zip(*map(of, pair), strict=True)])
 
 
 def environment(device: str) -> dict[str, Any]:

@@ -3,39 +3,35 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
-from transformers.utils import logging
 
 import linlora
 from linlora.files import write_text
 from linlora.quickstart.artifacts import only_run_in, open_run_directory, write_json
-from linlora.quickstart.data import load_digits
 from linlora.quickstart.experiment import prepare
 from linlora.quickstart.figures import draw_cosine_matrices, draw_scaling_curve
-from linlora.quickstart.finetune import fine_tune_all, run_cost
-from linlora.quickstart.fuse import fuse_all, fusion_cost
-from linlora.quickstart.progress import STEP_COST, work_bar
+from linlora.quickstart.finetune import fine_tune_all
+from linlora.quickstart.fuse import fuse_all
+from linlora.quickstart.progress import Costs, work_bar
 from linlora.quickstart.report import reading, table
 from linlora.quickstart.results import collect
-from linlora.quickstart.settings import FAMILIES, Settings
-from linlora.quickstart.step_time import step_time, step_time_cost
-from linlora.quickstart.tasks import select_tasks
+from linlora.quickstart.settings import Settings
+from linlora.quickstart.step_time import step_time
+from linlora.quickstart.surroundings import surroundings
+from linlora.quickstart.workers import crew_of
 
 _OUTPUTS = {
     "results.json": "every number of the table, by task and seed, with settings and environment",
     "table.txt": "the table and its reading",
     "scaling_curve.png": "scaling coefficient against accuracy",
     "cosine_matrices.png": "cosines between the task vectors",
-    "adapters/": "every adapter, for stock PEFT, with its task vector",
-    "fused/": "the fused adapters and vectors, with their scores",
+    "adapters/": "every task vector, with its adapter for stock PEFT (but for model scope, which has none)",
+    "fused/": "the same of the fused vectors, with their scores",
     "backbone/": "the pre-trained ViT and the frozen heads",
 }
 
@@ -47,8 +43,9 @@ def run(
     fresh: bool = False,
     settings: Settings | None = None,
     console: Console | None = None,
+    processes: int = 2,
 ) -> dict[str, Any]:
-    """Fine-tune, fuse and compare plain LoRA and linearized LoRA on handwritten digits; print and save the report.
+    """Fine-tune, fuse and compare LoRA, plain and linearized at both scopes, on handwritten digits; print the report.
 
     A call with the same `out` and settings continues where an interrupted one was.
 
@@ -59,37 +56,44 @@ def run(
         fresh: start over in `out`.
         settings: the experiment; the defaults are the documented one.
         console: where to print.
+        processes: how many adapters to train at a time; the results do not depend on it. With more than 1, a script
+            has to call this under `if __name__ == "__main__":`, as always where processes are spawned.
 
     Returns: what `results.json` holds.
 
     Raises:
         DifferentSettingsError: `out` holds a run of other settings. FileExistsError: it holds something else, or
             another process is working in it.
-        ValueError: no such device here, or fewer than one seed.
+        ValueError: no such device here, or fewer than one seed or process.
     """
     out, settings, console = Path(out), settings or Settings(), console or Console()
     if seeds < 1:
         raise ValueError(f"seeds has to be 1 or more, got {seeds}")
+    if processes < 1:
+        raise ValueError(f"processes has to be 1 or more, got {processes}")
     _check_device(device)
     open_run_directory(out, settings.fingerprint(device), fresh)
-    with only_run_in(out), _kernels(device), _threads(settings.threads), _quiet_transformers():
+    with only_run_in(out), surroundings(device, settings.threads):
         console.print(str(linlora.explain("linearized_lora_linear", device)), highlight=False, markup=False)
-        results = _phases(settings, out, device, seeds, console)
+        results = _phases(settings, out, device, seeds, processes, console)
     _report(results, out, console)
     return results
 
 
-def _phases(settings: Settings, out: Path, device: str, seeds: int, console: Console) -> dict[str, Any]:
+def _phases(settings: Settings, out: Path, device: str, seeds: int, processes: int, console: Console) -> dict[str, Any]:
     begin = time.perf_counter()
-    epoch_cost, total = _work(settings, seeds)
-    with work_bar(console, total) as bar:
+    costs = Costs(settings, processes)
+    with work_bar(console, costs, seeds) as bar:
         bar.now("pre-training")
-        experiment = prepare(settings, out, device, lambda: bar.advance(epoch_cost), lambda: bar.skip(epoch_cost))
+        epoch = costs.epoch()
+        experiment = prepare(settings, out, device, lambda: bar.advance(epoch), lambda: bar.skip(epoch))
         prepared = time.perf_counter()
-        runs = fine_tune_all(experiment, seeds, bar)
-        trained = time.perf_counter()
-        scores = fuse_all(experiment, runs, bar)
-        fused = time.perf_counter()
+        with crew_of(processes, experiment) as crew:
+            runs = fine_tune_all(experiment, seeds, crew, bar)
+            trained = time.perf_counter()
+            scores = fuse_all(experiment, runs, crew, bar)
+            fused = time.perf_counter()
+        # the workers are gone: nothing of this run competes with the steps that are timed
         times = step_time(experiment, bar)
     end = time.perf_counter()
     found = sum(run.found for of_seed in runs.values() for run in of_seed)
@@ -102,21 +106,9 @@ def _phases(settings: Settings, out: Path, device: str, seeds: int, console: Con
             "step_time": end - fused,
             "total": end - begin,
         },
+        "processes": processes,
         "adapters_found_from_earlier_call": found,
     }
-
-
-def _work(settings: Settings, seeds: int) -> tuple[int, int]:
-    """Images through the network in one epoch of pre-training, and in the whole run."""
-    indices = load_digits().indices
-    tasks = len(select_tasks(settings.tasks))
-    epoch = STEP_COST * len(indices["train"])
-    return epoch, (
-        epoch * settings.pretraining_epochs
-        + len(FAMILIES) * seeds * tasks * run_cost(settings.steps, settings.batch)
-        + len(FAMILIES) * seeds * fusion_cost(settings, tasks, len(indices["validation"]), len(indices["test"]))
-        + step_time_cost(settings.timed_steps, settings.batch)
-    )
 
 
 def _report(results: dict[str, Any], out: Path, console: Console) -> None:
@@ -133,35 +125,6 @@ def _report(results: dict[str, Any], out: Path, console: Console) -> None:
     console.print(f"\n{wall['total']:.0f} s: {phases}. Written to {out}:", highlight=False)
     for name, what in _OUTPUTS.items():
         console.print(f"  {name:20s} {what}", highlight=False)
-
-
-def _kernels(device: str) -> AbstractContextManager[None]:
-    """On a GPU the kernels are asked for by name, so that the run is of the kernels or an error, never a fallback."""
-    return linlora.use_backend("triton") if device.startswith("cuda") else nullcontext()
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """Our bar is the only one: a tiny backbone needs none to be saved, nor warnings for library authors."""
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            yield
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()
-
-
-@contextmanager
-def _threads(count: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(count)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _check_device(device: str) -> None:

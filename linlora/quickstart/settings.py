@@ -7,9 +7,9 @@ from typing import Any, Literal
 
 import linlora
 
-Family = Literal["lora", "linearized"]
-FAMILIES: tuple[Family, ...] = ("lora", "linearized")
-FAMILY_TITLES = {"lora": "LoRA", "linearized": "linearized LoRA"}
+Family = Literal["lora", "layer", "model"]  # plain, or the scope of the linearization
+FAMILIES: tuple[Family, ...] = ("lora", "layer", "model")
+FAMILY_TITLES = {"lora": "LoRA", "layer": "linearized, layer scope", "model": "linearized, model scope"}
 
 
 @dataclass(frozen=True)
@@ -30,19 +30,21 @@ class Settings:
     # the heads: logistic regression on the pre-trained features of this many labelled images, then frozen
     head_images: int = 100
 
-    # fine-tuning: the same rank, steps, batches and schedule for both families
+    # fine-tuning: the same rank, steps, batches and schedule for every family
     rank: int = 8
     alpha: int = 16
     steps: int = 100
     batch: int = 64
     weight_decay: float = 0.01
     # Chosen for each family by the mean validation accuracy of its single-task adapters, seed 0:
-    #     learning rate       1e-3    3e-3    5e-3    1e-2
-    #     LoRA               0.900   0.937   0.946   0.916
-    #     linearized LoRA    0.887   0.910   0.928   0.914
+    #     learning rate    1e-3    3e-3    5e-3    1e-2    2e-2
+    #     LoRA            0.900   0.937   0.946   0.916   0.664
+    #     layer scope     0.887   0.910   0.928   0.914   0.866
+    #     model scope     0.875   0.895   0.901   0.907   0.905
     # How well the adapters fuse had no say in it.
     lora_learning_rate: float = 5e-3
-    linearized_learning_rate: float = 5e-3
+    layer_learning_rate: float = 5e-3
+    model_learning_rate: float = 1e-2
 
     # fusion: the grid of scaling coefficients, searched on the validation split
     scalings: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
@@ -59,7 +61,11 @@ class Settings:
     tasks: tuple[str, ...] | None = None  # None: all of linlora.quickstart.tasks.TASKS
 
     def learning_rate(self, family: Family) -> float:
-        return self.lora_learning_rate if family == "lora" else self.linearized_learning_rate
+        return {
+            "lora": self.lora_learning_rate,
+            "layer": self.layer_learning_rate,
+            "model": self.model_learning_rate,
+        }[family]
 
     def fingerprint(self, device: str) -> dict[str, Any]:
         """What has to be equal for a run directory to be continued. More seeds may be added to one, so they are not

@@ -1,4 +1,4 @@
-"""One fine-tuning: a PEFT adapter on the backbone, plain or linearized, trained for one task. Ordinary PyTorch."""
+"""One fine-tuning: a PEFT adapter on the backbone, of one family, trained for one task. Ordinary PyTorch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from linlora.quickstart.settings import Family, Settings
 def adapted(backbone: nn.Module, settings: Settings, seed: int) -> PeftModel:
     """A copy of the backbone with a new LoRA adapter on every linear layer.
 
-    Equal seeds give equal adapters: all tasks and both families of one seed start at one point, which is what lets
+    Equal seeds give equal adapters: all tasks and all families of one seed start at one point, which is what lets
     their task vectors be added. The adapter is drawn on the CPU, so it is the same on every device.
     """
     device = next(backbone.parameters()).device
@@ -29,12 +29,12 @@ def adapted(backbone: nn.Module, settings: Settings, seed: int) -> PeftModel:
 
 
 def of_family(model: PeftModel, family: Family) -> PeftModel:
-    """The model as it is for plain LoRA, linearized in place otherwise.
+    """The model as it is for plain LoRA, linearized in place at the scope of the family otherwise.
 
-    PEFT starts at B0 = 0. There the linearized layer is x Wᵀ + b + s (x A0ᵀ) dBᵀ: A stays frozen, B alone trains.
+    PEFT starts at B0 = 0. There both linearizations are functions of dB alone: A stays frozen, B trains.
     """
-    if family == "linearized":
-        linlora.linearize(model)
+    if family != "lora":
+        linlora.linearize(model, scope=family)
     return model
 
 

@@ -18,7 +18,17 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from linlora.stream.tensor import DualTensor, TangentError, duals, function_name, module_name, primals, where, wrap
+from linlora.stream.tensor import (
+    DualTensor,
+    TangentError,
+    duals,
+    function_name,
+    module_name,
+    primals,
+    relate,
+    where,
+    wrap,
+)
 
 
 @dataclass
@@ -61,10 +71,11 @@ def forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:
         return wrap(y, None, first.stream)
     with _counted(func, first), _replayed(random, first.device):
         tangents = _tangents(func, flat, structure)
-    return tree_unflatten([
-        wrap(leaf, tangent, first.stream, aliased=True) if isinstance(leaf, Tensor) else leaf
+    results = [
+        wrap(leaf, tangent, first.stream) if isinstance(leaf, Tensor) else leaf
         for leaf, tangent in zip(leaves, tangents, strict=True)
-    ], shape)  # fmt: skip
+    ]
+    return tree_unflatten(relate(first, results), shape)
 
 
 DualTensor.rules[None] = forward_mode
@@ -98,8 +109,7 @@ def _dual(leaf: Any) -> Any:
 def _is_custom(func: Any) -> bool:
     """An operator of somebody's library, or a higher-order one, called as torch.ops.namespace.name."""
     if isinstance(func, (torch._ops.OpOverload, torch._ops.OpOverloadPacket)):
-        name = func._qualified_op_name if isinstance(func, torch._ops.OpOverloadPacket) else func._schema.name
-        return name.split("::")[0] not in ("aten", "prims")
+        return function_name(func).split("::")[0] not in ("aten", "prims")
     return isinstance(func, torch._ops.HigherOrderOperator)
 
 

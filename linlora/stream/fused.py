@@ -84,7 +84,7 @@ class PendingActivation(DualTensor):
     @staticmethod
     def __new__(cls, gate: DualTensor, kind: Kind) -> PendingActivation:
         pending = Tensor._make_wrapper_subclass(cls, gate.shape, dtype=gate.dtype, device=gate.device)
-        pending.gate, pending.kind, pending.stream, pending.aliased = gate, kind, gate.stream, False
+        pending.gate, pending.kind, pending.stream, pending.relatives = gate, kind, gate.stream, []
         pending.grad_enabled, pending.streams = torch.is_grad_enabled(), None
         return pending
 

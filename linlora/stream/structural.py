@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.stream.tensor import DualTensor, TangentError, duals, primals, rule, where, wrap
+from linlora.stream.tensor import DualTensor, TangentError, duals, primals, relate, rule, where, wrap
 
 _VIEWS = (
     "view", "reshape", "flatten", "unflatten", "transpose", "swapaxes", "permute", "movedim", "squeeze", "unsqueeze",
@@ -64,8 +64,8 @@ def _map(func: Any, args: tuple, kwargs: dict, view: bool) -> Any:
     else:
         with torch.no_grad():
             y_tangent = func(x.tangent, *rest, **primals(kwargs))
-    x.aliased |= view
-    return wrap(y, y_tangent, x.stream, aliased=view)
+    result = wrap(y, y_tangent, x.stream)
+    return relate(x, result) if view else result
 
 
 @rule("__iter__")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, Literal
@@ -53,16 +54,16 @@ class DualTensor(Tensor):
     primal: Tensor
     tangent: Any  # a Tensor; None beside integers and booleans
     stream: Stream
-    aliased: bool  # it is a view of another DualTensor, or one was made of it
+    relatives: list[weakref.ref]  # the DualTensors that may share its memory: views of one another
 
     rules: ClassVar[dict[Any, Rule]] = {}
 
     @staticmethod
-    def __new__(cls, primal: Tensor, tangent: Tensor | None, stream: Stream, aliased: bool = False) -> DualTensor:
+    def __new__(cls, primal: Tensor, tangent: Tensor | None, stream: Stream) -> DualTensor:
         dual = Tensor._make_wrapper_subclass(
             cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device
         )
-        dual.primal, dual.tangent, dual.stream, dual.aliased = primal, tangent, stream, aliased
+        dual.primal, dual.tangent, dual.stream, dual.relatives = primal, tangent, stream, []
         return dual
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -123,7 +124,7 @@ def named(name: str) -> list[Any]:
     return found
 
 
-def wrap(primal: Any, tangent: Any, stream: Stream, aliased: bool = False) -> Any:
+def wrap(primal: Any, tangent: Any, stream: Stream) -> Any:
     """DualTensors of a primal and a tangent result, which are tensors or equal (named) tuples or lists of them.
 
     A floating-point result without a tangent is a constant, a plain tensor.
@@ -133,9 +134,9 @@ def wrap(primal: Any, tangent: Any, stream: Stream, aliased: bool = False) -> An
             tangent = None
         elif tangent is None:
             return primal
-        return DualTensor(primal, tangent, stream, aliased)
+        return DualTensor(primal, tangent, stream)
     tangents = tangent or [None] * len(primal)
-    parts = [wrap(p, t, stream, aliased) for p, t in zip(primal, tangents, strict=True)]
+    parts = [wrap(p, t, stream) for p, t in zip(primal, tangents, strict=True)]
     return type(primal)(parts) if type(primal) in (tuple, list) else type(primal)(*parts)
 
 
@@ -184,14 +185,24 @@ def _value(dual: DualTensor) -> Tensor:
     return dual.primal if dual.tangent is None else dual.primal + dual.tangent
 
 
+def relate(x: DualTensor, views: Any) -> Any:
+    """The results of a view of x, after noting that they may share its memory."""
+    if not x.relatives:
+        x.relatives = [weakref.ref(x)]
+    for view in duals(views):
+        x.relatives.append(weakref.ref(view))
+        view.relatives = x.relatives
+    return views
+
+
 def rebind(target: Any, result: Any, func: Any) -> DualTensor:
     """x.op_(y): the target takes the value of the functional form. A view would need its base to follow."""
     if not isinstance(target, DualTensor):
         raise TangentError(
             f"{where(func)}: writes a value that carries a tangent into a tensor that has none; "
-            "build the tensor with torch.cat, torch.stack or torch.where instead"
+            "build the tensor with torch.cat, torch.stack or torch.where instead (of caches, use the dynamic one)"
         )
-    if target.aliased:
+    if any((other := relative()) is not None and other is not target for relative in target.relatives):
         raise TangentError(
             f"{where(func)}: in-place on a view (or on a tensor that has views) would not reach the other tensors of "
             "this memory; write x = x + y in place of x += y, or use scope='layer'"
@@ -223,12 +234,13 @@ def where(func: Any = None) -> str:
 
 
 def function_name(func: Any) -> str:
-    """'softmax' of torch.softmax or Tensor.softmax; 'T' of the getter of the property."""
+    """'softmax' of torch.softmax or Tensor.softmax; 'T' of the getter of a property; 'library::op' of an operator."""
+    if isinstance(func, torch._ops.OpOverload):
+        return func._schema.name
+    if isinstance(func, torch._ops.OpOverloadPacket):
+        return func._qualified_op_name
     name = getattr(func, "__name__", None) or str(func)
-    if name == "__get__":
-        name = func.__self__.__name__
-    namespace = getattr(func, "_qualified_op_name", None)
-    return namespace or name
+    return func.__self__.__name__ if name == "__get__" else name
 
 
 def module_name() -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
-from linlora.bench.cases import SUITES, layer_case, select, suite
+from linlora.bench.cases import layer_case
 from linlora.bench.floors import flops, least_bytes, roofline_seconds
+from linlora.bench.suites import SUITES, select, suite
 
 
 @pytest.mark.parametrize("name", SUITES)
@@ -28,6 +29,20 @@ def test_select_replaces_dtype_and_rank_and_filters_by_id() -> None:
     assert {(case.model, case.form, case.rank, case.dtype) for case in chosen} == {
         ("flan-t5-large", "short", 8, "bfloat16")
     }
+
+
+def test_a_rank_is_given_only_to_what_has_one() -> None:
+    chosen = select(suite("default"), ranks=[8], filters=["attention"])
+    assert {case.rank for case in chosen} == {0}
+    assert "t5-small attention 2x8x512x64 causal dual forward_backward float32" in [case.id for case in chosen]
+
+
+def test_the_default_suite_trains_a_bert_and_a_llama_at_model_scope() -> None:
+    ids = [case.id for case in select(suite("default"), filters=["model-scope"])]
+    assert ids == [
+        f"{model} r16 short training_step model-scope float32"
+        for model in ("llama-2x512 512 tokens", "bert-6x384 2048 tokens")
+    ]
 
 
 def test_an_unknown_suite_is_an_error_that_lists_the_known() -> None:

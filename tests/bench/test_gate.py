@@ -8,7 +8,7 @@ import pytest
 import torch
 from linlora.bench import gate, layers
 from linlora.bench.cases import Case, model_case
-from linlora.bench.data import random_layer
+from linlora.bench.data import random_data
 from linlora.bench.job import Layer
 from linlora.bench.providers import EAGER, PROVIDERS, Provider, providers
 from linlora.bench.runner import run_case
@@ -18,7 +18,8 @@ TINY = Case("layer", "test", M=6, K=24, N=16, rank=4, bias=True)
 PAIR = replace(TINY, form="pair")
 DUAL = replace(PAIR, op="lora_linear")
 LAYERS = [replace(case, phase=phase) for case in (TINY, PAIR, DUAL) for phase in ("forward", "forward_backward")]
-MODELS = [model_case("bert-2x32", form, rank=4) for form in ("short", "pair")]
+MODELS = [model_case("bert-2x32", form, 4, scope) for form in ("short", "pair") for scope in ("layer", "model")]
+MODELS += [model_case("llama-1x64", rank=4, scope="model")]
 
 
 def every_provider(cases: list[Case]) -> pytest.MarkDecorator:
@@ -35,9 +36,23 @@ def every_provider(cases: list[Case]) -> pytest.MarkDecorator:
 
 
 def errors_of(provider: Provider, case: Case) -> gate.Errors:
-    data = None if case.op == "model" else random_layer(case, DEVICE)
+    data = random_data(case, DEVICE)
     results = provider.job(case, DEVICE, data).results()
     return gate.errors(results, gate.expected(case, provider.function, data, DEVICE))
+
+
+def test_a_model_scope_case_compares_both_scopes_with_jvp_over_the_whole_model() -> None:
+    result = run_case(MODELS[-1], providers(), DEVICE, seconds=0.1)
+    timed = {name for name, outcome in result.outcomes.items() if outcome.median_ms is not None}
+    assert {"frozen", "peft", "linlora-torch", "linlora-model-torch", "functorch"} <= timed
+    assert not {"functorch-all", "addmm"} & result.outcomes.keys()
+    assert result.memory("linlora-model-torch", "functorch") is not None
+
+
+def test_the_gate_tells_layer_scope_from_model_scope() -> None:
+    case = model_case("bert-2x32", "pair", 4, "model")
+    pretender = replace(PROVIDERS["linlora-torch"], function="network")
+    assert gate.verdict(case, errors_of(pretender, case)) is not None
 
 
 @every_provider(LAYERS)

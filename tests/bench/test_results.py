@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from linlora.bench.cases import Case
+from linlora.bench.cases import Case, attention_case, stream_case
 from linlora.bench.environment import slug
 from linlora.bench.evidence import evidence
 from linlora.bench.plot import plot_run
@@ -52,6 +52,15 @@ def test_one_red_case_takes_the_evidence_of_its_op() -> None:
 
 def test_small_shapes_alone_are_no_evidence() -> None:
     assert evidence([result(SMALL)]) == []
+
+
+def test_an_op_of_model_scope_has_evidence_of_its_own() -> None:
+    causal, full = (attention_case("llama-3-8b", 4, 32, 4096, 128, causal) for causal in (True, False))
+    norm = stream_case("llama-3-8b", "rms_norm", "rms_norm", 8192, 4096, 4096)
+    assert [entry["op"] for entry in evidence([result(causal), result(norm)])] == ["attention", "rms_norm"]
+    red = result(full, linlora_triton=Outcome("wrong", "y: rel err 1e0"))
+    assert [entry["op"] for entry in evidence([result(causal), red, result(norm)])] == ["rms_norm"]
+    assert evidence([result(attention_case("llama-3-8b", 1, 2, 128, 64, False))]) == []
 
 
 def test_the_dual_op_has_evidence_of_its_own() -> None:
@@ -104,8 +113,33 @@ def test_the_report_says_what_is_red_and_keeps_its_time_to_itself() -> None:
     assert "1.04" in text
 
 
+def test_the_report_gives_attention_and_model_scope_tables_of_their_own() -> None:
+    attention = attention_case("llama-3-8b", 4, 32, 4096, 128, causal=True, phase="forward")
+    step = replace(LARGE, op="model", scope="model", phase="training_step")
+    run = a_run(
+        result(LARGE),
+        result(
+            attention, peft=Outcome("unavailable"), functorch=green(9.0), jvp_flash=Outcome("unavailable", "absent")
+        ),
+        result(step, linlora_model_torch=green(2.0), functorch=green(5.0)),
+    )
+    console = Console(width=160, record=True, file=io.StringIO())
+    print_run(run, console)
+    text = console.export_text()
+    assert "attention with tangents, forward: median ms" in text
+    assert "training step, model scope: median ms" in text
+    for column in ("primal alone", "frozen model", "TFLOP/s", "vs jvp", "memory / jvp"):
+        assert column in text
+    assert "jvp_flash_attention: absent" in text
+    (row,) = [line for line in text.splitlines() if "torch, model scope" in line and "tokens" in line]
+    assert "2.50" in row  # times faster than jvp
+    assert "0.40" in row  # of its memory
+    assert f"{5.0 / 1.04:.2f}" not in text  # layer scope is another function than jvp over the whole model
+
+
 def test_pictures_are_written(tmp_path: Path) -> None:
-    run = a_run(result(LARGE), result(replace(LARGE, rank=64)), result(SMALL))
+    attention = attention_case("llama-3-8b", 4, 32, 4096, 128, causal=True)
+    run = a_run(result(LARGE), result(replace(LARGE, rank=64)), result(SMALL), result(attention, jvp_flash=green(40.0)))
     pictures = plot_run(run, tmp_path, "run")
     assert [picture.name for picture in pictures] == ["run-ratios.png", "run-ranks.png"]
     assert all(picture.read_bytes().startswith(b"\x89PNG") for picture in pictures)

@@ -42,5 +42,5 @@ def finished(tmp_path_factory):
     """(run directory, results, what was printed) of one finished miniature; not to be written to."""
     out = tmp_path_factory.mktemp("quickstart") / "run"
     console = Console(file=io.StringIO(), width=100)
-    results = linlora.quickstart.run(out, seeds=1, settings=MINIATURE, console=console)
+    results = linlora.quickstart.run(out, seeds=1, settings=MINIATURE, console=console, processes=1)
     return out, results, console.file.getvalue()

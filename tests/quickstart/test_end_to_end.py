@@ -13,10 +13,11 @@ import linlora
 from linlora import TaskVector
 from linlora.quickstart.backbone import features, load_backbone, load_heads
 from linlora.quickstart.data import load_digits
+from linlora.quickstart.results import METHODS
+from linlora.quickstart.settings import FAMILIES
 from linlora.quickstart.tasks import select_tasks
 from linlora.quickstart.train import accuracy, adapted, of_family
 
-FAMILIES = ("lora", "linearized")
 TASKS = ("rotated-digit", "mirrored-odd")
 
 
@@ -28,7 +29,7 @@ def test_the_json_holds_every_number_of_the_table(finished):
         entry = results["families"][family]
         for value in (
             entry["single"],
-            *(entry[m][kind] for m in ("average", "task_arithmetic") for kind in ("absolute", "normalised")),
+            *(entry[method][part] for method in METHODS for part in ("absolute", "normalised")),
         ):
             assert f"{100 * value['mean']:.1f}" in table
             assert f"{100 * value['mean']:.1f}" in printed
@@ -45,7 +46,7 @@ def test_the_pictures_show_something(finished, picture):
     assert pixels.std() > 0.02
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["lora", "layer"])
 @pytest.mark.parametrize("task", TASKS)
 def test_stock_peft_loads_an_exported_adapter_with_the_same_logits(finished, miniature, family, task):
     out = finished[0]
@@ -62,19 +63,53 @@ def test_stock_peft_loads_an_exported_adapter_with_the_same_logits(finished, min
     assert not torch.allclose(features(stock, images), features(backbone, images), atol=1e-3)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("method", ["average", "task_arithmetic"])
-def test_a_fused_adapter_on_disk_has_the_accuracy_of_the_table(finished, family, method):
+@pytest.mark.parametrize(
+    ("family", "form"), [("lora", "adapter"), ("layer", "adapter"), *((family, "vector") for family in FAMILIES)]
+)
+def test_a_fused_adapter_or_vector_on_disk_has_the_accuracy_of_the_table(finished, miniature, family, form, method):
     out, results, _ = finished
     directory = out / "fused" / family / "seed0" / method
-    model = peft.PeftModel.from_pretrained(load_backbone(out / "backbone"), directory).eval()
+    backbone = load_backbone(out / "backbone")
+    if form == "adapter":
+        model = peft.PeftModel.from_pretrained(backbone, directory).eval()
+    else:
+        model = of_family(adapted(backbone, miniature, seed=0), family)
+        linlora.apply(model, TaskVector.load(directory / "task_vector.safetensors"))
     heads = load_heads(out / "backbone" / "heads.safetensors", "cpu")
     digits = load_digits()
     measured = [accuracy(model, heads[task.name], task.splits(digits)["test"]) for task in select_tasks(TASKS)]
     assert measured == pytest.approx(results["families"][family][method]["by_task"], abs=0.0041)  # two of 500
 
 
-def test_all_vectors_of_a_seed_share_their_point_in_both_families(finished):
+def test_model_scope_leaves_no_adapter_that_would_not_have_its_function(finished):
+    assert {path.name for path in finished[0].glob("adapters/model/*/seed0/*")} == {
+        "task_vector.safetensors",
+        "training.json",
+    }
+    assert not list(finished[0].glob("fused/model/**/adapter_*"))
+
+
+@torch.no_grad()
+def test_at_model_scope_alone_the_changes_of_the_features_add(finished, miniature):
+    """F(δ1 + δ2) − F(0) = (F(δ1) − F(0)) + (F(δ2) − F(0)), for vectors large enough to tell."""
+    out, images = finished[0], load_digits().images[:50]
+    backbone = load_backbone(out / "backbone")
+    error = {}
+    for family in FAMILIES:
+        files = [out / "adapters" / family / task / "seed0" / "task_vector.safetensors" for task in TASKS]
+        vectors = [10 * TaskVector.load(file) for file in files]
+        model = of_family(adapted(backbone, miniature, seed=0), family)
+        changes = []
+        for vector in (*vectors, vectors[0] + vectors[1]):
+            linlora.apply(model, vector)
+            changes.append(features(model, images) - features(backbone, images))
+        error[family] = ((changes[0] + changes[1] - changes[2]).norm() / changes[2].norm()).item()
+    assert error["model"] < 1e-4
+    assert min(error["lora"], error["layer"]) > 1e-2
+
+
+def test_all_vectors_of_a_seed_share_their_point_in_every_family(finished):
     out = finished[0]
     points = []
     for family in FAMILIES:
@@ -82,8 +117,9 @@ def test_all_vectors_of_a_seed_share_their_point_in_both_families(finished):
         vectors = [TaskVector.load(file) for file in files]
         assert vectors[0].point_hash == vectors[1].point_hash
         points.append({name: A0 for name, A0 in vectors[0].point.items() if name.endswith(".A0")})
-    assert points[0].keys() == points[1].keys()
-    assert all(torch.equal(points[0][name], points[1][name]) for name in points[0])
+    for other in points[1:]:
+        assert other.keys() == points[0].keys()
+        assert all(torch.equal(points[0][name], other[name]) for name in other)
 
 
 def test_plain_lora_trains_both_factors_and_linearized_lora_only_b(finished):
@@ -92,4 +128,4 @@ def test_plain_lora_trains_both_factors_and_linearized_lora_only_b(finished):
     for family in FAMILIES:
         vector = TaskVector.load(out / "adapters" / family / TASKS[0] / "seed0" / "task_vector.safetensors")
         moved[family] = {name.rsplit(".", 1)[1] for name, delta in vector.deltas.items() if delta.any()}
-    assert moved == {"lora": {"dA", "dB"}, "linearized": {"dB"}}
+    assert moved == {"lora": {"dA", "dB"}, "layer": {"dB"}, "model": {"dB"}}

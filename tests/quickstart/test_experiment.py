@@ -10,21 +10,17 @@ import torch
 from sklearn.linear_model import LogisticRegression
 
 import linlora
-from linlora.quickstart import run
+from linlora.quickstart import fuse, run
 from linlora.quickstart.backbone import features, fit_head, moved, new_backbone
 from linlora.quickstart.data import Split, load_digits
 from linlora.quickstart.experiment import prepare
-from linlora.quickstart.finetune import FineTuned
 from linlora.quickstart.fuse import choose_scaling, fuse_one
 from linlora.quickstart.report import compare
-from linlora.quickstart.results import family_results, mean_std
+from linlora.quickstart.results import family_results, mean_std, paired_difference
+from linlora.quickstart.settings import FAMILIES
+from linlora.quickstart.step_time import model_of
 from linlora.quickstart.tasks import TASKS, select_tasks
 from linlora.quickstart.train import adapted, batches, of_family, training_steps
-
-
-class SilentBar:
-    def advance(self, images):
-        pass
 
 
 def test_the_splits_are_disjoint_cover_all_images_and_never_change():
@@ -88,44 +84,52 @@ def test_the_scaling_of_the_best_mean_is_chosen(validation, chosen):
     assert choose_scaling([0.0, 0.5, 1.0], validation) == chosen
 
 
-def test_the_scaling_is_chosen_on_validation_before_the_test_split_is_looked_at(tmp_path, miniature, monkeypatch):
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_scaling_is_chosen_on_validation_before_the_test_split_is_looked_at(
+    tmp_path, miniature, monkeypatch, family
+):
     """Validation scores that like 0.5 and test scores that like 1.0: 0.5 has to be chosen."""
     experiment = prepare(miniature, tmp_path, "cpu", lambda: None, lambda: None)
     vectors = []
     for seed in (0, 1):
-        model = of_family(adapted(experiment.backbone, miniature, seed=0), "linearized")
+        model = adapted(experiment.backbone, miniature, seed=0)
+        start = linlora.TaskVector.from_model(model) if family == "lora" else None
+        of_family(model, family)
         linlora.testing.randomize(model, seed, kinds=("lora_B",))
-        vectors.append(linlora.TaskVector.from_model(model))
+        vectors.append(linlora.TaskVector.from_model(model, point=start))
     full = linlora.fuse(vectors, scaling=1.0).norm()
     looked_at = []
 
     def synthetic_accuracies(self, model, split):
         looked_at.append(split)
-        scaling = linlora.TaskVector.from_model(model).norm() / full
+        scaling = linlora.TaskVector.from_model(model, point=start).norm() / full
         best = 0.5 if split == "validation" else 1.0
         return [1 - abs(scaling - best)] * 2
 
     monkeypatch.setattr(type(experiment), "accuracies", synthetic_accuracies)
-    fuse_one(experiment, "linearized", 0, [FineTuned(vector, {}, False) for vector in vectors], SilentBar())
-    scores = json.loads((experiment.fused_directory("linearized", 0) / "scores.json").read_text())
+    monkeypatch.setattr(fuse, "load_vectors", lambda *_: vectors)
+    fuse_one(experiment, family, 0)
+    scores = json.loads((experiment.fused_directory(family, 0) / "scores.json").read_text())
     assert scores["chosen"] == 0.5
     assert scores["test"]["task_arithmetic"] == pytest.approx([0.5, 0.5])
     assert scores["test"]["scaling_one"] == pytest.approx([1.0, 1.0])
     assert looked_at == ["validation"] * 3 + ["test"] * 3
 
 
-def test_linlora_and_torch_func_are_the_same_training(miniature):
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_linlora_and_torch_func_are_the_same_training(miniature, scope):
     settings = replace(miniature, steps=50)
     backbone = new_backbone(settings).eval().requires_grad_(False)
     task = TASKS[0]
     train = task.splits(load_digits())["train"]
     head = fit_head(backbone, train, task.labels)
-    ours = of_family(adapted(backbone, settings, seed=0), "linearized")
-    theirs = linlora.baselines.linearize_with_functorch(adapted(backbone, settings, seed=0), "all")
-    plain = adapted(backbone, settings, seed=0)
     losses = [
-        torch.stack(list(training_steps(model, head, train, settings, learning_rate=0.05, seed=0)))
-        for model in (ours, theirs, plain)
+        torch.stack(
+            list(
+                training_steps(model_of(version, backbone, settings), head, train, settings, learning_rate=0.05, seed=0)
+            )
+        )
+        for version in (scope, f"{scope}_torch_func", "lora")
     ]
     torch.testing.assert_close(losses[0], losses[1], rtol=1e-4, atol=1e-5)
     assert losses[0][-5:].mean() < losses[0][:5].mean() - 0.05, "the training does train"
@@ -152,19 +156,34 @@ def test_the_normalised_score_is_the_mean_ratio_to_the_single_task_adapter():
 @pytest.mark.parametrize(
     ("differences", "verdict"),
     [
-        ([0.02, 0.03, 0.04], "linearized is better by 3.0 ± 1.0 points"),
-        ([-0.02, -0.03, -0.04], "linearized is worse by 3.0 ± 1.0 points"),
-        ([-0.02, 0.03, 0.01], "no clear difference"),
-        ([-0.02], "linearized is worse by 2.0 points (one seed)"),
+        ([0.02, 0.03, 0.04], "this is better than that by 3.0 ± 1.0 points"),
+        ([-0.02, -0.03, -0.04], "this is worse than that by 3.0 ± 1.0 points"),
+        ([-0.02, 0.03, 0.01], "this and that do not clearly differ (+0.7 ± 2.5 points)"),
+        ([-0.02], "this is worse than that by 2.0 points (one seed)"),
+        ([0.0], "this and that are equal (one seed)"),
     ],
 )
 def test_the_reading_says_better_worse_or_neither(differences, verdict):
-    assert compare(mean_std(differences)).startswith(verdict)
+    assert compare("this", "that", mean_std(differences)) == verdict
+
+
+def test_families_are_compared_seed_by_seed():
+    families = {
+        "model": {"average": {"absolute": mean_std([0.5, 0.9])}},
+        "lora": {"average": {"absolute": mean_std([0.4, 0.8])}},
+    }
+    difference = paired_difference({"families": families}, ("model", "lora"), "average", "absolute")
+    assert difference["by_seed"] == pytest.approx([0.1, 0.1])
+    assert difference["std"] == pytest.approx(0.0)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [({"device": "tpu"}, "unknown device 'tpu'"), ({"seeds": 0}, "seeds has to be 1 or more")],
+    [
+        ({"device": "tpu"}, "unknown device 'tpu'"),
+        ({"seeds": 0}, "seeds has to be 1 or more"),
+        ({"processes": 0}, "processes has to be 1 or more"),
+    ],
 )
 def test_bad_arguments_are_refused_before_anything_is_written(tmp_path, miniature, console, arguments, message):
     with pytest.raises(ValueError, match=message):

@@ -13,6 +13,7 @@ from linlora.quickstart import DifferentSettingsError, backbone, finetune, run
 from linlora.quickstart.artifacts import only_run_in
 from linlora.quickstart.backbone import new_backbone, pretrain
 from linlora.quickstart.data import load_digits
+from linlora.quickstart.settings import FAMILIES
 
 
 @pytest.fixture
@@ -21,9 +22,9 @@ def trained(monkeypatch):
     log = []
     fine_tune = finetune.fine_tune
 
-    def logging_fine_tune(experiment, family, task, seed, bar):
-        log.append((family, task.name, seed))
-        fine_tune(experiment, family, task, seed, bar)
+    def logging_fine_tune(experiment, family, task, seed):
+        log.append((family, task, seed))
+        fine_tune(experiment, family, task, seed)
 
     monkeypatch.setattr(finetune, "fine_tune", logging_fine_tune)
     return log
@@ -36,11 +37,11 @@ def copied(finished, tmp_path):
 
 
 def test_a_finished_run_trains_nothing_again_and_reports_the_same(copied, finished, trained, miniature, console):
-    results = run(copied, seeds=1, settings=miniature, console=console)
+    results = run(copied, seeds=1, settings=miniature, console=console, processes=1)
     assert trained == []
     assert results["families"] == finished[1]["families"]
     assert results["step_time"] == finished[1]["step_time"]
-    assert results["adapters_found_from_earlier_call"] == 4
+    assert results["adapters_found_from_earlier_call"] == 6
 
 
 def test_an_interrupted_run_goes_on_after_the_last_finished_adapter(
@@ -57,20 +58,24 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_adapter(
     with monkeypatch.context() as patch:
         patch.setattr(finetune, "training_steps", interrupted_third_training)
         with pytest.raises(KeyboardInterrupt):
-            run(tmp_path / "run", seeds=1, settings=miniature, console=console)
+            run(tmp_path / "run", seeds=1, settings=miniature, console=console, processes=1)
     assert not (tmp_path / "run" / "results.json").exists()
     first_call = list(trained)
     trained.clear()
 
-    results = run(tmp_path / "run", seeds=1, settings=miniature, console=console)
-    assert trained == [first_call[2], ("linearized", "mirrored-odd", 0)]
+    results = run(tmp_path / "run", seeds=1, settings=miniature, console=console, processes=1)
+    assert trained == [first_call[2], *((family, "mirrored-odd", 0) for family in FAMILIES)]
     assert results["families"] == finished[1]["families"]
     assert not list((tmp_path / "run").rglob("*.unfinished"))
 
 
-@pytest.mark.parametrize("damage", ["missing", "truncated", "not json"])
-def test_a_damaged_adapter_is_trained_again_and_fused_again(copied, finished, trained, miniature, console, damage):
-    directory = copied / "adapters" / "lora" / "mirrored-odd" / "seed0"
+@pytest.mark.parametrize(
+    ("family", "damage"), [("lora", "missing"), ("layer", "truncated"), ("model", "truncated"), ("model", "not json")]
+)
+def test_a_damaged_adapter_is_trained_again_and_fused_again(
+    copied, finished, trained, miniature, console, family, damage
+):
+    directory = copied / "adapters" / family / "mirrored-odd" / "seed0"
     vector = directory / "task_vector.safetensors"
     if damage == "missing":
         vector.unlink()
@@ -78,16 +83,16 @@ def test_a_damaged_adapter_is_trained_again_and_fused_again(copied, finished, tr
         vector.write_bytes(vector.read_bytes()[:-100])
     else:
         (directory / "training.json").write_text("{")
-    scores = copied / "fused" / "lora" / "seed0" / "scores.json"
+    scores = copied / "fused" / family / "seed0" / "scores.json"
     before = scores.stat().st_mtime_ns
-    results = run(copied, seeds=1, settings=miniature, console=console)
-    assert trained == [("lora", "mirrored-odd", 0)]
+    results = run(copied, seeds=1, settings=miniature, console=console, processes=1)
+    assert trained == [(family, "mirrored-odd", 0)]
     assert scores.stat().st_mtime_ns > before
     assert results["families"] == finished[1]["families"]
 
 
 def test_more_seeds_keep_the_adapters_of_the_first(copied, trained, miniature, console):
-    results = run(copied, seeds=2, settings=miniature, console=console)
+    results = run(copied, seeds=2, settings=miniature, console=console, processes=1)
     assert {seed for _, _, seed in trained} == {1}
     assert results["families"]["lora"]["single"]["std"] is not None
 
@@ -95,20 +100,20 @@ def test_more_seeds_keep_the_adapters_of_the_first(copied, trained, miniature, c
 def test_other_settings_are_refused_by_name(copied, trained, miniature, console):
     before = (copied / "results.json").read_bytes()
     with pytest.raises(DifferentSettingsError, match=r"steps: 15 there, 16 now.*--out.*--fresh"):
-        run(copied, seeds=1, settings=dataclasses.replace(miniature, steps=16), console=console)
+        run(copied, seeds=1, settings=dataclasses.replace(miniature, steps=16), console=console, processes=1)
     assert trained == []
     assert (copied / "results.json").read_bytes() == before
 
 
 def test_fresh_starts_over(copied, trained, miniature, console):
-    run(copied, seeds=1, fresh=True, settings=dataclasses.replace(miniature, steps=3), console=console)
-    assert len(trained) == 4
+    run(copied, seeds=1, fresh=True, settings=dataclasses.replace(miniature, steps=3), console=console, processes=1)
+    assert len(trained) == 6
     assert json.loads((copied / "settings.json").read_text())["steps"] == 3
 
 
 def test_a_second_process_in_the_same_directory_is_refused(copied, trained, miniature, console):
     with only_run_in(copied), pytest.raises(FileExistsError, match="another process is working"):
-        run(copied, seeds=2, settings=miniature, console=console)
+        run(copied, seeds=2, settings=miniature, console=console, processes=1)
     assert trained == []
 
 
@@ -116,7 +121,7 @@ def test_a_second_process_in_the_same_directory_is_refused(copied, trained, mini
 def test_a_directory_of_something_else_is_left_alone(tmp_path, miniature, console, fresh):
     (tmp_path / "thesis.txt").write_text("precious")
     with pytest.raises(FileExistsError, match="not a quickstart run"):
-        run(tmp_path, seeds=1, fresh=fresh, settings=miniature, console=console)
+        run(tmp_path, seeds=1, fresh=fresh, settings=miniature, console=console, processes=1)
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 

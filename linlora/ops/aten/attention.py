@@ -39,7 +39,8 @@ def attention(
     `mask` broadcasts to (B, H, Sq, Sk): True where a query sees a key, or added to the scores. `causal` lets query i
     see the keys j <= i. A query that sees no key gets zeros. lse is empty: this backward does not ask for it.
     """
-    heads = q.shape[1]
+    dtype, heads = q.dtype, q.shape[1]
+    q, k, v, q_tangent, k_tangent, v_tangent = _wide(q, k, v, q_tangent, k_tangent, v_tangent)
     q, k, v = (q * scale).contiguous(), _every_head(k, heads), _every_head(v, heads)
     q_tangent = None if q_tangent is None else (q_tangent * scale).contiguous()
     k_tangent = None if k_tangent is None else _every_head(k_tangent, heads)
@@ -59,7 +60,7 @@ def attention(
             S_tangent = _product_tangent(q, q_tangent, k, k_tangent, rows, keys).to(P.dtype)
             P_tangent = torch.ops.aten._softmax_backward_data.default(S_tangent, P, -1, P.dtype)
             o_tangent[rows] += _times(P_tangent, keep).to(v.dtype) @ v[keys]
-    return o, o_tangent, q.new_empty(0)
+    return o.to(dtype), o_tangent.to(dtype), q.new_empty(0)
 
 
 def attention_backward(
@@ -76,7 +77,8 @@ def attention_backward(
     seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv): dv = Pᵀ g, dS = P ⊙ (g vᵀ − rowsum(g ⊙ o)), dq = scale dS k, dk = scale dSᵀ q."""
-    heads, kv_heads = q.shape[1], k.shape[1]
+    dtype, heads, kv_heads = q.dtype, q.shape[1], k.shape[1]
+    g, q, k, v = _wide(g, q, k, v)
     q, g = (q * scale).contiguous(), g.contiguous()
     k, v = _every_head(k, heads), _every_head(v, heads)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
@@ -89,7 +91,12 @@ def attention_backward(
         dS = torch.ops.aten._softmax_backward_data.default(dP, P, -1, P.dtype).to(q.dtype)
         dq[rows] = dS @ k[keys]
         dk[keys] += dS.mT @ q[rows]
-    return dq.mul_(scale), _sum_groups(dk, kv_heads), _sum_groups(dv, kv_heads)
+    return dq.mul_(scale).to(dtype), _sum_groups(dk, kv_heads).to(dtype), _sum_groups(dv, kv_heads).to(dtype)
+
+
+def _wide(*tensors: Tensor | None) -> list:
+    """Half precision as float32 on a CPU, whose products would round S and P; a GPU's tensor cores keep theirs."""
+    return [t if t is None or t.is_cuda else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
 def _every_head(x: Tensor, heads: int) -> Tensor:

@@ -1,0 +1,163 @@
+"""What the stream cannot follow raises and says where; what is constant stays constant."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from linlora.stream import DualTensor, Stream, TangentError
+
+
+def dual(*shape, requires_grad=True):
+    x = torch.randn(*shape or (3, 4), requires_grad=requires_grad) * 1.0
+    return DualTensor(x, torch.randn(*shape or (3, 4)), Stream())
+
+
+class Inner(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+class Outer(nn.Module):
+    def __init__(self, function):
+        super().__init__()
+        self.blocks = nn.ModuleList([nn.Identity(), Inner(function)])
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+@torch.library.custom_op("linlora_tests::double", mutates_args=())
+def custom_double(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+class Straight(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.round()
+
+    @staticmethod
+    def backward(ctx, g):
+        return g
+
+
+def in_place_on_a_view(x):
+    rows = x.view(-1)
+    rows += 1.0
+    return x
+
+
+def write_into_a_plain_tensor(x):
+    buffer = torch.zeros(3, 4)
+    buffer[:] = x
+    return buffer
+
+
+@torch.jit.script
+def scripted(x: torch.Tensor):
+    return x * 2
+
+
+REFUSED = {
+    "custom operator": (lambda x: custom_double(x), "linlora_tests::double"),
+    "autograd Function": (Straight.apply, "the autograd Function Straight"),
+    "in-place on a view": (in_place_on_a_view, "in-place on a view"),
+    "write into a plain tensor": (write_into_a_plain_tensor, "writes a value that carries a tangent"),
+    "out=": (lambda x: torch.add(x, 1.0, out=torch.empty(3, 4)), "out= is not supported"),
+    "branch on values": (lambda x: x if x.sum() > 0 else -x, "branch on values"),
+    "item": (lambda x: x.sum().item() * x, "branch on values"),
+    "numpy": (lambda x: x.numpy(), "out of the stream"),
+    "data": (lambda x: x.data * 2, "out of the stream"),
+    "copy_": (lambda x: (x * 1.0).copy_(x), "cannot follow"),
+    "no forward derivative": (lambda x: F.embedding_bag(torch.zeros(2, 2, dtype=torch.long), x), "forward mode"),
+    "loss of probabilities": (lambda x: F.nll_loss(x.log_softmax(-1), torch.tensor([0, 1, 2])), "before the softmax"),
+}
+
+
+def test_code_that_bypasses_torch_functions_raises():
+    with pytest.raises(RuntimeError):
+        scripted(dual())
+    with pytest.raises(TangentError, match="bypasses torch functions"), torch._C.DisableTorchFunctionSubclass():
+        dual() * 2.0
+
+
+def test_in_place_is_fine_once_the_views_are_gone():
+    x = dual() * 1.0
+    first = x[:, :1] * 1.0
+    expected = x.primal + first.primal
+    x += first
+    torch.testing.assert_close(x.primal, expected)
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_the_error_names_the_module_and_the_reason(name):
+    function, reason = REFUSED[name]
+    with pytest.raises(TangentError) as error:
+        Outer(function)(dual())
+    assert reason in str(error.value)
+    assert "module 'blocks.1'" in str(error.value)
+
+
+def test_a_trainable_parameter_in_the_stream_is_refused():
+    with pytest.raises(TangentError, match="modules_to_save"):
+        nn.Linear(4, 4)(dual())
+    with pytest.raises(TangentError, match="modules_to_save"):
+        nn.LayerNorm(4)(dual())
+
+
+def test_results_under_no_grad_are_constants():
+    x = dual()
+    with torch.no_grad():
+        y = x * 2.0
+    assert type(y) is torch.Tensor
+    torch.testing.assert_close(y, x.primal * 2.0)
+
+
+def test_evaluation_without_a_graph_keeps_the_tangent():
+    x = dual(requires_grad=False)
+    with torch.no_grad():
+        assert isinstance(x * 2.0, DualTensor)
+
+
+def test_metadata_needs_no_rule_and_no_computation():
+    x = dual(3, 4)
+    assert (x.shape, x.size(0), x.dim(), x.ndim, len(x), x.numel()) == ((3, 4), 3, 2, 2, 3, 12)
+    assert (x.dtype, x.device.type, x.requires_grad, x.is_floating_point()) == (torch.float32, "cpu", True, True)
+    assert x.stride() == (4, 1)
+    assert "tangent" in repr(x)
+    assert {x: 1}[x] == 1
+    assert not x.stream.fallbacks
+
+
+def test_integers_follow_without_a_tangent():
+    x = dual()
+    mask = (x > 0) & (x < 1) | ~(x == 2)
+    assert isinstance(mask, DualTensor)
+    assert mask.tangent is None
+    assert x.argmax(-1).tangent is None
+    assert type(mask.float()) is torch.Tensor  # a constant
+    assert type(torch.zeros_like(x)) is torch.Tensor
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, F.multi_margin_loss])
+def test_a_loss_is_taken_of_the_collapsed_value(loss):
+    x, labels = dual(), torch.tensor([0, 1, 2])
+    actual = loss(x, labels)
+    assert type(actual) is torch.Tensor
+    torch.testing.assert_close(actual, loss(x.primal + x.tangent, labels))
+
+
+def test_fallbacks_add_up_by_module_and_function():
+    model, x = Outer(lambda x: x.logsumexp(-1, keepdim=True) + x), dual()
+    for _ in range(3):
+        model(x)
+    (fallback,) = x.stream.fallbacks.values()
+    assert (fallback.module, fallback.function, fallback.calls) == ("blocks.1", "logsumexp", 3)
+    assert "logsumexp in 'blocks.1': 3 calls" in str(fallback)

@@ -1,0 +1,223 @@
+"""Every rule against forward-mode AD of the same function in float64; the primal's gradient against autograd's."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from linlora.stream import DualTensor, Stream, collapse
+
+S = (3, 4, 6)
+PLAIN = torch.linspace(0.5, 2.0, 72, dtype=torch.float64).view(S)
+WEIGHT = torch.linspace(-1.0, 1.0, 30, dtype=torch.float64).view(5, 6)
+MASK = (torch.arange(72) % 3 == 0).view(S)
+CAUSAL = torch.ones(4, 4, dtype=torch.bool).tril()
+
+ONE = {
+    "view": lambda x: x.view(3, 24),
+    "reshape": lambda x: torch.reshape(x, (12, 6)),
+    "transpose contiguous": lambda x: x.transpose(0, 1).contiguous(),
+    "permute flatten": lambda x: x.permute(2, 0, 1).flatten(1),
+    "unflatten": lambda x: x.unflatten(-1, (2, 3)),
+    "squeeze unsqueeze expand": lambda x: x.unsqueeze(1).expand(3, 2, 4, 6),
+    "mT": lambda x: x.mT,
+    "index": lambda x: x[:, 1:, ..., [0, 2]],
+    "boolean index": lambda x: x[MASK],
+    "iterate": lambda x: sum(row for row in x),
+    "chunk": lambda x: torch.cat(x.chunk(2, -1)[::-1], -1),
+    "split": lambda x: x.split([1, 5], dim=-1)[1],
+    "unbind": lambda x: torch.stack(x.unbind(1)),
+    "repeat": lambda x: x.repeat(1, 2, 1),
+    "repeat_interleave": lambda x: x.repeat_interleave(2, 1),
+    "roll flip": lambda x: x.roll(1, 0).flip(1),
+    "gather": lambda x: x.gather(1, torch.zeros(3, 2, 6, dtype=torch.long)),
+    "sum": lambda x: x.sum((0, 2)),
+    "mean": lambda x: x.mean(-1, keepdim=True),
+    "cumsum": lambda x: x.cumsum(1),
+    "float": lambda x: x.float().double(),
+    "to": lambda x: x.to(torch.float32).to(torch.float64),
+    "type_as": lambda x: x.type_as(PLAIN),
+    "clone": lambda x: x.clone(),
+    "tril": lambda x: x.tril(),
+    "add scalar": lambda x: 2.0 + x + 1,
+    "add plain": lambda x: torch.add(PLAIN, x, alpha=0.5),
+    "sub": lambda x: 1.0 - x - PLAIN,
+    "sub from plain": lambda x: PLAIN - x,
+    "subtract alpha": lambda x: torch.sub(PLAIN, x, alpha=3),
+    "neg": lambda x: -x,
+    "mul": lambda x: 2.0 * x * PLAIN,
+    "broadcast mul": lambda x: x * PLAIN[:1, :, :1],
+    "broadcast add": lambda x: x[:1] + PLAIN,
+    "div": lambda x: x / PLAIN / 3.0,
+    "divide number": lambda x: 1.0 / (x + 10.0),
+    "pow": lambda x: x**3 + x.pow(2),
+    "float pow": lambda x: (x * x + 1.0) ** -0.5,
+    "rsqrt": lambda x: torch.rsqrt(x * x + 1.0),
+    "sqrt": lambda x: (x * x + 1.0).sqrt(),
+    "exp log": lambda x: (x.exp() + 1.0).log(),
+    "square reciprocal": lambda x: (x.square() + 1.0).reciprocal(),
+    "sin cos": lambda x: x.sin() * x.cos(),
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "gelu tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+    "matmul weight": lambda x: x @ WEIGHT.t(),
+    "plain matmul": lambda x: PLAIN @ x.mT,
+    "linear": lambda x: F.linear(x, WEIGHT, WEIGHT[:, 0]),
+    "addmm": lambda x: torch.addmm(WEIGHT[:, 0], x.view(-1, 6), WEIGHT.t()),
+    "softmax": lambda x: F.softmax(x, dim=-1, dtype=torch.float64),
+    "softmax method": lambda x: x.softmax(1),
+    "layer_norm": lambda x: F.layer_norm(x, (6,), WEIGHT[0], WEIGHT[1], 1e-3),
+    "layer_norm plain": lambda x: F.layer_norm(x, (6,)),
+    "rms_norm": lambda x: F.rms_norm(x, (6,), WEIGHT[0]),
+    "cat": lambda x: torch.cat([x, PLAIN, x], dim=1),
+    "stack": lambda x: torch.stack([PLAIN, x]),
+    "where": lambda x: torch.where(MASK, x, PLAIN),
+    "where scalar": lambda x: torch.where(x > 0, x, -0.5),
+    "where method": lambda x: PLAIN.where(MASK, x),
+    "masked_fill": lambda x: x.masked_fill(MASK, -1.0),
+    "detach": lambda x: x * x.detach(),
+    "dropout off": lambda x: F.dropout(x, 0.5, training=False),
+    "new_zeros": lambda x: x + x.new_ones(S),
+    "attention": lambda x: F.scaled_dot_product_attention(x, PLAIN, PLAIN),
+    "attention 4-D": lambda x: F.scaled_dot_product_attention(x[None], x[None], x[None] + 1.0, is_causal=True),
+    "attention mask": lambda x: F.scaled_dot_product_attention(PLAIN, x, PLAIN, attn_mask=CAUSAL, scale=0.3),
+    "attention grouped": lambda x: F.scaled_dot_product_attention(
+        x[None].repeat(1, 2, 1, 1), x[None], PLAIN[None], enable_gqa=True
+    ),
+    "in-place add": lambda x: (x * 1.0).add_(PLAIN),
+    "in-place operators": lambda x: _in_place(x * 1.0),
+    "set item": lambda x: _set_item(x * 1.0),
+    "swiglu": lambda x: F.silu(x) * (x + 1.0),
+    "geglu with a plain gate": lambda x: PLAIN * F.gelu(x),
+    "activation used twice": lambda x: (lambda y: y * y + y)(F.silu(x)),
+}  # fmt: skip
+FALLBACK = {
+    "einsum": lambda x: torch.einsum("bij,bkj->bik", x, x),
+    "logsumexp": lambda x: x.logsumexp(-1),
+    "var": lambda x: x.var(-1),
+    "max": lambda x: x.max(dim=-1).values,
+    "norm": lambda x: F.normalize(x, dim=-1),
+    "group norm": lambda x: F.group_norm(x, 2),
+    "number to the power": lambda x: 2.0**x,
+    "conv1d": lambda x: F.conv1d(x, torch.ones(2, 4, 3, dtype=torch.float64)),
+    "leaky relu": F.leaky_relu,
+    "clamp": lambda x: x.clamp(-0.5, 0.5),
+    "layer norm over two dimensions": lambda x: F.layer_norm(x, (4, 6)),
+}
+
+
+def _in_place(x: Tensor) -> Tensor:
+    x += PLAIN
+    x *= PLAIN  # not x *= x, which PyTorch's forward mode gets wrong
+    x -= 1.0
+    x /= PLAIN
+    return x.relu_()
+
+
+def _set_item(x: Tensor) -> Tensor:
+    x[:, 0] = x[:, 1] * 2.0
+    x[0, 2] = 1.0
+    return x
+
+
+def check(function, tolerance=1e-12) -> Stream:
+    """The streams of function(x) against torch.func.jvp, and the gradient of the collapsed value against autograd's."""
+    primal = torch.randn(S, dtype=torch.float64, requires_grad=True)
+    tangent = torch.randn(S, dtype=torch.float64)
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        y, y_tangent = torch.func.jvp(function, (primal.detach(),), (tangent,))
+    stream = Stream()
+    result = function(DualTensor(primal, tangent, stream))
+    assert isinstance(result, DualTensor)
+    assert result.shape == y.shape
+    assert not result.tangent.requires_grad
+    torch.testing.assert_close(result.primal, y, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(result.tangent, y_tangent, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(collapse(result), y + y_tangent, rtol=tolerance, atol=tolerance)
+    g = torch.randn_like(y)
+    (gradient,) = torch.autograd.grad(collapse(result), primal, g)
+    plain = primal.detach().requires_grad_()
+    (expected,) = torch.autograd.grad(function(plain), plain, g)
+    torch.testing.assert_close(gradient, expected, rtol=tolerance, atol=tolerance)
+    return stream
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_rule(name):
+    tolerance = 1e-6 if name in ("float", "to") else 1e-12
+    assert not check(ONE[name], tolerance).fallbacks
+
+
+@pytest.mark.parametrize("name", FALLBACK)
+def test_functions_without_a_rule_run_in_forward_mode_and_are_counted(name):
+    fallbacks = check(FALLBACK[name]).fallbacks
+    assert len(fallbacks) == 1
+    (fallback,) = fallbacks.values()
+    assert fallback.calls == 1
+    assert fallback.seconds > 0
+
+
+@pytest.mark.parametrize("name", ["mul", "matmul", "add", "sub", "div"])
+@pytest.mark.parametrize("which", ["both", "first", "second"])
+def test_functions_of_two_streams(name, which):
+    function = getattr(torch, name)
+    a, b, a_tangent, b_tangent = (torch.randn(4, 4, dtype=torch.float64) + 3.0 for _ in range(4))
+    stream = Stream()
+    a_tangent, b_tangent = (a_tangent * (which != "second")), (b_tangent * (which != "first"))
+    y, y_tangent = torch.func.jvp(function, (a, b), (a_tangent, b_tangent))
+    arguments = [DualTensor(x, t, stream) if t.any() else x for x, t in ((a, a_tangent), (b, b_tangent))]
+    result = function(*arguments)
+    torch.testing.assert_close(result.primal, y)
+    torch.testing.assert_close(result.tangent, y_tangent)
+
+
+def test_every_op_runs_without_a_graph_as_well():
+    with torch.no_grad():
+        for function in ONE.values():
+            x, tangent = torch.randn(S, dtype=torch.float64), torch.randn(S, dtype=torch.float64)
+            result = function(DualTensor(x, tangent, Stream()))
+            assert not result.primal.requires_grad
+
+
+def test_dropout_has_one_mask_for_both_streams():
+    ones = torch.ones(100, 50)
+    y = F.dropout(DualTensor(ones, 2.0 * ones, Stream()), 0.3)
+    torch.testing.assert_close(y.primal.unique(), torch.tensor([0.0, 1 / 0.7]))
+    torch.testing.assert_close(y.tangent, 2.0 * y.primal)
+    assert abs((y.primal == 0).float().mean() - 0.3) < 0.03
+
+
+def test_attention_dropout_has_one_mask_for_both_streams_and_backward():
+    q, k = torch.randn(2, 1, 2, 8, 5, dtype=torch.float64)
+    v = torch.eye(8, dtype=torch.float64).expand(1, 2, 8, 8).clone().requires_grad_()
+    dual = DualTensor(v, 3.0 * v.detach(), Stream())
+    y = F.scaled_dot_product_attention(q, k, dual, dropout_p=0.4)  # the probabilities themselves
+    torch.testing.assert_close(y.tangent, 3.0 * y.primal.detach())
+    P = y.primal.detach()
+    kept = F.softmax(q @ k.mT * 5**-0.5, -1) / 0.6
+    torch.testing.assert_close(P, torch.where(P == 0, 0.0, kept))
+    assert 0 < (P == 0).sum() < P.numel()
+    (gradient,) = torch.autograd.grad(y.primal.sum(), v)
+    torch.testing.assert_close(gradient, P.mT @ torch.ones_like(P))
+
+
+def test_a_random_function_without_a_rule_draws_the_same_numbers_for_both_streams():
+    x = torch.randn(50, 20)
+    y = F.alpha_dropout(DualTensor(x, torch.ones_like(x), Stream()), 0.5, training=True)
+    dropped = y.primal == y.primal.mode().values.mode().values
+    assert 0 < dropped.sum() < dropped.numel()
+    assert torch.equal(y.tangent == 0, dropped)
+
+
+def test_a_swiglu_runs_as_one_op(monkeypatch):
+    from linlora.ops import dual
+
+    calls = []
+    monkeypatch.setattr(dual, "gated_activation", lambda *a, op=dual.gated_activation: (calls.append(a[-1]), op(*a))[1])
+    x = DualTensor(torch.randn(2, 3), torch.randn(2, 3), Stream())
+    F.silu(x) * (x * 2.0)
+    (x * 2.0) * F.gelu(x, approximate="tanh")
+    assert calls == ["silu", "gelu_tanh"]
