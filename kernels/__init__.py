@@ -1,11 +1,16 @@
 """Triton kernels of linlora: one launch an op, on contiguous or strided matrices of fp32, fp16 or bf16.
 
-The ops, each in the file of its name, which opens with its formula, tile picture and floor:
+The ops, each in the file of its name or of its family, which opens with its formula, tile picture and floor:
 
     linearized_lora_linear          y + y_t of one LoRA layer, forward and backward (recompute design)
     linearized_lora_linear_flags      the same beyond small M: persistent programs that share x Aᵀ through flags
     lora_linear                     primal and tangent streams of one LoRA layer, forward and backward
     factor_gradients                the gradients of both factors
+    linear                          primal and tangent streams of one frozen linear layer
+    layer_norm, rms_norm            both streams of a norm, and the backward of the primal (norms)
+    attention                       both streams of softmax attention
+    attention_backward              the gradients of its primal
+    activation, gated_activation    both streams of gelu, silu or relu, and the backward of the primal (activations)
 
 What they stand on, from the bottom:
 
@@ -14,11 +19,13 @@ What they stand on, from the bottom:
     tiles       loads, dots, low-rank steps   launch      from tensors to a launch, for running and for `aot`
     counters    zeroed int32 buffers          library     the ops as PyTorch operators, opaque to torch.compile
     aot         compiles every row of the table for every architecture and reads the machine code
+    aot_cases   the variants of every op that it compiles
 
 To add a kernel: write its formula in `linlora.reference`; add one file here with the `@triton.jit` kernel, a `launch`
 function that fills a `Launch` and a host function that checks, allocates and runs it; give it rows in `configs.TABLE`
-and cases in `aot`; register it in `library`; test it in `tests/kernels` against the formula in float64. The tests run
-on CPU in the Triton interpreter (TRITON_INTERPRET=1), and `python -m linlora.kernels.aot` needs no GPU either.
+and an entry in `aot_cases.OPS`; register it in `library` if torch.compile should see it; test it in `tests/kernels`
+against the formula in float64. The tests run on CPU in the Triton interpreter (TRITON_INTERPRET=1), and
+`python -m linlora.kernels.aot` needs no GPU either.
 
 Importing this package needs neither a GPU nor Triton; `availability` says whether the kernels can run, and why not.
 """
@@ -30,13 +37,36 @@ from typing import Any, NoReturn
 
 import torch
 
-__all__ = ["availability", "factor_gradients", "linearized_lora_linear", "lora_linear"]
+__all__ = [
+    "activation",
+    "activation_backward",
+    "attention",
+    "attention_backward",
+    "availability",
+    "factor_gradients",
+    "gated_activation",
+    "gated_activation_backward",
+    "layer_norm",
+    "layer_norm_backward",
+    "linear",
+    "linearized_lora_linear",
+    "lora_linear",
+    "rms_norm",
+    "rms_norm_backward",
+]
 
 _MISSING = "Triton is not installed; install triton>=3.6 (Linux), or use the torch backend"
 
-if importlib.util.find_spec("triton") is not None:
+# transformers looks for the PyPI package "kernels". With the root of this repository on sys.path it finds this folder,
+# which then has to import without linlora.
+if __name__ == "linlora.kernels" and importlib.util.find_spec("triton") is not None:
+    from .activations import activation, activation_backward, gated_activation, gated_activation_backward
+    from .attention import attention
+    from .attention_backward import attention_backward
     from .device import unavailable as _unavailable
     from .library import factor_gradients, linearized_lora_linear, lora_linear
+    from .linear import linear
+    from .norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 
 else:
 
@@ -46,7 +76,10 @@ else:
     def _raise_missing(*args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(f"the Triton kernels cannot run: {_MISSING}")
 
-    factor_gradients = linearized_lora_linear = lora_linear = _raise_missing
+    factor_gradients = linearized_lora_linear = lora_linear = linear = _raise_missing
+    layer_norm = layer_norm_backward = rms_norm = rms_norm_backward = _raise_missing
+    activation = activation_backward = gated_activation = gated_activation_backward = _raise_missing
+    attention = attention_backward = _raise_missing
 
 
 def availability(device: torch.device | str) -> str | None:

@@ -10,6 +10,8 @@ from .device import unavailable
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 256
 MAX_GRADIENT_RANK = 2 * MAX_RANK
+MAX_HEAD_SIZE = 256
+ACTIVATION_KINDS = ("gelu", "gelu_tanh", "silu", "relu")
 
 
 def check_layer(
@@ -49,6 +51,54 @@ def check_layer(
     return rank
 
 
+def check_linear(x: Tensor, x_tangent: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
+    """x and x_tangent (M, K), weight (N, K) and bias (N,) agree."""
+    check_activation("x", x)
+    if x_tangent is None:
+        raise ValueError("x_tangent is None; linear needs both streams, one alone is torch.nn.functional.linear")
+    _check_like("x_tangent", x_tangent, tuple(x.shape), x, factor=False)
+    if weight.ndim != 2:
+        raise ValueError(f"weight is 2-D (N, {x.shape[1]}), got {tuple(weight.shape)}")
+    _check_like("weight", weight, (weight.shape[0], x.shape[1]), x, factor=False)
+    if bias is not None:
+        _check_like("bias", bias, (weight.shape[0],), x, factor=True)
+
+
+def check_norm(x: Tensor, x_tangent: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+    """x and x_tangent (M, N), weight and bias (N,) agree."""
+    check_activation("x", x)
+    features = x.shape[1]
+    if features == 0:
+        raise ValueError(f"x has features to normalise over, got {tuple(x.shape)}")
+    if x_tangent is not None:
+        _check_like("x_tangent", x_tangent, tuple(x.shape), x, factor=False)
+    for name, vector in (("weight", weight), ("bias", bias)):
+        if vector is not None:
+            _check_like(name, vector, (features,), x, factor=True)
+
+
+def check_norm_backward(g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor) -> None:
+    """g and x (M, N), weight (N,), mean and rstd (M,) as the forward returned them."""
+    check_norm(x, None, weight, None)
+    _check_like("g", g, tuple(x.shape), x, factor=False)
+    for name, statistic in (("mean", mean), ("rstd", rstd)):
+        if statistic is not None:
+            _check_placed(name, statistic, (x.shape[0],), x)
+            if statistic.dtype is not torch.float32:
+                raise ValueError(f"{name} is torch.float32, as the forward returned it, got {statistic.dtype}")
+
+
+def check_elementwise(kind: str, **tensors: Tensor | None) -> None:
+    """kind is known, and every tensor is like the first one, in any shape."""
+    if kind not in ACTIVATION_KINDS:
+        raise ValueError(f"kind is one of {', '.join(ACTIVATION_KINDS)}, got {kind!r}")
+    (name, first), *others = tensors.items()
+    check_supported(name, first)
+    for name, tensor in others:
+        if tensor is not None:
+            _check_like(name, tensor, tuple(first.shape), first, factor=False)
+
+
 def check_gradient(name: str, low: Tensor | None, other_name: str, wide: Tensor | None) -> None:
     """One product of `factor_gradients`: low (M, R) and wide (M, columns), or neither."""
     if (low is None) != (wide is None):
@@ -61,10 +111,64 @@ def check_gradient(name: str, low: Tensor | None, other_name: str, wide: Tensor 
     _check_like(name, low, (wide.shape[0], low.shape[1]), wide, factor=False)
 
 
+def check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    tangents: tuple[Tensor | None, ...] = (),
+) -> None:
+    """q (B, H, Sq, D), k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv) agree, tangents with them, and the mask broadcasts."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise ValueError(f"{name} is 4-D (batch, heads, sequence, head size), got {tuple(x.shape)}")
+        if not 1 <= x.shape[3] <= MAX_HEAD_SIZE:
+            raise ValueError(f"the head size of {name} is in 1..{MAX_HEAD_SIZE}, got {x.shape[3]}")
+    check_supported("q", q)
+    (batch, n_heads, _, size), (n_key_heads, keys) = q.shape, k.shape[1:3]
+    if n_key_heads < 1 or n_heads % n_key_heads != 0:
+        raise ValueError(f"the heads of q are a multiple of those of k, got {n_heads} and {n_key_heads}")
+    _check_like("k", k, (batch, n_key_heads, keys, size), q, factor=False)
+    _check_like("v", v, (batch, n_key_heads, keys, v.shape[3]), q, factor=False)
+    for name, primal, tangent in zip(("q_tangent", "k_tangent", "v_tangent"), (q, k, v), tangents, strict=False):
+        if tangent is not None:
+            _check_like(name, tangent, tuple(primal.shape), q, factor=False)
+    if mask is not None:
+        _check_mask(mask, (*q.shape[:3], keys), q)
+    check_dropout(dropout_p, seed, q)
+
+
+def check_attention_outputs(g: Tensor, o: Tensor, lse: Tensor, q: Tensor, v: Tensor) -> None:
+    """o and lse are what `attention` returned for q and v, g the cotangent of o."""
+    for name, x in (("g", g), ("o", o)):
+        _check_like(name, x, (*q.shape[:3], v.shape[3]), q, factor=False)
+    if lse.shape != q.shape[:3] or lse.dtype is not torch.float32 or lse.device != q.device:
+        expected = f"torch.float32 {tuple(q.shape[:3])} on {q.device}"
+        raise ValueError(f"lse is {expected}, got {lse.dtype} {tuple(lse.shape)} on {lse.device}")
+
+
+def _check_mask(mask: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
+    if mask.dtype is not torch.bool and not mask.is_floating_point():
+        raise ValueError(f"mask is bool (True = attend) or floating (added to the scores), got {mask.dtype}")
+    if mask.device != q.device:
+        raise ValueError(f"mask is on {mask.device}, the activations are on {q.device}")
+    # zip from the right, as broadcasting does
+    sides = zip(reversed(mask.shape), reversed(shape), strict=False)
+    if mask.ndim > 4 or any(side not in (1, expected) for side, expected in sides):
+        raise ValueError(f"mask broadcasts to {shape} (batch, heads, queries, keys), got {tuple(mask.shape)}")
+
+
 def check_activation(name: str, x: Tensor) -> None:
-    """x is a matrix of a dtype the kernels know, on a device they run on."""
+    """x is a matrix that the kernels can read."""
     if x.ndim != 2:
         raise ValueError(f"{name} is 2-D (rows, features), got {tuple(x.shape)}; flatten the leading dimensions")
+    check_supported(name, x)
+
+
+def check_supported(name: str, x: Tensor) -> None:
+    """x is of a dtype the kernels know, on a device they run on."""
     if x.dtype not in ACTIVATION_DTYPES:
         raise ValueError(f"{name} is fp32, fp16 or bf16, got {x.dtype}")
     reason = unavailable(x.device)
@@ -86,10 +190,14 @@ def check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
 
 
 def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, *, factor: bool) -> None:
+    _check_placed(name, tensor, shape, x)
+    if tensor.dtype != x.dtype and not (factor and tensor.dtype is torch.float32):
+        accepted = f"{x.dtype} or torch.float32" if factor and x.dtype is not torch.float32 else f"{x.dtype}"
+        raise ValueError(f"{name} is {accepted} beside {x.dtype} activations, got {tensor.dtype}")
+
+
+def _check_placed(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor) -> None:
     if tensor.shape != shape:
         raise ValueError(f"{name} is {shape} here, got {tuple(tensor.shape)}")
     if tensor.device != x.device:
         raise ValueError(f"{name} is on {tensor.device}, the activations are on {x.device}")
-    if tensor.dtype != x.dtype and not (factor and tensor.dtype is torch.float32):
-        accepted = f"{x.dtype} or torch.float32" if factor and x.dtype is not torch.float32 else f"{x.dtype}"
-        raise ValueError(f"{name} is {accepted} beside {x.dtype} activations, got {tensor.dtype}")

@@ -77,6 +77,18 @@ def store_tile(a, b_tile, o_row, o_column):
 
 
 @triton.jit
+def load_vector(p_vector, o_element, SIZE):
+    """vector[o_element] of a contiguous vector (SIZE,), in fp32, zero outside it."""
+    return tl.load(p_vector + o_element, mask=o_element < SIZE, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store_vector(p_vector, b_vector, o_element, SIZE):
+    """vector[o_element] = block, inside a contiguous fp32 vector (SIZE,)."""
+    tl.store(p_vector + o_element, b_vector, mask=o_element < SIZE)
+
+
+@triton.jit
 def accumulate_shrink(b_u, b_x, factor, o_r, o_k, PRECISION: tl.constexpr):
     """One K step of u = x factorᵀ, factor (R, K)."""
     b_factor = load_transposed(factor, o_r, o_k)
@@ -131,5 +143,5 @@ def bias_tile(p_bias, o_n, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """The accumulator an output tile starts from: a contiguous bias (N,) in every row, or zero without one."""
     b_y = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     if p_bias is not None:
-        b_y += tl.load(p_bias + o_n, mask=o_n < N, other=0.0).to(tl.float32)[None, :]
+        b_y += load_vector(p_bias, o_n, N)[None, :]
     return b_y

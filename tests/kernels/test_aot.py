@@ -10,8 +10,19 @@ import sys
 
 import pytest
 
+OPS = [
+    "linearized_lora_linear",
+    "lora_linear",
+    "factor_gradients",
+    "linear",
+    "norm",
+    "activation",
+    "attention",
+    "attention_backward",
+]
 
-@pytest.mark.parametrize("op", ["linearized_lora_linear", "lora_linear", "factor_gradients"])
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_table_compiles_ahead_of_time(tmp_path, architecture, op):
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from linlora.kernels.configs import TABLE, select
+from linlora.kernels.configs import TABLE, select, select_by_size
 from linlora.kernels.linearized_lora_linear_flags import describable
 
 from linlora import kernels
@@ -27,16 +27,27 @@ def test_every_rank_and_shape_is_served(op, architecture, itemsize, dropout):
             )  # fmt: skip
 
 
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("architecture", [80, 90, 100])
+def test_every_op_without_a_rank_is_served(architecture, itemsize):
+    on = {"itemsize": itemsize, "architecture": architecture}
+    for m in (1, 16, 17, 512, 100_000):
+        select("linear", m=m, n=4096, rank=0, multiprocessors=132, **on)
+    for width in (1, 2, 256, 257, 8192, 100_000):
+        select_by_size("norm", size=width, **on)
+    select_by_size("activation", size=0, **on)
+
+
 def test_every_row_can_be_picked():
     picked = set()
     for row in TABLE:
         for architecture in row.architectures:
-            for dropout in (False, True):
+            for dropout in {False, row.dropout}:
                 for m in (1, 100, 100_000):
                     for descriptors in (False, True):
                         picked.add(
                             select(
-                                row.op, m=m, n=4096, rank=row.rank, itemsize=row.itemsize, dropout=dropout,
+                                row.op, m=m, n=4096, rank=row.size, itemsize=row.itemsize, dropout=dropout,
                                 architecture=architecture, multiprocessors=132, descriptors=descriptors,
                             )
                         )  # fmt: skip
@@ -69,6 +80,8 @@ def test_a_config_is_frozen():
 def test_no_row_serves_an_unknown_op():
     with pytest.raises(ValueError, match="no configuration of conv"):
         select("conv", m=1, n=1, rank=1, itemsize=2, **H100)
+    with pytest.raises(ValueError, match="no configuration of norm serves size 1, itemsize 8"):
+        select_by_size("norm", size=1, itemsize=8, architecture=90)
 
 
 def test_availability_names_the_remedy(device):

@@ -1,0 +1,258 @@
+"""What `aot` compiles: for every op, the variants of a row that decide, and the launch that each of them stands for.
+
+To add an op, write two functions, `<op>_cases` (row and architecture → the cases) and `<op>_launch` (case → `Launch`,
+from tensors on the meta device), and enter them in `OPS`. Nothing else here or in `aot` knows an op by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import configs
+from .activations import launch as launch_activation
+from .activations import launch_gated, launch_gated_backward
+from .attention import launch as launch_attention
+from .attention_backward import launch_key_gradients, launch_query_gradient
+from .configs import Row
+from .factor_gradients import launch as launch_factor_gradients
+from .launch import Launch
+from .linear import launch as launch_linear
+from .linearized_lora_linear import launch as launch_recompute
+from .linearized_lora_linear_flags import launch as launch_flags
+from .lora_linear import launch as launch_lora_linear
+from .norms import launch as launch_norm
+from .norms import launch_backward as launch_norm_backward
+
+M, N, K = 8192, 4096, 4096
+BATCH, HEADS, KEY_HEADS, SEQUENCE = 2, 32, 8, 4096
+
+
+@dataclass(frozen=True)
+class Case:
+    """One compilation: a row of the table on an architecture, at a size, in one variant of the op."""
+
+    architecture: int
+    row: Row
+    size: int  # what `Row.size` says; at most that of the row
+    dtype: str
+    variant: str  # words that the two functions of the op agree on
+
+    def __str__(self) -> str:
+        c, size = self.row.config, f"{OPS[self.row.op].size_letter}={self.size}"
+        tile = f"{c.block_m}x{c.block_n}x{c.block_k}x{c.block_r} w{c.num_warps} s{c.num_stages}"
+        return (
+            f"sm_{self.architecture:<3} {self.row.op:22} {c.design:9} {self.row.shape:6} {size:5} "
+            f"{tile:22} {self.dtype:8} {self.variant}"
+        )
+
+
+class Op(NamedTuple):
+    """How an op is compiled ahead of time."""
+
+    cases: Callable[[Row, int], Iterator[Case]]  # of a row, on an architecture
+    launch: Callable[[Case], Launch]
+    size_letter: str = "r"  # names `Case.size`
+    dot_rows: str | None = "block_m"  # the field of Config with the rows of its dots; None for an op without any
+
+
+def cases(architecture: int, op: str | None = None) -> Iterator[Case]:
+    """The cases of every row of the table, or of those of one op."""
+    for row in configs.TABLE:
+        if architecture in row.architectures and op in (None, row.op):
+            yield from OPS[row.op].cases(row, architecture)
+
+
+def _dtype(row: Row) -> str:
+    """bf16 stands for fp16, but where a case says otherwise."""
+    return "bfloat16" if row.itemsize == 2 else "float32"
+
+
+def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def lora_cases(row: Row, architecture: int) -> Iterator[Case]:
+    """The variant with the most registers, the backward's strides, other dtypes.
+
+    Words: pair, short, adjoint, dropout, fp32-factors, untangled. A row is compiled at its rank and, where that takes
+    more than one block of ranks, at a single full block, which is a kernel without the loop over blocks. These ranks
+    stand for all smaller ones, the pair form for the short one (less of everything) except on the rows of large
+    shapes, and bf16 for fp16 except there.
+    """
+    dtype, dropout = _dtype(row), " dropout" if row.dropout else ""
+    one_block = min(row.size, row.config.block_r)
+    ranks = {row.size} if _is_served(one_block, row, architecture) else {one_block, row.size}
+    for rank in sorted(ranks):
+        yield Case(architecture, row, rank, dtype, "pair fp32-factors" + dropout)
+        yield Case(architecture, row, rank, dtype, "pair adjoint" + dropout)
+    if row.shape == "large":
+        yield Case(architecture, row, min(ranks), "float16", "short")
+        if row.op == "lora_linear":
+            yield Case(architecture, row, min(ranks), dtype, "pair adjoint untangled" + dropout)
+
+
+def _is_served(rank: int, by: Row, architecture: int) -> bool:
+    """Whether `by` is never asked for this rank: its kernel knows no single block, or a row above it comes first."""
+    above = configs.TABLE[: configs.TABLE.index(by)]
+    return by.config.design != "recompute" or any(
+        (row.op, row.shape, row.itemsize, row.config.design) == (by.op, by.shape, by.itemsize, by.config.design)
+        and architecture in row.architectures
+        and rank <= row.size
+        and row.dropout >= by.dropout
+        for row in above
+    )
+
+
+def lora_launch(case: Case) -> Launch:
+    config, variant, dtype, rank = case.row.config, case.variant.split(), getattr(torch, case.dtype), case.size
+    adjoint, pair = "adjoint" in variant, "pair" in variant
+    factor_dtype = torch.float32 if "fp32-factors" in variant else dtype
+
+    def weight_like(of: torch.dtype, rows: int, columns: int) -> Tensor:
+        return _meta(of, columns, rows).t() if adjoint else _meta(of, rows, columns)
+
+    x, y, u = _meta(dtype, M, K), _meta(dtype, M, N), _meta(dtype, M, rank)
+    weight = weight_like(dtype, N, K)
+    bias = None if adjoint else _meta(dtype, N)
+    shrink, expand = weight_like(factor_dtype, rank, K), weight_like(factor_dtype, N, rank)
+    dropout = (0.1 if "dropout" in variant else 0.0, _meta(torch.int64))
+    layer = (weight, bias, shrink, shrink if pair else None, expand if pair else None, expand, 2.0, *dropout)
+    c = u if pair else _meta(dtype, M, 0)
+    if case.row.op == "linearized_lora_linear":
+        launch = launch_flags if config.design == "flags" else launch_recompute
+        return launch(x, *layer, adjoint, y, u, c, config)
+    untangled = "untangled" in variant  # the backward of a layer whose input had no tangent: no y
+    return launch_lora_linear(x, x, *layer, adjoint, None if untangled else y, y, u, c, config)
+
+
+def factor_gradients_cases(row: Row, architecture: int) -> Iterator[Case]:
+    yield Case(architecture, row, row.size, _dtype(row), "pair dropout")
+
+
+def factor_gradients_launch(case: Case) -> Launch:
+    dtype, rank = getattr(torch, case.dtype), case.size
+    p, g, x = _meta(dtype, M, rank), _meta(dtype, M, N), _meta(dtype, M, K)
+    d_expand, d_shrink = _meta(torch.float32, N, rank), _meta(torch.float32, rank, K)
+    seed = _meta(torch.int64)
+    return launch_factor_gradients(p, g, p, x, 2.0, 0.1, seed, d_expand, d_shrink, case.row.config)
+
+
+def linear_cases(row: Row, architecture: int) -> Iterator[Case]:
+    """Words: bias, transposed (the weight's strides)."""
+    yield Case(architecture, row, 0, _dtype(row), "bias")
+    yield Case(architecture, row, 0, _dtype(row), "transposed")
+    if row.shape == "large":
+        yield Case(architecture, row, 0, "float16", "bias")
+
+
+def linear_launch(case: Case) -> Launch:
+    dtype, variant = getattr(torch, case.dtype), case.variant.split()
+    x, y = _meta(dtype, M, K), _meta(dtype, M, N)
+    weight = _meta(dtype, K, N).t() if "transposed" in variant else _meta(dtype, N, K)
+    bias = _meta(dtype, N) if "bias" in variant else None
+    return launch_linear(x, x, weight, bias, y, y, case.row.config)
+
+
+def norm_cases(row: Row, architecture: int) -> Iterator[Case]:
+    """Words: layer, rms, tangent, backward, odd (rows that are not aligned). fp32 weights take the most registers.
+
+    Two blocks stand for any width beyond one, the layer norm for what the RMS norm has less of.
+    """
+    width = min(row.size, 2 * row.config.block_n)
+    for variant in ("layer tangent", "layer backward", "rms tangent"):
+        yield Case(architecture, row, width, _dtype(row), variant)
+    yield Case(architecture, row, width - 1, _dtype(row), "layer tangent odd")
+    yield Case(architecture, row, width - 1, _dtype(row), "layer backward odd")
+
+
+def norm_launch(case: Case) -> Launch:
+    dtype, variant, config, width = getattr(torch, case.dtype), case.variant.split(), case.row.config, case.size
+    x, weight, rstd = _meta(dtype, M, width), _meta(torch.float32, width), _meta(torch.float32, M)
+    mean, bias = (rstd, weight) if "layer" in variant else (None, None)
+    if "backward" in variant:
+        return launch_norm_backward(x, x, weight, mean, rstd, x, config)
+    return launch_norm(x, x if "tangent" in variant else None, weight, bias, 1e-5, x, x, mean, rstd, config)
+
+
+def activation_cases(row: Row, architecture: int) -> Iterator[Case]:
+    """Words: a kind, tangent, backward, gated, strided. Every kernel with gelu, and every kind in the largest one."""
+    for variant in ("gelu", "gelu tangent", "gelu backward", "gelu gated", "gelu gated backward"):
+        yield Case(architecture, row, 0, _dtype(row), variant)
+    for kind in ("gelu", "gelu_tanh", "silu", "relu"):
+        yield Case(architecture, row, 0, _dtype(row), f"{kind} gated tangent")
+    yield Case(architecture, row, 0, _dtype(row), "gelu gated tangent strided")
+
+
+def activation_launch(case: Case) -> Launch:
+    kind, *variant = case.variant.split()
+    x = _meta(getattr(torch, case.dtype), M, 2 * N)[:, :N]
+    x = x if "strided" in variant else x.contiguous()
+    tangent = x if "tangent" in variant else None
+    options = (kind, case.row.config)
+    if "gated" in variant and "backward" in variant:
+        return launch_gated_backward(x, x, x, x, x, *options)
+    if "gated" in variant:
+        return launch_gated(x, tangent, x, tangent, x, tangent, *options)
+    if "backward" in variant:
+        return launch_activation(x, x, None, x, *options)
+    return launch_activation(x, tangent, x, tangent, *options)
+
+
+def attention_cases(row: Row, architecture: int) -> Iterator[Case]:
+    """Every row at its size and at a smaller one, a multiple of 8, in the variants with the most registers.
+
+    Words: tangents, v-tangent, dropout, causal, mask (a row for every query), key-mask (one for all), ragged (a
+    sequence of odd length, whose masks load element by element); of the backward dq and dkv, its two launches.
+    """
+    widest = "dropout ragged " + ("mask" if row.dropout else "key-mask")
+    smaller = row.size * 5 // 8 // 8 * 8
+    if row.op == "attention_backward":
+        for launch in ("dq", "dkv"):
+            yield Case(architecture, row, row.size, _dtype(row), f"{launch} {widest}")
+            yield Case(architecture, row, smaller, _dtype(row), f"{launch} causal")
+        return
+    yield Case(architecture, row, row.size, _dtype(row), f"tangents {widest}")
+    yield Case(architecture, row, smaller, _dtype(row), f"tangents causal {widest}")
+    if not row.dropout:
+        yield Case(architecture, row, row.size, _dtype(row), "tangents causal")
+    if row.size == 64:
+        yield Case(architecture, row, row.size, _dtype(row), "v-tangent causal")
+        yield Case(architecture, row, row.size, _dtype(row), "causal")
+
+
+def attention_launch(case: Case) -> Launch:
+    dtype, variant, config, size = getattr(torch, case.dtype), case.variant.split(), case.row.config, case.size
+    sequence = SEQUENCE - 1 if "ragged" in variant else SEQUENCE
+    q, k = (_meta(dtype, BATCH, sequence, n, size).transpose(1, 2) for n in (HEADS, KEY_HEADS))
+    o, lse = _meta(dtype, BATCH, HEADS, sequence, size), _meta(torch.float32, BATCH, HEADS, sequence)
+    mask = None
+    if "mask" in variant:
+        mask = _meta(dtype, BATCH, 1, sequence, sequence)
+    elif "key-mask" in variant:
+        mask = _meta(torch.bool, BATCH, 1, 1, sequence)
+    options = (mask, "causal" in variant, 0.1, 0.1 if "dropout" in variant else 0.0, _meta(torch.int64))
+    if case.row.op == "attention_backward":
+        arguments = (o, q, k, k, lse, *options, lse)
+        if "dq" in variant:
+            return launch_query_gradient(*arguments, o, o, config)
+        return launch_key_gradients(*arguments, k, k, config)
+    v_tangent = k if "tangents" in variant or "v-tangent" in variant else None
+    tangents = (q, k, v_tangent) if "tangents" in variant else (None, None, v_tangent)
+    return launch_attention(q, k, k, *tangents, *options, o, None if v_tangent is None else o, lse, config)
+
+
+OPS = {
+    "linearized_lora_linear": Op(lora_cases, lora_launch),
+    "lora_linear": Op(lora_cases, lora_launch),
+    "factor_gradients": Op(factor_gradients_cases, factor_gradients_launch, dot_rows="block_n"),
+    "linear": Op(linear_cases, linear_launch),
+    "norm": Op(norm_cases, norm_launch, size_letter="n", dot_rows=None),
+    "attention": Op(attention_cases, attention_launch, size_letter="d"),
+    "attention_backward": Op(attention_cases, attention_launch, size_letter="d"),
+    "activation": Op(activation_cases, activation_launch, dot_rows=None),
+}

@@ -1,0 +1,168 @@
+"""What the attention kernels share: heads, products over the head size, masked scores, and the host side of a launch.
+
+Heads wider than BLOCK_D go in chunks of so many columns: then `whole_rows` gives None, and `row_products` loads both
+sides of a product in a loop over the chunks.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .configs import Config, select_by_size
+from .device import device_traits
+from .dropout import dropout_argument
+from .launch import dot_precision
+from .tiles import Matrix, dot, load_tile
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2_E x), and exp2 is one instruction
+
+
+class Heads(NamedTuple):
+    """A tensor (batch, head, row, column) as a kernel argument."""
+
+    pointer: Any
+    rows: Any
+    columns: Any
+    stride_batch: Any
+    stride_head: Any
+    stride_row: Any
+    stride_column: Any
+
+
+def heads(tensor: Tensor | None) -> Heads | None:
+    """The kernel argument of a 4-D tensor. None stays None, and the kernel compiles without it."""
+    return None if tensor is None else Heads(tensor, *tensor.shape[2:], *tensor.stride())
+
+
+def alignment(*tensors: Tensor | None) -> int:
+    """8 if all strides but those of 1 are multiples of 8 elements, and so is the head size; otherwise 1.
+
+    Triton looks for multiples of 16. Of a head size such as 72 it would load every element by itself, and spill.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    sides = [side for tensor in given for side in (tensor.shape[3], *tensor.stride()[:3])]
+    return 8 if all(tensor.stride(3) == 1 for tensor in given) and all(side % 8 == 0 for side in sides) else 1
+
+
+def mask_heads(mask: Tensor | None, q: Tensor, k: Tensor) -> Heads | None:
+    """The kernel argument of a mask, expanded and not copied: one row for all queries has the stride None."""
+    if mask is None:
+        return None
+    expanded = heads(mask.expand(*q.shape[:3], k.shape[2]))
+    return expanded._replace(stride_row=expanded.stride_row or None)
+
+
+@triton.jit
+def aligned(side, ALIGNMENT: tl.constexpr):
+    """side, a multiple of ALIGNMENT, in a form that tells the compiler so."""
+    return side if ALIGNMENT == 1 else side // ALIGNMENT * ALIGNMENT
+
+
+@triton.jit
+def head(a, i_batch, i_head, ALIGNMENT: tl.constexpr):
+    """The Matrix of one head; None of None. ALIGNMENT is what `alignment` says, or 1."""
+    if a is None:
+        return None
+    else:
+        stride_batch, stride_head = aligned(a.stride_batch, ALIGNMENT), aligned(a.stride_head, ALIGNMENT)
+        stride_row, columns = aligned(a.stride_row, ALIGNMENT), aligned(a.columns, ALIGNMENT)
+        o_head = i_batch.to(tl.int64) * stride_batch + i_head.to(tl.int64) * stride_head
+        return Matrix(a.pointer + o_head, a.rows, columns, stride_row, a.stride_column)
+
+
+@triton.jit
+def whole_rows(a, o_row, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows o_row of a, if BLOCK_D columns are all of them; otherwise None, and they are loaded in chunks."""
+    if WHOLE:
+        return load_tile(a, o_row, tl.arange(0, BLOCK_D))
+    else:
+        return None
+
+
+@triton.jit
+def columns_of(b_rows, a, o_row, o_column, BLOCK_O: tl.constexpr):
+    """a[o_row, o_column] of BLOCK_O columns: the whole rows b_rows, if they have as many."""
+    if b_rows is None:
+        return load_tile(a, o_row, o_column)
+    elif b_rows.shape[1] == BLOCK_O:
+        return b_rows
+    else:
+        return load_tile(a, o_row, o_column)
+
+
+@triton.jit
+def row_products(b_product, b_a, a, o_a, b_b, b, o_b, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
+    """product + a[o_a] b[o_b]ᵀ, of the whole rows b_a and b_b, or chunk by chunk where they are None."""
+    if b_a is not None:
+        b_product = dot(b_a, tl.trans(b_b), b_product, PRECISION)
+    else:
+        for d in tl.range(0, a.columns, BLOCK_D, disable_licm=True):
+            o_d = d + tl.arange(0, BLOCK_D)
+            b_chunk = load_tile(b, o_b, o_d)
+            b_product = dot(load_tile(a, o_a, o_d), tl.trans(b_chunk), b_product, PRECISION)
+    return b_product
+
+
+@triton.jit
+def masked_scores(b_s, o_query, o_key, n_keys, mask, scale, CAUSAL: tl.constexpr):
+    """LOG2_E (scale S + mask), −∞ where a query does not see a key. o_query and o_key broadcast to S or to Sᵀ."""
+    m_seen = o_key < n_keys
+    if CAUSAL:
+        m_seen = m_seen & (o_key <= o_query)
+    b_s *= scale * LOG2_E
+    if mask is not None:
+        o_mask, m_mask = o_key.to(tl.int64) * mask.stride_column, o_key < n_keys
+        if mask.stride_row is not None:
+            o_mask, m_mask = o_mask + o_query.to(tl.int64) * mask.stride_row, m_mask & (o_query < mask.rows)
+        b_mask = tl.load(mask.pointer + o_mask, mask=m_mask, other=0)
+        if mask.pointer.dtype.element_ty == tl.int1:
+            m_seen = m_seen & (b_mask != 0)
+        else:
+            b_s += b_mask.to(tl.float32) * LOG2_E
+    return tl.where(m_seen, b_s, float("-inf"))
+
+
+def attention_config(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Config:
+    """What the table has for these heads and this mask, of which one row for all queries counts as none."""
+    mask = mask_heads(mask, q, k)
+    return select_by_size(
+        op,
+        size=max(q.shape[3], v.shape[3]),
+        itemsize=q.element_size(),
+        architecture=device_traits(q.device).architecture,
+        dropout=mask is not None and mask.stride_row is not None,
+    )
+
+
+def shared_arguments(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    config: Config,
+) -> dict[str, Any]:
+    """The arguments that forward and backward have in common."""
+    size = max(16, triton.next_power_of_2(max(q.shape[3], v.shape[3])))
+    return {
+        "q": heads(q),
+        "k": heads(k),
+        "v": heads(v),
+        "mask": mask_heads(mask, q, k),
+        "n_heads": q.shape[1],
+        "heads_per_key_head": q.shape[1] // k.shape[1],
+        "scale": scale,
+        "dropout": dropout_argument(dropout_p, seed),
+        "CAUSAL": causal,
+        "WHOLE": size <= config.block_k,
+        "PRECISION": dot_precision(q.dtype),
+        "BLOCK_D": min(size, config.block_k),
+        "BLOCK_O": min(size, config.block_r),
+    }
