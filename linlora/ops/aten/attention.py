@@ -17,8 +17,8 @@ from torch import Tensor
 
 from linlora.reference import keep_mask
 
-_ROWS = 128
-_ELEMENTS = {"cpu": 2**19, "cuda": 2**26}  # of a block of S: in the cache of a CPU; enough to fill a GPU
+_ROWS = 256
+_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of a block of S: in the cache of a CPU; enough to fill a GPU
 
 
 def attention(
@@ -48,10 +48,9 @@ def attention(
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
     tangents = q_tangent is not None or k_tangent is not None or v_tangent is not None
     o_tangent = torch.zeros_like(o) if tangents else q.new_empty(0)
-    for block in _blocks(q, k):
-        rows, keys = block, block[:2]
-        P = _probabilities(q[rows], k[keys], mask, causal, block)
-        keep = _keep(P, block, q.shape, dropout_p, seed)
+    for rows, keys in _blocks(q, k, causal):
+        P = _probabilities(q[rows], k[keys], mask, causal, rows)
+        keep = _keep(P, rows, q.shape, dropout_p, seed)
         kept = _times(P, keep).to(v.dtype)
         o[rows] = kept @ v[keys]
         if v_tangent is not None:
@@ -82,10 +81,9 @@ def attention_backward(
     q, g = (q * scale).contiguous(), g.contiguous()
     k, v = _every_head(k, heads), _every_head(v, heads)
     dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for block in _blocks(q, k):
-        rows, keys = block, block[:2]
-        P = _probabilities(q[rows], k[keys], mask, causal, block)
-        keep = _keep(P, block, q.shape, dropout_p, seed)
+    for rows, keys in _blocks(q, k, causal):
+        P = _probabilities(q[rows], k[keys], mask, causal, rows)
+        keep = _keep(P, rows, q.shape, dropout_p, seed)
         dv[keys] += _times(P, keep).to(g.dtype).mT @ g[rows]
         dP = _times((g[rows] @ v[keys].mT).to(P.dtype), keep)
         dS = torch.ops.aten._softmax_backward_data.default(dP, P, -1, P.dtype).to(q.dtype)
@@ -108,44 +106,47 @@ def _sum_groups(dx: Tensor, kv_heads: int) -> Tensor:
     return dx if dx.shape[1] == kv_heads else dx.unflatten(1, (kv_heads, -1)).sum(2)
 
 
-def _blocks(q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
-    """Slices (batch, heads, rows) whose scores have at most _ELEMENTS elements, but at least one row."""
+Block = tuple[slice, slice, slice]
+
+
+def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[Block, Block]]:
+    """Slices (batch, heads, rows) and (batch, heads, keys) of q and k, with at most _ELEMENTS scores, but at least a
+    row. The keys that causality hides from every row of a block are left out."""
     batch, heads, rows, _ = q.shape
+    keys = k.shape[2]
     row_step = max(min(rows, _ROWS), 1)
-    matrices = max(_ELEMENTS.get(q.device.type, 2**19) // max(row_step * k.shape[2], 1), 1)
-    head_step, batch_step = min(matrices, max(heads, 1)), max(matrices // max(heads, 1), 1)
+    at_a_time = max(_ELEMENTS.get(q.device.type, 2**20) // max(row_step * keys, 1), 1)
+    head_step, batch_step = min(at_a_time, max(heads, 1)), max(at_a_time // max(heads, 1), 1)
     for b in range(0, batch, batch_step):
         for h in range(0, heads, head_step):
             for r in range(0, rows, row_step):
-                yield (
-                    slice(b, min(b + batch_step, batch)),
-                    slice(h, min(h + head_step, heads)),
-                    slice(r, min(r + row_step, rows)),
-                )
+                matrices = slice(b, min(b + batch_step, batch)), slice(h, min(h + head_step, heads))
+                end = min(r + row_step, rows)
+                yield (*matrices, slice(r, end)), (*matrices, slice(0, min(end, keys) if causal else keys))
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, block: tuple[slice, ...]) -> Tensor:
+def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, rows: Block) -> Tensor:
     """softmax of a block of scores, in float32 or wider; zero in a row where every key is masked."""
     S = q @ k.mT
     S = S.to(torch.promote_types(S.dtype, torch.float32))
     if mask is not None:
-        mask = _slice_mask(mask, block)
+        mask = _slice_mask(mask, rows)[..., : S.shape[-1]]
         S = S.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else S.add_(mask)
     if causal:
-        row = torch.arange(block[2].start, block[2].stop, device=S.device)
+        row = torch.arange(rows[2].start, rows[2].stop, device=S.device)
         S = S.masked_fill_(torch.arange(S.shape[-1], device=S.device) > row.unsqueeze(1), -torch.inf)
     P = torch.softmax(S, -1)
     return P if mask is None or S.shape[-1] == 0 else P.masked_fill_(S.amax(-1, keepdim=True) == -torch.inf, 0.0)
 
 
-def _slice_mask(mask: Tensor, block: tuple[slice, ...]) -> Tensor:
+def _slice_mask(mask: Tensor, rows: Block) -> Tensor:
     """The block's part of a mask that broadcasts: dimensions of size one stay."""
     mask = mask[(None,) * (4 - mask.dim())]
-    return mask[tuple(s if size > 1 else slice(None) for s, size in zip(block, mask.shape[:3], strict=True))]
+    return mask[tuple(s if size > 1 else slice(None) for s, size in zip(rows, mask.shape[:3], strict=True))]
 
 
 def _product_tangent(
-    q: Tensor, q_tangent: Tensor | None, k: Tensor, k_tangent: Tensor | None, rows: tuple, keys: tuple
+    q: Tensor, q_tangent: Tensor | None, k: Tensor, k_tangent: Tensor | None, rows: Block, keys: Block
 ) -> Tensor:
     """q_t kᵀ + q k_tᵀ of a block, the scale being in q and q_t."""
     if q_tangent is None or k_tangent is None:
@@ -153,15 +154,15 @@ def _product_tangent(
     return (q_tangent[rows] @ k[keys].mT).add_(q[rows] @ k_tangent[keys].mT)
 
 
-def _keep(P: Tensor, block: tuple[slice, ...], shape: torch.Size, p: float, seed: Tensor | None) -> Tensor | None:
+def _keep(P: Tensor, rows: Block, shape: torch.Size, p: float, seed: Tensor | None) -> Tensor | None:
     """mask / (1 − p) of a block: row (b H + h) Sq + i of the mask of the whole (B H Sq, Sk)."""
     if p == 0.0:
         return None
-    _, heads, rows, _ = shape
+    _, heads, length, _ = shape
     masks = [
-        keep_mask(P.shape[2], P.shape[3], p, seed, (b * heads + h) * rows + block[2].start)
-        for b in range(block[0].start, block[0].stop)
-        for h in range(block[1].start, block[1].stop)
+        keep_mask(P.shape[2], P.shape[3], p, seed, (b * heads + h) * length + rows[2].start)
+        for b in range(rows[0].start, rows[0].stop)
+        for h in range(rows[1].start, rows[1].stop)
     ]
     return torch.stack(masks).view(P.shape).to(P.dtype).mul_(1.0 / (1.0 - p))
 
