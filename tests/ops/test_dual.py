@@ -284,7 +284,7 @@ def test_attention_forms_no_square_of_the_length():
     with Sizes(), linlora.use_backend("torch"):
         o, _ = dual.attention(q, q, q, q.detach(), q.detach(), q.detach())
         o.sum().backward()
-    assert largest < 8 * S * S / 8
+    assert largest <= 8 * S * S / 8
 
 
 @pytest.mark.parametrize("shape", [(0, 2, 5, 4), (2, 2, 0, 4)])
