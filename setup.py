@@ -13,6 +13,7 @@ setup(
         "linlora.ops",
         "linlora.ops.aten",
         "linlora.ops.dual",
+        "linlora.fusion",
         "linlora.stream",
         "linlora.quickstart",
         "linlora.kernels",

@@ -35,8 +35,12 @@ def info() -> None:
     for device in devices:
         name = f" ({torch.cuda.get_device_name(device)})" if device != "cpu" else ""
         print(f"\n{device}{name}")
+        ops_by_answer: dict[str, list[str]] = {}
         for op in OPS:
-            print(textwrap.indent(str(linlora.explain(op, device)), "  "))
+            answer = str(linlora.explain(op, device)).removeprefix(f"{op} on {device} ")
+            ops_by_answer.setdefault(answer, []).append(op)
+        for answer, ops in ops_by_answer.items():
+            print(textwrap.indent(textwrap.fill(", ".join(ops), 100) + "\n" + answer, "  "))
 
 
 @app.command()

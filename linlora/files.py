@@ -31,10 +31,15 @@ def save_tensors(path: str | os.PathLike, tensors: dict[str, Tensor], metadata: 
 
 def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file beside its place and rename it there."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Write a file beside its place and rename it there."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(text)
+    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(content)
     install_file(file.name, path)
 
 

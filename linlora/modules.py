@@ -92,6 +92,11 @@ class FusedLoraLinear(PeftLoraLinear):
         x, x_tangent = (x.primal, x.tangent) if isinstance(x, DualTensor) else (x, None)
         weight = base.weight.t() if self.fan_in_fan_out else base.weight
         self._check_input(autocast_input(x), weight)
+        if torch.is_grad_enabled() and (weight.requires_grad or (base.bias is not None and base.bias.requires_grad)):
+            raise ValueError(
+                f"layer '{self.layer_name}': its base weight asks for a gradient, but model scope linearizes in the "
+                "adapter alone; freeze it with requires_grad_(False)"
+            )
         factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
         p = self._dropout_p(active) if self.training else 0.0
         seed = torch.randint(2**31, (), device=x.device) if p > 0.0 else None

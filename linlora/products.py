@@ -91,10 +91,26 @@ def at_point(model: nn.Module) -> Iterator[Stream]:
     streams = {id(m.stream): m.stream for m in model.modules() if isinstance(m, FusedLoraLinear) and m.stream}
     if not streams:
         raise ValueError("the model is not linearized at model scope: call linlora.linearize(model, scope='model')")
+    with evaluating(model):
+        yield next(iter(streams.values()))
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode meanwhile, module by module what it was afterwards.
+
+    >>> from torch.nn import Dropout
+    >>> model = Dropout()
+    >>> with evaluating(model):
+    ...     print(model.training)
+    False
+    >>> model.training
+    True
+    """
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        yield next(iter(streams.values()))
+        yield
     finally:
         for module in training:
             module.training = True

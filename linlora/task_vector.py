@@ -250,7 +250,7 @@ def apply(model: PeftModel, vector: TaskVector, adapter: str | None = None) -> N
     start = vector.point or {}
     for name, parameter in delta_parameters(model, adapter).items():
         delta = vector.deltas[name]
-        _assign(parameter, start[f"{name}0".replace(".d", ".")] + delta if vector.scope == "lora" else delta, name)
+        _assign(parameter, start[point_name(name)] + delta if vector.scope == "lora" else delta, name)
 
 
 def delta_parameters(model: PeftModel, adapter: str | None = None) -> dict[str, nn.Parameter]:
@@ -269,6 +269,16 @@ def delta_parameters(model: PeftModel, adapter: str | None = None) -> dict[str, 
                 parameters[f"{name}.dA"] = layer.lora_A[adapter].weight
             parameters[f"{name}.dB"] = layer.lora_B[adapter].weight
     return parameters
+
+
+def point_name(name: str) -> str:
+    """The name, in a vector's point, of the factor that a delta changes.
+
+    >>> point_name("encoder.dense.dA")
+    'encoder.dense.A0'
+    """
+    layer, _, delta = name.rpartition(".")
+    return f"{layer}.{delta.removeprefix('d')}0"
 
 
 def _adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:

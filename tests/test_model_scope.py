@@ -345,6 +345,13 @@ def test_an_adapter_added_later_has_to_be_linearized():
         model(**tiny_batch("bert"))
 
 
+def test_a_base_weight_that_is_unfrozen_later_is_noticed():
+    model = linearized()
+    model.get_base_model().bert.encoder.layer[1].output.dense.base_layer.bias.requires_grad_(True)
+    with pytest.raises(ValueError, match=r"layer 'bert.encoder.layer.1.output.dense': its base weight asks"):
+        model(**tiny_batch("bert"))
+
+
 def test_a_wrong_input_names_layer_and_shape():
     layer = linearized().get_base_model().bert.encoder.layer[0].attention.self.query
     with pytest.raises(ValueError, match=r"layer 'bert.encoder.layer.0.attention.self.query': .*\(2, 31\)"):

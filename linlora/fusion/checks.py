@@ -1,0 +1,67 @@
+"""What every method refuses: vectors that do not add, options it does not take, numbers that are not finite."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from linlora.task_vector import TaskVector
+
+
+def checked(vectors: Iterable[TaskVector]) -> Iterator[TaskVector]:
+    """Go through task vectors, each compared with the first; at least one.
+
+    Nothing here keeps a vector that was handed out, so a loop over a generator that loads them holds one at a time, if
+    its body ends in `del vector`: a loop's variable lives until the next one is there.
+
+    Raises ValueError for none, DifferentPointError for vectors that do not add, TypeError for what is no TaskVector.
+    """
+    first: TaskVector | None = None
+    for box in map(_boxed, vectors):
+        if not isinstance(box[0], TaskVector):
+            raise TypeError(f"fuse: a TaskVector is expected, got {type(box[0]).__name__}")
+        if first is None:  # what the others are compared with, without its values
+            first = replace(box[0], deltas={name: delta.to("meta") for name, delta in box[0].deltas.items()})
+        first.check_same_point(box[0])
+        yield box.pop()
+    if first is None:
+        raise ValueError("fuse: no vectors were given")
+
+
+def _boxed(vector: TaskVector) -> list[TaskVector]:
+    return [vector]
+
+
+def check_options(method: str, function: Callable[..., TaskVector], options: Mapping[str, Any]) -> None:
+    """Raise a ValueError that lists a method's options where one is unknown, or one without a default is missing.
+
+    A method that hands `**options` on takes any; whom it hands them to checks them.
+
+    >>> from linlora.fusion.ties import ties
+    >>> check_options("ties", ties, {"keep": 0.1})
+    """
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    names = [parameter.name for parameter in parameters if parameter.kind != parameter.VAR_KEYWORD]
+    listed = f"its options are {', '.join(names)}" if names else "it has no options"
+    unknown = [name for name in options if name not in names]
+    if unknown and len(names) == len(parameters):
+        raise ValueError(f"{method} takes no option {unknown[0]!r}; {listed}")
+    missing = [p.name for p in parameters if p.name in names and p.default is p.empty and p.name not in options]
+    if missing:
+        raise ValueError(f"{method} needs the option {missing[0]!r}; {listed}")
+
+
+def check_finite(method: str, name: str, value: float | Sequence[float]) -> None:
+    """Raise a ValueError unless a number, or every number of a sequence, is finite."""
+    values = [value] if isinstance(value, (int, float)) else value
+    if not all(math.isfinite(number) for number in values):
+        raise ValueError(f"{method}: {name} has to be finite, got {value}")
+
+
+def check_number(method: str, name: str, value: float) -> None:
+    """Raise a ValueError unless a value is one finite number."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"{method}: {name} has to be a finite number, got {value!r}")

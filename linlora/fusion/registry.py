@@ -1,0 +1,55 @@
+"""The registry of fusion methods, and `fuse`, which calls one by its name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from linlora.fusion.adamerging import adamerging
+from linlora.fusion.arithmetic import average, negation, task_arithmetic
+from linlora.fusion.checks import check_options
+from linlora.fusion.dare import dare
+from linlora.fusion.lorahub import lorahub
+from linlora.fusion.ties import ties
+from linlora.task_vector import TaskVector
+
+METHODS: dict[str, Callable[..., TaskVector]] = {
+    "average": average,
+    "task_arithmetic": task_arithmetic,
+    "ties": ties,
+    "dare": dare,
+    "negation": negation,
+    "lorahub": lorahub,
+    "adamerging": adamerging,
+}
+
+
+def fuse(vectors: Iterable[TaskVector], method: str = "task_arithmetic", **options: Any) -> TaskVector:
+    """Fuse task vectors by one of `linlora.fusion.METHODS`; the options are the method's keyword arguments.
+
+    Args:
+        vectors: task vectors of one scope, set of layers and linearization point, in a list or from a generator that
+            loads one after the other. Methods that go through them once hold one of them at a time; what each holds
+            beside it is in its docstring.
+        method: "average", "task_arithmetic", "ties", "dare", "negation", "lorahub" or "adamerging".
+
+    Returns: a TaskVector of the same point, dtypes and scope; sums are accumulated in float32 (float64 for float64
+        vectors) and rounded once. Every method works at every scope: a method sees vectors, not models.
+
+    Raises ValueError for no vectors, an unknown method, options the method does not take or cannot use,
+    DifferentPointError for vectors of different points, scopes or layers.
+
+    >>> import linlora
+    >>> model = linlora.testing.tiny_model("bert")
+    >>> _ = linlora.linearize(model)
+    >>> vector = linlora.TaskVector.from_model(model)
+    >>> linlora.fuse([vector, vector], "task_arithmetic", scaling=0.5).norm()
+    0.0
+    >>> linlora.fuse([vector], "ties", scale=2.0)
+    Traceback (most recent call last):
+    ValueError: ties takes no option 'scale'; its options are keep, scaling
+    """
+    if method not in METHODS:
+        raise ValueError(f"fuse: unknown method {method!r}; choose one of {', '.join(METHODS)}")
+    check_options(method, METHODS[method], options)
+    return METHODS[method](vectors, **options)

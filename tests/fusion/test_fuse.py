@@ -1,0 +1,177 @@
+"""Sums of vectors against their formulas, what every method refuses, and how many vectors it holds."""
+
+import weakref
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import linlora
+from linlora import TaskVector
+from linlora.fusion import METHODS
+from linlora.testing import tiny_model
+
+SUMS = ("average", "task_arithmetic", "negation")
+ONE_PASS = (*SUMS, "ties", "dare")
+
+
+def test_average(vectors, flat):
+    a, b, c = map(flat, vectors)
+    torch.testing.assert_close(flat(linlora.fuse(vectors, "average")), (a + b + c) / 3, rtol=1e-6, atol=1e-7)
+
+
+def test_task_arithmetic_with_one_scaling_and_with_one_each(vectors, flat):
+    a, b, c = map(flat, vectors)
+    torch.testing.assert_close(flat(linlora.fuse(vectors)), 0.3 * (a + b + c), rtol=1e-6, atol=1e-7)
+    each = linlora.fuse(vectors, scaling=[1, -2, 0.5])
+    torch.testing.assert_close(flat(each), a - 2 * b + 0.5 * c, rtol=1e-6, atol=1e-7)
+
+
+def test_negation(vectors, flat):
+    a, b, c = map(flat, vectors)
+    torch.testing.assert_close(flat(linlora.fuse(vectors[:1], "negation")), -a)
+    torch.testing.assert_close(
+        flat(linlora.fuse(vectors, "negation", scaling=0.5)), -0.5 * (a + b + c), atol=1e-6, rtol=0
+    )
+
+
+def test_fused_delta_weight_is_the_sum_of_the_delta_weights():
+    """What layer scope is for: no cross terms. For plain LoRA factors the same sum is off by B_i A_j."""
+    model = tiny_model("bert", trained=True)
+    linlora.linearize(model)
+    vectors = []
+    for seed in (1, 2, 3):
+        linlora.testing.randomize(model, seed, ("lora_dA", "lora_dB"))
+        vectors.append(TaskVector.from_model(model))
+    layer = model.get_submodule("base_model.model.bert.encoder.layer.0.attention.self.query")
+    changes = []
+    for vector in (0.0 * vectors[0], *vectors, linlora.fuse(vectors, scaling=1.0)):
+        linlora.apply(model, vector)
+        changes.append(layer.get_delta_weight("default"))
+    start, a, b, c, fused = changes
+    torch.testing.assert_close(fused - start, a + b + c - 3 * start, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ONE_PASS)
+def test_scope_point_and_dtype_are_the_vectors(vectors, method):
+    fused = linlora.fuse(vectors, method)
+    fused.check_same_point(vectors[0])
+    assert {delta.dtype for delta in fused.deltas.values()} == {torch.float32}
+
+
+def test_sums_in_bfloat16_are_rounded_once(made):
+    vectors = made(*[[1.0, 0.00390625]] * 512, dtype=torch.bfloat16)
+    fused = linlora.fuse(vectors, scaling=1.0)
+    assert fused.deltas["q.dB"].tolist() == [512.0, 2.0]  # a bfloat16 sum stops growing at 256 and at 1
+    assert fused.deltas["q.dB"].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("method", ONE_PASS)
+def test_the_vectors_are_left_alone(vectors, flat, method):
+    before = [flat(vector) for vector in vectors]
+    linlora.fuse(vectors, method)
+    assert all(torch.equal(flat(vector), values) for vector, values in zip(vectors, before, strict=True))
+
+
+@pytest.mark.parametrize("method", ONE_PASS)
+def test_a_generator_is_gone_through_once_with_one_vector_alive(made, flat, method):
+    rows = torch.randn(6, 50).tolist()
+    alive, peak = set(), 0
+
+    def load():
+        nonlocal peak
+        for index, row in enumerate(rows):
+            (vector,) = made(row)
+            weakref.finalize(vector.deltas["q.dB"], alive.discard, index)
+            alive.add(index)
+            peak = max(peak, len(alive))
+            box = [vector]
+            del vector
+            yield box.pop()
+
+    fused = linlora.fuse(load(), method)
+    assert peak == 1
+    torch.testing.assert_close(flat(fused), flat(linlora.fuse(made(*rows), method)))
+
+
+eighths = st.integers(-64, 64).map(lambda numerator: numerator / 8)
+numbers = st.lists(st.lists(eighths, min_size=5, max_size=5), min_size=1, max_size=5)
+
+
+@given(rows=numbers, data=st.data())
+@settings(max_examples=50, deadline=None)
+@pytest.mark.parametrize("method", [*SUMS, "ties"])
+def test_the_order_of_the_vectors_does_not_matter(made, flat, method, rows, data):
+    order = data.draw(st.permutations(rows))
+    fused, permuted = (linlora.fuse(made(*each), method) for each in (rows, order))
+    torch.testing.assert_close(flat(fused), flat(permuted), rtol=1e-5, atol=1e-5)
+
+
+@given(rows=numbers, exponent=st.integers(-3, 3), sign=st.sampled_from([1.0, -1.0]))
+@settings(max_examples=50, deadline=None)
+@pytest.mark.parametrize("method", ONE_PASS)
+def test_scaled_vectors_fuse_to_the_scaled_vector(made, flat, method, rows, exponent, sign):
+    """Also by a negative factor. Powers of two are exact, so that no sum changes its sign."""
+    factor = sign * 2.0**exponent
+    vectors = made(*rows)
+    fused = linlora.fuse([factor * vector for vector in vectors], method)
+    assert torch.equal(flat(fused), factor * flat(linlora.fuse(vectors, method)))
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("method", METHODS)
+    def test_no_vectors(self, method):
+        options = {"lorahub": {"objective": float}, "adamerging": {"model": None, "inputs": []}}
+        with pytest.raises(ValueError, match="no vectors"):
+            linlora.fuse([], method, **options.get(method, {}))
+
+    def test_unknown_method(self, made):
+        with pytest.raises(ValueError, match="unknown method 'magic'; choose one of average, task_arithmetic, ties, "):
+            linlora.fuse(made([1.0]), "magic")
+
+    @pytest.mark.parametrize(
+        ("method", "options", "message"),
+        [
+            ("average", {"scaling": 1.0}, "average takes no option 'scaling'; it has no options"),
+            ("ties", {"density": 0.2}, "ties takes no option 'density'; its options are keep, scaling"),
+            ("dare", {"keep": 0.2}, r"dare \(combine='task_arithmetic'\) takes no option 'keep'; its"),
+            ("dare", {"combine": "ties", "k": 2}, r"\(combine='ties'\) takes no option 'k'; its options are keep"),
+            ("dare", {"combine": "average"}, "unknown way to combine 'average'; choose one of task_arithmetic, ties"),
+            ("lorahub", {}, "lorahub needs the option 'objective'; its options are objective, budget"),
+            ("adamerging", {}, "adamerging needs the option 'model'; its options are model, inputs, level"),
+            ("task_arithmetic", {"scaling": float("nan")}, "task_arithmetic: scaling has to be finite"),
+            ("task_arithmetic", {"scaling": [1.0, float("inf")]}, "task_arithmetic: scaling has to be finite"),
+            ("task_arithmetic", {"scaling": [1.0]}, "1 scalings for 2 vectors"),
+            ("task_arithmetic", {"scaling": [1.0, 2.0, 3.0]}, "3 scalings for 2 vectors"),
+            ("negation", {"scaling": float("inf")}, "negation: scaling has to be a finite number"),
+            ("negation", {"scaling": [1.0, 2.0]}, "negation: scaling has to be a finite number"),
+            ("ties", {"scaling": float("nan")}, "ties: scaling has to be a finite number"),
+            ("ties", {"keep": 0.0}, "keep is the fraction of values kept, above 0 and at most 1, got 0.0"),
+            ("ties", {"keep": 20}, "keep is the fraction of values kept, above 0 and at most 1, got 20"),
+            ("dare", {"drop": 1.0}, "drop is a probability, at least 0 and below 1"),
+            ("dare", {"scaling": float("nan")}, "dare: scaling has to be finite"),
+            ("lorahub", {"objective": float, "budget": 0}, "budget has to be at least 1"),
+            ("lorahub", {"objective": float, "bound": float("nan")}, "lorahub: bound has to be a finite number"),
+        ],
+    )  # fmt: skip
+    def test_options(self, made, method, options, message):
+        with pytest.raises(ValueError, match=message):
+            linlora.fuse(made([1.0, 2.0], [3.0, 4.0]), method, **options)
+
+    @pytest.mark.parametrize("method", METHODS)
+    def test_vectors_that_do_not_add(self, made, method):
+        options = {"lorahub": {"objective": float}, "adamerging": {"model": None, "inputs": []}}.get(method, {})
+        u, v = made([1.0], [2.0])
+        for other, message in (
+            (replace(v, point_hash="other"), "different linearization points"),
+            (replace(v, scope="model"), "scope 'layer' and one of scope 'model'"),
+            (replace(v, deltas={"k.dB": torch.ones(1)}), "cover different layers"),
+        ):
+            with pytest.raises(linlora.DifferentPointError, match=message):
+                linlora.fuse([u, other], method, **options)
+
+    def test_what_is_no_vector(self):
+        with pytest.raises(TypeError, match="a TaskVector is expected, got str"):
+            linlora.fuse(["vector.safetensors"])

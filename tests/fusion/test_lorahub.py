@@ -1,0 +1,70 @@
+"""LoraHub where its optimum is known, and through models."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+import linlora
+from linlora.fusion.lorahub import lorahub_weights
+from linlora.testing import tiny_batch
+
+pytestmark = pytest.mark.filterwarnings("ignore:COBYLA:UserWarning")  # nevergrad's own choice of rhoend
+
+
+def test_the_optimum_of_a_square(made, flat):
+    """For δ1 ⊥ δ2 of length 1 the cost is Σ (wᵢ - tᵢ)² + 0.05 (|w1| + |w2|) / 2: least at tᵢ - 0.0125 sign tᵢ."""
+    vectors = made([1.0, 0.0], [0.0, 1.0])
+    target = torch.tensor([1.0, -0.5])
+    fused = linlora.fuse(vectors, "lorahub", objective=lambda v: float((v.deltas["q.dB"] - target).square().sum()))
+    torch.testing.assert_close(fused.deltas["q.dB"], torch.tensor([0.9875, -0.4875]), atol=1e-3, rtol=0)
+
+
+def test_weights_stay_within_the_bound_and_start_at_zero():
+    tried = []
+
+    def cost(weights):
+        tried.append(list(weights))
+        return (weights[0] - 9.0) ** 2
+
+    assert lorahub_weights(1, cost) == pytest.approx([1.5], rel=1e-3)
+    assert tried[0] == [0.0]
+    assert len(tried) == 40
+    assert lorahub_weights(1, cost, bound=0.5) == pytest.approx([0.5], rel=1e-3)
+
+
+def test_a_constant_objective_is_decided_by_the_regularization():
+    assert lorahub_weights(3, lambda weights: 1.0) == pytest.approx([0.0] * 3, abs=1e-3)
+
+
+def test_the_seed_decides_and_nothing_global_is_seeded():
+    def cost(weights):
+        return sum(np.cos(9 * np.array(weights)) + np.array(weights) ** 2)
+
+    state = np.random.get_state()[1].copy()
+    first, again = (lorahub_weights(6, cost, budget=30, seed=3) for _ in range(2))
+    assert first == again
+    assert np.array_equal(np.random.get_state()[1], state)
+
+
+def test_recovers_the_mixture_a_model_was_made_with(vectors, scope, at):
+    """The objective is of the model's outputs; one of the three vectors is not in the mixture."""
+    model, batch = at(scope), tiny_batch("bert", rows=8)
+
+    def logits(vector):
+        linlora.apply(model, vector)
+        with torch.no_grad():
+            return model(**batch).logits
+
+    goal = logits(0.6 * vectors[0] - 0.4 * vectors[2])
+    fused = linlora.fuse(
+        vectors, "lorahub", objective=lambda v: float((logits(v) - goal).square().mean()), regularization=0.0, budget=90
+    )
+    assert float((logits(fused) - goal).norm() / (logits(0.0 * fused) - goal).norm()) < 0.05
+
+
+def test_a_missing_nevergrad_is_named_with_its_remedy(made, monkeypatch):
+    monkeypatch.setitem(sys.modules, "nevergrad", None)
+    with pytest.raises(ImportError, match=r"lorahub needs nevergrad.*pip install 'linlora\[lorahub\]'"):
+        linlora.fuse(made([1.0]), "lorahub", objective=float)
