@@ -20,8 +20,9 @@ def device() -> str:
 
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers computes norms and softmax in torch.float32, whatever the model; here that name means float64."""
+    """transformers computes norms, softmax and some losses in float32, whatever the model; here that means float64."""
     monkeypatch.setattr(torch, "float32", torch.float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
 
 @pytest.fixture(autouse=True)

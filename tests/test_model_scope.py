@@ -94,12 +94,11 @@ def test_the_loss_is_that_of_the_linearized_logits_when_labels_are_given(double,
         loss = lambda logits: cross_entropy(logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten())  # noqa: E731
     _, expected, gradients = functorch_gradients(model, oracle, batch, True, loss)
     outputs = model(**batch, labels=labels)
-    tolerance = 1e-6 if architecture == "llama" else 1e-10  # causal models take the loss of logits.float()
-    torch.testing.assert_close(outputs.loss.double(), expected, rtol=tolerance, atol=tolerance)
+    torch.testing.assert_close(outputs.loss, expected, rtol=1e-10, atol=1e-10)
     outputs.loss.backward()
     for name, gradient in gradients.items():
         actual = model.get_parameter(delta_name(name, True)).grad
-        torch.testing.assert_close(actual, gradient, rtol=tolerance, atol=tolerance)
+        torch.testing.assert_close(actual, gradient, rtol=1e-10, atol=1e-10)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["B0=0", "B0!=0"])
