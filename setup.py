@@ -14,6 +14,7 @@ setup(
         "linlora.ops.aten",
         "linlora.ops.dual",
         "linlora.fusion",
+        "linlora.routing",
         "linlora.stream",
         "linlora.quickstart",
         "linlora.kernels",

@@ -12,7 +12,17 @@ True
 from linlora.ops.dual.attention import attention
 from linlora.ops.linearized_lora_linear import linearized_lora_linear
 from linlora.ops.lora_linear import lora_linear
+from linlora.ops.routed_lora_linear import routed_lora_linear
 from linlora.products import jvp, vjp
 from linlora.solve import Solution, solve
 
-__all__ = ["Solution", "attention", "jvp", "linearized_lora_linear", "lora_linear", "solve", "vjp"]
+__all__ = [
+    "Solution",
+    "attention",
+    "jvp",
+    "linearized_lora_linear",
+    "lora_linear",
+    "routed_lora_linear",
+    "solve",
+    "vjp",
+]

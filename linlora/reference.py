@@ -218,3 +218,49 @@ def _mix(h: Tensor) -> Tensor:
     h *= 0xC2B2AE35 - 2**32
     h ^= (h >> 16) & 0xFFFF
     return h
+
+
+def mix(inventory: Tensor, mixture: Tensor) -> Tensor:
+    """Σ_s w_qs inventory_qs in every head q: (..., Q, a, b) of an inventory (Q, S, a, b) and weights w (..., Q, S)."""
+    return torch.einsum("...qs,qsab->...qab", mixture, inventory)
+
+
+def routed_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor,
+    mixture: Tensor,
+    scaling: float,
+    task_ids: Tensor | None = None,
+    *,
+    A0: Tensor | None = None,
+    B0: Tensor | None = None,
+) -> Tensor:
+    """One LoRA layer whose factors are mixed for every row from S skills in Q heads (arXiv 2211.03831), (..., N)::
+
+        A_z = heads of Σ_s w_qs A_qs  (K, r)        B_z = heads of Σ_s w_qs B_qs  (r, N)
+        y = x Wᵀ + b + s (x A_z) B_z                                    plain
+        y = x Wᵀ + b + s [ (x A0ᵀ)(B0ᵀ + B_z) + (x A_z) B0ᵀ ]           linearized at (A0, B0)
+
+    A (Q, S, K/Q, r) and B (Q, S, r, N/Q), which linearized are offsets from the point; mixture (T, Q, S) with task_ids
+    (a row of it for every leading index of x), or the weights themselves, (leading dimensions of x, Q, S). `B0=None`
+    with an A0 is B0 = 0, and A has no effect then.
+    """
+    B, mixture = B.to(x.dtype), mixture.to(x.dtype)
+    w = mixture if task_ids is None else mixture[task_ids]
+    w = w.view(*w.shape[:-2], *(1,) * (x.dim() + 1 - w.dim()), *w.shape[-2:])  # dimensions of x that share weights
+    A_z = None if A is None else mix(A.to(x.dtype), w).flatten(-3, -2)
+    B_z = mix(B, w).transpose(-3, -2).flatten(-2)
+    y, row = linear(x, weight, bias), x.unsqueeze(-2)
+    if A0 is None:
+        if A_z is None:
+            raise ValueError("A is missing: only a layer linearized at A0 and B0 = 0 does without")
+        return y + scaling * (row @ A_z @ B_z).squeeze(-2)
+    u = linear(x, A0.to(x.dtype))
+    update = (u.unsqueeze(-2) @ B_z).squeeze(-2)
+    if B0 is not None:
+        c = u if A_z is None else u + (row @ A_z).squeeze(-2)
+        update = update + linear(c, B0.to(x.dtype))
+    return y + scaling * update

@@ -8,6 +8,13 @@ from linlora.ops.aten.attention import attention, attention_backward
 from linlora.ops.aten.linear import linear
 from linlora.ops.aten.lora import factor_gradients, folding_pays, linearized_lora_linear, lora_linear
 from linlora.ops.aten.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+from linlora.ops.aten.routed import (
+    group_rows,
+    grouped_lora_linear,
+    grouped_reduce,
+    grouped_shrink,
+    grouping_pays,
+)
 
 __all__ = [
     "activation",
@@ -18,6 +25,11 @@ __all__ = [
     "folding_pays",
     "gated_activation",
     "gated_activation_backward",
+    "group_rows",
+    "grouped_lora_linear",
+    "grouped_reduce",
+    "grouped_shrink",
+    "grouping_pays",
     "layer_norm",
     "layer_norm_backward",
     "linear",
