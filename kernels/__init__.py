@@ -9,7 +9,7 @@ The ops, each in the file of its name or of its family, which opens with its for
     linear                          primal and tangent streams of one frozen linear layer
     layer_norm, rms_norm            both streams of a norm, and the backward of the primal (norms)
     attention                       both streams of softmax attention
-    attention_backward              the gradients of its primal
+    attention_backward              the gradients of its primal; what the two share is in attention_tiles
     activation, gated_activation    both streams of gelu, silu or relu, and the backward of the primal (activations)
 
 What they stand on, from the bottom:

@@ -214,7 +214,7 @@ def attention_cases(row: Row, architecture: int) -> Iterator[Case]:
     if row.op == "attention_backward":
         for launch in ("dq", "dkv"):
             yield Case(architecture, row, row.size, _dtype(row), f"{launch} {widest}")
-            yield Case(architecture, row, smaller, _dtype(row), f"{launch} causal")
+            yield Case(architecture, row, smaller, _dtype(row), f"{launch} causal {widest}")
         return
     yield Case(architecture, row, row.size, _dtype(row), f"tangents {widest}")
     yield Case(architecture, row, smaller, _dtype(row), f"tangents causal {widest}")

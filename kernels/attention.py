@@ -53,8 +53,8 @@ from .attention_tiles import (
     heads,
     masked_scores,
     row_products,
+    rows_of,
     shared_arguments,
-    whole_rows,
 )
 from .checks import check_attention
 from .configs import Config
@@ -90,6 +90,7 @@ def attention_kernel(
     scale,
     dropout,
     CAUSAL: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -106,17 +107,21 @@ def attention_kernel(
     i_row_of_heads = tl.program_id(0) // (n_query_blocks * n_chunks)
     i_batch, i_head = i_row_of_heads // n_heads, i_row_of_heads % n_heads
     i_key_head = i_head // heads_per_key_head
-    q, q_tangent = head(q, i_batch, i_head, ALIGNMENT), head(q_tangent, i_batch, i_head, ALIGNMENT)
-    k, k_tangent = head(k, i_batch, i_key_head, ALIGNMENT), head(k_tangent, i_batch, i_key_head, ALIGNMENT)
-    v, v_tangent = head(v, i_batch, i_key_head, ALIGNMENT), head(v_tangent, i_batch, i_key_head, ALIGNMENT)
-    mask = head(mask, i_batch, i_head, 1)
+    q = head(q, i_batch, i_head, ALIGNMENT)
+    k, v = head(k, i_batch, i_key_head, ALIGNMENT), head(v, i_batch, i_key_head, ALIGNMENT)
+    if q_tangent is not None:
+        q_tangent = head(q_tangent, i_batch, i_head, ALIGNMENT)
+    if k_tangent is not None:
+        k_tangent = head(k_tangent, i_batch, i_key_head, ALIGNMENT)
+    if v_tangent is not None:
+        v_tangent = head(v_tangent, i_batch, i_key_head, ALIGNMENT)
     first_row = i_row_of_heads.to(tl.int64) * q.rows  # of this head in (B·H·Sq, Sk)
 
     o_m = i_query_block * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = i_chunk * BLOCK_O + tl.arange(0, BLOCK_O)
-    b_q = whole_rows(q, o_m, WHOLE, BLOCK_D)
+    b_q = rows_of(q, o_m, WHOLE, BLOCK_D)
     if q_tangent is not None:
-        b_q_tangent = whole_rows(q_tangent, o_m, WHOLE, BLOCK_D)
+        b_q_tangent = rows_of(q_tangent, o_m, WHOLE, BLOCK_D)
 
     b_max = tl.full((BLOCK_M,), float("-inf"), dtype=tl.float32)
     b_sum = tl.zeros((BLOCK_M,), dtype=tl.float32)
@@ -126,19 +131,23 @@ def attention_kernel(
     n_keys = min(k.rows, (i_query_block + 1) * BLOCK_M) if CAUSAL else k.rows
     for n in range(0, n_keys, BLOCK_N):
         o_n = n + tl.arange(0, BLOCK_N)
-        b_k = whole_rows(k, o_n, WHOLE, BLOCK_D)
+        b_k = rows_of(k, o_n, WHOLE, BLOCK_D)
         b_s = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        b_s = row_products(b_s, b_q, q, o_m, b_k, k, o_n, BLOCK_D, PRECISION)
-        b_s = masked_scores(b_s, o_m[:, None], o_n[None, :], k.rows, mask, scale, CAUSAL)
+        b_s = row_products(b_s, b_q, q, o_m, b_k, k, o_n, WHOLE, BLOCK_D, PRECISION)
+        b_s = masked_scores(b_s, o_m[:, None], o_n[None, :], k.rows, mask, i_batch, i_head, scale, CAUSAL, MASK_ROWS)
         b_p, b_rescale, b_max, b_sum = softmax_step(b_s, b_max, b_sum)
 
         if SCORES_MOVE:
             b_s_tangent = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
             if q_tangent is not None:
-                b_s_tangent = row_products(b_s_tangent, b_q_tangent, q_tangent, o_m, b_k, k, o_n, BLOCK_D, PRECISION)
+                b_s_tangent = row_products(
+                    b_s_tangent, b_q_tangent, q_tangent, o_m, b_k, k, o_n, WHOLE, BLOCK_D, PRECISION
+                )
             if k_tangent is not None:
-                b_k_tangent = whole_rows(k_tangent, o_n, WHOLE, BLOCK_D)
-                b_s_tangent = row_products(b_s_tangent, b_q, q, o_m, b_k_tangent, k_tangent, o_n, BLOCK_D, PRECISION)
+                b_k_tangent = rows_of(k_tangent, o_n, WHOLE, BLOCK_D)
+                b_s_tangent = row_products(
+                    b_s_tangent, b_q, q, o_m, b_k_tangent, k_tangent, o_n, WHOLE, BLOCK_D, PRECISION
+                )
             b_s_tangent = b_s_tangent * scale - b_w[:, None]
             b_step = tl.sum(b_p * b_s_tangent, 1) / tl.where(b_sum > 0.0, b_sum, 1.0)
             b_w += b_step

@@ -42,8 +42,8 @@ from .attention_tiles import (
     heads,
     masked_scores,
     row_products,
+    rows_of,
     shared_arguments,
-    whole_rows,
 )
 from .checks import check_attention, check_attention_outputs
 from .configs import Config
@@ -60,12 +60,11 @@ def load_lse(p_lse, o_lse, m_lse):
 
 
 @triton.jit
-def probabilities(b_s, b_lse, o_query, o_key, n_keys, mask, scale, CAUSAL: tl.constexpr):
-    """P = exp(scale S + mask − lse), of S or of Sᵀ.
+def probabilities(b_s, b_lse):
+    """P = exp2(S − lse) of masked scores.
 
-    At most 1: where a large finite mask fills a row, S + mask and lse are rounded apart by more than exp can take.
+    At most 1: where a large finite mask fills a row, S and lse are rounded apart by more than exp2 can take.
     """
-    b_s = masked_scores(b_s, o_query, o_key, n_keys, mask, scale, CAUSAL)
     return tl.exp2(tl.minimum(b_s - b_lse, 0.0))
 
 
@@ -95,6 +94,7 @@ def query_gradient_kernel(
     scale,
     dropout,
     CAUSAL: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -110,7 +110,7 @@ def query_gradient_kernel(
     i_row_of_heads = tl.program_id(0) // (n_query_blocks * n_chunks)
     i_batch, i_head = i_row_of_heads // n_heads, i_row_of_heads % n_heads
     i_key_head = i_head // heads_per_key_head
-    q, mask = head(q, i_batch, i_head, ALIGNMENT), head(mask, i_batch, i_head, 1)
+    q = head(q, i_batch, i_head, ALIGNMENT)
     g, o = head(g, i_batch, i_head, ALIGNMENT), head(o, i_batch, i_head, ALIGNMENT)
     k, v = head(k, i_batch, i_key_head, ALIGNMENT), head(v, i_batch, i_key_head, ALIGNMENT)
     first_row = i_row_of_heads.to(tl.int64) * q.rows  # of this head in (B·H·Sq, Sk)
@@ -121,20 +121,21 @@ def query_gradient_kernel(
     if i_chunk == 0:
         tl.store(p_delta + first_row + o_m, b_delta, mask=o_m < q.rows)
     b_lse = load_lse(p_lse, first_row + o_m, o_m < q.rows)
-    b_q, b_g = whole_rows(q, o_m, WHOLE, BLOCK_D), whole_rows(g, o_m, WHOLE, BLOCK_D)
+    b_q, b_g = rows_of(q, o_m, WHOLE, BLOCK_D), rows_of(g, o_m, WHOLE, BLOCK_D)
     b_dq = tl.zeros((BLOCK_M, BLOCK_O), dtype=tl.float32)
     n_keys = min(k.rows, (i_query_block + 1) * BLOCK_M) if CAUSAL else k.rows
     for n in range(0, n_keys, BLOCK_N):
         o_n = n + tl.arange(0, BLOCK_N)
-        b_k, b_v = whole_rows(k, o_n, WHOLE, BLOCK_D), whole_rows(v, o_n, WHOLE, BLOCK_D)
+        b_k, b_v = rows_of(k, o_n, WHOLE, BLOCK_D), rows_of(v, o_n, WHOLE, BLOCK_D)
         b_zero = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        b_s = row_products(b_zero, b_q, q, o_m, b_k, k, o_n, BLOCK_D, PRECISION)
-        b_dp = row_products(b_zero, b_g, g, o_m, b_v, v, o_n, BLOCK_D, PRECISION)
-        b_p = probabilities(b_s, b_lse[:, None], o_m[:, None], o_n[None, :], k.rows, mask, scale, CAUSAL)
+        b_s = row_products(b_zero, b_q, q, o_m, b_k, k, o_n, WHOLE, BLOCK_D, PRECISION)
+        b_dp = row_products(b_zero, b_g, g, o_m, b_v, v, o_n, WHOLE, BLOCK_D, PRECISION)
+        b_s = masked_scores(b_s, o_m[:, None], o_n[None, :], k.rows, mask, i_batch, i_head, scale, CAUSAL, MASK_ROWS)
+        b_p = probabilities(b_s, b_lse[:, None])
         if dropout is not None:
             b_dp = tl.where(keep_mask(first_row + o_m, o_n, dropout), b_dp * dropout.inverse_keep, 0.0)
         b_ds = (b_p * (b_dp - b_delta[:, None])).to(DTYPE)
-        b_dq = dot(b_ds, columns_of(b_k, k, o_n, o_c, BLOCK_O), b_dq, PRECISION)
+        b_dq = dot(b_ds, columns_of(b_k, k, o_n, o_c, WHOLE, BLOCK_D, BLOCK_O), b_dq, PRECISION)
     store_tile(head(dq, i_batch, i_head, ALIGNMENT), b_dq * scale, o_m, o_c)
 
 
@@ -154,6 +155,7 @@ def key_gradients_kernel(
     scale,
     dropout,
     CAUSAL: tl.constexpr,
+    MASK_ROWS: tl.constexpr,
     WHOLE: tl.constexpr,
     PRECISION: tl.constexpr,
     ALIGNMENT: tl.constexpr,
@@ -173,32 +175,36 @@ def key_gradients_kernel(
 
     o_n = i_key_block * BLOCK_N + tl.arange(0, BLOCK_N)
     o_c = i_chunk * BLOCK_O + tl.arange(0, BLOCK_O)
-    b_k, b_v = whole_rows(k, o_n, WHOLE, BLOCK_D), whole_rows(v, o_n, WHOLE, BLOCK_D)
+    b_k, b_v = rows_of(k, o_n, WHOLE, BLOCK_D), rows_of(v, o_n, WHOLE, BLOCK_D)
     b_dk = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
     b_dv = tl.zeros((BLOCK_N, BLOCK_O), dtype=tl.float32)
     first_query = i_key_block * BLOCK_N // BLOCK_M * BLOCK_M if CAUSAL else 0
     for i_query_head in range(heads_per_key_head):
         i_head = i_key_head * heads_per_key_head + i_query_head
-        q_head, mask_head = head(q, i_batch, i_head, ALIGNMENT), head(mask, i_batch, i_head, 1)
-        g_head = head(g, i_batch, i_head, ALIGNMENT)
+        q_of_head, g_of_head = head(q, i_batch, i_head, ALIGNMENT), head(g, i_batch, i_head, ALIGNMENT)
         first_row = (i_batch * n_heads + i_head).to(tl.int64) * q.rows  # of this head in (B·H·Sq, Sk)
         for m in range(first_query, q.rows, BLOCK_M):
             o_m = m + tl.arange(0, BLOCK_M)
-            b_q, b_g = whole_rows(q_head, o_m, WHOLE, BLOCK_D), whole_rows(g_head, o_m, WHOLE, BLOCK_D)
+            b_q, b_g = rows_of(q_of_head, o_m, WHOLE, BLOCK_D), rows_of(g_of_head, o_m, WHOLE, BLOCK_D)
             b_zero = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-            b_s = row_products(b_zero, b_k, k, o_n, b_q, q_head, o_m, BLOCK_D, PRECISION)
-            b_dp = row_products(b_zero, b_v, v, o_n, b_g, g_head, o_m, BLOCK_D, PRECISION)
-            b_lse = load_lse(p_lse, first_row + o_m, o_m < q.rows)[None, :]
-            b_delta = tl.load(p_delta + first_row + o_m, mask=o_m < q.rows, other=0.0)[None, :]
-            b_p = probabilities(b_s, b_lse, o_m[None, :], o_n[:, None], k.rows, mask_head, scale, CAUSAL)
+            b_s = row_products(b_zero, b_k, k, o_n, b_q, q_of_head, o_m, WHOLE, BLOCK_D, PRECISION)
+            b_dp = row_products(b_zero, b_v, v, o_n, b_g, g_of_head, o_m, WHOLE, BLOCK_D, PRECISION)
+            b_lse = load_lse(p_lse, first_row + o_m, o_m < q.rows)
+            b_delta = tl.load(p_delta + first_row + o_m, mask=o_m < q.rows, other=0.0)
+            b_s = masked_scores(
+                b_s, o_m[None, :], o_n[:, None], k.rows, mask, i_batch, i_head, scale, CAUSAL, MASK_ROWS
+            )
+            b_p = probabilities(b_s, b_lse[None, :])
             b_kept = b_p
             if dropout is not None:
                 m_keep = tl.trans(keep_mask(first_row + o_m, o_n, dropout))
                 b_kept = tl.where(m_keep, b_p * dropout.inverse_keep, 0.0)
                 b_dp = tl.where(m_keep, b_dp * dropout.inverse_keep, 0.0)
-            b_dv = dot(b_kept.to(DTYPE), columns_of(b_g, g_head, o_m, o_c, BLOCK_O), b_dv, PRECISION)
-            b_ds = (b_p * (b_dp - b_delta)).to(DTYPE)
-            b_dk = dot(b_ds, columns_of(b_q, q_head, o_m, o_c, BLOCK_O), b_dk, PRECISION)
+            b_g = columns_of(b_g, g_of_head, o_m, o_c, WHOLE, BLOCK_D, BLOCK_O)
+            b_dv = dot(b_kept.to(DTYPE), b_g, b_dv, PRECISION)
+            b_ds = (b_p * (b_dp - b_delta[None, :])).to(DTYPE)
+            b_q = columns_of(b_q, q_of_head, o_m, o_c, WHOLE, BLOCK_D, BLOCK_O)
+            b_dk = dot(b_ds, b_q, b_dk, PRECISION)
     store_tile(head(dk, i_batch, i_key_head, ALIGNMENT), b_dk * scale, o_n, o_c)
     store_tile(head(dv, i_batch, i_key_head, ALIGNMENT), b_dv, o_n, o_c)
 

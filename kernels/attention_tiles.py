@@ -1,7 +1,7 @@
 """What the attention kernels share: heads, products over the head size, masked scores, and the host side of a launch.
 
-Heads wider than BLOCK_D go in chunks of so many columns: then `whole_rows` gives None, and `row_products` loads both
-sides of a product in a loop over the chunks.
+Heads of at most BLOCK_D columns are WHOLE: their rows are loaded once and kept. Wider ones go in chunks of BLOCK_D
+columns, and every product over the head size loads both of its sides in a loop.
 """
 
 from __future__ import annotations
@@ -48,12 +48,15 @@ def alignment(*tensors: Tensor | None) -> int:
     return 8 if all(tensor.stride(3) == 1 for tensor in given) and all(side % 8 == 0 for side in sides) else 1
 
 
-def mask_heads(mask: Tensor | None, q: Tensor, k: Tensor) -> Heads | None:
-    """The kernel argument of a mask, expanded and not copied: one row for all queries has the stride None."""
+def expanded_mask(mask: Tensor | None, q: Tensor, k: Tensor) -> tuple[Heads | None, bool]:
+    """The kernel argument of a mask, expanded and not copied, and whether it has a row for every query.
+
+    One row for all queries, as a mask of padding has, is loaded as a row, and takes few registers.
+    """
     if mask is None:
-        return None
-    expanded = heads(mask.expand(*q.shape[:3], k.shape[2]))
-    return expanded._replace(stride_row=expanded.stride_row or None)
+        return None, False
+    mask = mask.expand(*q.shape[:3], k.shape[2])
+    return heads(mask), mask.shape[2] > 1 and mask.stride(2) != 0
 
 
 @triton.jit
@@ -64,40 +67,37 @@ def aligned(side, ALIGNMENT: tl.constexpr):
 
 @triton.jit
 def head(a, i_batch, i_head, ALIGNMENT: tl.constexpr):
-    """The Matrix of one head; None of None. ALIGNMENT is what `alignment` says, or 1."""
-    if a is None:
-        return None
-    else:
-        stride_batch, stride_head = aligned(a.stride_batch, ALIGNMENT), aligned(a.stride_head, ALIGNMENT)
-        stride_row, columns = aligned(a.stride_row, ALIGNMENT), aligned(a.columns, ALIGNMENT)
-        o_head = i_batch.to(tl.int64) * stride_batch + i_head.to(tl.int64) * stride_head
-        return Matrix(a.pointer + o_head, a.rows, columns, stride_row, a.stride_column)
+    """The Matrix of one head, its strides and columns multiples of ALIGNMENT."""
+    stride_batch, stride_head = aligned(a.stride_batch, ALIGNMENT), aligned(a.stride_head, ALIGNMENT)
+    stride_row, columns = aligned(a.stride_row, ALIGNMENT), aligned(a.columns, ALIGNMENT)
+    o_head = i_batch.to(tl.int64) * stride_batch + i_head.to(tl.int64) * stride_head
+    return Matrix(a.pointer + o_head, a.rows, columns, stride_row, a.stride_column)
 
 
 @triton.jit
-def whole_rows(a, o_row, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr):
-    """The rows o_row of a, if BLOCK_D columns are all of them; otherwise None, and they are loaded in chunks."""
+def rows_of(a, o_row, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr):
+    """The rows o_row of a if BLOCK_D columns are the whole of them; otherwise just o_row, and nothing is loaded."""
     if WHOLE:
         return load_tile(a, o_row, tl.arange(0, BLOCK_D))
     else:
-        return None
+        return o_row
 
 
 @triton.jit
-def columns_of(b_rows, a, o_row, o_column, BLOCK_O: tl.constexpr):
-    """a[o_row, o_column] of BLOCK_O columns: the whole rows b_rows, if they have as many."""
-    if b_rows is None:
-        return load_tile(a, o_row, o_column)
-    elif b_rows.shape[1] == BLOCK_O:
+def columns_of(b_rows, a, o_row, o_column, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_O: tl.constexpr):
+    """a[o_row, o_column] of BLOCK_O columns, which b_rows = `rows_of` holds already if they are all."""
+    if WHOLE and BLOCK_D == BLOCK_O:
         return b_rows
     else:
         return load_tile(a, o_row, o_column)
 
 
 @triton.jit
-def row_products(b_product, b_a, a, o_a, b_b, b, o_b, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr):
-    """product + a[o_a] b[o_b]ᵀ, of the whole rows b_a and b_b, or chunk by chunk where they are None."""
-    if b_a is not None:
+def row_products(
+    b_product, b_a, a, o_a, b_b, b, o_b, WHOLE: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr
+):
+    """product + a[o_a] b[o_b]ᵀ, of what `rows_of` gave for either: in one dot, or chunk by chunk."""
+    if WHOLE:
         b_product = dot(b_a, tl.trans(b_b), b_product, PRECISION)
     else:
         for d in tl.range(0, a.columns, BLOCK_D, disable_licm=True):
@@ -108,17 +108,23 @@ def row_products(b_product, b_a, a, o_a, b_b, b, o_b, BLOCK_D: tl.constexpr, PRE
 
 
 @triton.jit
-def masked_scores(b_s, o_query, o_key, n_keys, mask, scale, CAUSAL: tl.constexpr):
-    """LOG2_E (scale S + mask), −∞ where a query does not see a key. o_query and o_key broadcast to S or to Sᵀ."""
+def masked_scores(
+    b_s, o_query, o_key, n_keys, mask, i_batch, i_head, scale, CAUSAL: tl.constexpr, MASK_ROWS: tl.constexpr
+):
+    """LOG2_E (scale S + mask), −∞ where a query does not see a key. o_query and o_key broadcast to S or to Sᵀ.
+
+    With MASK_ROWS the mask has a row for every query, otherwise one for all.
+    """
     m_seen = o_key < n_keys
     if CAUSAL:
         m_seen = m_seen & (o_key <= o_query)
     b_s *= scale * LOG2_E
     if mask is not None:
         o_mask, m_mask = o_key.to(tl.int64) * mask.stride_column, o_key < n_keys
-        if mask.stride_row is not None:
+        if MASK_ROWS:
             o_mask, m_mask = o_mask + o_query.to(tl.int64) * mask.stride_row, m_mask & (o_query < mask.rows)
-        b_mask = tl.load(mask.pointer + o_mask, mask=m_mask, other=0)
+        p_mask = mask.pointer + i_batch.to(tl.int64) * mask.stride_batch + i_head.to(tl.int64) * mask.stride_head
+        b_mask = tl.load(p_mask + o_mask, mask=m_mask, other=0)
         if mask.pointer.dtype.element_ty == tl.int1:
             m_seen = m_seen & (b_mask != 0)
         else:
@@ -127,14 +133,13 @@ def masked_scores(b_s, o_query, o_key, n_keys, mask, scale, CAUSAL: tl.constexpr
 
 
 def attention_config(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Config:
-    """What the table has for these heads and this mask, of which one row for all queries counts as none."""
-    mask = mask_heads(mask, q, k)
+    """What the table has for these heads, and for a mask with a row for every query or none such."""
     return select_by_size(
         op,
         size=max(q.shape[3], v.shape[3]),
         itemsize=q.element_size(),
         architecture=device_traits(q.device).architecture,
-        dropout=mask is not None and mask.stride_row is not None,
+        dropout=expanded_mask(mask, q, k)[1],
     )
 
 
@@ -150,12 +155,14 @@ def shared_arguments(
     config: Config,
 ) -> dict[str, Any]:
     """The arguments that forward and backward have in common."""
+    mask_argument, mask_rows = expanded_mask(mask, q, k)
     size = max(16, triton.next_power_of_2(max(q.shape[3], v.shape[3])))
     return {
         "q": heads(q),
         "k": heads(k),
         "v": heads(v),
-        "mask": mask_heads(mask, q, k),
+        "mask": mask_argument,
+        "MASK_ROWS": mask_rows,
         "n_heads": q.shape[1],
         "heads_per_key_head": q.shape[1] // k.shape[1],
         "scale": scale,
