@@ -19,10 +19,11 @@ from linlora.quickstart.finetune import fine_tune
 from linlora.quickstart.workers import crew_of
 
 MANY_SEEDS = """
-import sys
+import signal, sys
 from pathlib import Path
 from linlora.quickstart import Settings, run
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell may start its background jobs deaf to Ctrl-C
 run(Path(sys.argv[1]), seeds=50, settings=Settings(**eval(sys.argv[2])), processes=2)
 """
 
