@@ -47,7 +47,7 @@ def run(
     provider: Annotated[list[str] | None, typer.Option(help="Only this provider and the floor. Repeatable.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Providers under torch.compile as well.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("runs/bench"),
-    seconds: Annotated[float, typer.Option(help="Wall-clock time of the whole run; cases share it.", min=1)] = 130,
+    seconds: Annotated[float, typer.Option(help="Wall-clock time of the whole run; cases share it.", min=1)] = 160,
 ) -> None:
     """Check, time and weigh every provider on every case of a suite; print a table, save one JSON.
 
