@@ -43,7 +43,7 @@ def by_activations(
     B0: Tensor | None = None,
 ) -> Tensor:
     """The routed layer of a matrix x (M, K) with task_ids (M,), composed of differentiable aten calls."""
-    if mixture.shape[0] <= mixture.shape[2]:  # no more tasks than skills: the tasks' factors are the smaller inventory
+    if 0 < mixture.shape[0] <= mixture.shape[2]:  # no more tasks than skills: their factors are the smaller inventory
         A, B = mix_factors(A, B, mixture)
         A, B = None if A is None else A.unsqueeze(0), B.unsqueeze(0)
         w = one_hot(task_ids, mixture.shape[0]).to(x.dtype).unsqueeze(0)

@@ -5,7 +5,7 @@ import itertools
 import peft
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -160,6 +160,7 @@ def test_gradcheck_by_finite_differences(path, form, ids):
     T=st.integers(1, 9), rank=st.integers(1, 9), k=st.integers(1, 5), n=st.integers(1, 5), form=st.sampled_from(FORMS),
     ids=st.sampled_from(["batch", "rows", "weights"]), grouped=st.booleans(),
 )  # fmt: skip
+@example(shape=(0,), Q=1, S=1, T=1, rank=1, k=1, n=1, form="plain", ids="weights", grouped=False)
 @settings(max_examples=80, deadline=None)
 def test_shapes_of_every_kind(shape, Q, S, T, rank, k, n, form, ids, grouped):
     with pytest.MonkeyPatch.context() as patch:
