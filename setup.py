@@ -10,6 +10,7 @@ from setuptools import setup
 setup(
     packages=[
         "linlora",
+        "linlora.commands",
         "linlora.ops",
         "linlora.ops.aten",
         "linlora.ops.dual",
