@@ -18,9 +18,9 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from linlora.fusion.arithmetic import wide
 from linlora.fusion.checks import check_number, checked
 from linlora.fusion.inference import Logits, main_logits
+from linlora.fusion.rule import wide
 from linlora.fusion.search import bar
 from linlora.products import displaced, evaluating, trainable
 from linlora.task_vector import TaskVector, delta_parameters, point_name

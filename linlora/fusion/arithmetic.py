@@ -1,17 +1,18 @@
 """Weighted sums of task vectors: average, task arithmetic, negation.
 
-Each goes through the vectors once and holds two: the sum and the one that is added.
+Each goes through the vectors once and holds two: the sum and the one that is added. Of vectors in files it holds two
+tensors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from linlora.fusion.checks import check_finite, check_number, checked
+from linlora.fusion.checks import check_finite, check_number
+from linlora.fusion.rule import Rule, fused, zeros
 from linlora.task_vector import TaskVector
 
 PUBLISHED_SCALING = 0.3
@@ -24,7 +25,7 @@ def average(vectors: Iterable[TaskVector]) -> TaskVector:
     >>> average([u, v]).deltas["q.dB"].tolist()
     [2.0, 0.0]
     """
-    return weighted_sum(vectors, 1.0, "average", mean=True)
+    return fused(vectors, WeightedSum("average", 1.0, mean=True))
 
 
 def task_arithmetic(vectors: Iterable[TaskVector], scaling: float | Sequence[float] = PUBLISHED_SCALING) -> TaskVector:
@@ -38,7 +39,7 @@ def task_arithmetic(vectors: Iterable[TaskVector], scaling: float | Sequence[flo
     >>> task_arithmetic([u, v], scaling=[1.0, -2.0]).deltas["q.dB"].tolist()
     [-5.0, 6.0]
     """
-    return weighted_sum(vectors, scaling, "task_arithmetic")
+    return fused(vectors, WeightedSum("task_arithmetic", scaling))
 
 
 def negation(vectors: Iterable[TaskVector], scaling: float = 1.0) -> TaskVector:
@@ -51,50 +52,32 @@ def negation(vectors: Iterable[TaskVector], scaling: float = 1.0) -> TaskVector:
     [-0.5, 1.0]
     """
     check_number("negation", "scaling", scaling)
-    return weighted_sum(vectors, -float(scaling), "negation")
+    return fused(vectors, WeightedSum("negation", -float(scaling)))
 
 
-def weighted_sum(
-    vectors: Iterable[TaskVector],
-    scaling: float | Sequence[float],
-    method: str,
-    *,
-    mean: bool = False,
-    change: Callable[[Tensor], Tensor] | None = None,
-) -> TaskVector:
-    """Σᵢ λᵢ change(δᵢ), divided by the number of vectors for a `mean`; accumulated wide and rounded once.
+class WeightedSum(Rule[Tensor]):
+    """Σᵢ λᵢ δᵢ, divided by the number of vectors for a `mean`; accumulated wide and rounded once."""
 
-    `change` is called for the tensors of each vector in the order of their names.
-    """
-    check_finite(method, "scaling", scaling)
-    common = isinstance(scaling, (int, float))
-    weights = [float(scaling)] if isinstance(scaling, (int, float)) else [float(weight) for weight in scaling]
-    total: TaskVector | None = None
-    dtypes = {}
-    count = 0
-    for vector in checked(vectors):
-        if total is None:
-            dtypes = {name: delta.dtype for name, delta in vector.deltas.items()}
-            total = replace(vector, deltas={n: torch.zeros_like(d, dtype=wide(d)) for n, d in vector.deltas.items()})
-        if common or count < len(weights):
-            _add(total, vector, weights[0 if common else count], change)
-        count += 1
-        del vector  # before the next one is loaded
-    if not common and len(weights) != count:
-        raise ValueError(f"{method}: {len(weights)} scalings for {count} vectors; pass one each, or one")
-    assert total is not None
-    if mean:
-        for delta in total.deltas.values():
-            delta.div_(count)
-    return replace(total, deltas={name: delta.to(dtypes[name]) for name, delta in total.deltas.items()})
+    def __init__(self, method: str, scaling: float | Sequence[float] = PUBLISHED_SCALING, mean: bool = False) -> None:
+        check_finite(method, "scaling", scaling)
+        self.method = method
+        self.weights = float(scaling) if isinstance(scaling, (int, float)) else [float(weight) for weight in scaling]
+        self.mean = mean
+        self.count = 0
 
+    def close(self, count: int) -> None:
+        self.count = count
+        if isinstance(self.weights, list) and len(self.weights) != count:
+            raise ValueError(f"{self.method}: {len(self.weights)} scalings for {count} vectors; pass one each, or one")
 
-def _add(total: TaskVector, vector: TaskVector, weight: float, change: Callable[[Tensor], Tensor] | None) -> None:
-    for name in sorted(vector.deltas):
-        delta = vector.deltas[name]
-        total.deltas[name].add_(delta if change is None else change(delta), alpha=weight)
+    def zero(self, like: Tensor) -> Tensor:
+        return zeros(like)
 
+    def add(self, state: Tensor, index: int, name: str, delta: Tensor) -> None:
+        if isinstance(self.weights, float):
+            state.add_(delta, alpha=self.weights)
+        elif index < len(self.weights):  # `close` refuses the others
+            state.add_(delta, alpha=self.weights[index])
 
-def wide(delta: Tensor) -> torch.dtype:
-    """The dtype to accumulate in: float32, or the tensor's where that is wider."""
-    return torch.promote_types(delta.dtype, torch.float32)
+    def result(self, state: Tensor) -> Tensor:
+        return state / self.count if self.mean else state

@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 from linlora.task_vector import TaskVector
+from linlora.tensor_files import shapes
 
 
 def checked(vectors: Iterable[TaskVector]) -> Iterator[TaskVector]:
@@ -24,7 +25,7 @@ def checked(vectors: Iterable[TaskVector]) -> Iterator[TaskVector]:
         if not isinstance(box[0], TaskVector):
             raise TypeError(f"fuse: a TaskVector is expected, got {type(box[0]).__name__}")
         if first is None:  # what the others are compared with, without its values
-            first = replace(box[0], deltas={name: delta.to("meta") for name, delta in box[0].deltas.items()})
+            first = replace(box[0], deltas=shapes(box[0].deltas))
         first.check_same_point(box[0])
         yield box.pop()
     if first is None:

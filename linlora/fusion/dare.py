@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linlora.fusion.arithmetic import PUBLISHED_SCALING, task_arithmetic, weighted_sum, wide
+from linlora.fusion.arithmetic import WeightedSum, task_arithmetic
 from linlora.fusion.checks import check_options
-from linlora.fusion.ties import ties
+from linlora.fusion.rule import Rule, fused, mapped, wide
+from linlora.fusion.ties import Ties, ties
 from linlora.task_vector import TaskVector
 
 
@@ -32,7 +33,7 @@ def dare(
         seed: of the masks; those of the vectors are independent.
         options: of the combining method, its own defaults otherwise: scaling, and keep for ties.
 
-    Holds two vectors for task arithmetic; one more than `ties` for ties.
+    Holds what the combining method holds.
 
     >>> vector = TaskVector({"q.dB": torch.ones(8)}, None, "", {"q": 1.0}, "layer")
     >>> dare([vector], drop=0.5, scaling=1.0).deltas["q.dB"].unique().tolist()
@@ -44,22 +45,38 @@ def dare(
     if combine not in methods:
         raise ValueError(f"dare: unknown way to combine {combine!r}; choose one of {', '.join(methods)}")
     check_options(f"dare (combine='{combine}')", methods[combine], options)
-    thin = _Thin(drop, seed)
-    if combine == "ties":
-        return ties(map(thin.vector, vectors), **options)
-    return weighted_sum(vectors, options.get("scaling", PUBLISHED_SCALING), "dare", change=thin)
+    rule: Rule[Any] = Ties(**options) if combine == "ties" else WeightedSum("dare", **options)
+    return fused(vectors, Thinned(rule, drop, seed))
 
 
-class _Thin:
-    """Drops values of one tensor after the other: called in one order, the same values for one seed."""
+def thin(delta: Tensor, drop: float, seed: int, index: int, name: str) -> Tensor:
+    """m ⊙ δ / (1 − p) of the tensor of one name in the vector of one index; the same mask whenever it is made."""
+    digest = hashlib.sha256(f"{seed} {index} {name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
+    mask = torch.empty(delta.shape, dtype=wide(delta)).bernoulli_(1.0 - drop, generator=generator)
+    return mask.div_(1.0 - drop).mul_(delta)
 
-    def __init__(self, drop: float, seed: int) -> None:
-        self.kept = 1.0 - drop
-        self.generator = torch.Generator().manual_seed(seed)
 
-    def __call__(self, delta: Tensor) -> Tensor:
-        mask = torch.empty(delta.shape, dtype=wide(delta)).bernoulli_(self.kept, generator=self.generator)
-        return mask.div_(self.kept).mul_(delta)
+class Thinned(Rule[Any]):
+    """A rule that is shown thinned vectors."""
 
-    def vector(self, vector: TaskVector) -> TaskVector:
-        return replace(vector, deltas={name: self(vector.deltas[name]) for name in sorted(vector.deltas)})
+    def __init__(self, rule: Rule[Any], drop: float, seed: int) -> None:
+        self.rule, self.drop, self.seed = rule, drop, seed
+
+    def look(self, index: int, vector: TaskVector) -> None:
+        self.rule.look(index, mapped(vector, lambda name, delta: thin(delta, self.drop, self.seed, index, name)))
+
+    def add(self, state: Any, index: int, name: str, delta: Tensor) -> None:
+        self.rule.add(state, index, name, thin(delta, self.drop, self.seed, index, name))
+
+    def close(self, count: int) -> None:
+        self.rule.close(count)
+
+    def zero(self, like: Tensor) -> Any:
+        return self.rule.zero(like)
+
+    def survey(self, states: Iterable[Any]) -> None:
+        self.rule.survey(states)
+
+    def result(self, state: Any) -> Tensor | None:
+        return self.rule.result(state)

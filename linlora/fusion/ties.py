@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+from collections.abc import Iterable
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from linlora.fusion.arithmetic import wide
-from linlora.fusion.checks import check_number, checked
+from linlora.fusion.checks import check_number
+from linlora.fusion.quantiles import kth_largest
+from linlora.fusion.rule import Rule, fused, values, wide, zeros
 from linlora.task_vector import TaskVector
+from linlora.tensor_files import shapes
 
 
-def ties(vectors: Iterable[TaskVector], keep: float = 0.2, scaling: float = 1.0) -> TaskVector:
+PUBLISHED_KEEP, PUBLISHED_SCALING = 0.2, 1.0
+
+
+def ties(vectors: Iterable[TaskVector], keep: float = PUBLISHED_KEEP, scaling: float = PUBLISHED_SCALING) -> TaskVector:
     """λ · mean of { tᵢ : sign tᵢ = sign Σᵢ tᵢ }, element by element (arXiv 2306.01708).
 
     Trim: tᵢ is δᵢ with all but its largest values, by magnitude and over the whole vector, set to zero. Elect: the sign
@@ -25,38 +29,25 @@ def ties(vectors: Iterable[TaskVector], keep: float = 0.2, scaling: float = 1.0)
         keep: the fraction of the values of each vector that survive the trim; 0.2 as published.
         scaling: λ; 1 as published without a validation split.
 
-    In one pass, and in memory that does not grow with the vectors: the positive and the negative values are summed and
-    counted apart, which is all the elected sign chooses between. Holds five vectors: the one that is added, its
-    magnitudes, the two sums, and the counts of 16 bits.
+    In memory that does not grow with the vectors: the positive and the negative values are summed and counted apart,
+    which is all the elected sign chooses between. Holds four vectors: the one that is added, the two sums, and the
+    counts of 16 bits. Vectors in files are gone through three times, twice for the magnitude where each is trimmed and
+    once to fuse, a tensor at a time; once more where values cancel exactly.
 
     >>> a, b, c = [3.0, -1.0, 2.0, 0.1], [1.0, -2.0, -4.0, 0.1], [-1.0, 0.1, 3.0, 5.0]
     >>> vectors = [TaskVector({"q.dB": torch.tensor(x)}, None, "", {"q": 1.0}, "layer") for x in (a, b, c)]
     >>> ties(vectors, keep=0.5).deltas["q.dB"].tolist()  # trimmed: [3 0 2 0], [0 -2 -4 0], [0 0 3 5]
     [3.0, -2.0, 2.5, 5.0]
     """
-    check_number("ties", "scaling", scaling)
-    if not 0.0 < keep <= 1.0:
-        raise ValueError(f"ties: keep is the fraction of values kept, above 0 and at most 1, got {keep}")
-    like: TaskVector | None = None
-    for vector in checked(vectors):
-        if like is None:
-            like = replace(vector, deltas={name: delta.to("meta") for name, delta in vector.deltas.items()})
-            sides = {name: _Sides(delta) for name, delta in vector.deltas.items()}
-        _add(sides, vector, _threshold(vector, keep))
-        del vector  # before the next one is loaded
-    assert like is not None
-    balance = sum(int(side.signs().sum(dtype=torch.int64)) for side in sides.values())
-    majority = float(np.sign(balance))
-    deltas = {n: (scaling * sides.pop(n).mean(majority)).to(delta.dtype) for n, delta in like.deltas.items()}
-    return replace(like, deltas=deltas)
+    return fused(vectors, Ties(keep, scaling))
 
 
-class _Sides:
+class Sides:
     """The positive and the negative values seen of one tensor: their sums and their numbers."""
 
     def __init__(self, like: Tensor) -> None:
-        self.up, self.down = (torch.zeros_like(like, dtype=wide(like)) for _ in range(2))
-        self.ups, self.downs = (torch.zeros_like(like, dtype=torch.int16) for _ in range(2))
+        self.up, self.down = zeros(like), zeros(like)
+        self.ups, self.downs = (torch.zeros(like.shape, dtype=torch.int16) for _ in range(2))
 
     def add(self, values: Tensor) -> None:
         self.up += values.clamp(min=0.0)
@@ -67,6 +58,10 @@ class _Sides:
     def signs(self) -> Tensor:
         return (self.up + self.down).sign()
 
+    def cancel(self) -> bool:
+        """Whether values other than zero add up to zero somewhere, so that their sign decides nothing."""
+        return bool(((self.up + self.down == 0) & (self.ups > 0)).any())
+
     def mean(self, majority: float) -> Tensor:
         """Of the values with the elected sign."""
         signs = self.signs()
@@ -75,18 +70,34 @@ class _Sides:
         return torch.where(signs > 0, up, torch.where(signs < 0, down, 0.0))
 
 
-def _add(sides: Mapping[str, _Sides], vector: TaskVector, threshold: float) -> None:
-    """Add the trimmed vector."""
-    for name, delta in vector.deltas.items():
-        values = delta.to(wide(delta))
-        sides[name].add(torch.where(values.abs() >= threshold, values, 0.0))
+class Ties(Rule[Sides]):
+    """The rule of `ties`."""
 
+    def __init__(self, keep: float = PUBLISHED_KEEP, scaling: float = PUBLISHED_SCALING) -> None:
+        check_number("ties", "scaling", scaling)
+        if not 0.0 < keep <= 1.0:
+            raise ValueError(f"ties: keep is the fraction of values kept, above 0 and at most 1, got {keep}")
+        self.keep, self.scaling = keep, scaling
+        self.thresholds: list[float] = []
+        self.majority: float | None = None
 
-def _threshold(vector: TaskVector, keep: float) -> float:
-    """The smallest magnitude that is kept: the k-th largest of the d values, k = ⌊keep · d⌋ and at least 1."""
-    magnitudes = torch.cat([delta.to(wide(delta)).flatten() for delta in vector.deltas.values()]).abs_().numpy()
-    rank = magnitudes.size - max(1, int(keep * magnitudes.size))
-    magnitudes.partition(rank)
-    if not np.isfinite(magnitudes[rank:].max()):  # NaN sorts last
-        raise ValueError("ties: a vector holds NaN or infinity; the run that trained it diverged")
-    return float(magnitudes[rank])
+    def look(self, index: int, vector: TaskVector) -> None:
+        """The smallest magnitude that is kept: the k-th largest of the d values, k = ⌊keep · d⌋ and at least 1."""
+        kept = max(1, int(self.keep * sum(like.numel() for like in shapes(vector.deltas).values())))
+        self.thresholds.append(kth_largest(lambda: values(vector.deltas), kept))
+
+    def zero(self, like: Tensor) -> Sides:
+        return Sides(like)
+
+    def add(self, state: Sides, index: int, name: str, delta: Tensor) -> None:
+        kept = delta.to(wide(delta))
+        state.add(torch.where(kept.abs() >= self.thresholds[index], kept, 0.0))
+
+    def survey(self, states: Iterable[Sides]) -> None:
+        """Elect the sign of most elements."""
+        self.majority = float(np.sign(sum(int(state.signs().sum(dtype=torch.int64)) for state in states)))
+
+    def result(self, state: Sides) -> Tensor | None:
+        if self.majority is None and state.cancel():
+            return None
+        return self.scaling * state.mean(self.majority or 0.0)

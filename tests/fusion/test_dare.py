@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import linlora
-from linlora.fusion.dare import _Thin
+from linlora.fusion.dare import thin
+from linlora.fusion.rule import mapped
 
 
 def test_survivors_are_rescaled_and_the_expectation_stays(made):
@@ -31,8 +32,10 @@ def test_global_random_numbers_are_left_alone(made):
 
 @pytest.mark.parametrize("combine", ["task_arithmetic", "ties"])
 def test_is_the_method_it_combines_by_on_thinned_vectors(vectors, flat, combine):
-    thin = _Thin(0.8, seed=3)
-    thinned = [thin.vector(vector) for vector in vectors]
+    thinned = [
+        mapped(vector, lambda name, delta, index=index: thin(delta, 0.8, 3, index, name))
+        for index, vector in enumerate(vectors)
+    ]
     fused = linlora.fuse(vectors, "dare", drop=0.8, seed=3, combine=combine, scaling=0.7)
     torch.testing.assert_close(flat(fused), flat(linlora.fuse(thinned, combine, scaling=0.7)))
 

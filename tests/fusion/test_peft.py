@@ -13,7 +13,7 @@ import torch
 
 import linlora
 from linlora import TaskVector
-from linlora.fusion.dare import _Thin
+from linlora.fusion.dare import thin
 from linlora.testing import randomize, tiny_model
 
 NAMES = ["one", "two", "three"]
@@ -71,12 +71,10 @@ def test_ties(adapters, density):
 )
 def test_dare_with_the_same_masks(adapters, monkeypatch, combination_type, options):
     """PEFT draws from the global generator; it is given our masks instead."""
-    thin = _Thin(0.4, seed=7)
-    thinned = [thin.vector(vector) for vector in adapters[1]]
     masks = [
-        (vector.deltas[name], (after.deltas[name] != 0).float())
-        for vector, after in zip(adapters[1], thinned, strict=True)
-        for name in vector.deltas
+        (delta, (thin(delta, 0.4, 7, index, name) != 0).float())
+        for index, vector in enumerate(adapters[1])
+        for name, delta in vector.deltas.items()
     ]
 
     def drawn(input, fill_value):

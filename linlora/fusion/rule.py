@@ -1,0 +1,130 @@
+"""A fusion method as it acts on one tensor, and the two ways through tensors and vectors that run it.
+
+    in memory, or from a generator      for every vector: for every tensor      holds what the rule keeps of all tensors
+    of vectors that lie in files        for every tensor: for every vector      holds what the rule keeps of one tensor
+
+The second way is lazy: the fused vector lies in files as its parts do, and each of its tensors is computed when it is
+asked for. To save it is to stream through the files.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from linlora.fusion.checks import checked
+from linlora.task_vector import TaskVector
+from linlora.tensor_files import StoredTensors, shapes
+
+State = TypeVar("State")
+
+
+class Rule(ABC, Generic[State]):
+    """What a method does with one tensor: `zero`, `add` for every vector, `result`. `add` is in the vectors' order."""
+
+    def look(self, index: int, vector: TaskVector) -> None:
+        """See a vector as a whole, before its tensors are added."""
+
+    def close(self, count: int) -> None:
+        """All vectors have been looked at; so many."""
+
+    @abstractmethod
+    def zero(self, like: Tensor) -> State:
+        """What is kept of a tensor before anything is added."""
+
+    @abstractmethod
+    def add(self, state: State, index: int, name: str, delta: Tensor) -> None:
+        """Add the tensor of a vector, in place."""
+
+    @abstractmethod
+    def result(self, state: State) -> Tensor | None:
+        """The fused tensor; None if the rule has to see the states of all tensors first, by `survey`."""
+
+    def survey(self, states: Iterable[State]) -> None:
+        """See the states of all tensors, everything added."""
+
+
+def fused(vectors: Iterable[TaskVector], rule: Rule[Any]) -> TaskVector:
+    """The vector a rule makes of vectors that add; lazily, if they are in a list or tuple and lie in files."""
+    if isinstance(vectors, (list, tuple)) and vectors and all(_stored(vector) for vector in vectors):
+        return _by_tensor(vectors, rule)
+    return _by_vector(vectors, rule)
+
+
+def _stored(vector: Any) -> bool:
+    return isinstance(vector, TaskVector) and isinstance(vector.deltas, StoredTensors)
+
+
+def _by_vector(vectors: Iterable[TaskVector], rule: Rule[Any]) -> TaskVector:
+    first: TaskVector | None = None
+    states: dict[str, Any] = {}
+    count = 0
+    for vector in checked(vectors):
+        if first is None:
+            first = replace(vector, deltas=shapes(vector.deltas))
+            states = {name: rule.zero(delta) for name, delta in first.deltas.items()}
+        rule.look(count, vector)
+        for name in states:
+            rule.add(states[name], count, name, vector.deltas[name])
+        count += 1
+        del vector  # before the next one is loaded
+    assert first is not None
+    rule.close(count)
+    rule.survey(states.values())
+    return replace(
+        first, deltas={name: rule.result(states.pop(name)).to(delta.dtype) for name, delta in first.deltas.items()}
+    )
+
+
+def _by_tensor(vectors: Sequence[TaskVector], rule: Rule[Any]) -> TaskVector:
+    for index, vector in enumerate(checked(vectors)):
+        rule.look(index, vector)
+    rule.close(len(vectors))
+    like = shapes(vectors[0].deltas)
+
+    def state(name: str) -> Any:
+        made = rule.zero(like[name])
+        for index, vector in enumerate(vectors):
+            rule.add(made, index, name, vector.deltas[name])
+        return made
+
+    def read(name: str) -> Tensor:
+        made = state(name)
+        result = rule.result(made)
+        if result is None:
+            rule.survey(map(state, like))
+            result = rule.result(made)
+        assert result is not None
+        return result.to(like[name].dtype)
+
+    return replace(vectors[0], deltas=StoredTensors(like, read))
+
+
+def mapped(vector: TaskVector, change: Callable[[str, Tensor], Tensor]) -> TaskVector:
+    """The vector of changed tensors, each made when it is asked for."""
+    deltas = vector.deltas
+    return replace(vector, deltas=StoredTensors(shapes(deltas), lambda name: change(name, deltas[name])))
+
+
+def zeros(like: Tensor) -> Tensor:
+    """Zeros to accumulate in, on the CPU: float32, or the tensor's dtype where that is wider."""
+    return torch.zeros(like.shape, dtype=wide(like))
+
+
+def wide(delta: Tensor) -> torch.dtype:
+    """The dtype to accumulate in: float32, or the tensor's where that is wider."""
+    return torch.promote_types(delta.dtype, torch.float32)
+
+
+def values(deltas: Mapping[str, Tensor]) -> Iterator[Tensor]:
+    """The tensors one after the other, as flat arrays of one dtype to accumulate in."""
+    dtype = torch.float32
+    for like in shapes(deltas).values():
+        dtype = torch.promote_types(dtype, like.dtype)
+    for name in deltas:
+        yield deltas[name].to(dtype).flatten()

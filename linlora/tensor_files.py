@@ -1,0 +1,212 @@
+"""Safetensors files, read tensor by tensor and written tensor by tensor: what holds them in memory is the caller.
+
+Files written here carry a CRC-32 of every tensor in their metadata, so that a value altered on the way is found by the
+name of its tensor. It finds accidents; who alters a file on purpose can alter its checksum too.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from linlora.files import CorruptFileError, install_file
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
+}  # fmt: skip
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
+_CHECKSUMS = "checksums"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a tensor lies in its file, in bytes from the start, and what it is."""
+
+    code: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+
+class TensorFile:
+    """A safetensors file, opened: its names, shapes and metadata are known, a tensor is read when it is asked for.
+
+    The file stays open, so that one that is replaced meanwhile is read as it was. Values go to buffers of their own:
+    nothing stays mapped.
+
+    Raises FileNotFoundError, and CorruptFileError for a file that is truncated or no safetensors file.
+
+    >>> save_tensors("weights.safetensors", {"w": torch.ones(2, 3)}, {"kind": "example"})
+    >>> file = TensorFile("weights.safetensors")
+    >>> file.entries["w"].shape, file.metadata["kind"], file.read("w").sum().item()
+    ((2, 3), 'example', 6.0)
+    """
+
+    def __init__(self, path: str | os.PathLike) -> None:
+        self.path = Path(path)
+        if not self.path.is_file():
+            raise FileNotFoundError(f"{path}: no such file")
+        try:
+            with safe_open(self.path, framework="pt"):  # checks the header and the size of the file
+                pass
+        except (SafetensorError, OSError) as error:
+            raise CorruptFileError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
+        self._file: BinaryIO = open(self.path, "rb")  # noqa: SIM115
+        length = int.from_bytes(self._file.read(8), "little")
+        self.header = self._file.read(length)
+        parsed: dict[str, Any] = json.loads(self.header)
+        self.metadata: dict[str, str] = parsed.pop("__metadata__", None) or {}
+        self.data_start = 8 + length
+        self.entries = {
+            name: Entry(e["dtype"], tuple(e["shape"]), *(self.data_start + offset for offset in e["data_offsets"]))
+            for name, e in parsed.items()
+        }
+        self._checksums: dict[str, str] = json.loads(self.metadata.get(_CHECKSUMS, "{}"))
+
+    def like(self, name: str) -> Tensor:
+        """A tensor of the shape and dtype, without values (on the meta device)."""
+        return torch.empty(self.entries[name].shape, dtype=self._dtype(name), device="meta")
+
+    def read(self, name: str) -> Tensor:
+        """The tensor, on the CPU. Raises CorruptFileError where it holds NaN or infinity or fails its checksum."""
+        entry = self.entries[name]
+        tensor = torch.empty(entry.shape, dtype=self._dtype(name))
+        buffer = _bytes(tensor)
+        self._file.seek(entry.start)
+        if self._file.readinto(buffer) != entry.stop - entry.start:
+            raise CorruptFileError(
+                f"{self.path}: tensor '{name}' is cut short; the file was truncated while it was read"
+            )
+        if name in self._checksums and f"{zlib.crc32(buffer):08x}" != self._checksums[name]:
+            raise CorruptFileError(f"{self.path}: tensor '{name}' does not match its checksum; the file was altered")
+        if not finite(tensor):
+            raise CorruptFileError(
+                f"{self.path}: tensor '{name}' holds NaN or infinity; the run that wrote it diverged"
+            )
+        return tensor
+
+    def close(self) -> None:
+        self._file.close()
+
+    def __enter__(self) -> TensorFile:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _dtype(self, name: str) -> torch.dtype:
+        code = self.entries[name].code
+        if code not in DTYPES:
+            raise CorruptFileError(f"{self.path}: tensor '{name}' is of the unknown dtype {code}")
+        return DTYPES[code]
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """A mapping of tensors that are made when they are asked for, each time: read from a file, or computed from those.
+
+    Args:
+        like: a tensor of the shape and dtype of each, on the meta device.
+        read: the tensor of a name.
+
+    >>> stored = StoredTensors({"w": torch.empty(2, device="meta")}, lambda name: torch.ones(2))
+    >>> stored["w"].tolist(), list(stored)
+    ([1.0, 1.0], ['w'])
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+        self.like = dict(like)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.like:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's would read the tensor
+        return name in self.like
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the same names, shapes and dtypes on the meta device; nothing is read.
+
+    >>> shapes({"w": torch.ones(2, 3)})["w"].device.type
+    'meta'
+    """
+    if isinstance(tensors, StoredTensors):
+        return tensors.like
+    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
+
+
+def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write a safetensors file beside its place and rename it there; one tensor at a time is asked for and held."""
+    like = shapes(tensors)
+    checksums = dict.fromkeys(like, "0" * 8)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with open(handle, "wb") as file:
+            file.write(_header(like, checksums, metadata))
+            for name in like:
+                buffer = _bytes(tensors[name].detach().to("cpu").contiguous())
+                checksums[name] = f"{zlib.crc32(buffer):08x}"
+                file.write(buffer)
+            file.seek(0)
+            file.write(_header(like, checksums, metadata))
+        install_file(temporary, path)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file: its tensors, on the CPU, and its metadata. NaN and infinity are refused by name."""
+    with TensorFile(path) as file:
+        return {name: file.read(name) for name in file.entries}, file.metadata
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; extremes tell, many times faster than a test of every value.
+
+    >>> finite(torch.tensor([1.0, float("nan")])), finite(torch.ones(0))
+    (False, True)
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.element_size() == 1:  # no float8 reductions
+        tensor = tensor.float()
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+
+
+def _header(like: Mapping[str, Tensor], checksums: Mapping[str, str], metadata: Mapping[str, str]) -> bytes:
+    entries: dict[str, Any] = {"__metadata__": {**metadata, _CHECKSUMS: json.dumps(checksums)}}
+    stop = 0
+    for name, tensor in like.items():
+        start, stop = stop, stop + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": _CODES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, stop]}
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)  # the data starts aligned, as the format asks
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
