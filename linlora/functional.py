@@ -10,19 +10,26 @@ True
 """
 
 from linlora.ops.dual.attention import attention
+from linlora.ops.grouped_lora_linear import grouped_lora_linear
+from linlora.ops.grouping import Groups, unique_tasks
 from linlora.ops.linearized_lora_linear import linearized_lora_linear
 from linlora.ops.lora_linear import lora_linear
+from linlora.ops.mix_inventories import mix_inventories
 from linlora.ops.routed_lora_linear import routed_lora_linear
 from linlora.products import jvp, vjp
 from linlora.solve import Solution, solve
 
 __all__ = [
+    "Groups",
     "Solution",
     "attention",
+    "grouped_lora_linear",
     "jvp",
     "linearized_lora_linear",
     "lora_linear",
+    "mix_inventories",
     "routed_lora_linear",
     "solve",
+    "unique_tasks",
     "vjp",
 ]

@@ -23,6 +23,7 @@ Everything here is composed of differentiable aten calls, so it runs in any dtyp
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -225,6 +226,23 @@ def mix(inventory: Tensor, mixture: Tensor) -> Tensor:
     return torch.einsum("...qs,qsab->...qab", mixture, inventory)
 
 
+def mix_inventory(A: Tensor | None, B: Tensor, mixture: Tensor) -> tuple[Tensor | None, Tensor]:
+    """The factors that weights (..., Q, S) mix from skills A (Q, S, K/Q, r), B (Q, S, r, N/Q) (arXiv 2211.03831)::
+
+    A_z = heads of Σ_s w_qs A_qs  (..., K, r)        B_z = heads of Σ_s w_qs B_qs  (..., r, N)
+    """
+    mixed_A = None if A is None else mix(A, mixture).flatten(-3, -2)
+    return mixed_A, mix(B, mixture).transpose(-3, -2).flatten(-2)
+
+
+def mix_inventories(
+    As: list[Tensor | None], Bs: list[Tensor], mixtures: list[Tensor]
+) -> tuple[list[Tensor | None], list[Tensor]]:
+    """`mix_inventory` of every layer: the factors (T, K, r) and (T, r, N) of T tasks, from weights (T, Q, S)."""
+    mixed = [mix_inventory(*layer) for layer in zip(As, Bs, mixtures, strict=True)]
+    return [A for A, _ in mixed], [B for _, B in mixed]
+
+
 def routed_lora_linear(
     x: Tensor,
     weight: Tensor,
@@ -237,28 +255,111 @@ def routed_lora_linear(
     *,
     A0: Tensor | None = None,
     B0: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
-    """One LoRA layer whose factors are mixed for every row from S skills in Q heads (arXiv 2211.03831), (..., N)::
+    """One LoRA layer whose factors are mixed for every row from S skills in Q heads, (..., N).
 
-        A_z = heads of Σ_s w_qs A_qs  (K, r)        B_z = heads of Σ_s w_qs B_qs  (r, N)
-        y = x Wᵀ + b + s (x A_z) B_z                                    plain
-        y = x Wᵀ + b + s [ (x A0ᵀ)(B0ᵀ + B_z) + (x A_z) B0ᵀ ]           linearized at (A0, B0)
-
-    A (Q, S, K/Q, r) and B (Q, S, r, N/Q), which linearized are offsets from the point; mixture (T, Q, S) with task_ids
-    (a row of it for every leading index of x), or the weights themselves, (leading dimensions of x, Q, S). `B0=None`
-    with an A0 is B0 = 0, and A has no effect then.
+    The factors are those of `mix_inventory` and the layer is `grouped_lora_linear`. The mixture is (T, Q, S) with
+    task_ids (a row of it for every leading index of x), or the weights themselves, (leading dimensions of x, Q, S).
     """
     B, mixture = B.to(x.dtype), mixture.to(x.dtype)
     w = mixture if task_ids is None else mixture[task_ids]
     w = w.view(*w.shape[:-2], *(1,) * (x.dim() + 1 - w.dim()), *w.shape[-2:])  # dimensions of x that share weights
-    A_z = None if A is None else mix(A.to(x.dtype), w).flatten(-3, -2)
-    B_z = mix(B, w).transpose(-3, -2).flatten(-2)
-    y, row = linear(x, weight, bias), x.unsqueeze(-2)
+    A_z, B_z = mix_inventory(None if A is None else A.to(x.dtype), B, w)
+    return _row_factors(x, weight, bias, A_z, B_z, scaling, A0, B0, dropout_p, seed)
+
+
+def grouped_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A: Tensor | None,
+    B: Tensor,
+    task_ids: Tensor,
+    scaling: float,
+    *,
+    A0: Tensor | None = None,
+    B0: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """One LoRA layer with factors A (T, K, r), B (T, r, N) of T tasks, task_ids for leading indices of x, (..., N)::
+
+        y = x Wᵀ + b + s (x A_t) B_t                                    plain
+        y = x Wᵀ + b + s [ (x A0ᵀ)(B0ᵀ + B_t) + (x A_t) B0ᵀ ]           linearized at (A0, B0)
+
+    Linearized, A and B are offsets from the point. `B0=None` with an A0 is B0 = 0, and A has no effect then.
+    """
+    A_t, B_t = _of_rows(x, A, task_ids), _of_rows(x, B, task_ids)
+    return _row_factors(x, weight, bias, A_t, B_t, scaling, A0, B0, dropout_p, seed)
+
+
+def dual_grouped_lora_linear(
+    x: Tensor,
+    x_tangent: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    A0: Tensor,
+    B0: Tensor | None,
+    A: Tensor | None,
+    B: Tensor,
+    task_ids: Tensor,
+    scaling: float,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Both streams of the linearized layer, (..., N)::
+
+    y   = x Wᵀ + b + s (x A0ᵀ) B0ᵀ
+    y_t = x_t Wᵀ + s [ (x_t A0ᵀ) B0ᵀ + (x A0ᵀ) B_t + (x A_t) B0ᵀ ]
+    """
+    A_t, B_t, A0 = _of_rows(x, A, task_ids), _of_rows(x, B, task_ids), A0.to(x.dtype)
+    low = dropout(x, dropout_p, seed)
+    u = linear(low, A0)
+    y, y_tangent = linear(x, weight, bias), scaling * (u.unsqueeze(-2) @ B_t).squeeze(-2)
+    if B0 is not None:
+        B0 = B0.to(x.dtype)
+        y = y + scaling * linear(u, B0)
+        if A_t is not None:
+            y_tangent = y_tangent + scaling * linear((low.unsqueeze(-2) @ A_t).squeeze(-2), B0)
+    if x_tangent is not None:
+        y_tangent = y_tangent + linear(x_tangent, weight)
+        if B0 is not None:
+            y_tangent = y_tangent + scaling * linear(linear(dropout(x_tangent, dropout_p, seed), A0), B0)
+    return y, y_tangent
+
+
+def _of_rows(x: Tensor, factors: Any, task_ids: Tensor) -> Any:
+    """The factor (..., a, b) of every row of x, from (T, a, b); None of None."""
+    if factors is None:
+        return None
+    of_examples = factors.to(x.dtype)[task_ids]
+    shared = (1,) * (x.dim() - 1 - task_ids.dim())
+    return of_examples.view(*task_ids.shape, *shared, *factors.shape[1:])
+
+
+def _row_factors(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A_z: Tensor | None,
+    B_z: Tensor,
+    scaling: float,
+    A0: Tensor | None,
+    B0: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """The layer with factors A_z (..., K, r), B_z (..., r, N) for every row of x (..., K)."""
+    y, low = linear(x, weight, bias), dropout(x, dropout_p, seed)
+    row = low.unsqueeze(-2)
     if A0 is None:
         if A_z is None:
             raise ValueError("A is missing: only a layer linearized at A0 and B0 = 0 does without")
         return y + scaling * (row @ A_z @ B_z).squeeze(-2)
-    u = linear(x, A0.to(x.dtype))
+    u = linear(low, A0.to(x.dtype))
     update = (u.unsqueeze(-2) @ B_z).squeeze(-2)
     if B0 is not None:
         c = u if A_z is None else u + (row @ A_z).squeeze(-2)

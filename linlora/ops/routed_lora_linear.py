@@ -1,33 +1,29 @@
 """`routed_lora_linear`: a LoRA layer whose factors are mixed from an inventory of skills, for every row by its task.
 
-    forward    y  = x Wᵀ + b + s u E       u = x S             S, E of the row's group, mixed once a group
-    backward   dx = g W      + s ū Sᵀ      ū = g Eᵀ            dE = s uᵀ g     dS = s xᵀ ū     sums over a group's rows
+It is three ops in a row, for a layer of your own. A model does the first two once for all of its layers:
 
-              plain                linearized at (A0, B0)      at B0 = 0
-    S         A_z                  [A0ᵀ, dA_z]                 A0ᵀ
-    E         B_z                  [B0ᵀ + dB_z; B0ᵀ]           dB_z
+    groups = Groups.of(task_ids, T, rows)                  linlora.ops.grouping
+    A, B   = mix_inventories([A], [B], [mixture])          linlora.ops.mix_inventories
+    y      = grouped_lora_linear(x, W, b, A, B, groups)    linlora.ops.grouped_lora_linear
 
-Mixing is ordinary autograd around this Function: dw and the gradients of the inventory follow from the mixed factors'
-own, one "unmix" product a layer. Saved for backward: u (M, r or 2r), x if A or W trains, the mixed factors.
-
-Where many tasks share few rows, and wherever the host should not look at the ids, the skills' activations are mixed
-instead of their factors (`linlora.ops.mixing.by_activations`).
+Only tasks that occur are mixed. Where hardly any rows share a task, or the inventory is no wider than one adapter, the
+skills' activations are mixed instead of their factors (`linlora.ops.mixing.by_activations`).
 """
 
 from __future__ import annotations
-
-from types import ModuleType
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from linlora import backends
-from linlora.ops import aten, composed
+from linlora.ops import composed, grouped_lora_linear
+from linlora.ops.aten.grouping import MIN_BLOCK
 from linlora.ops.checks import autocast_input
-from linlora.ops.mixing import by_activations, mix_factors
+from linlora.ops.grouping import Groups, unique_tasks
+from linlora.ops.mix_inventories import mix_inventories
+from linlora.ops.mixing import activations_pay, by_activations
 from linlora.ops.routing_checks import check_routed_lora_linear, check_task_ids
-from linlora.ops.transforms import refuse_double_backward, transform_active
+from linlora.ops.transforms import transform_active
 
 
 def routed_lora_linear(
@@ -42,6 +38,8 @@ def routed_lora_linear(
     *,
     A0: Tensor | None = None,
     B0: Tensor | None = None,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> Tensor:
     """One LoRA layer on rows of mixed tasks, each task with its own mixture of S skills in Q heads.
 
@@ -56,6 +54,8 @@ def routed_lora_linear(
         task_ids: integers below T, shaped like x's leading dimensions or the first of them: (batch,) gives every
             example its task, (batch, length) every token. Tasks may come in any order, and some not at all.
         A0: (r, K), B0: (N, r): the linearization point. Neither: plain routing. A0 alone: B0 = 0.
+        dropout_p, seed: LoRA dropout of the low-rank branch by the mask of `lora_linear`, made from `seed`, a 0-d
+            int64 tensor on x's device.
 
     Returns: (..., N), in the dtype of x (of autocast, where it is on).
 
@@ -76,7 +76,7 @@ def routed_lora_linear(
     [[1.0, 1.0], [5.5, 5.5], [1.0, 1.0]]
     """
     x = autocast_input(x)
-    check_routed_lora_linear(x, weight, bias, A, B, mixture, task_ids, A0, B0)
+    check_routed_lora_linear(x, weight, bias, A, B, mixture, task_ids, A0, B0, dropout_p, seed)
     if task_ids is None:
         mixture = mixture.reshape(-1, *mixture.shape[-2:])
         task_ids = torch.arange(mixture.shape[0], device=x.device)
@@ -86,122 +86,28 @@ def routed_lora_linear(
     if A0 is not None and B0 is None:
         A = None
     rows = x.reshape(-1, x.shape[-1])
-    y = _routed(rows, weight, bias, A, B, mixture, scaling, task_ids, A0, B0)
+    examples = task_ids.shape[0]
+    repeats = rows.shape[0] // max(examples, 1)
+    tasks, places = unique_tasks(task_ids, mixture.shape[0])
+    if _mixes_activations(x, weight, examples, repeats, tasks.shape[0], B, dropout_p):
+        every_row = task_ids.unsqueeze(1).expand(-1, repeats).reshape(-1)
+        y = by_activations(rows, weight, bias, A, B, mixture, scaling, every_row, A0, B0, dropout_p, seed)
+    else:
+        (mixed_A,), (mixed_B,) = mix_inventories([A], [B], [mixture.index_select(0, tasks)])
+        groups = Groups(places, tasks.shape[0], rows.shape[0])
+        y = grouped_lora_linear.unchecked(
+            rows, weight, bias, mixed_A, mixed_B, groups, scaling, A0, B0, dropout_p, seed
+        )  # fmt: skip
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _routed(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor | None,
-    B: Tensor,
-    mixture: Tensor,
-    scaling: float,
-    task_ids: Tensor,
-    A0: Tensor | None,
-    B0: Tensor | None,
-) -> Tensor:
-    """The op on a matrix x (M, K), with task_ids (E,) of M / E rows each: which of its forms runs."""
+def _mixes_activations(
+    x: Tensor, weight: Tensor, examples: int, repeats: int, groups: int, B: Tensor, dropout_p: float
+) -> bool:
+    """Which of the two forms runs; under a transform or torch.compile, on no rows or few, the one of fewer calls."""
     backend = backends.select(x.device, "routed_lora_linear")
-    if not hasattr(backend, "grouped_lora_linear"):
-        raise backends.BackendUnavailableError(
-            "routed_lora_linear has no kernel in the backend that was asked for: use 'torch' for it"
-        )
-    repeats = x.shape[0] // max(task_ids.shape[0], 1)
-    groups = None
-    if not _static(backend, x, weight):
-        groups = backend.group_rows(task_ids, repeats)
-        if backend is aten and not aten.grouping_pays(groups, x.shape[0], min(mixture.shape[0], mixture.shape[2])):
-            groups = None
-    if groups is None:
-        every_row = task_ids.unsqueeze(1).expand(-1, repeats).reshape(-1)
-        return by_activations(x, weight, bias, A, B, mixture, scaling, every_row, A0, B0)
-    mixed_A, mixed_B = mix_factors(A, B, mixture.index_select(0, groups.tasks))
-    return _GroupedLoraLinear.apply(x, weight, bias, mixed_A, mixed_B, A0, B0, scaling, groups, backend)
-
-
-def _static(backend: ModuleType, x: Tensor, weight: Tensor) -> bool:
-    """Whether the call runs composed: under a transform or torch.compile, on no rows or few (`composed.SMALL`), and
-    on a GPU without a grouped kernel, where the sizes of groups are not known on the host."""
-    if transform_active() or torch.compiler.is_compiling() or x.shape[0] == 0:
+    if transform_active() or torch.compiler.is_compiling() or x.numel() == 0:
         return True
-    return backend is aten and (x.device.type != "cpu" or composed.preferred(backend, x, weight, 0.0))
-
-
-class _GroupedLoraLinear(torch.autograd.Function):
-    """The layer with factors A (U, K, r), B (U, r, N) a group, or offsets from a point A0 (r, K), B0 (N, r)."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor | None,
-        B: Tensor,
-        A0: Tensor | None,
-        B0: Tensor | None,
-        scaling: float,
-        groups: Any,
-        backend: ModuleType,
-    ) -> Tensor:
-        down, up = _stack(A, B, A0, B0, x.dtype)
-        bias = bias if bias is None else bias.to(x.dtype)
-        y, u = backend.grouped_lora_linear(groups.gather(x), weight.to(x.dtype), bias, down, up, groups, scaling)
-        _, W_needs, _, A_needs, B_needs, A0_needs, B0_needs, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if W_needs or A_needs or A0_needs else None,
-            weight, down, up,
-            u if B_needs or B0_needs else None,
-        )  # fmt: skip
-        ctx.dtypes = [None if factor is None else factor.dtype for factor in (A, B, A0, B0)]
-        ctx.rank, ctx.scaling, ctx.groups, ctx.backend = B.shape[1], scaling, groups, backend
-        return groups.scatter(y)
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("routed_lora_linear")
-        x, weight, down, up, u = ctx.saved_tensors
-        x_needs, W_needs, bias_needs, A_needs, B_needs, A0_needs, B0_needs, *_ = ctx.needs_input_grad
-        rank, scaling, groups, backend = ctx.rank, ctx.scaling, ctx.groups, ctx.backend
-        A_dtype, B_dtype, A0_dtype, B0_dtype = ctx.dtypes
-        dx = dW = dA = dB = dA0 = dB0 = u_adjoint = None
-        ordered = groups.gather(g)
-        if x_needs:
-            dx, u_adjoint = backend.grouped_lora_linear(
-                ordered, weight.to(g.dtype).t(), None, up.mT, down.mT, groups, scaling
-            )
-            dx = groups.scatter(dx)
-        elif A_needs or A0_needs:
-            u_adjoint = backend.grouped_shrink(ordered, up.mT, groups)
-        rows = groups.gather(x) if A_needs or A0_needs else None
-        # Of a stacked pair, A0 owns the first columns of u and of its adjoint, the offsets A the last.
-        if A_needs and u_adjoint is not None:
-            dA = backend.grouped_reduce(u_adjoint[:, -rank:], rows, groups, scaling).mT.to(A_dtype)
-        if A0_needs and u_adjoint is not None:
-            dA0 = backend.grouped_reduce(u_adjoint[:, :rank], rows, groups, scaling).sum(0).to(A0_dtype)
-        if B_needs:
-            dB = backend.grouped_reduce(u[:, :rank], ordered, groups, scaling).to(B_dtype)
-        if B0_needs:
-            low = u[:, :rank] + u[:, rank:]
-            dB0 = backend.grouped_reduce(low, ordered, groups, scaling).sum(0).t().to(B0_dtype)
-        if W_needs:
-            dW = g.t() @ x
-        d_bias = g.sum(0) if bias_needs else None
-        return dx, dW, d_bias, dA, dB, dA0, dB0, None, None, None
-
-
-def _stack(
-    A: Tensor | None, B: Tensor, A0: Tensor | None, B0: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """The factors (U, K, r or 2r) and (U, r or 2r, N) that the layer multiplies with: the table above."""
-    if A0 is None:
-        assert A is not None
-        return A.to(dtype), B.to(dtype)
-    groups = B.shape[0]
-    down = A0.t().expand(groups, -1, -1)
-    if A is None or B0 is None:
-        return down.to(dtype), B.to(dtype)
-    point = B0.t().expand(groups, -1, -1)
-    return torch.cat((down, A), 2).to(dtype), torch.cat((point + B, point), 1).to(dtype)
+    if composed.preferred(backend, x, weight, dropout_p):
+        return True
+    return activations_pay(examples, repeats, groups, B.shape[1], B.shape[2], gathers=repeats < MIN_BLOCK)

@@ -5,15 +5,17 @@ Every backend offers the same functions, and the autograd Functions of `linlora.
 
 from linlora.ops.aten.activations import activation, activation_backward, gated_activation, gated_activation_backward
 from linlora.ops.aten.attention import attention, attention_backward
+from linlora.ops.aten.grouping import group_rows
 from linlora.ops.aten.linear import linear
 from linlora.ops.aten.lora import factor_gradients, folding_pays, linearized_lora_linear, lora_linear
+from linlora.ops.aten.mixing import mix_inventories, unmix_inventories
 from linlora.ops.aten.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from linlora.ops.aten.routed import (
-    group_rows,
+    dual_grouped_lora_linear,
+    grouped_gradients,
     grouped_lora_linear,
-    grouped_reduce,
     grouped_shrink,
-    grouping_pays,
+    place,
 )
 
 __all__ = [
@@ -21,20 +23,23 @@ __all__ = [
     "activation_backward",
     "attention",
     "attention_backward",
+    "dual_grouped_lora_linear",
     "factor_gradients",
     "folding_pays",
     "gated_activation",
     "gated_activation_backward",
     "group_rows",
+    "grouped_gradients",
     "grouped_lora_linear",
-    "grouped_reduce",
     "grouped_shrink",
-    "grouping_pays",
     "layer_norm",
     "layer_norm_backward",
     "linear",
     "linearized_lora_linear",
     "lora_linear",
+    "mix_inventories",
+    "place",
     "rms_norm",
     "rms_norm_backward",
+    "unmix_inventories",
 ]

@@ -1,134 +1,166 @@
-"""The routed LoRA primitives of the `torch` backend, for rows that are grouped by task on the host (a CPU's tensors).
+"""The routed LoRA primitives of the `torch` backend, on rows that `group_rows` has laid out in blocks.
 
-Rows of one task form groups, and groups are cut into blocks of one length, so that every product is one batched call
-whatever the tasks. (A loop of small products over the groups waits for all threads at each: 10 instead of 0.6 ms for
-x A at 2048x768x16 and 8 tasks, on 2 busy cores.) Every group has factors of its own, mixed before; forward and
-backward are one function of them:
+Every group t has factors of its own, mixed before; a layer may also have a linearization point, which all rows share.
+Forward and backward are one function of them:
 
-    shrink  (U, K, r)   wide → rank       forward: A_u     backward: B_uᵀ
-    expand  (U, r, N)   rank → wide       forward: B_u     backward: A_uᵀ
+    shrink S0   (K, r)      d_shrink dS_t  (T, K, r)      wide → rank      forward: A0ᵀ, A_t     backward: B0, B_tᵀ
+    expand E0   (r, N)      d_expand dE_t  (T, r, N)      rank → wide      forward: B0ᵀ, B_t     backward: A0, A_tᵀ
 
-The update is added to the frozen product in place: nothing of the size of x, y or W is made for it.
+    u = x' S0       c = u + x' dS_t       y = x Wᵀ + b + s [ c E0 + (u, without S0: c) dE_t ]
+
+All four make the linearized layer, d_shrink and d_expand plain routing; at B0 = 0 forward has shrink and d_expand,
+backward d_shrink and expand. With dropout, x' = x ⊙ mask / (1 − p); in the adjoint the mask falls on the update.
+
+The wide operands come twice: as rows, for the frozen product, and `place`d, for the products of the blocks.
 """
 
 from __future__ import annotations
-
-import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-MIN_BLOCK = 32
-"""Rows an example from which it is a block as it stands; shorter ones are gathered, one pass over x and one over y."""
+from linlora.ops.aten.grouping import Blocks
+from linlora.ops.aten.lora import dropout
 
 
-@dataclass(frozen=True)
-class Groups:
-    """Which rows share factors: blocks of `length` rows, of group `groups[block]`, whose task is `tasks[group]`.
-
-    tasks: (U,) the ids that occur, ascending. order: (P,) the rows of the blocks, P >= M, or None where the rows are
-    blocks as they come. A group's last block is filled up with its last row, and `padding` holds those places; row i
-    is at place inverse[i].
-    """
-
-    tasks: Tensor
-    groups: Tensor
-    length: int
-    order: Tensor | None = None
-    inverse: Tensor | None = None
-    padding: Tensor | None = None
-
-    def gather(self, rows: Tensor) -> Tensor:
-        """The blocks' rows (P, columns) of rows (M, columns)."""
-        return rows if self.order is None else rows.index_select(0, self.order)
-
-    def scatter(self, placed: Tensor) -> Tensor:
-        """The rows (M, columns) back from the blocks' places (P, columns)."""
-        return placed if self.inverse is None else placed.index_select(0, self.inverse)
-
-    def blocks(self, placed: Tensor) -> Tensor:
-        """(P, columns) as (blocks, length, columns)."""
-        return placed.unflatten(0, (len(self.groups), self.length))
-
-    def of_blocks(self, factors: Tensor) -> Tensor:
-        """Every block's own of a factor (U, a, b), in the factor's memory layout."""
-        if factors.stride(-1) != 1:
-            return factors.mT.index_select(0, self.groups).mT
-        return factors.index_select(0, self.groups)
-
-
-def group_rows(task_ids: Tensor, repeats: int = 1) -> Groups:
-    """The groups of rows whose tasks are `task_ids` (E,), a CPU tensor, each id for `repeats` rows in succession.
-
-    >>> import torch
-    >>> examples = group_rows(torch.tensor([5, 2, 5]), repeats=32)
-    >>> examples.tasks.tolist(), examples.groups.tolist(), examples.length
-    ([2, 5], [1, 0, 1], 32)
-    >>> tokens = group_rows(torch.tensor([5, 2, 5]))
-    >>> tokens.groups.tolist(), tokens.length, tokens.order.tolist()[:4], tokens.inverse.tolist()
-    ([0, 1], 4, [1, 1, 1, 1], [4, 0, 5])
-    """
-    tasks, groups = torch.unique(task_ids, return_inverse=True)
-    if repeats >= MIN_BLOCK:
-        return Groups(tasks, groups, repeats)
-    groups = groups.repeat_interleave(repeats)
-    sizes = torch.bincount(groups, minlength=len(tasks))
-    length = _block_length(len(groups), len(tasks))
-    blocks = (sizes + length - 1) // length
-    first_place, first_row = (blocks.cumsum(0) - blocks) * length, sizes.cumsum(0) - sizes
-    block_groups = torch.arange(len(tasks)).repeat_interleave(blocks)
-    place_groups = block_groups.repeat_interleave(length)
-    rank = torch.arange(len(place_groups)) - first_place[place_groups]  # of a place in its group
-    by_group = torch.argsort(groups, stable=True)
-    order = by_group[first_row[place_groups] + torch.minimum(rank, sizes[place_groups] - 1)]
-    real = rank < sizes[place_groups]
-    inverse = torch.empty_like(groups)
-    inverse[by_group] = real.nonzero().squeeze(1)
-    return Groups(tasks, block_groups, length, order, inverse, (~real).nonzero().squeeze(1))
-
-
-def grouping_pays(groups: Groups, rows: int, width: int) -> bool:
-    """Whether factors mixed a group beat activations of `width` skills (or tasks) mixed a row, on a CPU.
-
-    The latter cost 1.6 us a row and skill, forward and backward; gathering costs as much as 3 skills, a group as much
-    as 256 rows and skills (1024 rows of 768, r = 16, 2 to 32 skills, 4 to 128 tasks, one thread).
-    """
-    return width * rows > (1 if groups.order is None else 4) * rows + 256 * len(groups.tasks)
-
-
-def _block_length(rows: int, groups: int) -> int:
-    """The power of two near sqrt(8 rows a group): long blocks pad, short ones copy many factors (2048x768, r = 16)."""
-    return 2 ** max(round(math.log2(math.sqrt(8.0 * rows / max(groups, 1)) + 1e-9)), 2)
+def place(x: Tensor, layout: Blocks, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:
+    """x' (M, K) as the products of the blocks read it: (P, K), x itself where its rows are blocks as they come."""
+    return layout.gather(dropout(x, dropout_p, seed))
 
 
 def grouped_lora_linear(
     x: Tensor,
+    placed: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shrink: Tensor | None,
+    d_shrink: Tensor | None,
+    expand: Tensor | None,
+    d_expand: Tensor | None,
+    layout: Blocks,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    adjoint: bool = False,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y (M, N), u, c (M, r)) of x (M, K); u or c is (M, 0) where nothing makes it."""
+    y = linear(x, weight, bias)
+    u, c = _shrink(placed, shrink, d_shrink, layout)
+    if adjoint and dropout_p > 0.0:
+        update = torch.zeros_like(y)
+        _add_update(update, u, c, expand, d_expand, layout, scaling)
+        y += dropout(update, dropout_p, seed)
+    else:
+        _add_update(y, u, c, expand, d_expand, layout, scaling)
+    return y, layout.scatter(u), layout.scatter(c)
+
+
+def dual_grouped_lora_linear(
+    x: Tensor,
+    x_tangent: Tensor | None,
+    placed: Tensor,
     weight: Tensor,
     bias: Tensor | None,
     shrink: Tensor,
-    expand: Tensor,
-    groups: Groups,
+    d_shrink: Tensor | None,
+    expand: Tensor | None,
+    d_expand: Tensor,
+    layout: Blocks,
     scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Both streams, (y, y_tangent, u): y = x Wᵀ + b + s u E0 and y_t = x_t Wᵀ + s [ c E0 + u dE_t ], with
+    c = x' dS_t + x_t' S0. Without x_tangent its terms are absent; without `expand` (B0 = 0) y is the frozen layer."""
+    u, c = _shrink(placed, shrink, d_shrink, layout)
+    y, rows_u = linear(x, weight, bias), layout.scatter(u)
+    y_tangent = y.new_zeros(y.shape) if x_tangent is None else linear(x_tangent, weight)
+    if expand is not None:
+        expand = expand.to(x.dtype)
+        y.addmm_(rows_u, expand, alpha=scaling)
+        low = layout.scatter(c - u)
+        if x_tangent is not None:
+            low.addmm_(dropout(x_tangent, dropout_p, seed), shrink.to(x.dtype))
+        y_tangent.addmm_(low, expand, alpha=scaling)
+    _add_update(y_tangent, u, c, None, d_expand, layout, scaling)
+    return y, y_tangent, rows_u
+
+
+def grouped_shrink(
+    placed: Tensor, shrink: Tensor | None, d_shrink: Tensor | None, layout: Blocks, dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """u and c alone, (M, r) or (M, 0)."""
+    u, c = _shrink(placed, shrink, d_shrink, layout)
+    return layout.scatter(u), layout.scatter(c)
+
+
+def grouped_gradients(
+    p: Tensor | None,
+    g: Tensor | None,
+    q: Tensor | None,
+    x: Tensor | None,
+    layout: Blocks,
+    n_groups: int,
+    scaling: float,
+    out_dtype: torch.dtype,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """y = x Wᵀ + b + s u E with u = x S, S and E those of a row's group; returns (y, u), all in the groups' places."""
-    y = linear(x, weight, bias)
-    u = groups.blocks(x) @ groups.of_blocks(shrink)
-    groups.blocks(y).baddbmm_(u, groups.of_blocks(expand), alpha=scaling)
-    return y, u.flatten(0, 1)
+    """The gradients of every group's factors, s pᵀ g (T, r, N) and s x'ᵀ q (T, K, r), of rows p, q (M, r) and placed
+    g and x; a missing pair gives (0,)."""
+    empty = torch.empty(0, dtype=out_dtype, device=(g if x is None else x).device)  # type: ignore[union-attr]
+    d_expand = empty if p is None or g is None else _reduce(p, g, layout, n_groups, scaling).to(out_dtype)
+    d_shrink = empty if q is None or x is None else _reduce(q, x, layout, n_groups, scaling).mT.to(out_dtype)
+    return d_expand, d_shrink
 
 
-def grouped_shrink(x: Tensor, shrink: Tensor, groups: Groups) -> Tensor:
-    """u = x S alone, (P, r)."""
-    return torch.bmm(groups.blocks(x), groups.of_blocks(shrink)).flatten(0, 1)
+def _shrink(placed: Tensor, shrink: Tensor | None, d_shrink: Tensor | None, layout: Blocks) -> tuple[Tensor, Tensor]:
+    """u and c of every place; both in one product where both are wanted."""
+    nothing = placed.new_empty(placed.shape[0], 0)
+    if d_shrink is None:
+        assert shrink is not None
+        return placed @ shrink.to(placed.dtype), nothing
+    factors = d_shrink.to(placed.dtype)
+    if shrink is not None:
+        point = shrink.to(placed.dtype).expand_as(factors)
+        factors = torch.cat((point, point + factors), 2)
+    low = torch.bmm(layout.cut(placed), layout.of_blocks(factors)).flatten(0, 1)
+    return (nothing, low) if shrink is None else low.chunk(2, 1)  # type: ignore[return-value]
 
 
-def grouped_reduce(low: Tensor, wide: Tensor, groups: Groups, scaling: float) -> Tensor:
-    """s lowᵀ wide over the rows of every group, (U, r, columns), float32 or wider: the gradients of the factors."""
-    if groups.padding is not None:
-        low = low.index_fill(0, groups.padding, 0.0)
-    products = torch.bmm(groups.blocks(low).mT, groups.blocks(wide))
+def _add_update(
+    y: Tensor,
+    u: Tensor,
+    c: Tensor,
+    expand: Tensor | None,
+    d_expand: Tensor | None,
+    layout: Blocks,
+    scaling: float,
+) -> None:
+    """y (M, N) += s [ c E0 + (u or c) dE_t ], of places u and c."""
+    if d_expand is None:
+        assert expand is not None
+        y.addmm_(layout.scatter(c), expand.to(y.dtype), alpha=scaling)
+        return
+    factors, low = d_expand.to(y.dtype), u if u.shape[1] else c
+    if expand is not None:
+        factors = torch.cat((factors, expand.to(y.dtype).expand_as(factors)), 1)
+        low = torch.cat((u, c), 1)
+    low, factors = layout.cut(low), layout.of_blocks(factors)
+    if layout.order is None:
+        layout.cut(y).baddbmm_(low, factors, alpha=scaling)
+    else:
+        y.add_(layout.scatter(torch.bmm(low, factors).flatten(0, 1)), alpha=scaling)
+
+
+def _reduce(low: Tensor, placed: Tensor, layout: Blocks, n_groups: int, scaling: float) -> Tensor:
+    """s lowᵀ wide over the rows of every group, (T, r, columns), summed in float32 or wider."""
+    low = layout.gather(low)
+    if layout.real is not None:
+        low = low * layout.real.unsqueeze(1)
+    products = torch.bmm(layout.cut(low).mT, layout.cut(placed))
     dtype = torch.promote_types(low.dtype, torch.float32)
-    total = torch.zeros(len(groups.tasks), *products.shape[1:], dtype=dtype)
-    return total.index_add_(0, groups.groups, products.to(dtype), alpha=scaling)
+    total = torch.zeros(n_groups, *products.shape[1:], dtype=dtype, device=low.device)
+    return total.index_add_(0, layout.groups, products.to(dtype), alpha=scaling)

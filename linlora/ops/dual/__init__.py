@@ -8,8 +8,18 @@ that is None is zero and costs nothing. One file an op, one backend call in each
 
 from linlora.ops.dual.activations import activation, gated_activation
 from linlora.ops.dual.attention import attention
+from linlora.ops.dual.grouped_lora_linear import grouped_lora_linear
 from linlora.ops.dual.linear import linear
 from linlora.ops.dual.lora_linear import lora_linear
 from linlora.ops.dual.norms import layer_norm, rms_norm
 
-__all__ = ["activation", "attention", "gated_activation", "layer_norm", "linear", "lora_linear", "rms_norm"]
+__all__ = [
+    "activation",
+    "attention",
+    "gated_activation",
+    "grouped_lora_linear",
+    "layer_norm",
+    "linear",
+    "lora_linear",
+    "rms_norm",
+]

@@ -1,0 +1,119 @@
+"""`grouped_lora_linear` of model scope: both streams of a routed layer, and the gradient of the whole linearization.
+
+    forward    y    = x W ᵀ  + b + s u B0ᵀ              u = x' A0ᵀ
+               y_t  = x_t Wᵀ + s [ c B0ᵀ + u B_t ]      c = x' A_t + x_t' A0ᵀ
+
+    backward   dx   = g W + s ū A0                      ū = g B0
+               dB_t = s uᵀ g      dA_t = s x'ᵀ ū        sums over the rows of group t
+
+The primal is the layer at its point (A0, B0), the same for all rows; only the tangent knows of groups. As in
+`lora_linear`, the offsets A_t and B_t receive what the primal's derivative with respect to them is. Where B0 = 0 the
+primal is the frozen layer alone, and A_t has neither effect nor gradient.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linlora import backends
+from linlora.ops.checks import autocast_input
+from linlora.ops.grouping import Groups
+from linlora.ops.routing_checks import check_grouped_lora_linear
+from linlora.ops.transforms import refuse_double_backward
+
+
+def grouped_lora_linear(
+    x: Tensor,
+    x_tangent: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    A0: Tensor,
+    B0: Tensor | None,
+    A: Tensor | None,
+    B: Tensor,
+    groups: Groups,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(y, y_tangent), both (..., N); arguments as in `linlora.functional.grouped_lora_linear`, linearized.
+
+    A (T, K, r) and B (T, r, N) receive the gradient of y; W, b, A0 and B0 are frozen. Raises ValueError for what does
+    not fit.
+    """
+    x = autocast_input(x)
+    x_tangent = None if x_tangent is None else autocast_input(x_tangent)
+    check_grouped_lora_linear(
+        x, weight, bias, A, B, groups.n_groups, groups.rows, A0, B0, x_tangent, dropout_p, seed
+    )  # fmt: skip
+    backend = backends.select(x.device, "routed_lora_linear")
+    return _GroupedLoraLinear.apply(
+        x, x_tangent, weight, bias, A0, B0, None if B0 is None else A, B, groups, scaling, dropout_p, seed, backend
+    )
+
+
+class _GroupedLoraLinear(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_tangent: Tensor | None,
+        weight: Tensor,
+        bias: Tensor | None,
+        A0: Tensor,
+        B0: Tensor | None,
+        A: Tensor | None,
+        B: Tensor,
+        groups: Groups,
+        scaling: float,
+        dropout_p: float,
+        seed: Tensor | None,
+        backend: ModuleType,
+    ) -> tuple[Tensor, Tensor]:
+        rows, layout = x.reshape(-1, x.shape[-1]), groups.layout(backend)
+        rows_tangent = None if x_tangent is None else x_tangent.reshape(rows.shape)
+        y, y_tangent, u = backend.dual_grouped_lora_linear(
+            rows, rows_tangent, backend.place(rows, layout, dropout_p, seed),
+            weight.to(x.dtype), bias if bias is None else bias.to(x.dtype),
+            A0.t(), A, None if B0 is None else B0.t(), B, layout, scaling, dropout_p, seed,
+        )  # fmt: skip
+        A_needs, B_needs = ctx.needs_input_grad[6:8]
+        ctx.save_for_backward(x if A_needs else None, weight, A0, B0, u if B_needs else None, seed)
+        ctx.scaling, ctx.dropout_p, ctx.backend, ctx.groups, ctx.x_shape = scaling, dropout_p, backend, groups, x.shape
+        ctx.factor_dtype = B.dtype
+        shape = (*x.shape[:-1], weight.shape[0])
+        y, y_tangent = y.view(shape), y_tangent.view(shape)
+        ctx.mark_non_differentiable(y_tangent)
+        return y, y_tangent
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("grouped_lora_linear")
+        x, weight, A0, B0, u, seed = ctx.saved_tensors
+        x_needs, (A_needs, B_needs) = ctx.needs_input_grad[0], ctx.needs_input_grad[6:8]
+        backend, layout, dropout = ctx.backend, ctx.groups.layout(ctx.backend), (ctx.dropout_p, seed)
+        g = g.reshape(-1, g.shape[-1])
+        dx = u_adjoint = dA = dB = None
+        if B0 is None:
+            dx = g @ weight.to(g.dtype) if x_needs else None
+        elif x_needs:
+            dx, u_adjoint, _ = backend.linearized_lora_linear(
+                g, weight.to(g.dtype).t(), None, B0.t(), None, None, A0.t(), ctx.scaling, *dropout, adjoint=True
+            )
+        elif A_needs:
+            u_adjoint = g @ B0.to(g.dtype)
+        if A_needs or B_needs:
+            dB, dA = backend.grouped_gradients(
+                u, backend.place(g, layout) if B_needs else None,
+                u_adjoint if A_needs else None,
+                backend.place(x.reshape(-1, x.shape[-1]), layout, *dropout) if A_needs else None,
+                layout, ctx.groups.n_groups, ctx.scaling, ctx.factor_dtype, *dropout,
+            )  # fmt: skip
+        return (
+            None if dx is None else dx.view(ctx.x_shape), None, None, None, None, None,
+            dA if A_needs else None, dB if B_needs else None, None, None, None, None, None,
+        )  # fmt: skip
