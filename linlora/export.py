@@ -14,6 +14,7 @@ from linlora.files import install_file
 from linlora.folding import folded_configs, folded_state_dict
 from linlora.linearize import accelerate
 from linlora.modules import fused_layers
+from linlora.sharding import is_sharded, writes
 from linlora.task_vector import TaskVector, _one_adapter
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
@@ -33,6 +34,11 @@ def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"merge takes a PeftModel, got {type(model).__name__}")
+    if is_sharded(model):
+        raise ValueError(
+            "merge: the weights are sharded (FSDP2), and no process holds them whole; linlora.export the adapter and "
+            "merge it in one process"
+        )
     accelerate(model)  # plain layers merge by the same fp32 rule; linearized ones stay as they are
     for name, layer in fused_layers(model):
         for adapter in adapters or layer.active_adapters:
@@ -48,6 +54,8 @@ def export(model: PeftModel, directory: str | os.PathLike, adapter: str | None =
     rank r where B0 = 0 and 2r elsewhere; `task_vector.safetensors` holds (dA, dB) and the linearization point, for
     `TaskVector.load`. A plain LoRA adapter has no linearization point, so no vector is written for it: save
     `TaskVector.from_model(model, point=start)` beside it. Each file is replaced in one step.
+
+    Of a model sharded by FSDP2 every process has to call this, and rank 0 writes; under DDP let rank 0 call it.
 
     >>> import linlora, tempfile, peft
     >>> model = linlora.testing.tiny_model("bert")
@@ -66,14 +74,15 @@ def export(model: PeftModel, directory: str | os.PathLike, adapter: str | None =
             "TaskVector.from_model(model).save(path), or export the layer-scope function: "
             "linlora.set_scope(model, 'layer')"
         )
+    state_dict = folded_state_dict(model)
+    if not writes(model):
+        return
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=directory, prefix=".export."))
     try:
         with folded_configs(model):
-            type(model).save_pretrained(
-                model, str(staging), selected_adapters=[adapter], state_dict=folded_state_dict(model)
-            )
+            type(model).save_pretrained(model, str(staging), selected_adapters=[adapter], state_dict=state_dict)
         if vector.scope == "layer":
             vector.save(staging / TASK_VECTOR_FILE)
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):

@@ -25,13 +25,20 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 
 from linlora.modules import FusedLoraLinear
+from linlora.sharding import whole
 
 _HOOK = "_folded_factors_hook"
 
 
 def folded_state_dict(model: PeftModel, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The state dict of `model` with (A', B') in place of the factors of every adapter that started at B0 != 0."""
+    """The state dict of `model` with (A', B') in place of the factors of every adapter that started at B0 != 0.
+
+    Of a sharded model what PEFT saves is gathered, which takes every process; the base weights are not.
+    """
     state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+    for name in state_dict:
+        if "lora_" in name or "modules_to_save" in name:
+            state_dict[name] = whole(state_dict[name])
     for path, layer in model.named_modules():
         if isinstance(layer, FusedLoraLinear):
             for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from linlora import backends, folding
 from linlora.model_scope import check_model_scope, enter_model_scope, leave_model_scope
 from linlora.modules import FusedLoraLinear, fuse_layer, fused_layers, unfuse_layer, unsupported
+from linlora.sharding import is_sharded
 
 if TYPE_CHECKING:
     from linlora.stream import Stream
@@ -130,6 +131,7 @@ def linearize(model: PeftModel, scope: str = "layer", point: TaskVector | None =
             f"linearize takes a PeftModel, got {type(model).__name__}: wrap it with peft.get_peft_model(model, "
             "LoraConfig(...)) or load one with PeftModel.from_pretrained(model, directory)"
         )
+    _check_whole(model, "linearize", "linearize it before fully_shard, or before accelerate or the Trainer prepare it")
     layers = _lora_layers(model)
     for name, layer in layers:
         linearized = [a for a, state in getattr(layer, "states", {}).items() if state != "plain"]
@@ -194,6 +196,7 @@ def delinearize(model: PeftModel) -> PeftModel:
             raise ValueError(
                 f"layer '{name}': adapters {layer.merged_adapters} are merged; call model.unmerge_adapter()"
             )
+    _check_whole(model, "delinearize", "linlora.export the adapter, which PEFT loads into a whole model")
     leave_model_scope(model)
     for _, layer in layers:
         for adapter, state in layer.states.items():
@@ -293,6 +296,11 @@ def _trainable(parameters: Iterable[Tensor]) -> int:
 def _check_scope(scope: str) -> None:
     if scope not in ("layer", "model"):
         raise ValueError(f"unknown scope {scope!r}: choose 'layer' or 'model'")
+
+
+def _check_whole(model: nn.Module, action: str, remedy: str) -> None:
+    if is_sharded(model):
+        raise ValueError(f"{action}: the model is sharded (FSDP2), and {action} would replace its parameters; {remedy}")
 
 
 def _families(names: Iterable[str]) -> list[str]:

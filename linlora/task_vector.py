@@ -19,6 +19,7 @@ from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
 
 from linlora.files import CorruptFileError, load_tensors, save_tensors
+from linlora.sharding import sharded_like, whole
 
 FORMAT = "linlora.task_vector"
 FORMAT_VERSION = "1"
@@ -304,7 +305,7 @@ def _one_adapter(model: PeftModel, adapter: str | None) -> str:
 
 
 def _copy(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    return whole(tensor.detach()).to("cpu", copy=True)
 
 
 def _assign(parameter: Tensor, value: Tensor | float, name: str) -> None:
@@ -314,7 +315,7 @@ def _assign(parameter: Tensor, value: Tensor | float, name: str) -> None:
             "their ranks or layer sizes differ; create the adapter with the LoraConfig the vector was trained with"
         )
     with torch.no_grad():
-        parameter.fill_(value) if isinstance(value, float) else parameter.copy_(value)
+        parameter.fill_(value) if isinstance(value, float) else parameter.copy_(sharded_like(value, parameter))
 
 
 def _hash(point: dict[str, Tensor]) -> str:

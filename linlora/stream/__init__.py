@@ -8,6 +8,7 @@
     fallback      every other function: forward-mode AD of that one function, counted
     modules       modules that are fused as a whole, because they reach the stream in pieces
     head          where a stream ends: the model's outputs and the modules trained beside the adapter
+    sharded       through modules sharded by FSDP2, whose hooks follow autograd
 
 Inputs have no tangent. They stay plain tensors until the first adapter, whose layer returns the first DualTensor.
 """

@@ -12,12 +12,14 @@ from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from linlora.stream.sharded import follow_sharding, forget_sharding
 from linlora.stream.tensor import DualTensor, TangentError, collapse, duals
 
 
 def attach(model: PeftModel) -> None:
-    """End the stream of a PEFT model where its users expect plain tensors."""
-    model.get_base_model().register_forward_hook(collapse_outputs)
+    """End the stream of a PEFT model where its users expect plain tensors, and before the hooks of others see it."""
+    model.get_base_model().register_forward_hook(collapse_outputs, prepend=True)
+    model.get_base_model().register_forward_pre_hook(follow_sharding)
     for module in model.modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
             module.register_forward_pre_hook(collapse_inputs, with_kwargs=True)
@@ -25,9 +27,10 @@ def attach(model: PeftModel) -> None:
 
 def detach(model: PeftModel) -> None:
     """Undo `attach`. The hooks are found by identity, so that a copy of a model lets go of them too."""
+    forget_sharding(model)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if hook in (collapse_outputs, collapse_inputs)]:
+            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
@@ -48,3 +51,6 @@ def collapse_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
 
 def collapse_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return collapse(args), collapse(kwargs)
+
+
+_HOOKS = (collapse_outputs, collapse_inputs, follow_sharding)

@@ -151,7 +151,7 @@ def duals(tree: Any) -> Iterator[DualTensor]:
 
 def primals(tree: Any) -> Any:
     """The arguments of a call with every DualTensor replaced by its primal."""
-    return _replace(tree, _primal)
+    return replace_duals(tree, _primal)
 
 
 def collapse(tree: Any) -> Any:
@@ -159,10 +159,10 @@ def collapse(tree: Any) -> Any:
 
     Its gradient is the primal's: J δ is a constant to autograd.
     """
-    return _replace(tree, _value)
+    return replace_duals(tree, _value)
 
 
-def _replace(tree: Any, leaf: Callable[[DualTensor], Tensor]) -> Any:
+def replace_duals(tree: Any, leaf: Callable[[DualTensor], Tensor]) -> Any:
     """A tree of tuples, lists and dicts with its DualTensors replaced; what holds none is the same object."""
     if isinstance(tree, DualTensor):
         return leaf(tree)
@@ -171,9 +171,9 @@ def _replace(tree: Any, leaf: Callable[[DualTensor], Tensor]) -> Any:
     if isinstance(tree, dict):  # and transformers' ModelOutput, which is one
         replaced = copy.copy(tree)
         for name, child in tree.items():
-            replaced[name] = _replace(child, leaf)
+            replaced[name] = replace_duals(child, leaf)
         return replaced
-    children = [_replace(child, leaf) for child in tree]
+    children = [replace_duals(child, leaf) for child in tree]
     return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
 
 
