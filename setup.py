@@ -17,6 +17,7 @@ setup(
         "linlora.fusion",
         "linlora.routing",
         "linlora.stream",
+        "linlora.training",
         "linlora.quickstart",
         "linlora.kernels",
         "linlora.bench",

@@ -1,0 +1,79 @@
+"""The model of a run: a base model with its adapter, at its linearization point, ready to train by its method."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from linlora.export import TASK_VECTOR_FILE
+from linlora.linearize import Report, accelerate, linearize
+from linlora.task_vector import TaskVector
+from linlora.training.settings import Settings
+from linlora.training.task import Task
+
+
+@dataclass(frozen=True)
+class Adapted:
+    """A model that has not been trained yet.
+
+    Attributes:
+        model: the PeftModel, plain or linearized.
+        start: its task vector, zero, with the linearization point.
+        report: what was done to its layers.
+    """
+
+    model: PeftModel
+    start: TaskVector
+    report: Report
+
+
+def adapt(task: Task, point: TaskVector | None = None) -> Adapted:
+    """The model of a task's settings at its start: at `point`, at that of the settings, or drawn from their seed.
+
+    Runs of one model, seed and LoRA settings draw one point, whatever their data sets are.
+    """
+    settings = task.settings
+    point = point or read_point(settings)
+    base = task.base_model()
+    torch.manual_seed(settings.seed)  # what came before it, a head of another size, has no say in the point
+    model = get_peft_model(base, lora_config(task, base))
+    if point is not None:
+        point.move_point(model)
+    if settings.method in ("layer", "model"):
+        report = linearize(model, settings.method)
+    else:
+        report = accelerate(model)
+        if settings.method == "lora-fa":
+            freeze_A(model)
+    return Adapted(model, TaskVector.from_model(model), report)
+
+
+def lora_config(task: Task, base: nn.Module) -> LoraConfig:
+    """PEFT's configuration for the LoRA settings of a task."""
+    options: dict[str, Any] = dict(task.settings.lora)
+    if task.settings.head == "trained" and (head := task.head_modules(base)):
+        options["modules_to_save"] = sorted({*options.get("modules_to_save", []), *head})
+    try:
+        return LoraConfig(**options, task_type=task.task_type)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"lora: {error}") from error
+
+
+def read_point(settings: Settings) -> TaskVector | None:
+    """The linearization point the settings name."""
+    if settings.point is None:
+        return None
+    path = Path(settings.point)
+    return TaskVector.load(path / TASK_VECTOR_FILE if path.is_dir() else path)
+
+
+def freeze_A(model: nn.Module) -> None:
+    """LoRA-FA: B alone trains."""
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad_(False)

@@ -1,0 +1,99 @@
+"""Reading base models: loudly where a checkpoint cannot do what is asked of it, quietly elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from linlora.training.settings import Settings
+
+
+def config_of(settings: Settings) -> Any:
+    """The configuration of a checkpoint."""
+    from transformers import AutoConfig
+
+    return _read(settings, AutoConfig, "a configuration")
+
+
+def tokenizer_of(settings: Settings) -> Any:
+    """The tokenizer of a checkpoint; its end of text pads where it has no padding of its own."""
+    from transformers import AutoTokenizer
+
+    tokenizer = _read(settings, AutoTokenizer, "a tokenizer")
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise ValueError(f"model '{settings.model}': its tokenizer has neither a padding nor an end-of-text token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def image_processor_of(settings: Settings) -> Any:
+    """The image processor of a checkpoint."""
+    from transformers import AutoImageProcessor
+
+    return _read(settings, AutoImageProcessor, "an image processor")
+
+
+def load_model(settings: Settings, kind: Any, **options: Any) -> tuple[Any, tuple[str, ...]]:
+    """A frozen model of a transformers (auto) class, in eval mode, and the weights its checkpoint lacks.
+
+    Those are drawn from the seed of the settings; `refuse_new` says which may be.
+    """
+    torch.manual_seed(settings.seed)
+    with quiet():
+        try:
+            model, info = kind.from_pretrained(
+                settings.model, output_loading_info=True, **{**settings.model_options, **options}
+            )
+        except TypeError as error:
+            raise ValueError(f"model_options: {error}") from error
+        except (OSError, RuntimeError) as error:
+            raise ValueError(f"model '{settings.model}' could not be read as {kind.__name__}: {error}") from error
+    mismatched = (key if isinstance(key, str) else key[0] for key in info.get("mismatched_keys", ()))
+    return model.requires_grad_(False).eval(), tuple(sorted({*info["missing_keys"], *mismatched}))
+
+
+def refuse_new(settings: Settings, new: Sequence[str], trained: Sequence[str] = (), remedy: str = "") -> None:
+    """Raise a ValueError for weights that the checkpoint lacks, outside the modules that are trained."""
+    random = [name for name in new if not any(name.startswith(f"{module}.") for module in trained)]
+    if random:
+        more = f" and {len(random) - 3} more" if len(random) > 3 else ""
+        raise ValueError(f"model '{settings.model}' lacks {', '.join(random[:3])}{more}, which would be random{remedy}")
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep transformers' notes on new weights to itself: what they mean is checked here."""
+    from transformers.utils import logging
+
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def check_kind(settings: Settings, config: Any, mapping: Any, what: str) -> None:
+    """Raise a ValueError unless transformers has a model of this configuration in one of its auto mappings."""
+    if type(config) not in mapping:
+        raise ValueError(
+            f"model '{settings.model}' is a {config.model_type}, which transformers has no {what} model of; choose "
+            f"another model, or a kind other than '{settings.kind}'"
+        )
+
+
+def _read(settings: Settings, kind: Any, what: str) -> Any:
+    revision = settings.model_options.get("revision")
+    trust = settings.model_options.get("trust_remote_code", False)
+    try:
+        with quiet():
+            return kind.from_pretrained(settings.model, revision=revision, trust_remote_code=trust)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model '{settings.model}': {what} could not be read: {error}") from error

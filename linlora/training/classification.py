@@ -1,0 +1,119 @@
+"""Classification of texts or images by a head, trained beside the adapter or frozen; numbers where labels are such."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from linlora.training.checkpoints import (
+    check_kind,
+    config_of,
+    image_processor_of,
+    load_model,
+    refuse_new,
+    tokenizer_of,
+)
+from linlora.training.labels import classes_of, is_number
+from linlora.training.settings import Settings
+from linlora.training.task import Row, Task, images_of
+
+
+class Classification(Task):
+    """A head over the classes of the label column; one output, trained by squared error, where that holds numbers."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        data = settings.data
+        train = self.rows("train")
+        self.config = config_of(settings)
+        if data.image:
+            self._auto: Any = transformers.AutoModelForImageClassification
+            mapping, what = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, "image classification"
+        else:
+            self._auto = transformers.AutoModelForSequenceClassification
+            mapping, what = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "text classification"
+        check_kind(settings, self.config, mapping, what)
+        if data.image:
+            self.processor = image_processor_of(settings)
+        else:
+            self.tokenizer = tokenizer_of(settings)
+        self.answer = "numbers" if is_number(train, data.label) else "classes"
+        self.classes = None if self.answer == "numbers" else classes_of(train, data.label, settings.class_names)
+        if settings.head == "trained" and data.text:
+            self.task_type = "SEQ_CLS"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        data = self.settings.data
+        return (*data.text, *([data.image] if data.image else []), data.label)
+
+    @property
+    def class_count(self) -> int:
+        return 1 if self.classes is None else len(self.classes.names)
+
+    def base_model(self) -> nn.Module:
+        settings, trained = self.settings, self.settings.head == "trained"
+        model, new = load_model(settings, self._auto, **(self._head_options() if trained else {}))
+        if trained:
+            refuse_new(settings, new, self.head_modules(model))
+        else:
+            refuse_new(settings, new, remedy=": it has no trained head; set head: trained")
+        if model.config.num_labels != self.class_count:
+            raise ValueError(
+                f"model '{settings.model}' has a head of {model.config.num_labels} classes, column "
+                f"'{settings.data.label}' has {self.class_count}; set head: trained"
+            )
+        if settings.data.text:
+            model.config.pad_token_id = self.tokenizer.pad_token_id
+        return model
+
+    def head_modules(self, model: nn.Module) -> tuple[str, ...]:
+        base = getattr(model, "base_model_prefix", "")
+        children = dict(model.named_children())
+        if base not in children:
+            raise ValueError(
+                f"{type(model).__name__} keeps its head among its layers ({', '.join(children)}); set head: frozen, or "
+                "lora: {modules_to_save: [...]} with head: frozen"
+            )
+        return tuple(
+            name for name, module in children.items() if name != base and any(True for _ in module.parameters())
+        )
+
+    def inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
+        data = self.settings.data
+        if data.image:
+            return dict(self.processor(images=images_of(rows, data.image), return_tensors="pt"))
+        texts = [[str(row[column]) for row in rows] for column in data.text]
+        options = {"padding": True, "truncation": True, "max_length": self.settings.max_length}
+        return dict(self.tokenizer(*texts, **options, return_tensors="pt"))
+
+    def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
+        dtype = torch.float32 if self.classes is None else torch.long
+        return {**self.inputs(rows), "labels": torch.tensor([self.expected(row) for row in rows], dtype=dtype)}
+
+    def expected(self, row: Row) -> Any:
+        value = row[self.settings.data.label]
+        return float(value) if self.classes is None else self.classes.index(value)
+
+    def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        return model(**inputs).logits
+
+    def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Any]:
+        logits = self.logits(model, inputs)
+        return (logits.argmax(-1) if self.classes is not None else logits.float().squeeze(-1)).tolist()
+
+    def _head_options(self) -> dict[str, Any]:
+        if self.classes is None:
+            return {"num_labels": 1, "problem_type": "regression", "ignore_mismatched_sizes": True}
+        names = self.classes.names
+        return {
+            "num_labels": len(names),
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: i for i, name in enumerate(names)},
+            "problem_type": "single_label_classification",
+            "ignore_mismatched_sizes": True,
+        }

@@ -1,0 +1,74 @@
+"""What a model scores on a split of a task."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+
+from linlora.fusion.search import bar
+from linlora.products import evaluating
+from linlora.training.task import Task
+
+
+def evaluate(
+    model: nn.Module, task: Task, split: str = "validation", limit: int | None = None, progress: bool = True
+) -> dict[str, float]:
+    """The scores of a model on the rows of a split, in the arithmetic (bf16, fp16) the task is trained in.
+
+    In a process group every process takes its share of the rows, and all return the scores of all rows.
+
+    Args:
+        model: a model of `adapt(task)`, with any task vector applied, or a plain one of the same outputs.
+        limit: the first rows alone.
+        progress: show a bar, where stderr is a terminal.
+
+    Returns: "score", which is that of `task.metric`; every score of its kind of answer (`linlora.training.metrics`),
+        as fractions; "rows"; and for answers in words "unanswered", the fraction that gave none.
+    """
+    rows = task.rows(split)
+    count = len(rows) if limit is None else min(limit, len(rows))
+    arguments = task.settings.training
+    size = int(arguments.get("per_device_eval_batch_size", 0) or arguments["per_device_train_batch_size"])
+    device = next(model.parameters()).device
+    predicted: list[Any] = []
+    mine = _share(count)
+    with evaluating(model), torch.no_grad(), arithmetic(task, device):
+        for start in bar(range(0, len(mine), size), f"evaluating {task.settings.name}", progress):
+            inputs = task.inputs([rows[i] for i in mine[start : start + size]])
+            inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
+            predicted += task.predict(model, inputs)
+    by_row = dict(zip(mine, predicted, strict=True))
+    if _processes() > 1:
+        by_row = dict(gather_object(list(by_row.items())))
+    answers = [by_row[i] for i in range(count)]
+    scores = task.scores(answers, [task.expected(rows[i]) for i in range(count)])
+    if task.settings.kind == "text-to-text" and task.answer == "classes":
+        scores["unanswered"] = sum(answer < 0 for answer in answers) / count
+    return {**scores, "rows": count}
+
+
+@contextmanager
+def arithmetic(task: Task, device: torch.device) -> Iterator[None]:
+    """Autocast to what the training arguments say."""
+    arguments = task.settings.training
+    dtype = torch.bfloat16 if arguments.get("bf16") else torch.float16 if arguments.get("fp16") else None
+    with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
+        yield
+
+
+def _share(count: int) -> list[int]:
+    """The rows of this process: every process has as many, so that sharded models stay in step; some are done twice."""
+    processes = _processes()
+    each = -(-count // processes)
+    first = dist.get_rank() * each if processes > 1 else 0
+    return [min(i, count - 1) for i in range(first, first + each)]
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

@@ -1,0 +1,126 @@
+"""The folder of a run: whose settings it belongs to, where it stopped, and what it holds when it is done.
+
+settings.yaml                 what the run was started with
+point.safetensors             the linearization point, written before the first step
+checkpoint-N/                 of transformers' Trainer
+adapter_model.safetensors, adapter_config.json     for stock PEFT; none at model scope, which no adapter has
+task_vector.safetensors       for linlora: TaskVector.load
+head.safetensors              a head that was trained
+metrics.json                  the last file: a folder that holds it is done
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import Tensor
+
+from linlora.export import TASK_VECTOR_FILE
+from linlora.files import load_tensors, write_text
+from linlora.quickstart.artifacts import LOCK_FILE
+from linlora.quickstart.artifacts import only_run_in as locked
+from linlora.task_vector import TaskVector
+from linlora.training.head import HEAD_FILE
+from linlora.training.settings import Settings
+
+SETTINGS_FILE = "settings.yaml"
+POINT_FILE = "point.safetensors"
+METRICS_FILE = "metrics.json"
+_STATE_FILE = "trainer_state.json"  # the Trainer writes it last
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished run. `Run.open(folder)` reads one; `train` returns one.
+
+    Attributes:
+        folder: where it is.
+        settings: what it was started with.
+        metrics: what metrics.json holds: the scores by split, how long it took, and where.
+    """
+
+    folder: Path
+    settings: Settings
+    metrics: dict[str, Any]
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Raises FileNotFoundError for a folder that is not of a finished run, and says what it is."""
+        folder = Path(folder)
+        if not (folder / SETTINGS_FILE).is_file():
+            raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {SETTINGS_FILE}")
+        if not (folder / METRICS_FILE).is_file():
+            raise FileNotFoundError(f"the run in {folder} is not finished; start it again to continue")
+        return cls(folder, Settings.from_yaml(folder / SETTINGS_FILE), json.loads((folder / METRICS_FILE).read_text()))
+
+    @property
+    def vector(self) -> TaskVector:
+        return TaskVector.load(self.folder / TASK_VECTOR_FILE)
+
+    @property
+    def head(self) -> dict[str, Tensor] | None:
+        """The trained head, for `linlora.training.set_head`; None where none was trained."""
+        path = self.folder / HEAD_FILE
+        return load_tensors(path)[0] if path.exists() else None
+
+
+def check_folder(settings: Settings, fresh: bool = False) -> None:
+    """Accept a new folder, or that of a run of the same settings to continue; with `fresh` delete the run in it.
+
+    Raises ValueError for a run of other settings, with the fields that differ; FileExistsError for a folder that holds
+    anything else, which is never written to, nor emptied.
+    """
+    folder = Path(settings.out)
+    file = folder / SETTINGS_FILE
+    if folder.exists() and not file.exists() and not (folder.is_dir() and _is_empty(folder)):
+        raise FileExistsError(f"{folder} is not empty and not a run of linlora train; choose another --out")
+    if fresh and file.exists():
+        shutil.rmtree(folder)
+    if file.exists() and (differences := Settings.from_yaml(file).differences(settings)):
+        raise ValueError(
+            f"{folder} holds a run of other settings (there and now: {'; '.join(differences)}); choose another --out, "
+            "or start over with --fresh"
+        )
+
+
+def _is_empty(folder: Path) -> bool:
+    return all(path.name == LOCK_FILE for path in folder.iterdir())
+
+
+@contextmanager
+def only_run_in(folder: Path, state: PartialState) -> Iterator[None]:
+    """Make the folder and keep a second run out of it. The lock is the first process's and ends with it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with locked(folder) if state.is_main_process else nullcontext():
+        yield
+
+
+def kept_point(settings: Settings) -> TaskVector | None:
+    """The point an interrupted run started from."""
+    path = Path(settings.out) / POINT_FILE
+    return TaskVector.load(path) if path.exists() else None
+
+
+def last_checkpoint(folder: Path, state: PartialState) -> str | None:
+    """The last checkpoint that is whole, the same for every process; one that was cut short is deleted."""
+    found: list[tuple[int, str]] = []
+    if state.is_main_process:
+        for checkpoint in folder.glob("checkpoint-*"):
+            try:
+                found.append((json.loads((checkpoint / _STATE_FILE).read_text())["global_step"], str(checkpoint)))
+            except (OSError, ValueError, KeyError):
+                shutil.rmtree(checkpoint)
+    last = [max(found)[1] if found else None]
+    return broadcast_object_list(last)[0]
+
+
+def write_metrics(folder: str | Path, metrics: dict[str, Any]) -> None:
+    write_text(Path(folder) / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")

@@ -1,0 +1,316 @@
+"""Everything a training run is made of: a frozen dataclass that a YAML file or flags fill, checked before any work."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+from linlora.training import plain_yaml
+
+KINDS = ("classification", "text-to-text", "zero-shot")
+METHODS = ("lora", "lora-fa", "layer", "model")
+HEADS = ("trained", "frozen")
+
+# TrainingArguments that `Settings` or `train` decide, with what to set instead.
+_RESERVED = {
+    "output_dir": "out",
+    "seed": "seed",
+    "resume_from_checkpoint": "nothing: a run continues in its folder by itself",
+    "remove_unused_columns": "nothing: the columns that are used are named under data",
+    "label_names": "data.label",
+    "do_train": "nothing", "do_eval": "nothing", "do_predict": "nothing",
+    "push_to_hub": "nothing: upload the folder of the run when it is done",
+}  # fmt: skip
+_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+_TRAINING = {"per_device_train_batch_size": 16, "learning_rate": 1e-4, "max_steps": 1000}
+
+
+@dataclass(frozen=True)
+class Data:
+    """Where the rows come from and which of their columns are used.
+
+    Attributes:
+        path: a data set on the hub, a folder that `datasets.load_dataset` reads (csv, json, parquet, or a folder of
+            images), or a csv, tsv, json, jsonl or parquet file.
+        config: the configuration of a data set that has several.
+        train, test: a split, also a slice of one ("train[:80%]"), or a file. Without `test` nothing is tested.
+        validation: the same; or how many rows of train, a fraction below 1 or a number, are held out for it.
+        text: the columns of a classified text, one or two. image: the column of an image.
+        label: the column of the class (its name or index), of the number, or of the answer.
+    """
+
+    path: str | None = None
+    config: str | None = None
+    train: str = "train"
+    validation: str | float = "validation"
+    test: str | None = None
+    text: tuple[str, ...] = ()
+    image: str | None = None
+    label: str = "label"
+
+    def __post_init__(self) -> None:
+        _check_strings("data", self, ("path", "config", "test", "image"), optional=True)
+        _check_strings("data", self, ("train", "label"))
+        _set(self, "text", _strings("data.text", self.text))
+        held_out = self.validation
+        if isinstance(held_out, bool) or not isinstance(held_out, (str, int, float)):
+            raise ValueError(f"data.validation is a split, a fraction or a number of rows, got {held_out!r}")
+        if not isinstance(held_out, str) and not (0 < held_out < 1 or (held_out >= 1 and held_out == int(held_out))):
+            raise ValueError(
+                f"data.validation: {held_out} is neither a fraction of train, above 0 and below 1, nor a number of rows"
+            )
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One training run.
+
+    Attributes:
+        model: a transformers checkpoint, by its id on the hub or its folder.
+        kind: "classification" of texts or images by a head, "text-to-text" with a prompt and an answer, or "zero-shot"
+            with CLIP, whose text tower builds the classes and whose image tower is adapted.
+        data: see `Data`.
+        out: the folder of the run. name: of the task; both follow from the data where they are not given.
+        method: "lora", "lora-fa" (A frozen), or the scope of the linearization, "layer" or "model".
+        head: of a classifier: "trained" beside the adapter, or "frozen" as the checkpoint has it.
+        prompt: of text-to-text, with the columns in braces: "{premise} Does it follow that {hypothesis}?"
+        answers: the words of the classes 0, 1, ... for text-to-text. Without them an answer is the label column itself.
+        class_names: of zero-shot, in the order of the classes; the data set's own where it has them.
+        templates: of zero-shot: sentences around a class name, which stands for {}.
+        metric: the number a run is judged by; see `linlora.training.metrics`.
+        max_length: tokens of a text or prompt; what is longer is cut. max_new_tokens: of an answer.
+        point: start from this linearization point: a task vector file, or a folder that holds one. Vectors of several
+            tasks add if their runs start from one point; those of one model, seed and LoRA settings do.
+        seed: of the adapter, a new head, and the order of the rows.
+        lora: fields of `peft.LoraConfig`: r, lora_alpha, lora_dropout, target_modules, use_rslora, ...
+        training: fields of `transformers.TrainingArguments`.
+        model_options: keyword arguments of the model's `from_pretrained`: dtype, revision, attn_implementation, ...
+
+    >>> settings = Settings("bert-base-uncased", "classification", Data("reviews.csv", text=("review",)))
+    >>> settings.name, settings.out, settings.lora["r"]
+    ('reviews', 'runs/reviews', 16)
+    >>> Settings.from_dict({**settings.to_dict(), "metod": "layer"})
+    Traceback (most recent call last):
+    ValueError: settings: unknown key 'metod'; did you mean 'method'? The keys are model, kind, data, out, name, \
+method, head, prompt, answers, class_names, templates, metric, max_length, max_new_tokens, point, seed, lora, \
+training, model_options
+    """
+
+    model: str
+    kind: str
+    data: Data
+    out: str = ""
+    name: str = ""
+    method: str = "layer"
+    head: str = "trained"
+    prompt: str | None = None
+    answers: tuple[str, ...] = ()
+    class_names: tuple[str, ...] = ()
+    templates: tuple[str, ...] = ("a photo of a {}.",)
+    metric: str | None = None
+    max_length: int = 512
+    max_new_tokens: int = 16
+    point: str | None = None
+    seed: int = 0
+    lora: Mapping[str, Any] = field(default_factory=dict)
+    training: Mapping[str, Any] = field(default_factory=dict)
+    model_options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        _check_strings("settings", self, ("model", "kind", "out", "name", "method", "head"))
+        _check_strings("settings", self, ("prompt", "metric", "point"), optional=True)
+        for key in ("answers", "class_names", "templates"):
+            _set(self, key, _strings(key, getattr(self, key)))
+        for key in ("max_length", "max_new_tokens", "seed"):
+            value = getattr(self, key)
+            if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "seed" else 1):
+                raise ValueError(f"{key} is a whole number, got {value!r}")
+        _choice("kind", self.kind, KINDS)
+        _choice("method", self.method, METHODS)
+        _choice("head", self.head, HEADS)
+        self._check_kind()
+        _set(self, "lora", {**_LORA, **_checked_lora(self.lora)})
+        _set(self, "training", {**_training_defaults(self.training), **_checked_training(self.training)})
+        _set(self, "model_options", _plain("model_options", self.model_options))
+        _set(self, "name", self.name or _name(self.data))
+        _set(self, "out", self.out or f"runs/{self.name}")
+
+    def _check_kind(self) -> None:
+        data, kind = self.data, self.kind
+        if data.path is None and "." not in data.train:
+            raise ValueError("data.path is missing: name a data set on the hub, a folder or a file")
+        wanted = {
+            "classification": ("data.text or data.image", bool(data.text) != bool(data.image)),
+            "text-to-text": ("prompt", bool(self.prompt)),
+            "zero-shot": ("data.image", bool(data.image)),
+        }
+        what, given = wanted[kind]
+        if not given:
+            either = "one of the two, " if " or " in what else ""
+            raise ValueError(f"kind '{kind}' needs {either}{what}")
+        if len(data.text) > 2:
+            raise ValueError(f"data.text: a text of one or two columns is classified, got {list(data.text)}")
+        if kind == "zero-shot" and not (self.templates and all("{}" in template for template in self.templates)):
+            raise ValueError(f"templates: each needs a {{}} for the class name, got {list(self.templates)}")
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any], where: str = "settings") -> Settings:
+        """Settings from plain values, as YAML gives them; an unknown key is an error that lists the known ones."""
+        _check_keys(where, content, cls)
+        for key in ("model", "kind", "data"):
+            if content.get(key) is None:
+                raise ValueError(f"{where}: '{key}' is missing")
+        if not isinstance(content["data"], Mapping):
+            raise ValueError(f"{where}: 'data' is a section (path, train, label, ...), got {content['data']!r}")
+        _check_keys(f"{where}, data", content["data"], Data)
+        try:
+            return cls(**{**content, "data": Data(**content["data"])})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from None
+
+    @classmethod
+    def from_yaml(cls, path: str | Path) -> Settings:
+        """Read the file of one task; `linlora.training.recipe` reads those of many."""
+        return cls.from_dict(plain_yaml.read(path), str(path))
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, which `from_dict` takes."""
+        return json.loads(json.dumps(asdict(self)))
+
+    def to_yaml(self, path: str | Path | None = None) -> str:
+        """The YAML text, also written to `path` where one is given.
+
+        >>> settings = Settings("gpt2", "text-to-text", Data("tasks.jsonl"), prompt="{question}")
+        >>> Settings.from_dict(plain_yaml.parse(settings.to_yaml())) == settings
+        True
+        """
+        from linlora.files import write_text
+
+        text = plain_yaml.dump(self.to_dict())
+        if path is not None:
+            write_text(path, text)
+        return text
+
+    def changed(self, **changes: Any) -> Settings:
+        """The same settings but for some fields. Sections are merged: changed(training={"max_steps": 10})."""
+        sections: dict[str, Any] = {
+            key: {**getattr(self, key), **changes.pop(key)}
+            for key in ("lora", "training", "model_options")
+            if key in changes
+        }
+        return replace(self, **sections, **changes)
+
+    def differences(self, other: Settings) -> list[str]:
+        """The fields, with both values, in which other settings differ, but for the folder.
+
+        >>> settings = Settings("gpt2", "text-to-text", Data("tasks.jsonl"), prompt="{question}")
+        >>> settings.differences(settings.changed(seed=1, out="elsewhere"))
+        ['seed: 0 and 1']
+        """
+        mine, others = flat(self.to_dict()), flat(other.to_dict())
+        return [
+            f"{key}: {mine.get(key)} and {others.get(key)}"
+            for key in sorted(mine.keys() | others.keys())
+            if key != "out" and mine.get(key) != others.get(key)
+        ]
+
+
+def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections as dotted keys.
+
+    >>> flat({"seed": 0, "lora": {"r": 8}})
+    {'seed': 0, 'lora.r': 8}
+    """
+    keys: dict[str, Any] = {}
+    for key, value in content.items():
+        keys.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
+    return keys
+
+
+def unknown(where: str, key: str, known: Iterable[str]) -> ValueError:
+    """The error for a key that is not among the known ones: the nearest of them, and all."""
+    known = list(known)
+    near = difflib.get_close_matches(key, known, 1)
+    hint = f"did you mean '{near[0]}'? " if near else ""
+    return ValueError(f"{where}: unknown key '{key}'; {hint}The keys are {', '.join(known)}")
+
+
+def _check_keys(where: str, content: Mapping[str, Any], kind: type) -> None:
+    known = [f.name for f in fields(kind)]
+    for key in content:
+        if key not in known:
+            raise unknown(where, str(key), known)
+
+
+def _checked_lora(options: Mapping[str, Any]) -> dict[str, Any]:
+    from peft import LoraConfig
+
+    options = _plain("lora", options)
+    known = [f.name for f in fields(LoraConfig)]
+    for key in options:
+        if key not in known:
+            raise unknown("lora", key, known)
+    for key in ("task_type", "inference_mode", "base_model_name_or_path"):
+        if key in options:
+            raise ValueError(f"lora.{key} follows from the other settings; leave it out")
+    return options
+
+
+def _checked_training(options: Mapping[str, Any]) -> dict[str, Any]:
+    from transformers import TrainingArguments
+
+    options = _plain("training", options)
+    known = list(inspect.signature(TrainingArguments).parameters)
+    for key in options:
+        if key in _RESERVED:
+            raise ValueError(f"training.{key} is not set here; set {_RESERVED[key]}")
+        if key not in known:
+            raise unknown("training", key, known)
+    return options
+
+
+def _training_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Epochs that are asked for are not cut short by the default number of steps."""
+    return {k: v for k, v in _TRAINING.items() if k != "max_steps" or "num_train_epochs" not in options}
+
+
+def _plain(where: str, section: Any) -> dict[str, Any]:
+    """A section as plain values, the same however it was written (tuples are lists)."""
+    if not isinstance(section, Mapping):
+        raise ValueError(f"'{where}' is a section of 'key: value' lines, got {section!r}")
+    try:
+        return json.loads(json.dumps(dict(section)))
+    except TypeError as error:
+        raise ValueError(f"'{where}' holds plain values (numbers, words, lists): {error}") from None
+
+
+def _strings(where: str, value: Any) -> tuple[str, ...]:
+    values = (value,) if isinstance(value, str) else value
+    if not isinstance(values, (list, tuple)) or not all(isinstance(item, str) for item in values):
+        raise ValueError(f"'{where}' is a list of texts, got {value!r} (quote numbers)")
+    return tuple(values)
+
+
+def _check_strings(where: str, holder: Any, keys: Iterable[str], optional: bool = False) -> None:
+    for key in keys:
+        value = getattr(holder, key)
+        if not isinstance(value, str) and not (optional and value is None):
+            raise ValueError(f"{where}: '{key}' is a text, got {value!r}")
+
+
+def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"unknown {key} '{value}'; choose one of {', '.join(choices)}")
+
+
+def _set(holder: Any, key: str, value: Any) -> None:
+    object.__setattr__(holder, key, value)
+
+
+def _name(data: Data) -> str:
+    return data.config or Path(data.path or data.train).stem

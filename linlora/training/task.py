@@ -1,0 +1,145 @@
+"""A task: the rows of a data set, and what a model has to do with them. One subclass for each kind."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from linlora.training.data import SPLITS, load_split
+from linlora.training.metrics import check_metric, class_scores, default_metric, number_scores, text_scores
+from linlora.training.settings import Settings
+
+Row = Mapping[str, Any]
+
+
+class Task(ABC):
+    """What `linlora.training.load_task` returns for settings. Rows are read when they are first asked for.
+
+    Attributes:
+        settings: what it was made from.
+        answer: what is predicted: "classes", "numbers" or "text".
+        loss: of (outputs, labels, items in the batch), where the model does not compute its own.
+        task_type: what PEFT calls the kind of model, or None.
+    """
+
+    answer: str
+    loss: Any = None
+    task_type: str | None = None
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self._splits: dict[str, Any] = {}
+
+    @property
+    def metric(self) -> str:
+        """The name of the number the task is judged by."""
+        return self.settings.metric or default_metric(self.answer)
+
+    def check_metric(self) -> None:
+        """Raise a ValueError for a metric that does not fit the answers."""
+        check_metric(self.metric, self.answer)
+
+    @property
+    @abstractmethod
+    def columns(self) -> tuple[str, ...]:
+        """The columns that are read."""
+
+    def rows(self, split: str) -> Any:
+        """The rows of a split, a `datasets.Dataset`, with the columns that are read."""
+        if split not in self._splits:
+            rows = load_split(self.settings.data, split, self.columns)
+            self._splits[split] = rows.select_columns(list(dict.fromkeys(self.columns)))
+        return self._splits[split]
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The names of the splits there are."""
+        return tuple(split for split in SPLITS if split != "test" or self.settings.data.test is not None)
+
+    @abstractmethod
+    def base_model(self) -> nn.Module:
+        """A new frozen model, as the checkpoint has it, with a head for this task."""
+
+    @abstractmethod
+    def head_modules(self, model: nn.Module) -> tuple[str, ...]:
+        """The modules of a base model that train beside the adapter."""
+
+    @abstractmethod
+    def inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """The inputs of the model for some rows; their labels are not looked at."""
+
+    @abstractmethod
+    def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
+        """What the model is trained on for some rows: inputs and labels."""
+
+    @abstractmethod
+    def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """What the model says of each class, (rows, classes)."""
+
+    @abstractmethod
+    def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Any]:
+        """The answers of the model: class indices, numbers or texts."""
+
+    @abstractmethod
+    def expected(self, row: Row) -> Any:
+        """The right answer of a row."""
+
+    @property
+    @abstractmethod
+    def class_count(self) -> int:
+        """How many classes there are, where the answers are classes."""
+
+    def scores(self, predicted: Sequence[Any], expected: Sequence[Any]) -> dict[str, float]:
+        """The scores of predictions, "score" being that of `metric`."""
+        if self.answer == "classes":
+            scores = class_scores(predicted, expected, self.class_count)
+        else:
+            scores = (number_scores if self.answer == "numbers" else text_scores)(predicted, expected)
+        return {"score": scores[self.metric], **scores}
+
+    def batches(self, split: str, size: int, limit: int | None = None) -> Batches:
+        """The unlabeled batches of a split, the first `limit` rows of it, as often as they are asked for."""
+        return Batches(self, split, size, limit)
+
+
+class Batches:
+    """Unlabeled batches that can be gone through again and again."""
+
+    def __init__(self, task: Task, split: str, size: int, limit: int | None) -> None:
+        self._task, self._split, self._size, self._limit = task, split, size, limit
+
+    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+        rows = self._task.rows(self._split)
+        end = len(rows) if self._limit is None else min(self._limit, len(rows))
+        for start in range(0, end, self._size):
+            yield self._task.inputs([rows[i] for i in range(start, min(start + self._size, end))])
+
+
+def images_of(rows: Sequence[Row], column: str) -> list[Any]:
+    """The images of some rows, in three channels."""
+    try:
+        return [row[column].convert("RGB") for row in rows]
+    except AttributeError:
+        raise ValueError(
+            f"column '{column}' holds {type(rows[0][column]).__name__}, not images; name the column of the images in "
+            "data.image"
+        ) from None
+
+
+def load_task(settings: Settings) -> Task:
+    """The task of some settings, its train split checked: that its columns are there and its labels make sense."""
+    from linlora.training.classification import Classification
+    from linlora.training.text_to_text import TextToText
+    from linlora.training.zero_shot import ZeroShot
+
+    kinds: dict[str, Callable[[Settings], Task]] = {
+        "classification": Classification,
+        "text-to-text": TextToText,
+        "zero-shot": ZeroShot,
+    }
+    task = kinds[settings.kind](settings)
+    task.check_metric()
+    return task

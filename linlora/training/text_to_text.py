@@ -1,0 +1,157 @@
+"""Text-to-text: a prompt made of the columns of a row, and an answer the model writes. Encoder-decoder or causal."""
+
+from __future__ import annotations
+
+import string
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from linlora.training.answers import NO_NUMBER, match, number
+from linlora.training.checkpoints import check_kind, config_of, load_model, refuse_new, tokenizer_of
+from linlora.training.labels import Classes, classes_of, is_number
+from linlora.training.settings import Settings
+from linlora.training.task import Row, Task
+
+_IGNORED = -100  # labels at which transformers takes no loss
+
+
+class TextToText(Task):
+    """The answer is one of some words (`answers`, or classes by name), a number written with one decimal, or free."""
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        self.config = config_of(settings)
+        self.causal = not self.config.is_encoder_decoder
+        self._auto: Any
+        if self.causal:
+            self._auto, mapping = transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        else:
+            self._auto = transformers.AutoModelForSeq2SeqLM
+            mapping = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
+        check_kind(settings, self.config, mapping, "text-generating")
+        self.task_type = "CAUSAL_LM" if self.causal else "SEQ_2_SEQ_LM"
+        self.tokenizer = tokenizer_of(settings)
+        train, label = self.rows("train"), settings.data.label
+        self.classes: Classes | None = None
+        if settings.answers or hasattr(train.features[label], "names"):
+            self.answer, self.classes = "classes", classes_of(train, label, settings.answers)
+        else:
+            self.answer = "numbers" if is_number(train, label) else "text"
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (*_fields(str(self.settings.prompt)), self.settings.data.label)
+
+    @property
+    def class_count(self) -> int:
+        return 0 if self.classes is None else len(self.classes.names)
+
+    def base_model(self) -> nn.Module:
+        model, new = load_model(self.settings, self._auto)
+        refuse_new(self.settings, new)
+        return model
+
+    def head_modules(self, model: nn.Module) -> tuple[str, ...]:
+        return ()
+
+    def prompt(self, row: Row) -> str:
+        return str(self.settings.prompt).format_map(row)
+
+    def answer_text(self, row: Row) -> str:
+        """The answer as the model is to write it."""
+        expected = self.expected(row)
+        if self.classes is not None:
+            return self.classes.names[expected]
+        return f"{expected:.1f}" if self.answer == "numbers" else expected
+
+    def expected(self, row: Row) -> Any:
+        value = row[self.settings.data.label]
+        if self.classes is not None:
+            return self.classes.index(value)
+        return float(value) if self.answer == "numbers" else str(value)
+
+    def inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
+        prompts = [self.prompt(row) for row in rows]
+        if not self.causal:
+            return self._tokens(prompts)
+        return self._padded([self._ids(prompt) for prompt in prompts], side="left")
+
+    def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
+        answers = [self.answer_text(row) for row in rows]
+        if not self.causal:
+            tokens = self._tokens(answers)
+            ignored = tokens["attention_mask"] == 0
+            return {**self.inputs(rows), "labels": tokens["input_ids"].masked_fill(ignored, _IGNORED)}
+        prompts = [self._ids(self.prompt(row)) for row in rows]
+        written = [self._answer_ids(answer) for answer in answers]
+        tokens = self._padded([p + a for p, a in zip(prompts, written, strict=True)], side="right")
+        labels = torch.full_like(tokens["input_ids"], _IGNORED)
+        for row, (p, a) in enumerate(zip(prompts, written, strict=True)):
+            labels[row, len(p) : len(p) + len(a)] = torch.tensor(a)
+        return {**tokens, "labels": labels}
+
+    def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Of the first token of the answer, over the vocabulary."""
+        if self.causal:
+            return model(**inputs).logits[:, -1]
+        start = torch.full_like(inputs["input_ids"][:, :1], self.config.decoder_start_token_id)
+        return model(**inputs, decoder_input_ids=start).logits[:, -1]
+
+    def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Any]:
+        options = {"max_new_tokens": self.settings.max_new_tokens, "do_sample": False, "num_beams": 1}
+        generator: Any = model
+        tokens = generator.generate(**inputs, **options, pad_token_id=self.tokenizer.pad_token_id)
+        if self.causal:
+            tokens = tokens[:, inputs["input_ids"].shape[1] :]
+        return [self.read(text) for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+
+    def read(self, text: str) -> Any:
+        """The answer a generated text gives: a class index, a number or the text."""
+        if self.classes is not None:
+            return match(text, self.classes.names)
+        if self.answer == "numbers":
+            value = number(text)
+            return NO_NUMBER if value is None else value
+        return text
+
+    def _tokens(self, texts: list[str]) -> dict[str, Any]:
+        options = {"padding": True, "truncation": True, "max_length": self.settings.max_length}
+        tokens = self.tokenizer(texts, **options, return_tensors="pt")
+        return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
+
+    def _ids(self, prompt: str) -> list[int]:
+        return self.tokenizer(prompt, truncation=True, max_length=self.settings.max_length)["input_ids"]
+
+    def _answer_ids(self, answer: str) -> list[int]:
+        """A space stands between prompt and answer; the end of text after the answer ends it."""
+        ids = self.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
+        return ids + ([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])
+
+    def _padded(self, sequences: list[list[int]], side: str) -> dict[str, Any]:
+        length = max(map(len, sequences))
+        ids, mask = [], []
+        for sequence in sequences:
+            missing = length - len(sequence)
+            padding, zeros, ones = [self.tokenizer.pad_token_id] * missing, [0] * missing, [1] * len(sequence)
+            ids.append(padding + sequence if side == "left" else sequence + padding)
+            mask.append(zeros + ones if side == "left" else ones + zeros)
+        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+
+
+def _fields(prompt: str) -> tuple[str, ...]:
+    """The columns a prompt names.
+
+    >>> _fields("{premise} Does it follow that {hypothesis}?")
+    ('premise', 'hypothesis')
+    """
+    try:
+        found = [name for _, name, _, _ in string.Formatter().parse(prompt) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"prompt: {error}; write {{{{ for a brace that stands for itself") from None
+    if not found or not all(name.isidentifier() for name in found):
+        raise ValueError(f"prompt: name the columns of the data set in braces, as in {{question}}; got {prompt!r}")
+    return tuple(found)

@@ -1,0 +1,107 @@
+"""Transformers' Trainer for a task: its rows, its loss and its own evaluation; and what it shows while it trains."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+
+from linlora.training.adapted import freeze_A
+from linlora.training.evaluation import evaluate
+from linlora.training.settings import Settings
+from linlora.training.task import Task
+
+# What a run does unless its settings say otherwise; ratios are of all steps.
+_DEFAULTS: dict[str, Any] = {
+    "save_steps": 0.1,
+    "save_total_limit": 1,
+    "logging_steps": 0.02,
+    "report_to": "none",
+    "gradient_checkpointing_kwargs": {"use_reentrant": False},  # which model scope needs
+}
+
+
+def training_arguments(settings: Settings) -> TrainingArguments:
+    """The TrainingArguments of a run."""
+    own = {"output_dir": settings.out, "seed": settings.seed, "remove_unused_columns": False, "disable_tqdm": True}
+    try:
+        return TrainingArguments(**{**_DEFAULTS, **settings.training, **own})
+    except (TypeError, ValueError, ImportError) as error:
+        raise ValueError(f"training: {error}") from error
+
+
+class TaskTrainer(Trainer):
+    """Trains the model of `adapt(task)`; evaluates by the scores of the task, as `eval_score`, `eval_accuracy`, ..."""
+
+    def __init__(self, task: Task, model: torch.nn.Module, console: Console) -> None:
+        self.task = task
+        arguments = training_arguments(task.settings)
+        super().__init__(
+            model,
+            arguments,
+            data_collator=task.batch,
+            train_dataset=task.rows("train"),
+            eval_dataset=task.rows("validation") if arguments.eval_strategy != "no" else None,
+            compute_loss_func=task.loss,
+        )
+        self.remove_callback(PrinterCallback)
+        self.progress = ShowProgress(console, task.settings.name)
+        self.add_callback(self.progress)
+
+    def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
+        scores = evaluate(self.model, self.task, progress=False)
+        scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(scores)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
+        return scores
+
+    def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_checkpoint(*args, **kwargs)
+        if self.task.settings.method == "lora-fa":  # PEFT lets all of an adapter train that it loads
+            freeze_A(self.model)
+
+
+class ShowProgress(TrainerCallback):
+    """A bar with the loss and the learning rate; in a log file a line at each logging step."""
+
+    def __init__(self, console: Console, name: str) -> None:
+        self.console, self.name = console, name
+        self.bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.console.is_terminal:
+            columns = (
+                TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
+                TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[last]}"),
+            )  # fmt: skip
+            self.bar = Progress(*columns, console=self.console)
+            self.steps = self.bar.add_task(
+                f"training {self.name}", total=state.max_steps, completed=state.global_step, last=""
+            )
+            self.bar.start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(self.steps, completed=state.global_step)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
+        shown = {name: value for name, value in (logs or {}).items() if name in ("loss", "learning_rate", "eval_score")}
+        if not shown:
+            return
+        text = ", ".join(f"{name.replace('_', ' ')} {float(value):.4g}" for name, value in shown.items())
+        if self.bar is not None:
+            self.bar.update(self.steps, last=text)
+        else:
+            self.console.print(f"{self.name}: step {state.global_step} of {state.max_steps}, {text}", highlight=False)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+            self.bar = None

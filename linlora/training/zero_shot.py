@@ -1,0 +1,116 @@
+"""Zero-shot classification with CLIP: the frozen text tower builds the classes, the image tower is adapted.
+
+The prototype of a class is the mean, normalised, of the normalised embeddings of its sentences (each template with the
+name of the class in it). The logits of an image are its normalised embedding times the prototypes, times CLIP's scale.
+The text tower runs once for a model and list of classes, and is let go of; the head stays exact and outside of what is
+linearized.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from linlora.training.checkpoints import config_of, image_processor_of, load_model, refuse_new, tokenizer_of
+from linlora.training.labels import classes_of
+from linlora.training.settings import Settings
+from linlora.training.task import Row, Task, images_of
+
+_TEXTS_AT_ONCE = 256
+
+
+class ZeroShot(Task):
+    """The image tower of a CLIP model, with a head of class prototypes."""
+
+    answer = "classes"
+
+    def __init__(self, settings: Settings) -> None:
+        super().__init__(settings)
+        config = config_of(settings)
+        prefix = type(config).__name__.removesuffix("Config")
+        self._tower = getattr(transformers, f"{prefix}VisionModelWithProjection", None)
+        if self._tower is None or not hasattr(config, "logit_scale_init_value"):
+            raise ValueError(
+                f"model '{settings.model}' is a {config.model_type}; kind 'zero-shot' takes a CLIP checkpoint, with a "
+                "text and an image tower"
+            )
+        self.processor = image_processor_of(settings)
+        self.classes = classes_of(self.rows("train"), settings.data.label, settings.class_names)
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        return (str(self.settings.data.image), self.settings.data.label)
+
+    @property
+    def class_count(self) -> int:
+        return len(self.classes.names)
+
+    @property
+    def head(self) -> Tensor:
+        """(classes, dimension): the prototypes times the scale, so that logits are one product."""
+        settings, names = self.settings, tuple(name.replace("_", " ") for name in self.classes.names)
+        key = (settings.model, json.dumps(settings.model_options), names, settings.templates)
+        if key not in _HEADS:
+            _HEADS[key] = prototypes(settings, names)
+        return _HEADS[key]
+
+    def base_model(self) -> nn.Module:
+        model, new = load_model(self.settings, self._tower)
+        refuse_new(self.settings, new)
+        return model
+
+    def head_modules(self, model: nn.Module) -> tuple[str, ...]:
+        return ()
+
+    def inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return dict(self.processor(images=images_of(rows, str(self.settings.data.image)), return_tensors="pt"))
+
+    def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {**self.inputs(rows), "labels": torch.tensor([self.expected(row) for row in rows])}
+
+    def expected(self, row: Row) -> int:
+        return self.classes.index(row[self.settings.data.label])
+
+    def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+        return self._logits(model(**inputs))
+
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Cross-entropy: the mean over the rows, of all accumulated batches where their number is given."""
+        if num_items_in_batch is None:
+            return nn.functional.cross_entropy(self._logits(outputs), labels)
+        return nn.functional.cross_entropy(self._logits(outputs), labels, reduction="sum") / num_items_in_batch
+
+    def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Any]:
+        return self.logits(model, inputs).argmax(-1).tolist()
+
+    def _logits(self, outputs: Any) -> Tensor:
+        embeddings = nn.functional.normalize(outputs.image_embeds.float(), dim=-1)
+        return embeddings @ self.head.to(embeddings.device).T
+
+
+_HEADS: dict[tuple, Tensor] = {}  # of the checkpoints, class names and templates of this process
+
+
+def prototypes(settings: Settings, names: Sequence[str]) -> Tensor:
+    """The scaled prototypes of some class names, (classes, dimension), in fp32."""
+    clip, new = load_model(settings, transformers.AutoModel)
+    refuse_new(settings, new)
+    tokenizer = tokenizer_of(settings)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    clip = clip.to(device)
+    sentences = [template.replace("{}", name) for name in names for template in settings.templates]
+    embeddings = []
+    with torch.no_grad():
+        for start in range(0, len(sentences), _TEXTS_AT_ONCE):
+            tokens = tokenizer(
+                sentences[start : start + _TEXTS_AT_ONCE], padding=True, truncation=True, return_tensors="pt"
+            )
+            pooled = clip.text_model(**tokens.to(device)).pooler_output
+            embeddings.append(nn.functional.normalize(clip.text_projection(pooled).float(), dim=-1))
+        per_class = torch.cat(embeddings).unflatten(0, (len(names), len(settings.templates)))
+        return (nn.functional.normalize(per_class.mean(1), dim=-1) * clip.logit_scale.exp().float()).cpu()
