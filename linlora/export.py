@@ -42,7 +42,7 @@ def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
     accelerate(model)  # plain layers merge by the same fp32 rule; linearized ones stay as they are
     for name, layer in fused_layers(model):
         for adapter in adapters or layer.active_adapters:
-            if adapter in layer.lora_A and not layer.get_delta_weight(adapter).isfinite().all():
+            if adapter in layer.lora_A and not layer.is_finite(adapter):
                 raise ValueError(f"layer '{name}': adapter '{adapter}' holds NaN or infinity; the model is unchanged")
     return model.merge_and_unload(adapter_names=adapters)
 

@@ -14,6 +14,7 @@ DualTensor (linlora.stream).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -26,9 +27,11 @@ from transformers.pytorch_utils import Conv1D
 from linlora.ops import dual
 from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.linearized_lora_linear import unchecked
-from linlora.reference import delta_weight
 from linlora.stream import DualTensor, Stream
 from linlora.stream.tensor import refuse_inside_function
+from linlora.tensor_files import finite
+from linlora.weights import Fold, Update, fold_keeping, stacked, unfold
+from linlora.weights import fold as fold_into
 
 State = Literal["plain", "short", "pair"]
 
@@ -52,6 +55,7 @@ class FusedLoraLinear(PeftLoraLinear):
     layer_name: str
     states: dict[str, State]
     stream: Stream | None
+    folds: list[Fold]  # of the merges since the last unmerge
     lora_A: Any  # PEFT's ModuleDicts of nn.Linear by adapter
     lora_B: Any
     lora_dA: nn.ParameterDict
@@ -119,32 +123,71 @@ class FusedLoraLinear(PeftLoraLinear):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter in fp32 (or wider), in the layout of the base weight; PEFT's name for it."""
-        if self.stream is not None:
-            raise ValueError(
-                f"layer '{self.layer_name}': a model linearized at model scope does not fold into weights, because its "
-                "tangent runs through the whole network; serve it with both streams, or give up the exact function: "
-                "linlora.set_scope(model, 'layer')"
-            )
-        A0, B0, dA, dB, scaling = self.factors(adapter)
-        wide = torch.promote_types(dB.dtype, torch.float32)
-        B0, dA = (None if factor is None else factor.detach().to(wide) for factor in (B0, dA))
-        delta = delta_weight(A0.detach().to(wide), B0, dA, dB.detach().to(wide), scaling)
-        return delta.t() if self.fan_in_fan_out else delta
+        update = self._update([adapter])
+        return update.left @ update.right
+
+    def is_finite(self, adapter: str) -> bool:
+        """Whether no factor of an adapter holds NaN or infinity."""
+        return all(finite(factor) for factor in self.factors(adapter)[:4] if factor is not None)
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Fold adapters into the base weight: their ΔW are summed with it in fp32 and rounded once."""
+        """Fold adapters into the base weight: their ΔW are summed with it in fp32 and rounded once.
+
+        What rounding loses is kept, so that `unmerge` restores the bits of the weight.
+        """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
         if not names:
             return
-        weight = self.get_base_layer().weight
-        wide = weight.detach().to(torch.promote_types(weight.dtype, torch.float32))
-        merged = sum((self.get_delta_weight(name) for name in names), start=wide)
-        if safe_merge and not torch.isfinite(merged).all():
+        weight = self.get_base_layer().weight.data
+        fold = fold_keeping(weight, self._update(names))
+        if safe_merge and not finite(weight):
+            unfold(weight, fold)
             raise ValueError(
                 f"layer '{self.layer_name}': merging {names} gives NaN or infinity; the weight is unchanged"
             )
-        weight.data = merged.to(weight.dtype)
+        self.folds.append(fold)
         self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Take the merged adapters out of the base weight again: its bits are those it had before `merge`."""
+        if not self.merged_adapters:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)  # PEFT's words
+        weight = self.get_base_layer().weight.data
+        while self.folds:
+            try:
+                unfold(weight, self.folds[-1])
+            except (ValueError, RuntimeError) as error:
+                raise type(error)(f"layer '{self.layer_name}': {error}") from error
+            self.folds.pop()
+        self.merged_adapters.clear()
+
+    def unload_and_optionally_merge_module(
+        self, merge: bool, safe_merge: bool, adapter_names: list[str] | None
+    ) -> nn.Module:
+        """The base layer, which PEFT's `merge_and_unload` and `unload` put in this one's place; nothing undoes it."""
+        base = self.get_base_layer()
+        names = check_adapters_to_merge(self, adapter_names) if merge else []
+        if safe_merge:
+            self.merge(True, names)
+        elif names := [name for name in names if name in self.lora_A]:
+            fold_into(base.weight.data, self._update(names))
+        return base
+
+    def _update(self, adapters: list[str]) -> Update:
+        """The sum of the ΔW of some adapters."""
+        if self.stream is not None:
+            raise ValueError(self._no_weight())
+        weight = self.get_base_layer().weight
+        parts = [stacked(*self.factors(name), like=weight) for name in adapters]
+        A, B = torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1)
+        return Update(A, B, self.fan_in_fan_out)
+
+    def _no_weight(self) -> str:
+        return (
+            f"layer '{self.layer_name}': a model linearized at model scope does not fold into weights, because its "
+            "tangent runs through the whole network; serve it with both streams, or give up the exact function: "
+            "linlora.set_scope(model, 'layer')"
+        )
 
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
         super().set_adapter(adapter_names, *args, **kwargs)
@@ -226,7 +269,7 @@ def fuse_layer(layer: PeftLoraLinear, name: str) -> FusedLoraLinear:
     if not isinstance(layer, FusedLoraLinear):
         layer.__class__ = FusedLoraLinear
         layer.lora_dA, layer.lora_dB = nn.ParameterDict(), nn.ParameterDict()
-        layer.states, layer.stream = {}, None
+        layer.states, layer.stream, layer.folds = {}, None, []
     layer.layer_name = name
     for adapter in layer.lora_A:
         layer.states.setdefault(adapter, "plain")
@@ -235,7 +278,7 @@ def fuse_layer(layer: PeftLoraLinear, name: str) -> FusedLoraLinear:
 
 def unfuse_layer(layer: FusedLoraLinear) -> None:
     """Turn a FusedLoraLinear back into the PEFT layer it was, in place; the adapters must be plain."""
-    for attribute in ("lora_dA", "lora_dB", "states", "stream", "layer_name"):
+    for attribute in ("lora_dA", "lora_dB", "states", "stream", "folds", "layer_name"):
         delattr(layer, attribute)
     layer.__class__ = PeftLoraLinear
 

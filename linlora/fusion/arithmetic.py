@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from linlora.fusion.checks import check_finite, check_number
@@ -21,6 +20,7 @@ PUBLISHED_SCALING = 0.3
 def average(vectors: Iterable[TaskVector]) -> TaskVector:
     """Σᵢ δᵢ / n.
 
+    >>> import torch
     >>> u, v = (TaskVector({"q.dB": torch.tensor(x)}, None, "", {"q": 1.0}, "layer") for x in ([1.0, 2.0], [3.0, -2.0]))
     >>> average([u, v]).deltas["q.dB"].tolist()
     [2.0, 0.0]
@@ -33,6 +33,7 @@ def task_arithmetic(vectors: Iterable[TaskVector], scaling: float | Sequence[flo
 
     Search λ on a validation split (`linlora.fusion.search`), never on the test split.
 
+    >>> import torch
     >>> u, v = (TaskVector({"q.dB": torch.tensor(x)}, None, "", {"q": 1.0}, "layer") for x in ([1.0, 2.0], [3.0, -2.0]))
     >>> task_arithmetic([u, v], scaling=0.5).deltas["q.dB"].tolist()
     [2.0, 0.0]
@@ -47,6 +48,7 @@ def negation(vectors: Iterable[TaskVector], scaling: float = 1.0) -> TaskVector:
 
     The largest λ that keeps 95 % of the accuracy on a control task is chosen there; 1 is the plain negative.
 
+    >>> import torch
     >>> v = TaskVector({"q.dB": torch.tensor([1.0, -2.0])}, None, "", {"q": 1.0}, "layer")
     >>> negation([v], scaling=0.5).deltas["q.dB"].tolist()
     [-0.5, 1.0]

@@ -14,7 +14,6 @@ from linlora.fusion.rule import Rule, fused, values, wide, zeros
 from linlora.task_vector import TaskVector
 from linlora.tensor_files import shapes
 
-
 PUBLISHED_KEEP, PUBLISHED_SCALING = 0.2, 1.0
 
 
