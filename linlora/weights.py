@@ -124,8 +124,8 @@ def fold_keeping(weight: Tensor, update: Update) -> Fold:
 def unfold(weight: Tensor, kept: Fold) -> None:
     """Undo `fold_keeping`, in place and bit for bit.
 
-    Raises ValueError, and leaves the weight alone, where it is not the one that was folded; RuntimeError if the bits did
-    not come back, because the arithmetic is not that of the fold any more.
+    Raises ValueError, and leaves the weight alone, where it is not the one that was folded; RuntimeError if the bits
+    did not come back, because the arithmetic is not that of the fold any more.
     """
     dtype, device = kept.lost[0][1].dtype, kept.update.A.device
     if weight.dtype != dtype:
@@ -134,7 +134,7 @@ def unfold(weight: Tensor, kept: Fold) -> None:
         )
     if _digest(weight) != kept.folded:
         raise ValueError(
-            "the weight was changed while adapters were merged into it; unmerge before the base model is trained or loaded"
+            "the weight was changed while adapters were merged into it; unmerge before the base is trained or loaded"
         )
     for rows, (positions, values) in zip(_blocks(weight), kept.lost, strict=True):
         before = values
@@ -146,7 +146,7 @@ def unfold(weight: Tensor, kept: Fold) -> None:
         weight[rows] = before.to(weight.device)
     if _digest(weight) != kept.unfolded:
         raise RuntimeError(
-            "this machine rounds otherwise than when the adapters were merged; load the base model again"
+            "sums are rounded otherwise than when the adapters were merged; load the base model again"
         )
 
 
