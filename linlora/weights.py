@@ -110,6 +110,7 @@ def fold_keeping(weight: Tensor, update: Update) -> Fold:
     >>> torch.equal(weight, before)
     True
     """
+    update = Update(update.A.clone(), update.B.clone(), update.transposed)  # the caller's may be trained further
     lost: list[tuple[Tensor | None, Tensor]] = []
     unfolded = _digest(weight)
     for rows in _blocks(weight):
@@ -145,9 +146,7 @@ def unfold(weight: Tensor, kept: Fold) -> None:
             before.view(-1)[positions.long()] = values
         weight[rows] = before.to(weight.device)
     if _digest(weight) != kept.unfolded:
-        raise RuntimeError(
-            "sums are rounded otherwise than when the adapters were merged; load the base model again"
-        )
+        raise RuntimeError("sums are rounded otherwise than when the adapters were merged; load the base model again")
 
 
 def _blocks(weight: Tensor) -> Iterator[slice]:

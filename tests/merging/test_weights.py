@@ -103,7 +103,7 @@ def test_arithmetic_that_rounds_otherwise_is_reported():
     weight = torch.randn(64, 64).bfloat16()
     kept = fold_keeping(weight, update(64, 64, 2, 0.01))
     kept.update.B.mul_(1.5)
-    with pytest.raises(RuntimeError, match="rounds otherwise"):
+    with pytest.raises(RuntimeError, match="sums are rounded otherwise"):
         unfold(weight, kept)
 
 
