@@ -12,7 +12,7 @@ Op = LayerOp | StreamOp | Literal["model"]
 Kind = Literal["layer", "stream", "model"]
 Form = Literal["short", "pair"]
 Scope = Literal["layer", "model"]
-Phase = Literal["forward", "forward_backward", "training_step"]
+Phase = Literal["forward", "input_gradient", "forward_backward", "training_step"]
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,11 @@ class Case:
             size. At `scope` "layer" the peers linearize every layer by itself, at "model" the network as a whole.
 
     In phase "forward_backward" the input asks for a gradient: the layer or op stands in the middle of a network. The
-    gradient of an op of model scope is that of its primal.
+    gradient of an op of model scope is that of its primal. Phase "input_gradient" is that gradient alone, of a forward
+    that ran before, with nothing trained.
+
+    With `dropout`, a probability, the low-rank branch of a layer sees a mask; only linlora's own backends compute the
+    same one, so they are measured against each other and the floor.
     """
 
     name: str
@@ -45,6 +49,7 @@ class Case:
     heads: int = 1
     causal: bool = False
     scope: Scope = "layer"
+    dropout: float = 0.0
 
     @property
     def kind(self) -> Kind:
@@ -78,6 +83,7 @@ class Case:
     def group(self) -> str:
         """The cases that are comparable with each other share a table and an axis of this title."""
         phase = self.phase.replace("forward_backward", "forward + backward").replace("_", " ")
+        phase += ", dropout" if self.dropout else ""
         if self.kind == "stream":
             return f"{'attention with tangents' if self.op == 'attention' else 'ops of model scope'}, {phase}"
         return f"{phase}, model scope" if self.scope == "model" else phase
@@ -87,7 +93,8 @@ class Case:
         """The whole case in one string, which `linlora bench --case` filters by."""
         rank = f" r{self.rank}" if self.kind != "stream" else ""
         scope = " model-scope" if self.scope == "model" else ""
-        return f"{self.layer}{rank} {self.variant} {self.phase}{scope} {self.dtype}"
+        dropout = " dropout" if self.dropout else ""
+        return f"{self.layer}{rank} {self.variant} {self.phase}{scope}{dropout} {self.dtype}"
 
 
 @dataclass(frozen=True)

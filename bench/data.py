@@ -32,6 +32,8 @@ class LayerData:
     B: Tensor
     cotangents: tuple[Tensor, ...]
     scaling: float = SCALING
+    dropout_p: float = 0.0
+    seed: Tensor | None = None  # of the dropout mask
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
@@ -102,7 +104,10 @@ def random_layer(case: Case, device: torch.device, seed: int = 0) -> LayerData:
     for tensor in (x, x_tangent) if case.phase != "forward" else ():
         if tensor is not None:
             tensor.requires_grad_()
-    return LayerData(x, x_tangent, weight, bias, A0, B0, dA, dB, A, B, cotangents)
+    mask = torch.tensor(seed, device=device) if case.dropout else None
+    return LayerData(
+        x, x_tangent, weight, bias, A0, B0, dA, dB, A, B, cotangents, dropout_p=case.dropout, seed=mask
+    )  # fmt: skip
 
 
 def random_streams(case: Case, device: torch.device, seed: int = 0) -> StreamData:

@@ -1,7 +1,8 @@
-"""What a GPU run proves: the table that `linlora.backends` reads to choose a backend by itself.
+"""What a GPU run proves: the table that `linlora.evidence` reads, by which `linlora.backends` chooses.
 
-A backend has an entry for an op when every case of the op it ran was green, and was timed on large shapes. The
-speed-up over composed torch is the geometric mean over those shapes; `linlora.backends` asks for more than 1.
+An entry speaks of one backend and op, in a class of shapes, a dtype, with dropout or without. It is correct when every
+case of the op that ran in this dtype and with or without dropout was green, whatever its shape. The speed-up over
+composed torch is the geometric mean over the cases of the class; of an op whose class is "any", over large shapes.
 """
 
 from __future__ import annotations
@@ -9,38 +10,63 @@ from __future__ import annotations
 from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
-from linlora.backends import OPS
+from linlora.backends import LAYER_OPS, OPS
+from linlora.evidence import ShapeClass, shape_class
+from linlora.ops import cuda
 
 from .cases import Case
 
 if TYPE_CHECKING:
     from .results import CaseResult
 
+_SHAPES: tuple[ShapeClass, ...] = ("small", "medium", "large")
+
 
 def evidence(results: list[CaseResult]) -> list[dict[str, object]]:
     """The entries that the results of a GPU run support."""
     entries: list[dict[str, object]] = []
-    for backend in ("triton", "cuda"):
-        for op in OPS:
-            ours = f"linlora-{backend}"
-            ran = [r for r in results if _speaks(r.case, op) and ours in r.outcomes]
-            ran = [r for r in ran if r.outcomes[ours].status != "unavailable"]
-            if not ran or any(r.outcomes[ours].status != "green" for r in ran):
-                continue
-            speedups = [r.speedup(ours, "linlora-torch") for r in ran if is_large(r.case)]
-            timed = [speedup for speedup in speedups if speedup is not None]
-            if timed:
-                entries.append(
-                    {
-                        "op": op,
-                        "backend": backend,
-                        "correct": True,
-                        "speedup_over_torch": round(geometric_mean(timed), 4),
-                        "green_cases": len(ran),
-                        "large_shapes": len(timed),
-                    }
-                )
+    for backend, op in ((b, op) for b in ("triton", "cuda") for op in OPS):
+        if backend == "cuda" and op not in cuda.OPS:
+            continue
+        ran = [r for r in results if _speaks(r.case, op) and _status(r, backend) not in (None, "unavailable")]
+        for dtype, dropout in dict.fromkeys((r.case.dtype, r.case.dropout > 0.0) for r in ran):
+            alike = [r for r in ran if (r.case.dtype, r.case.dropout > 0.0) == (dtype, dropout)]
+            correct = all(_status(r, backend) == "green" for r in alike)
+            for shape in _SHAPES if op in LAYER_OPS else ("any",):
+                entries += _entry(op, backend, shape, dtype, dropout, correct, alike)
     return entries
+
+
+def _entry(
+    op: str, backend: str, shape: str, dtype: str, dropout: bool, correct: bool, alike: list[CaseResult]
+) -> list[dict[str, object]]:
+    """The one entry of a class of shapes; none where nothing of it was timed, or where it was wrong, run."""
+    inside = [r for r in alike if _class(r.case) == shape or (shape == "any" and is_large(r.case))]
+    speedups = [s for r in inside if (s := r.speedup(f"linlora-{backend}", "linlora-torch")) is not None]
+    if not (speedups if correct else inside):
+        return []
+    return [
+        {
+            "op": op,
+            "backend": backend,
+            "shape": shape,
+            "dtype": dtype,
+            "dropout": dropout,
+            "correct": correct,
+            "speedup_over_torch": round(geometric_mean(speedups), 4) if correct else 0.0,
+            "max_rank": max(r.case.rank for r in inside),
+            "cases": len(inside),
+        }
+    ]
+
+
+def _status(result: CaseResult, backend: str) -> str | None:
+    return getattr(result.outcomes.get(f"linlora-{backend}"), "status", None)
+
+
+def _class(case: Case) -> str:
+    """The class of a call's shape; of a backward too, whose M is that of the forward."""
+    return shape_class(case.M, case.N)
 
 
 def _speaks(case: Case, op: str) -> bool:

@@ -31,7 +31,7 @@ def flops(case: Case) -> int:
     streams = 2 if case.op == "lora_linear" else 1
     low = 2 * M * r * (K + N) * terms + (2 * M * r * (K + N) if streams == 2 else 0)
     once = streams * 2 * M * N * K + low
-    if case.phase == "forward":
+    if case.phase != "forward_backward":
         return once
     gradients = 2 * M * N * r + (2 * M * K * r if terms == 2 else 0)
     return 2 * once + gradients
@@ -46,7 +46,7 @@ def least_bytes(case: Case) -> int:
     terms = 2 if case.form == "pair" else 1
     streams = 2 if case.op == "lora_linear" else 1
     once = streams * (M * K + M * N) + N * K + terms * r * (K + N)
-    if case.phase == "forward":
+    if case.phase != "forward_backward":
         return size * once
     gradients = M * N + N * r + ((M * K + K * r) if terms == 2 else 0)
     return size * (2 * once + gradients)

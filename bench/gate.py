@@ -81,24 +81,25 @@ def _expected_layer(case: Case, function: str, data: LayerData) -> dict[str, Ten
     wide: dict[str, Any] = {
         name: None if tensor is None else tensor.detach().double()
         for name, tensor in vars(data).items()
-        if tensor is None or isinstance(tensor, Tensor)
+        if (tensor is None or isinstance(tensor, Tensor)) and name != "seed"
     }
     x, x_tangent, weight, bias = (wide[name] for name in ("x", "x_tangent", "weight", "bias"))
     A0, B0, dA, dB = (wide[name] for name in ("A0", "B0", "dA", "dB"))
     if function == "plain":
         A0, B0, dA, dB = wide["A"], None, None, wide["B"]  # with A0 trained this is plain LoRA (see linlora.reference)
     leaves = {"grad_x": x, "grad_x_tangent": x_tangent}
-    if function != "frozen":
+    if function != "frozen" and case.phase != "input_gradient":
         leaves |= {"grad_A": A0 if function == "plain" else dA, "grad_B": dB}
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf is not None}
 
     outputs: Any
+    dropout: dict[str, Any] = {"dropout_p": data.dropout_p, "seed": data.seed}
     if function == "frozen":
         outputs = (linear(x, weight, bias), *(() if x_tangent is None else (linear(x_tangent, weight),)))
     elif x_tangent is not None:
-        outputs = reference.lora_linear(x, weight, bias, A0, B0, dA, dB, data.scaling, x_tangent)
+        outputs = reference.lora_linear(x, weight, bias, A0, B0, dA, dB, data.scaling, x_tangent, **dropout)
     else:
-        outputs = (reference.linearized_lora_linear(x, weight, bias, A0, B0, dA, dB, data.scaling),)
+        outputs = (reference.linearized_lora_linear(x, weight, bias, A0, B0, dA, dB, data.scaling, **dropout),)
     named = dict(zip(("y", "y_tangent"), outputs, strict=False))
     if case.phase != "forward":
         cotangents = [cotangent.double() for cotangent in data.cotangents]

@@ -39,7 +39,7 @@ class Layer(NamedTuple):
 
 
 class LayerJob:
-    """The forward, or the forward and the backward, of one layer or op.
+    """The forward, the forward and the backward, or the backward to the inputs alone, of one layer or op.
 
     Backward begins at as many outputs as there are cotangents: at both streams of a layer, at the primal of an op of
     model scope.
@@ -53,16 +53,26 @@ class LayerJob:
         backend: str | None = None,
         compiled: bool = False,
     ) -> None:
-        self.data, self.backend, self.differentiates = data, backend, phase == "forward_backward"
+        self.data, self.backend, self.differentiates = data, backend, phase != "forward"
         self.forward = torch.compile(layer.forward, dynamic=False) if compiled else layer.forward
         self.tensors = layer.tensors
-        self.leaves = data.leaves | {f"grad_{name}": parameter for name, parameter in layer.trainable.items()}
+        self.leaves = dict(data.leaves)
+        for name, parameter in layer.trainable.items():
+            parameter.requires_grad_(phase != "input_gradient")
+            if parameter.requires_grad:
+                self.leaves[f"grad_{name}"] = parameter
         self._inputs, self._leaves = data.inputs, tuple(self.leaves.values())
+        self._recorded: Any = None  # the outputs that every step differentiates
+        if phase == "input_gradient":
+            with self.context():
+                self._recorded = self.forward(*self._inputs)
 
     def context(self) -> ExitStack:
         return switched(self.backend, grad=self.differentiates)
 
     def step(self) -> Any:
+        if self._recorded is not None:
+            return self._gradients(self._recorded)
         outputs = self.forward(*self._inputs)
         if not self.differentiates:
             return outputs
@@ -79,7 +89,8 @@ class LayerJob:
     def _gradients(self, outputs: Any) -> tuple[Tensor, ...]:
         cotangents = self.data.cotangents
         starts = outputs[: len(cotangents)] if isinstance(outputs, tuple) else outputs
-        return torch.autograd.grad(starts, self._leaves, cotangents)
+        again = self._recorded is not None
+        return torch.autograd.grad(starts, self._leaves, cotangents, retain_graph=again)
 
     def resident(self) -> Iterable[Tensor]:
         return [*self.tensors, *self.data.inputs, *(self.data.cotangents if self.differentiates else ())]

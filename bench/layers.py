@@ -44,9 +44,11 @@ def peft(data: LayerData) -> Layer:
 
 
 def linearized(data: LayerData) -> Layer:
-    """linlora: the PEFT layer after `linlora.linearize`; for two streams, the op itself."""
+    """linlora: the PEFT layer after `linlora.linearize`; for two streams or a given dropout mask, the op itself."""
     if data.x_tangent is not None:
         return _dual(data)
+    if data.seed is not None:
+        return _dropped(data)
     model = _peft_model(data, data.A0, torch.zeros_like(data.B) if data.B0 is None else data.B0)
     linlora.linearize(model)
     layer = _lora_layer(model)
@@ -77,9 +79,26 @@ def _dual(data: LayerData) -> Layer:
     A0, B0 = data.A0, data.B0
 
     def forward(x: Tensor, x_tangent: Tensor) -> tuple[Tensor, Tensor]:
-        return functional.lora_linear(x, module.weight, module.bias, A0, B0, dA, dB, data.scaling, x_tangent)
+        return functional.lora_linear(
+            x, module.weight, module.bias, A0, B0, dA, dB, data.scaling, x_tangent,
+            dropout_p=data.dropout_p, seed=data.seed,
+        )  # fmt: skip
 
     return Layer(forward, {"A": dA, "B": dB}, [*_tensors(module), A0, B0, dA, dB])
+
+
+def _dropped(data: LayerData) -> Layer:
+    module, dB = _linear(data), nn.Parameter(data.dB)
+    dA = None if data.dA is None else nn.Parameter(data.dA)
+    A0, B0 = data.A0, data.B0
+
+    def forward(x: Tensor) -> Tensor:
+        return functional.linearized_lora_linear(
+            x, module.weight, module.bias, A0, B0, dA, dB, data.scaling, dropout_p=data.dropout_p, seed=data.seed
+        )
+
+    trainable = {"B": dB} if dA is None else {"A": dA, "B": dB}
+    return Layer(forward, trainable, [*_tensors(module), A0, *([] if B0 is None else [B0]), *trainable.values()])
 
 
 def _functorch_dual(module: FunctorchLoraLinear) -> Any:

@@ -57,14 +57,18 @@ class Provider:
         """Whether it computes such a case at all."""
         if case.kind == "model":
             return case.scope in self.scopes and not self.compiled
+        if case.dropout and self.backend is None and self.function != "frozen":
+            return False  # it draws another mask
         return case.op in self.ops and not (self.compiled and case.kind == "stream")
 
     def obstacle(self, case: Case, device: torch.device) -> str | None:
         """Why this provider has no time for a case on a device; None when it has."""
         if not self.serves(case):
             return "it computes something else"
-        if (self.backend == "triton" or self.package) and device.type != "cuda":
-            return "Triton times mean something on a GPU only (the interpreter is for tests)"
+        if (self.backend in ("triton", "cuda") or self.package) and device.type != "cuda":
+            return (
+                "times of kernels mean something on a GPU only (on the CPU they are interpreted or emulated, for tests)"
+            )
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"not installed: pip install {self.package}"
         return None if self.backend is None else backends.unavailable(self.backend, device)
@@ -110,7 +114,7 @@ _TORCH_MODEL = Provider(
 _OURS = [
     TORCH,
     replace(TORCH, name="linlora-triton", label="linlora triton", backend="triton"),
-    replace(TORCH, name="linlora-cuda", label="linlora cuda", backend="cuda"),
+    replace(TORCH, name="linlora-cuda", label="linlora cuda", backend="cuda", ops=_LAYER_OPS),
     _TORCH_MODEL,
     replace(_TORCH_MODEL, name="linlora-model-triton", label="linlora triton, model scope", backend="triton"),
 ]

@@ -79,6 +79,10 @@ def _gpu() -> list[Case]:
     large = [
         *(layer_case(*main, form, phase) for form in ("short", "pair") for phase in _PHASES),
         *(dual_case(*main, phase) for phase in _PHASES),
+        *(layer_case(*main, form, "input_gradient") for form in ("short", "pair")),
+        dual_case(*main, "input_gradient"),
+        *(replace(layer_case(*main, form), dropout=0.1) for form in ("short", "pair")),
+        replace(dual_case(*main), dropout=0.1),
         *(layer_case("llama-3-8b", name, 8192, "pair") for name in ("k", "up", "down")),
         *(layer_case("qwen-2.5-7b", name, 8192, "short") for name in ("q", "up")),
         layer_case("qwen-2.5-7b", "down", 4096, "pair"),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import custom_op
 
+from . import fakes
 from .factor_gradients import factor_gradients as _factor_gradients
 from .linearized_lora_linear import linearized_lora_linear as _linearized_lora_linear
 from .lora_linear import lora_linear as _lora_linear
@@ -36,11 +37,7 @@ def _linearized_lora_linear_op(
     )
 
 
-@_linearized_lora_linear_op.register_fake
-def _(x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p=0.0, seed=None, adjoint=False, save=True):
-    m, rank = x.shape[0], shrink.shape[0]
-    c_rank = rank if save and d_shrink is not None else 0
-    return x.new_empty(m, weight.shape[0]), x.new_empty(m, rank if save else 0), x.new_empty(m, c_rank)
+_linearized_lora_linear_op.register_fake(fakes.linearized_lora_linear)
 
 
 @custom_op("linlora::lora_linear", mutates_args=())
@@ -64,25 +61,7 @@ def _lora_linear_op(
     )
 
 
-@_lora_linear_op.register_fake
-def _(
-    x,
-    x_tangent,
-    weight,
-    bias,
-    shrink,
-    d_shrink,
-    expand,
-    d_expand,
-    scaling,
-    dropout_p=0.0,
-    seed=None,
-    adjoint=False,
-    primal=True,
-):
-    (m, n), rank = (x.shape[0], weight.shape[0]), shrink.shape[0]
-    y = x.new_empty(m, n) if primal else x.new_empty(0)
-    return y, x.new_empty(m, n), x.new_empty(m, rank), x.new_empty(m, 0 if expand is None else rank)
+_lora_linear_op.register_fake(fakes.lora_linear)
 
 
 @custom_op("linlora::factor_gradients", mutates_args=())

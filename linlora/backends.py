@@ -1,33 +1,37 @@
-"""Which code runs an op: `torch` (composed aten calls, everywhere), `triton` (one launch an op) or `cuda`.
+"""Which code runs an op: `torch` (composed aten calls, everywhere), `triton` (one launch an op) or `cuda` (csrc/).
 
-Left alone, linlora runs the fastest backend that is *proven* on the kind of GPU at hand: a kernel is chosen by itself
-only where `bench/results/` holds a run on that architecture whose correctness checks are green and whose time beats
-composed torch. Anything else has to be asked for by name, and a name that cannot be honoured is an error.
+Left alone, linlora runs the fastest backend that is *proven* for the call at hand: a kernel is chosen by itself only
+where `bench/results/` holds a run on that architecture, in that class of shapes, dtype and dropout or none, whose
+correctness checks are green and whose time beats composed torch (`linlora.evidence`). Anything else has to be asked
+for by name, and a name that cannot be honoured is an error.
 """
 
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 import linlora.kernels as kernels
-from linlora.ops import aten
+from linlora import evidence
+from linlora.evidence import Entry, ShapeClass, shape_class
+from linlora.ops import aten, cuda
 
 BackendName = Literal["torch", "triton", "cuda"]
 OPS = (
-    "linearized_lora_linear", "lora_linear", "factor_gradients",
+    "linearized_lora_linear", "lora_linear", "routed_lora_linear", "factor_gradients",
     "linear", "attention", "layer_norm", "rms_norm", "activation", "gated_activation",
 )  # fmt: skip
+LAYER_OPS = ("linearized_lora_linear", "lora_linear")
+"""The ops whose backend depends on the call: its class of shapes, its dtype, its rank, dropout or none."""
 
-_MODULES: dict[str, ModuleType] = {"torch": aten, "triton": kernels}
+_MODULES: dict[str, ModuleType] = {"torch": aten, "triton": kernels, "cuda": cuda}
 _requested: str | None = None  # a module global, not a ContextVar: torch.compile guards on it
 
 
@@ -37,9 +41,10 @@ class BackendUnavailableError(RuntimeError):
 
 @contextmanager
 def use_backend(name: BackendName) -> Iterator[None]:
-    """Run every linlora op inside the block on one backend.
+    """Run every linlora op inside the block on one backend; "cuda" has the ops it has no kernel of from "triton".
 
     Raises ValueError for a name that does not exist and BackendUnavailableError where the backend cannot run at all.
+    A call that the backend does not serve (dropout or float32 on "cuda") raises BackendUnavailableError too.
     The backward of an op runs on the backend of its forward.
 
     >>> import linlora
@@ -48,7 +53,7 @@ def use_backend(name: BackendName) -> Iterator[None]:
     torch
     """
     global _requested
-    if name not in ("torch", "triton", "cuda"):
+    if name not in _MODULES:
         raise ValueError(f"unknown backend {name!r}: choose 'torch', 'triton' or 'cuda'")
     reason = unavailable(name, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if reason is not None:
@@ -60,72 +65,75 @@ def use_backend(name: BackendName) -> Iterator[None]:
         _requested = previous
 
 
-def select(device: torch.device, op: str) -> ModuleType:
+def select(
+    device: torch.device,
+    op: str,
+    shape: ShapeClass = "any",
+    dtype: torch.dtype | None = None,
+    rank: int = 0,
+    dropout: bool = False,
+) -> ModuleType:
     """The module whose `op` runs for tensors on `device`: the one asked for, else the proven one."""
     name = _requested
     if name is None:
-        return _MODULES[automatic(device.type, device.index, op)]
+        return _MODULES[automatic(device.type, device.index, op, shape, dtype, rank, dropout)]
     if not torch.compiler.is_compiling():
-        reason = unavailable(name, device)
+        reason = unavailable(name, device) or refusal(name, op, dtype, rank, dropout)
         if reason is not None:
             raise BackendUnavailableError(f"backend {name!r} cannot run {op} on {device}: {reason}")
     return _MODULES[name]
 
 
+def select_layer(op: str, x: Tensor, weight: Tensor, rank: int, dropout_p: float) -> ModuleType:
+    """The module that runs one of LAYER_OPS for x (..., K) and weight (N, K)."""
+    device = x.device
+    if _requested is None and device.type != "cuda":
+        return aten
+    n, k = weight.shape
+    return select(device, op, shape_class(x.numel() // max(k, 1), n), x.dtype, rank, dropout_p > 0.0)
+
+
 @torch.compiler.assume_constant_result
-def automatic(device_type: str, device_index: int | None, op: str) -> str:
-    """The backend that runs when none was asked for: 'triton' where it is proven for `op`, else 'torch'."""
-    if device_type != "cuda":
-        return "torch"
-    return "triton" if proven("triton", op, architecture(device_type, device_index)) else "torch"
+def automatic(
+    device_type: str,
+    device_index: int | None,
+    op: str,
+    shape: ShapeClass = "any",
+    dtype: torch.dtype | None = None,
+    rank: int = 0,
+    dropout: bool = False,
+) -> str:
+    """The backend that runs when none was asked for: the fastest of those proven for such a call, else 'torch'."""
+    return "torch" if device_type != "cuda" else _fastest(device_type, device_index, op, shape, dtype, rank, dropout)
 
 
-@dataclass(frozen=True)
-class Explanation:
-    """Which backend an op runs on and why not the others; `str()` of it is the readable form."""
-
-    op: str
-    device: str
-    backend: str
-    reasons: dict[str, str]
-
-    def __str__(self) -> str:
-        lines = [f"{self.op} on {self.device} runs on {self.backend!r}"]
-        return "\n".join(lines + [f"  {name:6s}  {reason}" for name, reason in self.reasons.items()])
-
-
-def explain(op: str = "linearized_lora_linear", device: torch.device | str = "cpu") -> Explanation:
-    """Say which backend would run `op` for tensors on `device` now, and why not the others.
-
-    >>> import linlora
-    >>> print(linlora.explain("linearized_lora_linear", "cpu").backend)
-    torch
-    """
-    if op not in OPS:
-        raise ValueError(f"unknown op {op!r}: choose one of {', '.join(OPS)}")
-    device = torch.device(device)
-    chosen = _requested or automatic(device.type, device.index, op)
-    how = "asked for with use_backend" if _requested else "chosen automatically"
-    reasons = {}
-    for name in ("cuda", "triton", "torch"):
-        obstacle = unavailable(name, device)
-        if name == chosen:
-            reasons[name] = how
-        elif obstacle is not None:
-            reasons[name] = f"not available: {obstacle}"
-        elif name == "torch":
-            reasons[name] = "available; the chosen backend is faster by the runs in bench/results/"
-        else:
-            arch = architecture(device.type, device.index)
-            reasons[name] = f"available on request; no green and faster run for {arch} in bench/results/"
-    return Explanation(op, str(device), chosen, reasons)
+@functools.cache
+def _fastest(
+    device_type: str,
+    device_index: int | None,
+    op: str,
+    shape: ShapeClass,
+    dtype: torch.dtype | None,
+    rank: int,
+    dropout: bool,
+) -> str:
+    device = torch.device(device_type, device_index)
+    for entry in evidence.known(op, architecture(device_type, device_index), shape, dtype, dropout):
+        if entry.proves and rank <= entry.max_rank and unavailable(entry.backend, device) is None:
+            return entry.backend
+    return "torch"
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
     """Why a backend cannot run on a device, with the remedy; None when it can."""
     if name == "cuda":
-        return "this build of linlora holds no CUDA kernels; use 'triton' on a GPU or 'torch' anywhere"
+        return cuda.availability(device)
     return kernels.availability(device) if name == "triton" else None
+
+
+def refusal(name: str, op: str, dtype: torch.dtype | None, rank: int, dropout: bool) -> str | None:
+    """Why a backend that is there does not serve a call, with the remedy; None when it does."""
+    return cuda.refusal(dtype, rank, dropout) if name == "cuda" and op in cuda.OPS else None
 
 
 @functools.cache
@@ -137,21 +145,116 @@ def architecture(device_type: str, device_index: int | None = None) -> str:
     return f"sm_{major}{minor}"
 
 
-@functools.cache
-def proven(name: str, op: str, arch: str) -> bool:
-    """Whether a committed run on `arch` was green for `op` on this backend and faster than composed torch."""
-    return any(
-        run["architecture"] == arch and entry["op"] == op and entry["backend"] == name and entry["correct"]
-        and entry["speedup_over_torch"] > 1.0
-        for run in _evidence()
-        for entry in run["evidence"]
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Explanation:
+    """Which backend an op runs on and why not the others; `str()` of it is the readable form."""
+
+    op: str
+    device: str
+    backend: str
+    reasons: dict[str, str]
+    call: str = ""
+
+    def __str__(self) -> str:
+        call = f" ({self.call})" if self.call else ""
+        lines = [f"{self.op} on {self.device}{call} runs on {self.backend!r}"]
+        return "\n".join(lines + [f"  {name:6s}  {reason}" for name, reason in self.reasons.items()])
 
 
-@functools.cache
-def _evidence() -> list[dict]:
-    """Every run under bench/results/ that carries an `evidence` table (`make gpu-check` writes them)."""
-    import linlora.bench as bench  # the folder, for its data: nothing of it is imported
+def explain(
+    op: str = "linearized_lora_linear",
+    device: torch.device | str = "cpu",
+    *,
+    shape: tuple[int, int, int] | None = None,
+    rank: int = 16,
+    dtype: torch.dtype | None = None,
+    dropout: bool = False,
+) -> Explanation:
+    """Say which backend would run `op` for tensors on `device` now, and why not the others.
 
-    files = sorted((Path(bench.__path__[0]) / "results").glob("*/*.json"))
-    return [run for run in (json.loads(file.read_text()) for file in files) if "evidence" in run]
+    Args:
+        shape: (M, K, N) of the call of a LoRA layer: rows, inputs, outputs. Without one, the answer is that for the
+            large shapes that training is made of.
+        rank, dropout: of that call. dtype: of its x; without one, what is proven for any.
+
+    Raises ValueError for an op that does not exist.
+
+    >>> import linlora
+    >>> print(linlora.explain("linearized_lora_linear", "cpu").backend)
+    torch
+    """
+    if op not in OPS:
+        raise ValueError(f"unknown op {op!r}: choose one of {', '.join(OPS)}")
+    device = torch.device(device)
+    layer = op in LAYER_OPS
+    shapes: ShapeClass = "any" if not layer else "large" if shape is None else shape_class(shape[0], shape[2])
+    question = _Question(op, device, shapes, dtype, rank if layer else 0, dropout and layer)
+    return Explanation(op, str(device), question.answer(), question.reasons(), question.call if shape else "")
+
+
+@dataclass(frozen=True)
+class _Question:
+    """An op on a device, and the kind of call."""
+
+    op: str
+    device: torch.device
+    shape: ShapeClass
+    dtype: torch.dtype | None
+    rank: int
+    dropout: bool
+
+    @property
+    def call(self) -> str:
+        dtype = "" if self.dtype is None else " in " + str(self.dtype).removeprefix("torch.")
+        shapes = "" if self.shape == "any" else f"{self.shape} shapes"
+        return f"{shapes}{dtype}{' with dropout' if self.dropout else ''}".strip()
+
+    def answer(self) -> str:
+        """The backend whose code runs."""
+        name = _requested or self._automatic()
+        return "triton" if name == "cuda" and self.op not in cuda.OPS else name
+
+    def reasons(self) -> dict[str, str]:
+        return {name: self._reason(name) for name in ("cuda", "triton", "torch")}
+
+    def _automatic(self) -> str:
+        # The gradients of the factors are computed in the backward of a layer, on the backend of the layer.
+        op, shape = (self.op, self.shape) if self.op != "factor_gradients" else ("linearized_lora_linear", "large")
+        return automatic(
+            self.device.type, self.device.index, op, shape, self.dtype, self.rank, self.dropout
+        )  # fmt: skip
+
+    def _reason(self, name: str) -> str:
+        if name == "cuda" and self.op not in cuda.OPS:
+            return "no kernel of this op: under use_backend('cuda') it runs on 'triton'"
+        refused = refusal(name, self.op, self.dtype, self.rank, self.dropout)
+        if name == self.answer():
+            if _requested is None:
+                return "chosen automatically" + (f": {entry}" if (entry := self._entry(name)) else "")
+            how = "asked for with use_backend" if _requested == name else f"asked for with use_backend({_requested!r})"
+            return how if refused is None else f"{how}, where such a call is an error: {refused}"
+        refused = unavailable(name, self.device) or refused
+        if refused is not None:
+            return f"not available: {refused}"
+        if _requested is not None:
+            return "available"
+        if name == "torch":
+            return "available; the chosen backend is faster by the runs in bench/results/"
+        return f"available on request; {self._doubt(name)}"
+
+    def _doubt(self, name: str) -> str:
+        """Why a backend that could run is not chosen."""
+        ran, entry = evidence.executed_on(self.op, name), self._entry(name)
+        if not ran:
+            return "not yet run on a GPU"
+        if entry is None:
+            arch = architecture(self.device.type, self.device.index)
+            return f"run on {', '.join(ran)}, but no run in bench/results/ is on {arch} and of {self.call or 'this op'}"
+        if entry.proves and self.rank > entry.max_rank:
+            return f"proven up to rank {entry.max_rank} only: {entry}"
+        return f"slower than the chosen one: {entry}" if entry.proves else f"slower than torch, or wrong: {entry}"
+
+    def _entry(self, name: str) -> Entry | None:
+        arch = architecture(self.device.type, self.device.index)
+        found = evidence.known(self.op, arch, self.shape, self.dtype, self.dropout)
+        return next((entry for entry in found if entry.backend == name), None)

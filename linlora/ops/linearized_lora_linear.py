@@ -84,7 +84,7 @@ def unchecked(
     arguments = (x, weight, bias, A0, B0, dA, dB, scaling, dropout_p, seed)
     if transform_active():
         return composed.linearized_lora_linear(*arguments)
-    backend = backends.select(x.device, "linearized_lora_linear")
+    backend = backends.select_layer("linearized_lora_linear", x, weight, A0.shape[0], dropout_p)
     if composed.preferred(backend, x, weight, dropout_p):
         return composed.linearized_lora_linear(*arguments)
     if not torch.is_grad_enabled():

@@ -76,7 +76,7 @@ def lora_linear(
     arguments = (x, weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, seed)
     if transform_active():
         return composed.lora_linear(*arguments)
-    backend = backends.select(x.device, "lora_linear")
+    backend = backends.select_layer("lora_linear", x, weight, A0.shape[0], dropout_p)
     if composed.preferred(backend, x, weight, dropout_p):
         return composed.lora_linear(*arguments)
     return _LoraLinear.apply(*arguments, backend)

@@ -36,22 +36,52 @@ def a_run(*results: CaseResult, architecture: str | None = "sm_90") -> Run:
 
 
 def test_green_and_faster_is_evidence() -> None:
-    entries = evidence([result(LARGE), result(SMALL)])
-    assert {entry["op"] for entry in entries} == {"linearized_lora_linear", "factor_gradients"}
+    entries = evidence([result(LARGE), result(replace(LARGE, rank=64)), result(SMALL)])
+    assert {(entry["op"], entry["shape"]) for entry in entries} == {
+        ("linearized_lora_linear", "large"), ("linearized_lora_linear", "small"), ("factor_gradients", "any"),
+    }  # fmt: skip
     for entry in entries:
-        assert entry["backend"] == "triton"
-        assert entry["correct"] is True
+        assert (entry["backend"], entry["dtype"], entry["dropout"], entry["correct"]) == (
+            "triton",
+            "bfloat16",
+            False,
+            True,
+        )
         assert entry["speedup_over_torch"] == pytest.approx(1.3 / 1.04, abs=1e-4)
+    (large,) = [entry for entry in entries if entry["shape"] == "large"]
+    assert (large["cases"], large["max_rank"]) == (2, 64)
 
 
 def test_one_red_case_takes_the_evidence_of_its_op() -> None:
     red = result(SMALL, linlora_triton=Outcome("wrong", "y: rel err 1e0"))
-    assert {entry["op"] for entry in evidence([result(LARGE), red])} == {"factor_gradients"}
-    assert evidence([result(LARGE, linlora_triton=Outcome("failed", "out of resources"))]) == []
+    entries = evidence([result(LARGE), red])
+    assert {entry["op"]: entry["correct"] for entry in entries} == {
+        "linearized_lora_linear": False, "factor_gradients": True,
+    }  # fmt: skip
+    failed = evidence([result(LARGE, linlora_triton=Outcome("failed", "out of resources"))])
+    assert [entry["correct"] for entry in failed] == [False, False]
 
 
-def test_small_shapes_alone_are_no_evidence() -> None:
-    assert evidence([result(SMALL)]) == []
+def test_another_dtype_and_dropout_have_evidence_of_their_own() -> None:
+    red = Outcome("wrong", "y: rel err 1e0")
+    results = [
+        result(LARGE),
+        result(replace(LARGE, dtype="float32"), linlora_triton=red),
+        result(replace(LARGE, dropout=0.1), linlora_triton=red),
+    ]
+    found = {(e["dtype"], e["dropout"]): e["correct"] for e in evidence(results) if e["op"] == "linearized_lora_linear"}
+    assert found == {("bfloat16", False): True, ("float32", False): False, ("bfloat16", True): False}
+
+
+def test_the_cuda_kernels_have_evidence_for_the_ops_they_have() -> None:
+    entries = evidence([result(LARGE, linlora_cuda=green(1.0))])
+    assert [entry["op"] for entry in entries if entry["backend"] == "cuda"] == ["linearized_lora_linear"]
+
+
+def test_what_was_not_timed_in_a_class_is_no_evidence_of_it() -> None:
+    assert {entry["shape"] for entry in evidence([result(SMALL)])} == {"small"}
+    untimed = result(LARGE, linlora_triton=Outcome("green"))
+    assert evidence([untimed]) == []
 
 
 def test_an_op_of_model_scope_has_evidence_of_its_own() -> None:
@@ -59,7 +89,8 @@ def test_an_op_of_model_scope_has_evidence_of_its_own() -> None:
     norm = stream_case("llama-3-8b", "rms_norm", "rms_norm", 8192, 4096, 4096)
     assert [entry["op"] for entry in evidence([result(causal), result(norm)])] == ["attention", "rms_norm"]
     red = result(full, linlora_triton=Outcome("wrong", "y: rel err 1e0"))
-    assert [entry["op"] for entry in evidence([result(causal), red, result(norm)])] == ["rms_norm"]
+    found = {entry["op"]: entry["correct"] for entry in evidence([result(causal), red, result(norm)])}
+    assert found == {"attention": False, "rms_norm": True}
     assert evidence([result(attention_case("llama-3-8b", 1, 2, 128, 64, False))]) == []
 
 

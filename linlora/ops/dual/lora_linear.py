@@ -43,7 +43,7 @@ def lora_linear(
     x = autocast_input(x)
     x_tangent = None if x_tangent is None else autocast_input(x_tangent)
     check_lora_linear("lora_linear", x, weight, bias, A0, B0, dA, dB, x_tangent, dropout_p, seed)
-    backend = backends.select(x.device, "lora_linear")
+    backend = backends.select_layer("lora_linear", x, weight, A0.shape[0], dropout_p)
     return _LoraLinear.apply(
         x, x_tangent, weight, bias, A0, B0, None if B0 is None else dA, dB, scaling, dropout_p, seed, backend
     )

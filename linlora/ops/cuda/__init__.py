@@ -1,0 +1,107 @@
+"""The `cuda` backend: hand-written kernels (csrc/) of the two hottest ops. It has every other op from `triton`.
+
+The kernels serve float16 and bfloat16, ranks to 256, no dropout: `refusal` says so, once, for the automatic choice and
+for `use_backend("cuda")`, where it is an error. Which architecture's kernel runs follows from the device and the call:
+Hopper's own where it can, else the portable one.
+
+Tests run the same kernel sources on the CPU: with LINLORA_CUDA_EMULATE=1, in a checkout, on the emulated machine of
+csrc/emulator.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linlora import kernels
+from linlora.ops.cuda import emulated, library
+
+OPS = ("linearized_lora_linear", "lora_linear")
+"""What has a CUDA kernel."""
+
+MAX_RANK = 256
+_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def __getattr__(name: str) -> Any:
+    """Every op without a CUDA kernel is Triton's."""
+    return getattr(kernels, name)
+
+
+def linearized_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shrink: Tensor,
+    d_shrink: Tensor | None,
+    expand: Tensor | None,
+    d_expand: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    adjoint: bool = False,
+    save: bool = True,
+    kernel: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, u, c): see `linlora.kernels.linearized_lora_linear`. `kernel` is 80 or 90 to ask for an architecture's."""
+    run = library.linearized_lora_linear if x.is_cuda else emulated.linearized_lora_linear
+    return run(
+        x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p, seed, adjoint, save, kernel=kernel
+    )
+
+
+def lora_linear(
+    x: Tensor,
+    x_tangent: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    shrink: Tensor,
+    d_shrink: Tensor | None,
+    expand: Tensor | None,
+    d_expand: Tensor,
+    scaling: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    adjoint: bool = False,
+    primal: bool = True,
+    kernel: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, y_tangent, u, c): see `linlora.kernels.lora_linear`. `kernel` is 80 or 90 to ask for an architecture's."""
+    run = library.lora_linear if x.is_cuda else emulated.lora_linear
+    return run(
+        x, x_tangent, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p, seed, adjoint, primal,
+        kernel=kernel,
+    )  # fmt: skip
+
+
+def availability(device: torch.device) -> str | None:
+    """None when the kernels run on tensors of this device; otherwise the reason, with the remedy."""
+    if emulated.enabled():
+        if device.type != "cpu":
+            return f"with LINLORA_CUDA_EMULATE=1 the kernels run on the CPU, got {device}"
+        return emulated.obstacle() or kernels.availability(device)
+    if (obstacle := library.obstacle()) is not None:
+        return obstacle
+    if device.type != "cuda":
+        return f"the kernels need tensors on a CUDA GPU, got {device}"
+    return kernels.availability(device)
+
+
+def refusal(dtype: torch.dtype | None, rank: int, dropout: bool) -> str | None:
+    """Why the kernels do not serve such a call, with the remedy; None when they do.
+
+    >>> refusal(torch.bfloat16, 16, dropout=False) is None
+    True
+    >>> refusal(torch.float32, 16, dropout=False)
+    'its kernels take float16 and bfloat16, got float32: cast, use torch.autocast, or use the 'triton' backend'
+    """
+    if dtype is not None and dtype not in _DTYPES:
+        got = str(dtype).removeprefix("torch.")
+        return (
+            f"its kernels take float16 and bfloat16, got {got}: cast, use torch.autocast, or use the 'triton' backend"
+        )
+    if rank > MAX_RANK:
+        return f"its kernels take ranks to {MAX_RANK}, got {rank}: use the 'torch' backend"
+    return "its kernels have no dropout: use the 'triton' backend, or lora_dropout=0" if dropout else None

@@ -1,0 +1,160 @@
+"""The CUDA kernels without a GPU: their sources, compiled for the CPU, run on the emulated machine of csrc/emulator.
+
+For tests, in a checkout, with LINLORA_CUDA_EMULATE=1: what TRITON_INTERPRET=1 is to the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+CSRC = Path(__file__).parents[3] / "csrc"
+_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+_MULTIPROCESSORS = 2
+
+
+class Matrix(ctypes.Structure):
+    """`Matrix` of csrc/lora_linear.h."""
+
+    _fields_ = (
+        ("data", ctypes.c_void_p), ("rows", ctypes.c_int64), ("columns", ctypes.c_int64),
+        ("row_stride", ctypes.c_int64), ("column_stride", ctypes.c_int64),
+    )  # fmt: skip
+
+
+class LoraLinear(ctypes.Structure):
+    """`LoraLinear` of csrc/lora_linear.h."""
+
+    MATRICES = (
+        "x", "x_tangent", "weight", "bias", "shrink", "d_shrink", "expand", "d_expand", "y", "y_tangent", "u", "c",
+    )  # fmt: skip
+    _fields_ = (
+        ("type", ctypes.c_int32), ("factor_type", ctypes.c_int32), *((name, Matrix) for name in MATRICES),
+        ("scaling", ctypes.c_float), ("two_streams", ctypes.c_bool),
+    )  # fmt: skip
+
+
+def enabled() -> bool:
+    """Whether the environment asks for emulation."""
+    return os.environ.get("LINLORA_CUDA_EMULATE") == "1"
+
+
+@functools.cache
+def obstacle() -> str | None:
+    """Why nothing can be emulated, with the remedy; None once the libraries are there."""
+    if not (CSRC / "emulator").is_dir():
+        return f"emulation needs a checkout: there is no {CSRC}/emulator"
+    try:
+        _library("lora_linear_sm80")
+        _library("lora_linear_sm90")
+    except RuntimeError as error:
+        return f"the emulated kernels cannot be built: {error}"
+    return None
+
+
+def linearized_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    shrink: Tensor,
+    d_shrink: Tensor | None,
+    expand: Tensor | None,
+    d_expand: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    adjoint: bool,
+    save: bool,
+    kernel: int = 0,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y, u, c) of the operator."""
+    m, rank = x.shape[0], shrink.shape[0]
+    y, u = _poisoned(x, m, weight.shape[0]), _poisoned(x, m, rank if save else 0)
+    c = _poisoned(x, m, rank if save and d_shrink is not None else 0)
+    _run(
+        kernel, False, scaling, x=x, weight=weight, bias=bias, shrink=shrink, d_shrink=d_shrink, expand=expand,
+        d_expand=d_expand, y=y, u=u, c=c,
+    )  # fmt: skip
+    return y, u, c
+
+
+def lora_linear(
+    x: Tensor,
+    x_tangent: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
+    shrink: Tensor,
+    d_shrink: Tensor | None,
+    expand: Tensor | None,
+    d_expand: Tensor,
+    scaling: float,
+    dropout_p: float,
+    seed: Tensor | None,
+    adjoint: bool,
+    primal: bool,
+    kernel: int = 0,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(y, y_tangent, u, c) of the operator."""
+    (m, n), rank = (x.shape[0], weight.shape[0]), shrink.shape[0]
+    y = _poisoned(x, m, n) if primal else x.new_empty(0)
+    y_tangent, u, c = _poisoned(x, m, n), _poisoned(x, m, rank), _poisoned(x, m, 0 if expand is None else rank)
+    _run(
+        kernel, True, scaling, x=x, x_tangent=x_tangent, weight=weight, bias=bias, shrink=shrink, d_shrink=d_shrink,
+        expand=expand, d_expand=d_expand, y=y if primal else None, y_tangent=y_tangent, u=u, c=c,
+    )  # fmt: skip
+    return y, y_tangent, u, c
+
+
+def _run(kernel: int, two_streams: bool, scaling: float, **tensors: Tensor | None) -> None:
+    x = tensors["x"]
+    assert x is not None
+    if x.shape[0] == 0:
+        return
+    names = ("bias", "shrink", "d_shrink", "expand", "d_expand")
+    factors = {name: tensor for name in names if (tensor := tensors[name]) is not None}
+    wide = any(tensor.dtype is torch.float32 for tensor in factors.values())
+    factor_type = torch.float32 if wide else x.dtype
+    tensors |= {name: tensor.to(factor_type) for name, tensor in factors.items()}
+    problem = LoraLinear(
+        _TYPES[x.dtype], _TYPES[factor_type], **{name: _matrix(tensor) for name, tensor in tensors.items()},
+        scaling=scaling, two_streams=two_streams,
+    )  # fmt: skip
+    name = f"lora_linear_sm{kernel or _choice(problem)}"
+    error = getattr(_library(name), f"emulate_{name}")(ctypes.byref(problem), _MULTIPROCESSORS, 0)
+    if error is not None:
+        raise RuntimeError(f"{name}, emulated: {error.decode()}")
+
+
+def _poisoned(x: Tensor, rows: int, columns: int) -> Tensor:
+    return x.new_full((rows, columns), torch.nan)
+
+
+def _matrix(tensor: Tensor | None) -> Matrix:
+    """A matrix, or a vector as one row; absent where there is nothing."""
+    if tensor is None or tensor.numel() == 0:
+        return Matrix()
+    matrix = tensor.detach() if tensor.ndim == 2 else tensor.detach().unsqueeze(0)
+    return Matrix(matrix.data_ptr(), *matrix.shape, *matrix.stride())
+
+
+def _choice(problem: LoraLinear) -> int:
+    """The architecture whose kernel a Hopper GPU would run."""
+    return 80 if _library("lora_linear_sm90").lora_linear_sm90_obstacle(ctypes.byref(problem)) is not None else 90
+
+
+@functools.cache
+def _library(kernel: str) -> ctypes.CDLL:
+    spec = importlib.util.spec_from_file_location("linlora_csrc_emulator_build", CSRC / "emulator" / "build.py")
+    if spec is None or spec.loader is None:
+        raise RuntimeError(f"{CSRC}/emulator/build.py cannot be loaded")
+    builder = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(builder)
+    library = ctypes.CDLL(str(builder.build(kernel)))
+    getattr(library, f"emulate_{kernel}").restype = ctypes.c_char_p
+    return library
