@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,8 +18,9 @@ from peft import PeftModel
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
 
-from linlora.files import CorruptFileError, load_tensors, save_tensors
+from linlora.files import CorruptFileError
 from linlora.sharding import sharded_like, whole
+from linlora.tensor_files import StoredTensors, TensorFile, finite, save_tensors, shapes
 
 FORMAT = "linlora.task_vector"
 FORMAT_VERSION = "1"
@@ -35,7 +36,7 @@ class TaskVector:
 
     Attributes:
         deltas: '<layer>.dA' (r, K) and '<layer>.dB' (N, r); no dA where B0 = 0, where it has no effect.
-        point: '<layer>.A0' and '<layer>.B0' (absent where zero); None if the vector was saved with the hash alone.
+        point: '<layer>.A0' and '<layer>.B0', absent where zero; None if the vector was saved with the hash alone.
         point_hash: SHA-256 of the point's values.
         scalings: the LoRA scaling of each layer.
         scope: "layer" or "model" for a linearized adapter, "lora" for a plain one.
@@ -49,8 +50,8 @@ class TaskVector:
     0.0
     """
 
-    deltas: dict[str, Tensor]
-    point: dict[str, Tensor] | None
+    deltas: Mapping[str, Tensor]
+    point: Mapping[str, Tensor] | None
     point_hash: str
     scalings: dict[str, float]
     scope: str
@@ -82,10 +83,13 @@ class TaskVector:
                     _copy(layer.lora_dB[adapter]),
                 )
             else:
-                start = (point.point or {}) if point is not None else {}
-                A0, B0 = start.get(f"{name}.A0", _copy(A)), start.get(f"{name}.B0", _copy(B))
-                points[f"{name}.A0"], points[f"{name}.B0"] = A0, B0
-                deltas[f"{name}.dA"], deltas[f"{name}.dB"] = _copy(A) - A0, _copy(B) - B0
+                for kind, factor in (("A", A), ("B", B)):
+                    current, start = _copy(factor), f"{name}.{kind}0"
+                    if point is None or point.point is None:
+                        points[start] = current
+                    elif start in point.point:
+                        points[start] = point.point[start]
+                    deltas[f"{name}.d{kind}"] = current - points[start] if start in points else current
         if len(scopes) != 1:
             raise ValueError(
                 f"adapter '{adapter}' is linearized in some layers and plain in others: linearize the model"
@@ -102,7 +106,9 @@ class TaskVector:
         With `include_point=False` the point is stored as its hash only: smaller, and usable with a model that is at
         that point already.
         """
-        tensors = {**self.deltas, **((self.point or {}) if include_point else {})}
+        parts = [self.deltas, (self.point or {}) if include_point else {}]
+        home = {name: part for part in parts for name in part}
+        like = {name: tensor for part in parts for name, tensor in shapes(part).items()}
         metadata = {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -111,27 +117,52 @@ class TaskVector:
             "scalings": json.dumps(self.scalings),
             "base_model": self.base_model or "",
         }
-        save_tensors(path, tensors, metadata)
+        save_tensors(path, StoredTensors(like, lambda name: home[name][name]), metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TaskVector:
         """Read what `save` wrote; refuses truncated, foreign, NaN-carrying and altered files by name."""
-        tensors, metadata = load_tensors(path)
+        return cls.open(path).loaded()
+
+    @classmethod
+    def open(cls, path: str | os.PathLike) -> TaskVector:
+        """The vector `load` reads, left in its file: a tensor is read, and checked, whenever it is asked for.
+
+        `linlora.fuse` of a list of such vectors is one itself, and to `save` that one streams through the files.
+
+        >>> import linlora
+        >>> model = linlora.testing.tiny_model("bert")
+        >>> _ = linlora.linearize(model)
+        >>> TaskVector.from_model(model).save("vector.safetensors")
+        >>> linlora.fuse([TaskVector.open("vector.safetensors")] * 8, "ties").save("fused.safetensors")
+        """
+        file = TensorFile(path)
+        metadata = file.metadata
         if metadata.get("format") != FORMAT:
             raise CorruptFileError(f"{path}: not a task vector (no '{FORMAT}' in its metadata)")
-        if metadata["format_version"] != FORMAT_VERSION:
+        if metadata.get("format_version") != FORMAT_VERSION:
             raise CorruptFileError(
-                f"{path}: format version {metadata['format_version']}, this linlora reads {FORMAT_VERSION}; "
+                f"{path}: format version {metadata.get('format_version')}, this linlora reads {FORMAT_VERSION}; "
                 "update linlora"
             )
-        deltas = {name: tensor for name, tensor in tensors.items() if name.endswith((".dA", ".dB"))}
-        point = {name: tensor for name, tensor in tensors.items() if name not in deltas} or None
-        if point is not None and _hash(point) != metadata["point_hash"]:
-            raise CorruptFileError(f"{path}: the linearization point does not match its hash; the file was altered")
-        return cls(
-            deltas, point, metadata["point_hash"], json.loads(metadata["scalings"]), metadata["scope"],
-            metadata["base_model"] or None,
+        missing = [key for key in ("scope", "point_hash", "scalings", "base_model") if key not in metadata]
+        if missing:
+            raise CorruptFileError(f"{path}: its metadata has no {_some(missing)}; the file was altered")
+        deltas = {name: file.like(name) for name in file.entries if name.endswith((".dA", ".dB"))}
+        point = {name: file.like(name) for name in file.entries if name not in deltas}
+        vector = cls(
+            StoredTensors(deltas, file.read), StoredTensors(point, file.read), metadata["point_hash"],
+            json.loads(metadata["scalings"]), metadata["scope"], metadata["base_model"] or None,
         )  # fmt: skip
+        if not point and vector.point_hash != _hash({}):
+            return replace(vector, point=None)
+        if not file.has_checksums and _hash(vector.point or {}) != vector.point_hash:
+            raise CorruptFileError(f"{path}: the linearization point does not match its hash; the file was altered")
+        return vector
+
+    def loaded(self) -> TaskVector:
+        """The vector in memory: one that lies in files is read, or computed, whole."""
+        return replace(self, deltas=dict(self.deltas), point=None if self.point is None else dict(self.point))
 
     def __add__(self, other: TaskVector) -> TaskVector:
         return self._combine(other, torch.add)
@@ -165,7 +196,12 @@ class TaskVector:
             return replace(self, scope=scope)
         if self.point is None:
             raise ValueError("cast: a vector of plain LoRA needs its point, it was saved with include_point=False")
-        zero = [name for name in self.scalings if not self.point[f"{name}.B0"].any()]
+        if not self.point:
+            raise ValueError(
+                "cast: the vector starts from zero, where A0 = B0 = 0 and the tangent space is empty; a plain adapter "
+                "has to be read with the adapter its training started from: linlora.formats.read(folder, point=start)"
+            )
+        zero = [name for name in self.scalings if f"{name}.B0" not in self.point or not self.point[f"{name}.B0"].any()]
         without = {f"{name}.B0" for name in zero} | {f"{name}.dA" for name in zero}
         point = {name: tensor for name, tensor in self.point.items() if name not in without}
         deltas = {name: tensor for name, tensor in self.deltas.items() if name not in without}
@@ -194,9 +230,8 @@ class TaskVector:
         adapter = _one_adapter(model, None)
         layers = self._matching_layers(model, adapter)
         for name, layer in layers:
-            A0, B0 = self.point[f"{name}.A0"], self.point.get(f"{name}.B0")
-            _assign(layer.lora_A[adapter].weight, A0, f"{name}.A0")
-            _assign(layer.lora_B[adapter].weight, 0.0 if B0 is None else B0, f"{name}.B0")
+            _assign(layer.lora_A[adapter].weight, self.point.get(f"{name}.A0", 0.0), f"{name}.A0")
+            _assign(layer.lora_B[adapter].weight, self.point.get(f"{name}.B0", 0.0), f"{name}.B0")
 
     def _combine(self, other: TaskVector, operation: Callable[[Tensor, Tensor], Tensor]) -> TaskVector:
         if not isinstance(other, TaskVector):
@@ -211,6 +246,11 @@ class TaskVector:
         if set(self.deltas) != set(other.deltas):
             odd = sorted(set(self.deltas) ^ set(other.deltas))
             raise DifferentPointError(f"the vectors cover different layers; only one of them has {_some(odd)}")
+        mine, others = shapes(self.deltas), shapes(other.deltas)
+        odd = sorted(name for name in mine if mine[name].shape != others[name].shape)
+        if odd:
+            pair = f"{tuple(mine[odd[0]].shape)} and {tuple(others[odd[0]].shape)}"
+            raise DifferentPointError(f"the vectors differ in rank or layer size: {pair} in {_some(odd)}")
         if self.point_hash != other.point_hash:
             where = ""
             if self.point is not None and other.point is not None:
@@ -243,15 +283,18 @@ def apply(model: PeftModel, vector: TaskVector, adapter: str | None = None) -> N
     """
     adapter = _one_adapter(model, adapter)
     vector._matching_layers(model, adapter)
+    if vector.scope == "lora" and vector.point is None:
+        raise ValueError("apply: a vector of plain LoRA needs its point, it was saved with include_point=False")
     current = TaskVector.from_model(model, adapter, vector if vector.scope == "lora" else None)
     vector.check_same_point(current)
+    vector = vector.loaded()
     for name, tensor in vector.deltas.items():
-        if not torch.isfinite(tensor).all():
+        if not finite(tensor):
             raise ValueError(f"the vector holds NaN or infinity in '{name}'; the model is unchanged")
-    start = vector.point or {}
+    start = (vector.point or {}) if vector.scope == "lora" else {}
     for name, parameter in delta_parameters(model, adapter).items():
         delta = vector.deltas[name]
-        _assign(parameter, start[point_name(name)] + delta if vector.scope == "lora" else delta, name)
+        _assign(parameter, start[point_name(name)] + delta if point_name(name) in start else delta, name)
 
 
 def delta_parameters(model: PeftModel, adapter: str | None = None) -> dict[str, nn.Parameter]:
@@ -318,7 +361,7 @@ def _assign(parameter: Tensor, value: Tensor | float, name: str) -> None:
         parameter.fill_(value) if isinstance(value, float) else parameter.copy_(sharded_like(value, parameter))
 
 
-def _hash(point: dict[str, Tensor]) -> str:
+def _hash(point: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, shapes and values. Values are hashed as float64, so a widened copy is the same point."""
     digest = hashlib.sha256()
     for name in sorted(point):

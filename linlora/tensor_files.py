@@ -74,7 +74,8 @@ class TensorFile:
             name: Entry(e["dtype"], tuple(e["shape"]), *(self.data_start + offset for offset in e["data_offsets"]))
             for name, e in parsed.items()
         }
-        self._checksums: dict[str, str] = json.loads(self.metadata.get(_CHECKSUMS, "{}"))
+        self._checksums: dict[str, str] = json.loads(self.metadata.pop(_CHECKSUMS, "{}"))
+        self.has_checksums = self.entries.keys() <= self._checksums.keys()
 
     def like(self, name: str) -> Tensor:
         """A tensor of the shape and dtype, without values (on the meta device)."""
@@ -87,9 +88,7 @@ class TensorFile:
         buffer = _bytes(tensor)
         self._file.seek(entry.start)
         if self._file.readinto(buffer) != entry.stop - entry.start:
-            raise CorruptFileError(
-                f"{self.path}: tensor '{name}' is cut short; the file was truncated while it was read"
-            )
+            raise CorruptFileError(f"{self.path}: tensor '{name}' is cut short; the file was truncated meanwhile")
         if name in self._checksums and f"{zlib.crc32(buffer):08x}" != self._checksums[name]:
             raise CorruptFileError(f"{self.path}: tensor '{name}' does not match its checksum; the file was altered")
         if not finite(tensor):
@@ -193,7 +192,7 @@ def finite(tensor: Tensor) -> bool:
         return True
     if tensor.element_size() == 1:  # no float8 reductions
         tensor = tensor.float()
-    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor))
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor.detach()))
 
 
 def _header(like: Mapping[str, Tensor], checksums: Mapping[str, str], metadata: Mapping[str, str]) -> bytes:

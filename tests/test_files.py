@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from linlora import files
+from linlora import files, tensor_files
 
 
 def test_text_is_replaced_in_one_step(tmp_path):
@@ -15,13 +15,13 @@ def test_text_is_replaced_in_one_step(tmp_path):
 
 def test_tensors_round_trip_with_strides_and_metadata(tmp_path):
     tensor = torch.arange(6.0).view(2, 3).t()
-    files.save_tensors(tmp_path / "t.safetensors", {"t": tensor}, {"key": "value"})
-    tensors, metadata = files.load_tensors(tmp_path / "t.safetensors")
+    tensor_files.save_tensors(tmp_path / "t.safetensors", {"t": tensor}, {"key": "value"})
+    tensors, metadata = tensor_files.load_tensors(tmp_path / "t.safetensors")
     assert torch.equal(tensors["t"], tensor)
     assert metadata == {"key": "value"}
 
 
 def test_a_failed_write_leaves_nothing_behind(tmp_path):
     with pytest.raises(AttributeError):
-        files.save_tensors(tmp_path / "t.safetensors", {"t": "not a tensor"}, {})
+        tensor_files.save_tensors(tmp_path / "t.safetensors", {"t": "not a tensor"}, {})
     assert not list(tmp_path.iterdir())

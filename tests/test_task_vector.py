@@ -1,6 +1,8 @@
 """Task vectors: algebra, files, points, and putting them into a model."""
 
+import hashlib
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -111,6 +113,22 @@ def test_plain_lora_vectors_need_their_start_and_apply_by_factors():
     assert TaskVector.from_model(other, point=start).norm() == 0.0
 
 
+def test_a_vector_from_zero_needs_no_point_in_its_file_and_sets_the_factors(tmp_path):
+    """A plain adapter of unknown origin: A0 = B0 = 0, and dA, dB are its A and B."""
+    model = tiny_model("bert", trained=True)
+    start = TaskVector.from_model(model)
+    zero = replace(start, point={}, point_hash=hashlib.sha256().hexdigest())
+    zero = TaskVector.from_model(model, point=zero)
+    zero.save(tmp_path / "v.safetensors")
+    loaded = TaskVector.load(tmp_path / "v.safetensors")
+    assert loaded.point == {}
+    other = tiny_model("bert")
+    linlora.apply(other, loaded)
+    torch.testing.assert_close(other(**tiny_batch("bert")).logits, model(**tiny_batch("bert")).logits)
+    with pytest.raises(ValueError, match=r"starts from zero.*read with the adapter its training started from"):
+        loaded.cast("layer")
+
+
 class TestRefusals:
     def test_different_points(self):
         u = VECTORS[0]
@@ -140,6 +158,14 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"A0' is \(4, 32\) in the vector and \(2, 32\) in the model: their ranks"):
             linlora.linearize(model, point=VECTORS[0])
 
+    def test_equal_names_with_different_shapes(self):
+        name = next(iter(VECTORS[0].deltas))
+        cut = {**VECTORS[1].deltas, name: VECTORS[1].deltas[name][:2]}
+        with pytest.raises(
+            linlora.DifferentPointError, match=rf"rank or layer size: \(4, 32\) and \(2, 32\) in {name}"
+        ):
+            VECTORS[0] + replace(VECTORS[1], deltas=cut)
+
     def test_vector_without_its_point(self, tmp_path):
         VECTORS[0].save(tmp_path / "v.safetensors", include_point=False)
         with pytest.raises(ValueError, match="without its point"):
@@ -168,11 +194,13 @@ class TestFiles:
         VECTORS[0].save(tmp_path / "v.safetensors")
         return tmp_path / "v.safetensors"
 
-    def altered(self, path, tensors=None, **metadata):
+    def altered(self, path, tensors=None, checksums=True, **metadata):
         from safetensors import safe_open
 
         with safe_open(path, "pt") as file:
             old = file.metadata()
+        if not checksums:
+            del old["checksums"]
         save_file({**load_file(path), **(tensors or {})}, path, {**old, **metadata})
 
     def test_missing(self, tmp_path):
@@ -196,15 +224,45 @@ class TestFiles:
 
     def test_nan_is_refused_by_the_name_of_the_tensor(self, path):
         name = next(iter(VECTORS[0].deltas))
-        self.altered(path, {name: torch.full_like(VECTORS[0].deltas[name], float("nan"))})
+        self.altered(path, {name: torch.full_like(VECTORS[0].deltas[name], float("nan"))}, checksums=False)
         with pytest.raises(linlora.CorruptFileError, match=f"tensor '{name}' holds NaN"):
             TaskVector.load(path)
 
-    def test_altered_point(self, path):
+    @pytest.mark.parametrize("part", ["deltas", "point"])
+    def test_an_altered_value_is_found_by_the_name_of_its_tensor(self, path, part):
+        values = getattr(VECTORS[0], part)
+        name = list(values)[-1]
+        changed = values[name].clone()
+        changed[0, 0] += 1e-3
+        self.altered(path, {name: changed})
+        with pytest.raises(
+            linlora.CorruptFileError, match=f"tensor '{name}' does not match its checksum; the file was"
+        ):
+            TaskVector.load(path)
+
+    def test_an_altered_point_in_a_file_without_checksums(self, path):
         name = next(iter(VECTORS[0].point))
-        self.altered(path, {name: VECTORS[0].point[name] + 1.0})
+        self.altered(path, {name: VECTORS[0].point[name] + 1.0}, checksums=False)
         with pytest.raises(linlora.CorruptFileError, match="does not match its hash"):
             TaskVector.load(path)
+
+    def test_metadata_that_lacks_something(self, path):
+        save_file(load_file(path), path, {"format": "linlora.task_vector", "format_version": "1", "scope": "layer"})
+        with pytest.raises(linlora.CorruptFileError, match="its metadata has no point_hash, scalings, base_model"):
+            TaskVector.load(path)
+
+    def test_a_vector_left_in_its_file_reads_what_was_there_when_it_was_opened(self, path):
+        stored = TaskVector.open(path)
+        VECTORS[1].save(path)
+        assert torch.equal(flat(stored), flat(VECTORS[0]))
+        assert torch.equal(flat(stored.loaded()), flat(VECTORS[0]))
+
+    def test_a_file_cut_short_while_it_is_open(self, path):
+        stored = TaskVector.open(path)
+        with path.open("r+b") as file:
+            file.truncate(path.stat().st_size // 2)
+        with pytest.raises(linlora.CorruptFileError, match="is cut short; the file was truncated meanwhile"):
+            stored.loaded()
 
     def test_a_killed_save_leaves_the_previous_file_whole(self, path, monkeypatch):
         before = path.read_bytes()

@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from linlora.files import CorruptFileError, load_tensors, write_text
+from linlora.files import CorruptFileError, write_text
+from linlora.tensor_files import load_tensors
 
 SETTINGS_FILE = "settings.json"
 LOCK_FILE = ".lock"
@@ -19,14 +20,14 @@ class DifferentSettingsError(ValueError):
     """The run directory was made with other settings; the message names them and what to do."""
 
 
-def open_run_directory(out: Path, fingerprint: dict[str, Any], fresh: bool) -> None:
+def open_run_directory(out: Path, fingerprint: dict[str, Any], fresh: bool, job: str) -> None:
     """Create a run directory, or accept one of the same settings to continue. Raises DifferentSettingsError.
 
     A directory with content but without `settings.json` was not made here and is never written to, nor emptied.
     """
     settings_file = out / SETTINGS_FILE
     if out.exists() and not settings_file.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty and not a quickstart run; choose another --out")
+        raise FileExistsError(f"{out} is not empty and not a {job} run; choose another --out")
     if fresh and settings_file.exists():
         shutil.rmtree(out)
     fingerprint = json.loads(json.dumps(fingerprint))  # tuples become lists, as in the file

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 from transformers import ViTConfig, ViTModel
 
-from linlora.files import load_tensors, save_tensors
 from linlora.quickstart.data import Split
 from linlora.quickstart.settings import Settings
+from linlora.tensor_files import load_tensors, save_tensors
 
 PARTIAL_FILE = "pretraining.pt"
 
