@@ -4,7 +4,7 @@ Fused kernels compute a LoRA layer together with its tangent; a thin layer over 
 and exports. Start with `linlora.linearize`.
 """
 
-from linlora import baselines, functional, reference, testing
+from linlora import baselines, formats, functional, reference, routing, testing
 from linlora.backends import BackendUnavailableError, explain, use_backend
 from linlora.export import export, merge
 from linlora.files import CorruptFileError
@@ -38,11 +38,13 @@ __all__ = [
     "delinearize",
     "explain",
     "export",
+    "formats",
     "functional",
     "fuse",
     "linearize",
     "merge",
     "reference",
+    "routing",
     "set_scope",
     "testing",
     "use_backend",

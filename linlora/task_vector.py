@@ -95,7 +95,7 @@ class TaskVector:
                 f"adapter '{adapter}' is linearized in some layers and plain in others: linearize the model"
             )
         base_model = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
-        vector = cls(deltas, points, _hash(points), scalings, scopes.pop(), base_model)
+        vector = cls(deltas, points, point_hash(points), scalings, scopes.pop(), base_model)
         if point is not None:
             vector.check_same_point(point)
         return vector
@@ -154,9 +154,9 @@ class TaskVector:
             StoredTensors(deltas, file.read), StoredTensors(point, file.read), metadata["point_hash"],
             json.loads(metadata["scalings"]), metadata["scope"], metadata["base_model"] or None,
         )  # fmt: skip
-        if not point and vector.point_hash != _hash({}):
+        if not point and vector.point_hash != point_hash({}):
             return replace(vector, point=None)
-        if not file.has_checksums and _hash(vector.point or {}) != vector.point_hash:
+        if not file.has_checksums and point_hash(vector.point or {}) != vector.point_hash:
             raise CorruptFileError(f"{path}: the linearization point does not match its hash; the file was altered")
         return vector
 
@@ -205,7 +205,7 @@ class TaskVector:
         without = {f"{name}.B0" for name in zero} | {f"{name}.dA" for name in zero}
         point = {name: tensor for name, tensor in self.point.items() if name not in without}
         deltas = {name: tensor for name, tensor in self.deltas.items() if name not in without}
-        return replace(self, deltas=deltas, point=point, point_hash=_hash(point), scope=scope)
+        return replace(self, deltas=deltas, point=point, point_hash=point_hash(point), scope=scope)
 
     def dot(self, other: TaskVector) -> float:
         """⟨self, other⟩ over all dA and dB, accumulated in float64."""
@@ -243,14 +243,7 @@ class TaskVector:
         """Raise a DifferentPointError unless the vectors have one scope, layers and point, and so may be added."""
         if self.scope != other.scope:
             raise DifferentPointError(f"a vector of scope '{self.scope}' and one of scope '{other.scope}' do not add")
-        if set(self.deltas) != set(other.deltas):
-            odd = sorted(set(self.deltas) ^ set(other.deltas))
-            raise DifferentPointError(f"the vectors cover different layers; only one of them has {_some(odd)}")
-        mine, others = shapes(self.deltas), shapes(other.deltas)
-        odd = sorted(name for name in mine if mine[name].shape != others[name].shape)
-        if odd:
-            pair = f"{tuple(mine[odd[0]].shape)} and {tuple(others[odd[0]].shape)}"
-            raise DifferentPointError(f"the vectors differ in rank or layer size: {pair} in {_some(odd)}")
+        self.check_same_layers(other)
         if self.point_hash != other.point_hash:
             where = ""
             if self.point is not None and other.point is not None:
@@ -261,6 +254,17 @@ class TaskVector:
                 "the vectors start from different linearization points and live in different tangent spaces" + where +
                 ". Train every task from one adapter: linearize(model, point=first_vector)"
             )  # fmt: skip
+
+    def check_same_layers(self, other: TaskVector) -> None:
+        """Raise a DifferentPointError unless the vectors have the same layers, with the same shapes."""
+        if set(self.deltas) != set(other.deltas):
+            odd = sorted(set(self.deltas) ^ set(other.deltas))
+            raise DifferentPointError(f"the vectors cover different layers; only one of them has {_some(odd)}")
+        mine, others = shapes(self.deltas), shapes(other.deltas)
+        odd = sorted(name for name in mine if mine[name].shape != others[name].shape)
+        if odd:
+            pair = f"{tuple(mine[odd[0]].shape)} and {tuple(others[odd[0]].shape)}"
+            raise DifferentPointError(f"the vectors differ in rank or layer size: {pair} in {_some(odd)}")
 
     def _matching_layers(self, model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
         layers = list(_adapter_layers(model, adapter))
@@ -361,7 +365,7 @@ def _assign(parameter: Tensor, value: Tensor | float, name: str) -> None:
         parameter.fill_(value) if isinstance(value, float) else parameter.copy_(sharded_like(value, parameter))
 
 
-def _hash(point: Mapping[str, Tensor]) -> str:
+def point_hash(point: Mapping[str, Tensor]) -> str:
     """SHA-256 of names, shapes and values. Values are hashed as float64, so a widened copy is the same point."""
     digest = hashlib.sha256()
     for name in sorted(point):

@@ -1,0 +1,68 @@
+"""The spellings of parameter names in PEFT adapters, from the first release to today's."""
+
+from __future__ import annotations
+
+import re
+from typing import NamedTuple
+
+_FACTOR = re.compile(
+    r"(?P<layer>.+)\.lora_(?P<kind>[AB])(?:\.(?P<adapter>(?!weight$)[^.]+))?\.weight"  # .default. in state dicts
+)
+_PREFIXES = ("base_model.model.", "base_model.", "")
+_REFUSED = {
+    "lora_embedding_": "a LoRA of an embedding",
+    "lora_magnitude_vector": "DoRA",
+    "vera_lambda": "VeRA",
+    "hada_": "LoHa",
+    "lokr_": "LoKr",
+    "lora_E": "AdaLoRA",
+    "lora_mid": "a LoRA of a convolution",
+    "lora_down": "a LoRA of another library (kohya, diffusers)",
+    "lora_up": "a LoRA of another library (kohya, diffusers)",
+}
+
+
+class Factor(NamedTuple):
+    """A or B of a layer, by its name in the base model."""
+
+    layer: str
+    kind: str
+
+
+def factor(key: str) -> Factor | None:
+    """What a key of an adapter file is; None for a parameter that is no LoRA factor.
+
+    >>> factor("base_model.model.encoder.q.lora_A.weight")
+    Factor(layer='encoder.q', kind='A')
+    >>> factor("base_model.model.encoder.q.lora_B.default.weight")
+    Factor(layer='encoder.q', kind='B')
+    >>> factor("base_model.model.classifier.weight")
+    """
+    match = _FACTOR.fullmatch(key)
+    return None if match is None else Factor(in_base_model(match["layer"]), match["kind"])
+
+
+def in_base_model(key: str) -> str:
+    """A name in the PEFT model as a name in the base model.
+
+    >>> in_base_model("base_model.model.classifier.modules_to_save.default.weight")
+    'classifier.weight'
+    """
+    key = next(key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix))
+    return re.sub(r"\.modules_to_save(\.default(?=\.))?|\.base_layer(?=\.)", "", key)
+
+
+def refused(key: str) -> str | None:
+    """What kind of adapter a key belongs to that has no task vector here, or None.
+
+    >>> refused("base_model.model.q.lora_magnitude_vector")
+    'DoRA'
+    """
+    if ".lora_" in key and key.endswith(".bias"):
+        return "a LoRA with bias"
+    return next((what for part, what in _REFUSED.items() if part in key), None)
+
+
+def unused(key: str) -> bool:
+    """Whether a key is a copy PEFT keeps beside a trained module, and not the trained one."""
+    return ".original_module." in key

@@ -1,0 +1,140 @@
+"""What a path holds, found out, and its task vector."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from linlora.files import CorruptFileError
+from linlora.formats.l_lora import LINEARIZED_FILE, open_l_lora
+from linlora.formats.peft_adapter import (
+    CONFIG_FILE,
+    PICKLE_FILE,
+    TENSOR_FILE,
+    open_peft_adapter,
+    parameters,
+    read_config,
+    split,
+)
+from linlora.formats.stored import Stored
+from linlora.task_vector import FORMAT, DifferentPointError, TaskVector, point_hash, point_name
+from linlora.tensor_files import TensorFile, shapes
+
+TASK_VECTOR_FILE = "task_vector.safetensors"
+_ADAPTER_FILES = (TASK_VECTOR_FILE, LINEARIZED_FILE, TENSOR_FILE, PICKLE_FILE)
+_MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+
+
+def read(path: str | os.PathLike, point: TaskVector | str | os.PathLike | None = None) -> TaskVector:
+    """The task vector of an adapter in a file or folder of any format (see `linlora.formats`).
+
+    Args:
+        path: a task vector, or the folder of a PEFT adapter, an L-LoRA checkpoint or `linlora.export`.
+        point: for a plain LoRA adapter, the adapter its training started from (a vector of scope "lora", or a path):
+            then the vector is the change from there. Without it, it is (A, B) from zero.
+
+    Raises FileNotFoundError; CorruptFileError for what is truncated, altered, foreign or not finite, by its name.
+
+    >>> import linlora
+    >>> model = linlora.testing.tiny_model("bert")
+    >>> model.save_pretrained("adapter")
+    >>> vector = read("adapter")
+    >>> vector.scope, len(vector.scalings)
+    ('lora', 11)
+    """
+    vector = open(path).vector
+    return (vector if point is None else from_start(vector, point)).loaded()
+
+
+def open(path: str | os.PathLike) -> Stored:
+    """What a file or folder holds; tensors are read when they are asked for. Raises as `read` does.
+
+    >>> import linlora
+    >>> linlora.testing.tiny_model("bert", modules_to_save=["classifier"]).save_pretrained("adapter")
+    >>> stored = open("adapter")
+    >>> stored.kind, list(stored.extras)
+    ('PEFT LoRA adapter', ['classifier.bias', 'classifier.weight'])
+    """
+    path = Path(path)
+    if path.is_dir():
+        return _open_folder(path)
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{path}: no such file or folder; an adapter of the Hugging Face hub has to be downloaded first: "
+            "hf download OWNER/NAME --local-dir FOLDER"
+        )
+    return _open_file(path)
+
+
+def from_start(vector: TaskVector, start: TaskVector | str | os.PathLike) -> TaskVector:
+    """A vector of plain LoRA as the change from the adapter its training started from. Raises DifferentPointError."""
+    start = start if isinstance(start, TaskVector) else open(start).vector
+    if vector.scope != "lora" or start.scope != "lora":
+        raise DifferentPointError(
+            f"a vector of scope '{vector.scope}' cannot be read from a start of scope '{start.scope}': that is for "
+            "plain LoRA, both of scope 'lora'; a linearized adapter knows where it started"
+        )
+    start.check_same_layers(vector)
+    vector, start = vector.loaded(), start.loaded()
+    point = {point_name(name): _at(start, name) for name in start.deltas}
+    deltas = {name: _at(vector, name) - point[point_name(name)] for name in vector.deltas}
+    return replace(vector, deltas=deltas, point=point, point_hash=point_hash(point))
+
+
+def _at(vector: TaskVector, name: str) -> Tensor:
+    """A factor where the vector ends."""
+    delta, start = vector.deltas[name], point_name(name)
+    return vector.point[start] + delta if vector.point and start in vector.point else delta
+
+
+def _open_folder(folder: Path) -> Stored:
+    if (folder / TASK_VECTOR_FILE).is_file():
+        config = read_config(folder) if (folder / CONFIG_FILE).is_file() else {}
+        vector = TaskVector.open(folder / TASK_VECTOR_FILE)
+        return Stored(folder, "linlora adapter (task vector beside a PEFT adapter)", vector, _extras(folder), config)
+    if (folder / LINEARIZED_FILE).is_file():
+        return open_l_lora(folder)
+    if (folder / TENSOR_FILE).is_file() or (folder / PICKLE_FILE).is_file():
+        return open_peft_adapter(folder)
+    if any((folder / name).is_file() for name in _MODEL_FILES):
+        raise CorruptFileError(f"{folder}: a whole model, not an adapter of one; a base model goes to --base")
+    inside = sorted(
+        str(child)
+        for child in folder.iterdir()
+        if child.is_dir() and any((child / n).is_file() for n in _ADAPTER_FILES)
+    )
+    hint = f"; there are adapters in {', '.join(inside[:3])}" if inside else ""
+    raise FileNotFoundError(f"{folder}: no adapter in this folder (none of {', '.join(_ADAPTER_FILES)}){hint}")
+
+
+def _open_file(path: Path) -> Stored:
+    if path.name in (TENSOR_FILE, PICKLE_FILE, LINEARIZED_FILE):
+        return _open_folder(path.parent)
+    if path.suffix != ".safetensors":
+        raise CorruptFileError(f"{path}: not an adapter; a .safetensors file or the folder of an adapter is expected")
+    with TensorFile(path) as file:
+        written_as, names = file.metadata.get("format"), list(file.entries)
+    if written_as == FORMAT:
+        return Stored(path, "task vector", TaskVector.open(path))
+    if any("lora_" in name for name in names):
+        raise CorruptFileError(
+            f"{path}: LoRA factors without their {CONFIG_FILE}, so their scaling is unknown; pass the folder that "
+            f"holds {TENSOR_FILE} and {CONFIG_FILE}"
+        )
+    kind = f"of format '{written_as}' " if written_as else ""
+    raise CorruptFileError(
+        f"{path}: not a task vector; a safetensors file {kind}with {len(names)} tensors ({', '.join(names[:3])}, ...)"
+    )
+
+
+def _extras(folder: Path) -> Mapping[str, Tensor]:
+    """What the PEFT adapter beside a task vector holds that the vector does not."""
+    if not (folder / TENSOR_FILE).is_file():
+        return {}
+    file = TensorFile(folder / TENSOR_FILE)
+    like = {name: file.like(name) for name in file.entries}
+    return parameters(split(like, folder)[1], shapes(like), file.read)

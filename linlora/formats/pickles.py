@@ -1,0 +1,42 @@
+"""Checkpoints of PyTorch's pickle format, read without running what is in them."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from linlora.files import CorruptFileError
+from linlora.tensor_files import finite
+
+
+def load(path: Path) -> dict[str, Tensor]:
+    """The tensors of a state dict in a pickle, by PyTorch's unpickler of tensors alone (`weights_only`).
+
+    Raises FileNotFoundError, and CorruptFileError for a file that is broken, that holds anything but named tensors, or
+    NaN.
+
+    >>> torch.save({"w": torch.ones(2)}, "adapter_model.bin")
+    >>> load(Path("adapter_model.bin"))
+    {'w': tensor([1., 1.])}
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise CorruptFileError(
+            f"{path}: a pickle that holds more than tensors, or a broken one; to load it could run code in it, so it "
+            "is refused. If you trust it, load it with the library that wrote it and save it as safetensors"
+        ) from error
+    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CorruptFileError(f"{path}: not a whole PyTorch file ({reason}); it may be truncated") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise CorruptFileError(f"{path}: a dictionary of tensors is expected; this is another kind of checkpoint")
+    for name, tensor in tensors.items():
+        if not finite(tensor):
+            raise CorruptFileError(f"{path}: tensor '{name}' holds NaN or infinity; the run that wrote it diverged")
+    return tensors

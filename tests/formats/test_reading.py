@@ -1,0 +1,186 @@
+"""Adapters of every age and origin as task vectors."""
+
+import json
+from collections import OrderedDict
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+import linlora
+from linlora import TaskVector, formats
+from linlora.testing import randomize, relative_error, tiny_base, tiny_batch, tiny_model
+
+
+def logits(model):
+    return model(**tiny_batch("bert")).logits.detach()
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    """A plain PEFT adapter and its logits."""
+    model = tiny_model("bert", trained=True, use_rslora=True, rank_pattern={"dense": 2}, alpha_pattern={"query": 5})
+    model.save_pretrained(tmp_path / "adapter")
+    return tmp_path / "adapter", logits(model)
+
+
+def config(folder, **changes):
+    path = folder / "adapter_config.json"
+    kept = {**json.loads(path.read_text()), **changes}
+    path.write_text(json.dumps({key: value for key, value in kept.items() if value is not ...}))
+
+
+def put_into_a_model(vector, **options):
+    model = tiny_model("bert", **options)
+    linlora.apply(model, vector)
+    return logits(model)
+
+
+def test_a_plain_adapter_computes_what_it_did(adapter):
+    folder, expected = adapter
+    vector = formats.read(folder)
+    assert (vector.scope, vector.point) == ("lora", {})
+    options = {"use_rslora": True, "rank_pattern": {"dense": 2}, "alpha_pattern": {"query": 5}}
+    torch.testing.assert_close(put_into_a_model(vector, **options), expected, rtol=1e-5, atol=1e-6)
+    model = tiny_model("bert", **options)
+    assert vector.scalings == TaskVector.from_model(model).scalings
+
+
+@pytest.mark.parametrize("spelling", ["default", "no prefix", "pickle", "pickle, old zip"])
+def test_older_spellings_read_the_same(adapter, spelling):
+    folder, _ = adapter
+    expected = formats.read(folder)
+    tensors = load_file(folder / "adapter_model.safetensors")
+    (folder / "adapter_model.safetensors").unlink()
+    if spelling == "default":
+        tensors = {name.replace(".weight", ".default.weight"): t for name, t in tensors.items()}
+    if spelling == "no prefix":
+        tensors = {name.removeprefix("base_model.model."): t for name, t in tensors.items()}
+    if spelling.startswith("pickle"):
+        new = spelling == "pickle"
+        torch.save(OrderedDict(tensors), folder / "adapter_model.bin", _use_new_zipfile_serialization=new)
+    else:
+        save_file(tensors, folder / "adapter_model.safetensors")
+    vector = formats.read(folder)
+    assert vector.deltas.keys() == expected.deltas.keys()
+    assert (vector - expected).norm() == 0.0
+    assert ("pickle" in str(formats.open(folder).notes)) == spelling.startswith("pickle")
+
+
+def test_configs_that_lack_today_s_fields(tmp_path):
+    tiny_model("bert", trained=True).save_pretrained(tmp_path)
+    missing = dict.fromkeys(("use_rslora", "rank_pattern", "alpha_pattern", "use_dora", "peft_type"), ...)
+    config(tmp_path, **missing)
+    assert set(formats.read(tmp_path).scalings.values()) == {2.0}
+
+
+def test_a_head_trained_beside_the_adapter_is_no_part_of_the_vector_but_there(tmp_path):
+    model = tiny_model("bert", trained=True, modules_to_save=["classifier"], bias="all")
+    model.save_pretrained(tmp_path)
+    stored = formats.open(tmp_path)
+    base = tiny_base("bert").state_dict()
+    assert {"classifier.weight", "classifier.bias", "bert.pooler.dense.bias"} <= stored.extras.keys() <= base.keys()
+    torch.testing.assert_close(stored.extras["classifier.weight"], base["classifier.weight"])
+    assert not any("classifier" in name for name in stored.vector.deltas)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["B0=0", "B0!=0"])
+def test_a_linlora_folder_is_its_task_vector(tmp_path, trained):
+    model = tiny_model("bert", trained, modules_to_save=["classifier"])
+    linlora.linearize(model)
+    randomize(model, 3, ("lora_dA", "lora_dB") if trained else ("lora_B",))
+    linlora.export(model, tmp_path)
+    stored = formats.open(tmp_path)
+    assert (stored.vector - TaskVector.from_model(model)).norm() == 0.0
+    assert sorted(stored.extras) == ["classifier.bias", "classifier.weight"]
+    assert (formats.read(tmp_path / "task_vector.safetensors") - stored.vector).norm() == 0.0
+
+
+class Linearized(nn.Module):
+    """What the L-LoRA checkpoints were made of: a layer, a copy of its parameters, and a jvp between them."""
+
+    def __init__(self, layer):
+        super().__init__()
+        self.model = layer
+        self.params0_values = nn.ParameterList([p.detach().clone() for p in layer.parameters()])
+
+    def forward(self, x):
+        names = [name for name, _ in self.model.named_parameters()]
+        start, now = tuple(self.params0_values), tuple(self.model.parameters())
+        out, tangent = torch.func.jvp(
+            lambda *p: torch.func.functional_call(self.model, dict(zip(names, p, strict=True)), (x,)),
+            start,
+            tuple(p - p0 for p, p0 in zip(now, start, strict=True)),
+        )
+        return out + tangent
+
+
+def published_l_lora(folder, trained):
+    """A checkpoint in the published layout, made as it is made there, and the logits of its model."""
+    model = tiny_model("bert", trained)
+    for name, module in list(model.named_modules()):
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, Linearized(module))
+    randomize(model, 7)
+    tensors = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Linearized):
+            pairs = zip(module.model.named_parameters(), module.params0_values.named_parameters(), strict=True)
+            for (key, value), (index, start) in pairs:
+                if value.requires_grad:
+                    tensors[f"{name}.model.{key}"], tensors[f"{name}.params0_values.{index}"] = value, start
+    folder.mkdir()
+    model.peft_config["default"].save_pretrained(folder)
+    save_file({k: v.detach().contiguous() for k, v in tensors.items()}, folder / "linearized_adapter_model.safetensors")
+    return logits(model)
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["B0=0", "B0!=0"])
+def test_l_lora_checkpoints_compute_what_they_did(tmp_path, trained):
+    expected = published_l_lora(tmp_path / "l", trained)
+    stored = formats.open(tmp_path / "l")
+    vector = formats.read(tmp_path / "l")
+    assert (stored.kind, vector.scope) == ("L-LoRA checkpoint", "layer")
+    assert any(name.endswith(".dA") for name in vector.deltas) == trained
+    model = tiny_model("bert")
+    linlora.linearize(model, point=vector)
+    linlora.apply(model, vector)
+    assert relative_error(logits(model), expected) < 1e-5
+
+
+def test_a_plain_adapter_read_from_its_start_is_the_change_and_can_be_linearized(tmp_path):
+    model = tiny_model("bert", trained=True)
+    start = TaskVector.from_model(model)
+    model.save_pretrained(tmp_path / "start")
+    randomize(model, 8)
+    model.save_pretrained(tmp_path / "end")
+    change = TaskVector.from_model(model, point=start)
+    for point in (start, tmp_path / "start", str(tmp_path / "start")):
+        vector = formats.read(tmp_path / "end", point=point)
+        assert vector.point_hash == start.point_hash
+        assert (vector - change).norm() < 1e-6
+    linearized = tiny_model("bert")
+    linlora.linearize(linearized, point=vector.cast("layer"))
+    linlora.apply(linearized, vector.cast("layer"))
+
+
+def test_reading_leaves_tensors_in_the_file_until_they_are_asked_for(adapter, monkeypatch):
+    asked = []
+    original = linlora.tensor_files.TensorFile.read
+    monkeypatch.setattr(linlora.tensor_files.TensorFile, "read", lambda f, n: asked.append(n) or original(f, n))
+    stored = formats.open(adapter[0])
+    assert not asked
+    name = next(iter(stored.vector.deltas))
+    assert stored.vector.deltas[name].dim() == 2
+    assert len(asked) == 1
+
+
+def test_what_stock_peft_loads_is_what_was_read(adapter):
+    folder, expected = adapter
+    stock = PeftModel.from_pretrained(tiny_base("bert"), folder)
+    torch.testing.assert_close(logits(stock), expected)
+    names = {name.rpartition(".")[0] for name in formats.read(folder).deltas}
+    assert names == set(TaskVector.from_model(stock).scalings)
