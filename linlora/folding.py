@@ -73,8 +73,12 @@ def folded_config(model: PeftModel, adapter: str) -> LoraConfig:
                 rank,
                 layer.scaling[adapter] * (rank**0.5 if config.use_rslora else rank),
             )
-    if not sizes:  # no layer of this adapter is fused: the config fits as it is
-        return config
+    # where no layer of this adapter is fused, the config fits as it is
+    return with_sizes(config, sizes) if sizes else config
+
+
+def with_sizes(config: LoraConfig, sizes: dict[str, tuple[int, float]]) -> LoraConfig:
+    """Give a LoraConfig the (rank, alpha) of every layer, the commonest as its own, and return it."""
     (config.r, config.lora_alpha), _ = Counter(sizes.values()).most_common(1)[0]
     others = {re.escape(name): size for name, size in sizes.items() if size != (config.r, config.lora_alpha)}
     config.rank_pattern = {name: rank for name, (rank, _) in others.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import torch
 from peft import PeftModel
@@ -92,7 +92,18 @@ _STATES = {
 _NOTHING_TRAINABLE = " (load the adapter with is_trainable=True, or call model.set_adapter(name), to train it)"
 
 
-def linearize(model: PeftModel, scope: str = "layer", point: TaskVector | None = None) -> Report:
+@runtime_checkable
+class Linearizable(Protocol):
+    """A model that linearizes itself, as a `linlora.routing.RoutedModel` does; the functions here ask it to."""
+
+    def linearize(self, scope: str) -> Any: ...
+
+    def set_scope(self, scope: str) -> None: ...
+
+    def delinearize(self) -> Any: ...
+
+
+def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: TaskVector | None = None) -> Report:
     """Linearize a PEFT model in its LoRA adapters, in place, at the adapters' current values.
 
     Layer scope (arXiv 2310.04742 as its code trains it): each layer returns
@@ -107,7 +118,8 @@ def linearize(model: PeftModel, scope: str = "layer", point: TaskVector | None =
     linearized, each at its own point; `modules_to_save` are trained as they are, at model scope on top of F.
 
     Args:
-        model: a PeftModel with LoRA adapters (nn.Linear or transformers Conv1D targets).
+        model: a PeftModel with LoRA adapters (nn.Linear or transformers Conv1D targets), or a RoutedModel, which is
+            linearized at the means of its inventories (`linlora.routing`).
         scope: "layer" or "model".
         point: a TaskVector at whose linearization point the active adapter is put first, to resume or evaluate
             vectors of an earlier run.
@@ -126,6 +138,8 @@ def linearize(model: PeftModel, scope: str = "layer", point: TaskVector | None =
     {'short'}
     """
     _check_scope(scope)
+    if isinstance(model, Linearizable) and point is None:
+        return model.linearize(scope)
     if not isinstance(model, PeftModel):
         raise TypeError(
             f"linearize takes a PeftModel, got {type(model).__name__}: wrap it with peft.get_peft_model(model, "
@@ -155,7 +169,7 @@ def linearize(model: PeftModel, scope: str = "layer", point: TaskVector | None =
     return _report(f"linearized ({scope} scope)", model, layers, fused_modules)
 
 
-def set_scope(model: PeftModel, scope: str) -> None:
+def set_scope(model: PeftModel | Linearizable, scope: str) -> None:
     """Let a linearized model be that of the other scope, in place: the same point, the same (dA, dB), another function.
 
     >>> import linlora
@@ -166,6 +180,9 @@ def set_scope(model: PeftModel, scope: str) -> None:
     'layer'
     """
     _check_scope(scope)
+    if isinstance(model, Linearizable):
+        model.set_scope(scope)
+        return
     layers = list(fused_layers(model))
     if not any(state != "plain" for _, layer in layers for state in layer.states.values()):
         raise ValueError("set_scope: the model is not linearized; call linlora.linearize(model, scope)")
@@ -176,7 +193,7 @@ def set_scope(model: PeftModel, scope: str) -> None:
         leave_model_scope(model)
 
 
-def delinearize(model: PeftModel) -> PeftModel:
+def delinearize(model: PeftModel | Linearizable) -> PeftModel:
     """Give the PEFT model back, in place: stock PEFT layers with the adapter values (A0 + dA, B0 + dB), trainable.
 
     An adapter that started at B0 = 0 computes the same function as before. Otherwise the bilinear LoRA layer differs
@@ -188,6 +205,8 @@ def delinearize(model: PeftModel) -> PeftModel:
     >>> any("Fused" in type(module).__name__ for module in linlora.delinearize(model).modules())
     False
     """
+    if isinstance(model, Linearizable):
+        return model.delinearize()
     layers = list(fused_layers(model))
     if not layers:
         raise ValueError("delinearize: the model has no linearized or accelerated layer; call linlora.linearize first")

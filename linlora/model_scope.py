@@ -2,45 +2,51 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from typing import Any
+
 from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from linlora.modules import FusedLoraLinear
 from linlora.stream import Stream, head
 from linlora.stream.modules import fuse_modules, unfuse_modules
 
 _ATTENTION = ("eager", "sdpa")
 
 
-def enter_model_scope(model: PeftModel) -> tuple[str, ...]:
+def enter_model_scope(model: Any) -> tuple[str, ...]:
     """Give every linearized layer the stream of the model; returns the names of the modules fused as a whole."""
     stream = Stream()
-    for module in model.modules():
-        if isinstance(module, FusedLoraLinear):
-            module.stream = stream
+    for module in _layers(model):
+        module.stream = stream
     head.attach(model)
     return tuple(name.removeprefix("base_model.model.") for name in fuse_modules(model))
 
 
-def leave_model_scope(model: PeftModel) -> None:
+def leave_model_scope(model: Any) -> None:
     """Undo `enter_model_scope`; nothing to do at layer scope."""
     head.detach(model)
     unfuse_modules(model)
-    for module in model.modules():
-        if isinstance(module, FusedLoraLinear):
-            module.stream = None
+    for module in _layers(model):
+        module.stream = None
+
+
+def _layers(model: nn.Module) -> Iterator[Any]:
+    """The layers that both streams run through, of a PEFT model or a routed one: they have a `stream`."""
+    return (module for module in model.modules() if "stream" in vars(module))
 
 
 def check_model_scope(model: PeftModel) -> None:
     """Raise a ValueError, with the remedy, where F = f(φ0) + J δ could not be formed or trained exactly."""
-    _check_attention(model)
+    check_attention(model)
     _check_trained_parameters(model)
     _check_trained_modules(model)
 
 
-def _check_attention(model: PeftModel) -> None:
+def check_attention(model: Any) -> None:
+    """Raise a ValueError where an attention implementation has no tangent."""
     for name, module in [("", model.get_base_model()), *model.named_modules()]:
         implementation = getattr(getattr(module, "config", None), "_attn_implementation", None)
         if implementation not in (None, *_ATTENTION):

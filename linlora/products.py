@@ -14,7 +14,6 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from linlora.modules import FusedLoraLinear
 from linlora.stream import DualTensor, Stream
 from linlora.task_vector import TaskVector, delta_parameters
 
@@ -88,7 +87,7 @@ def main_output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 @contextmanager
 def at_point(model: nn.Module) -> Iterator[Stream]:
     """The stream of a model of scope "model", which is in eval mode meanwhile."""
-    streams = {id(m.stream): m.stream for m in model.modules() if isinstance(m, FusedLoraLinear) and m.stream}
+    streams = {id(s): s for module in model.modules() if isinstance(s := vars(module).get("stream"), Stream)}
     if not streams:
         raise ValueError("the model is not linearized at model scope: call linlora.linearize(model, scope='model')")
     with evaluating(model):

@@ -57,7 +57,18 @@ def center(A: Tensor, B: Tensor, point: tuple[Tensor, Tensor] | None = None) -> 
                 f"{tuple(point[0].shape)}, {tuple(point[1].shape)}"
             )
         A0, B0 = point
-    heads = A.shape[0]
-    blocks_A = A0.t().unflatten(0, (heads, -1)).unsqueeze(1)
-    blocks_B = B0.t().unflatten(1, (heads, -1)).transpose(0, 1).unsqueeze(1)
-    return Centered(A0, B0, A - blocks_A, B - blocks_B)
+    skill_A, skill_B = skill(A0, B0, A.shape[0])
+    return Centered(A0, B0, A - skill_A, B - skill_B)
+
+
+def skill(A: Tensor, B: Tensor, heads: int) -> tuple[Tensor, Tensor]:
+    """A LoRA adapter (r, K), (N, r) as an inventory of one skill: (Q, 1, K/Q, r), (Q, 1, r, N/Q).
+
+    >>> import torch
+    >>> A, B = torch.randn(2, 12), torch.randn(8, 2)
+    >>> back = average(*skill(A, B, heads=4))
+    >>> torch.equal(back[0], A), torch.equal(back[1], B)
+    (True, True)
+    """
+    blocks_A = A.t().unflatten(0, (heads, -1)).unsqueeze(1)
+    return blocks_A, B.t().unflatten(1, (heads, -1)).transpose(0, 1).unsqueeze(1)

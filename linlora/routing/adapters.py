@@ -1,0 +1,173 @@
+"""One task of a routed model as one adapter: exact LoRA factors, a merged model, a PEFT model."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from linlora.files import install_file
+from linlora.folding import with_sizes
+from linlora.linearize import linearize
+from linlora.routing.model import RoutedModel
+from linlora.routing.scope import scope_of
+from linlora.task_vector import delta_parameters
+from linlora.tensor_files import save_tensors
+
+
+@torch.no_grad()
+def task_weights(model: RoutedModel, task_id: int | None) -> dict[str, Tensor]:
+    """The weights (Q, S) of a task in every layer, by layer name, as they are in use (not in training); None: 1 / S.
+
+    Raises ValueError for a task the model does not know, and where weights depend on the input.
+
+    >>> import linlora
+    >>> routed = linlora.routing.route(linlora.testing.tiny_base("bert"), 2, n_skills=4, target_modules=["query"])
+    >>> list(task_weights(routed, 1).values())[0].shape
+    torch.Size([1, 4])
+    """
+    if len(model.routed_layers) < len(model.layers):
+        raise ValueError("a mixture of dyadic experts weights them by the token: no single adapter has its function")
+    if task_id is not None and not 0 <= task_id < max(model.n_tasks, 1):
+        raise ValueError(f"task id {task_id} is unknown: the ids of {model.n_tasks} tasks are 0 to {model.n_tasks - 1}")
+    weights = {}
+    for layer in model.routed_layers:
+        selector, sizes = layer.selector, layer.sizes
+        if task_id is None:
+            weights[layer.layer_name] = layer.lora_B.new_full((sizes.n_heads, sizes.n_skills), 1.0 / sizes.n_skills)
+            continue
+        if selector.reads == "input":
+            raise ValueError(
+                f"layer '{layer.layer_name}': its weights depend on the input, so no single adapter has its function"
+            )
+        training = selector.training
+        of_task = selector.eval().weights(torch.tensor([task_id], device=layer.weight.device))
+        selector.train(training)
+        assert isinstance(of_task, Tensor)
+        weights[layer.layer_name] = of_task[0]
+    return weights
+
+
+def export_task(model: RoutedModel, directory: str | os.PathLike, task_id: int | None) -> None:
+    """Write one task as a LoRA adapter that stock PEFT loads and computes the same function with; None: the mean.
+
+    The factors are those of the mixture, of rank r, or of rank 2r where the model is linearized at B0 ≠ 0. Modules in
+    modules_to_save go with them. Each file is replaced in one step.
+
+    Raises ValueError for a task the model does not know, weights that depend on the input, and at model scope, where no
+    LoRA adapter has the function.
+
+    >>> import linlora, tempfile, peft
+    >>> routed = linlora.routing.route(linlora.testing.tiny_base("bert"), 2, rank=4, target_modules=["query"])
+    >>> with tempfile.TemporaryDirectory() as directory:
+    ...     export_task(routed, directory, task_id=1)
+    ...     print(type(peft.PeftModel.from_pretrained(linlora.testing.tiny_base("bert"), directory)).__name__)
+    PeftModel
+    """
+    _check_folds(model, "export_task")
+    weights = task_weights(model, task_id)
+    tensors: dict[str, Tensor] = {}
+    for layer in model.routed_layers:
+        A, B = layer.adapter(weights[layer.layer_name])
+        prefix = f"base_model.model.{layer.layer_name}"
+        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = A, B
+    for name in model.modules_to_save:
+        for key, tensor in model.model.get_submodule(name).state_dict().items():
+            tensors[f"base_model.model.{name}.{key}"] = tensor
+    config = _config(model, doubled=True)
+    config.inference_mode = True
+    config.base_model_name_or_path = getattr(model.model, "name_or_path", None)
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".export.") as staging:
+        config.save_pretrained(staging)
+        install_file(Path(staging) / "adapter_config.json", directory / "adapter_config.json")
+    save_tensors(directory / "adapter_model.safetensors", tensors, {"format": "pt"})
+
+
+@torch.no_grad()
+def merge_task(model: RoutedModel, task_id: int | None) -> nn.Module:
+    """Fold one task (None: the mean of the skills) into the base weights and return the base model, as if trained.
+
+    W + ΔW is summed in fp32 and rounded once. In place: the routed model is used up. Raises as `export_task`, and for
+    NaN, leaving the model whole.
+
+    >>> import linlora
+    >>> routed = linlora.routing.route(linlora.testing.tiny_base("bert"), 2, rank=4, target_modules=["query"])
+    >>> type(merge_task(routed, task_id=1)).__name__
+    'BertForSequenceClassification'
+    """
+    _check_folds(model, "merge_task")
+    weights = task_weights(model, task_id)
+    merged = []
+    for layer in model.routed_layers:
+        A, B = layer.adapter(weights[layer.layer_name])
+        delta = layer.sizes.scaling * (B @ A)
+        weight = layer.weight.to(delta.dtype) + (delta.t() if isinstance(layer.base_layer, Conv1D) else delta)
+        if not weight.isfinite().all():
+            raise ValueError(f"layer '{layer.layer_name}': merging gives NaN or infinity; the model is unchanged")
+        merged.append(weight.to(layer.weight.dtype))
+    for layer, weight in zip(model.routed_layers, merged, strict=True):
+        layer.weight.data = weight
+    return model.unload()
+
+
+def collapse(model: RoutedModel, task_id: int | None = None) -> PeftModel:
+    """The mean of the inventory (MHR-μ), or one task, as a PEFT LoRA model that trains on: the same function.
+
+    A plain model becomes a plain PEFT model of rank r. A linearized one becomes a PEFT model linearized at the same
+    point and scope, displaced by the mixture of the offsets. In place: the routed model is used up.
+
+    >>> import linlora
+    >>> routed = linlora.routing.route(linlora.testing.tiny_base("bert"), 2, rank=4, target_modules=["query"])
+    >>> type(collapse(routed)).__name__
+    'PeftModel'
+    """
+    weights, scope = task_weights(model, task_id), scope_of(model)
+    layers, config = model.routed_layers, _config(model, doubled=False)
+    mixed = {layer.layer_name: layer.mixed(weights[layer.layer_name]) for layer in layers}
+    point = {layer.layer_name: (layer.A0, layer.B0) for layer in layers}
+    peft_model = get_peft_model(model.unload(), config)
+    with torch.no_grad():
+        for name, (A, B) in mixed.items():
+            layer = peft_model.get_submodule(f"base_model.model.{name}")
+            A0, B0 = point[name] if scope is not None else (A, B)
+            layer.lora_A["default"].weight.copy_(A0)
+            layer.lora_B["default"].weight.copy_(torch.zeros_like(B) if B0 is None else B0)
+        if scope is not None:
+            linearize(peft_model, scope)
+            for key, parameter in delta_parameters(peft_model).items():
+                name, _, delta = key.rpartition(".")
+                dA, dB = mixed[name]
+                value = dA if delta == "dA" else dB
+                assert value is not None
+                parameter.copy_(value)
+    return peft_model.train(model.training)
+
+
+def _config(model: RoutedModel, doubled: bool) -> LoraConfig:
+    """The LoraConfig of one adapter; with the doubled rank of a layer linearized at B0 ≠ 0, if asked."""
+    sizes = {}
+    for layer in model.routed_layers:
+        rank = layer.sizes.rank * (2 if doubled and layer.state == "pair" else 1)
+        sizes[layer.layer_name] = (rank, layer.sizes.scaling * rank)
+    conv = any(isinstance(layer.base_layer, Conv1D) for layer in model.routed_layers)
+    config = LoraConfig(
+        target_modules=list(sizes), modules_to_save=list(model.modules_to_save) or None, fan_in_fan_out=conv,
+        lora_dropout=model.routed_layers[0].sizes.dropout,
+    )  # fmt: skip
+    return with_sizes(config, sizes)
+
+
+def _check_folds(model: RoutedModel, action: str) -> None:
+    if scope_of(model) == "model":
+        raise ValueError(
+            f"{action}: no LoRA adapter has the function of a model linearized at model scope, because its tangent "
+            "runs through the whole network. Use collapse(model, task_id), or the layer-scope function: "
+            "linlora.set_scope(model, 'layer')"
+        )

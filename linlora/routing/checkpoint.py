@@ -1,0 +1,125 @@
+"""The file of a routed model: one safetensors file, whole or absent, that says what it is.
+
+Its metadata describe layers, selectors and modules_to_save, so that `RoutedModel.from_pretrained` needs the base model
+alone; its tensors are the model's state dict.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from linlora.files import CorruptFileError
+from linlora.routing.scope import scope_of
+from linlora.routing.selectors import Selector
+from linlora.routing.variants import make_selector
+from linlora.tensor_files import load_tensors, save_tensors
+
+if TYPE_CHECKING:
+    from linlora.routing.model import RoutedModel
+
+FILE = "routed_model.safetensors"
+FORMAT = "linlora.routed_model"
+FORMAT_VERSION = "1"
+
+
+@dataclass(frozen=True)
+class Saved:
+    """What a file holds. layers: (name, sizes, selector, state)."""
+
+    layers: list[tuple[str, dict[str, Any], str | None, str]]
+    selectors: dict[str, Selector]
+    modules_to_save: list[str]
+    scope: str | None
+    trainable: set[str]
+    tensors: dict[str, Tensor]
+
+
+def base_names(model: RoutedModel) -> set[str]:
+    """The names in the model's state dict of what belongs to the frozen base model."""
+    own = tuple(f"model.{name}." for name in model.modules_to_save)
+    inside = tuple(f"model.{layer.layer_name}." for layer in model.layers)
+    frozen = tuple(f"model.{layer.layer_name}.base_layer." for layer in model.layers)
+    names = (name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()))
+    return {
+        name
+        for name in names
+        if name.startswith("model.")
+        and not name.startswith(own)
+        and (name.startswith(frozen) or not name.startswith(inside))
+    }
+
+
+def write(model: RoutedModel, directory: str | os.PathLike) -> None:
+    """Write the file of a routed model into a directory."""
+    description = {
+        "layers": [
+            (name, inventory.sizes.description(), inventory.selector, getattr(layer, "state", "plain"))
+            for (name, inventory), layer in zip(model.inventories.items(), model.layers, strict=True)
+        ],
+        "selectors": {name: selector.description() for name, selector in model.selector_by_name.items()},
+        "modules_to_save": list(model.modules_to_save),
+        "scope": scope_of(model),
+        "trainable": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
+        "base_model": getattr(getattr(model.model, "config", None), "_name_or_path", ""),
+    }
+    metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "description": json.dumps(description)}
+    tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    save_tensors(Path(directory) / FILE, tensors, metadata)
+
+
+def read(directory: str | os.PathLike, variants: Sequence[type[Selector]] = ()) -> Saved:
+    """Read the file of a routed model; refuses a broken or foreign one by name."""
+    path = Path(directory) / FILE
+    tensors, metadata = load_tensors(path)
+    if metadata.get("format") != FORMAT:
+        raise CorruptFileError(f"{path}: not a routed model (no '{FORMAT}' in its metadata)")
+    if metadata["format_version"] != FORMAT_VERSION:
+        raise CorruptFileError(
+            f"{path}: format version {metadata['format_version']}, this linlora reads {FORMAT_VERSION}; update linlora"
+        )
+    saved = json.loads(metadata["description"])
+    selectors = {name: make_selector(described, variants) for name, described in saved["selectors"].items()}
+    return Saved(
+        saved["layers"], selectors, saved["modules_to_save"], saved["scope"], set(saved["trainable"]), tensors
+    )  # fmt: skip
+
+
+def check_base(model: nn.Module, saved: Saved, directory: str | os.PathLike) -> None:
+    """Raise a ValueError unless the base model has the layers of the file."""
+    names = {name for name, _ in model.named_modules()}
+    missing = [name for name in (*(layer[0] for layer in saved.layers), *saved.modules_to_save) if name not in names]
+    if missing:
+        raise ValueError(
+            f"{Path(directory) / FILE}: {type(model).__name__} has no module '{missing[0]}' ({len(missing)} of its "
+            "modules are missing); pass the base model it was saved from, before any adapter is put on it"
+        )
+
+
+def restore(model: RoutedModel, saved: Saved, directory: str | os.PathLike) -> None:
+    """Bring a model just made from the description of a file to the state of the file."""
+    for layer, (_, _, _, state) in zip(model.layers, saved.layers, strict=True):
+        if state != "plain":
+            cast(Any, layer).allocate_point(state)
+    wanted = model.state_dict()
+    for name in sorted(wanted.keys() | saved.tensors.keys()):
+        shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (saved.tensors, wanted)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(
+                f"{Path(directory) / FILE}: '{name}' is {shapes[0]} in the file, {shapes[1]} in the model; was the "
+                "model saved from another base?"
+            )
+    with torch.no_grad():
+        for name, tensor in wanted.items():
+            tensor.copy_(saved.tensors[name])
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in saved.trainable)
+    if saved.scope is not None:
+        model.set_scope(saved.scope)

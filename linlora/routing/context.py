@@ -1,0 +1,96 @@
+"""Where the layers of a routed model find the routing of the batch that is running.
+
+A routed model makes the `Routing` of a batch before its base model runs, and the layers read it. It ends with the
+forward pass. Non-reentrant activation checkpointing runs a part of it again, later: `Context.checkpoint_contexts`
+hands that part the routing it had.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from linlora.ops.grouping import Groups
+
+
+class Factors(NamedTuple):
+    """The mixed factors of one layer: A (T, K, r) (None where it has no effect) and B (T, r, N) of T groups."""
+
+    A: Tensor | None
+    B: Tensor
+
+
+@dataclass(eq=False)
+class Routing:
+    """How the examples of a batch are routed.
+
+    Attributes:
+        places: the group of every example, (E,), or of every token, (E, length); one zero where all rows are a group.
+        n_groups: T.
+        factors: the factors of every group, by layer name.
+        weights: for layers that mix by the example, not by the group: (E, Q, S), by layer name. A layer that is in
+            neither asks its gate.
+    """
+
+    places: Tensor
+    n_groups: int
+    factors: dict[str, Factors]
+    weights: dict[str, Tensor]
+    _groups: dict[int, Groups] = field(default_factory=dict, repr=False)
+
+    def groups(self, lead: tuple[int, ...]) -> Groups:
+        """The groups of a layer's rows, whose leading dimensions are `lead`; made once for all layers of as many."""
+        rows = math.prod(lead)
+        if rows not in self._groups:
+            self._groups[rows] = Groups(self.places.flatten(), self.n_groups, rows)
+        return self._groups[rows]
+
+
+class Context:
+    """What the model and its layers share: the routing of the running batch, and whether adapters are off."""
+
+    def __init__(self) -> None:
+        self.routing: Routing | None = None
+        self.disabled = False
+
+    @contextmanager
+    def running(self, routing: Routing | None) -> Iterator[None]:
+        """Let the layers find `routing` meanwhile."""
+        previous, self.routing = self.routing, routing
+        try:
+            yield
+        finally:
+            self.routing = previous
+
+    @contextmanager
+    def off(self) -> Iterator[None]:
+        """Let the layers be their frozen base layers meanwhile."""
+        previous, self.disabled = self.disabled, True
+        try:
+            yield
+        finally:
+            self.disabled = previous
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """The `context_fn` of torch.utils.checkpoint: recomputation is under the routing of its forward pass."""
+        return nullcontext(), _Again(self)
+
+
+class _Again:
+    """The routing of now, to be entered later, as often as a part is recomputed."""
+
+    def __init__(self, context: Context) -> None:
+        self.context, self.routing, self.disabled = context, context.routing, context.disabled
+        self.outer: list[tuple[Any, bool]] = []
+
+    def __enter__(self) -> None:
+        self.outer.append((self.context.routing, self.context.disabled))
+        self.context.routing, self.context.disabled = self.routing, self.disabled
+
+    def __exit__(self, *_: Any) -> None:
+        self.context.routing, self.context.disabled = self.outer.pop()

@@ -1,0 +1,288 @@
+"""The layer: a frozen linear layer with an inventory of skills, of which every row takes its own mixture.
+
+What a layer passes to the op is decided by its state, as in `linlora.modules`:
+
+    plain       A, B                   y = x Wᵀ + b + s (x A_z) B_z
+    short       A0, B                  linearized at B0 = 0: y = x Wᵀ + b + s (x A0ᵀ) B_z
+    pair        A0, B0, A, B           linearized: y = x Wᵀ + b + s [(x A0ᵀ)(B0ᵀ + B_z) + (x A_z) B0ᵀ]
+
+Linearized, A and B are the skills' offsets from the point (A0, B0). At model scope, where the layer has a `stream`, it
+returns the primal (the layer at its point) and its tangent as a DualTensor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from linlora.functional import routed_lora_linear
+from linlora.modules import State
+from linlora.ops import dual
+from linlora.ops.checks import autocast_enabled, autocast_input
+from linlora.ops.grouped_lora_linear import grouped_lora_linear
+from linlora.ops.mix_inventories import mix_inventories
+from linlora.routing.context import Context, Routing
+from linlora.routing.inventory import center, skill
+from linlora.routing.selectors import Selector
+from linlora.stream import DualTensor, Stream
+from linlora.stream.tensor import refuse_inside_function
+
+
+@dataclass(frozen=True)
+class LayerSizes:
+    """The inventory of one layer: S skills of rank r in Q heads, the scaling s of their update and its dropout."""
+
+    n_skills: int
+    n_heads: int
+    rank: int
+    scaling: float
+    dropout: float = 0.0
+
+    def description(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class RoutedLayer(nn.Module):
+    """A frozen linear layer with something low-rank beside it: what all such layers share.
+
+    Attributes:
+        layer_name: its name in the base model. base_layer: the nn.Linear or Conv1D it replaces.
+        context: where it finds how the running batch is routed.
+        stream: at model scope, the stream of the model.
+    """
+
+    stream: Stream | None
+
+    def __init__(self, name: str, base_layer: nn.Module, context: Context, sizes: LayerSizes) -> None:
+        super().__init__()
+        self.layer_name, self.base_layer, self.context, self.stream = name, base_layer, context, None
+        self.sizes = sizes
+
+    base_layer: Any
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight, which some models ask their layers for."""
+        return self.base_layer.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base_layer.bias
+
+    @property
+    def in_features(self) -> int:
+        return self._matrix.shape[1]
+
+    @property
+    def out_features(self) -> int:
+        return self._matrix.shape[0]
+
+    @property
+    def _matrix(self) -> Tensor:
+        """The frozen weight as (N, K)."""
+        return self.weight.t() if isinstance(self.base_layer, Conv1D) else self.weight
+
+    @property
+    def factor_dtype(self) -> torch.dtype:
+        """Of the trained parameters: the weight's, but float32 for a half-precision one."""
+        return torch.promote_types(self.weight.dtype, torch.float32)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.context.disabled:
+            return self.base_layer(x)
+        routing = self.context.routing
+        if routing is None:
+            raise RuntimeError(
+                f"layer '{self.layer_name}': no batch is being routed. Call the routed model itself, "
+                "routed(**inputs, task_ids=...), not the model inside it. If this came up in backward, the layer is "
+                "recomputed: checkpoint with routed.gradient_checkpointing_enable(), or with torch.utils.checkpoint("
+                "..., use_reentrant=False, context_fn=routed.checkpoint_contexts)"
+            )
+        primal = autocast_input(x.primal if isinstance(x, DualTensor) else x)
+        self._check_input(primal)
+        return self.adapted(x, routing)
+
+    def adapted(self, x: Tensor, routing: Routing) -> Tensor:
+        raise NotImplementedError
+
+    def _check_input(self, x: Tensor) -> None:
+        weight = self.weight
+        if x.shape[-1] != self.in_features:
+            raise ValueError(
+                f"layer '{self.layer_name}': the input {tuple(x.shape)} has {x.shape[-1]} features in its last "
+                f"dimension, the layer takes {self.in_features}"
+            )
+        if x.device != weight.device or (x.dtype != weight.dtype and not autocast_enabled(x.device.type)):
+            raise ValueError(
+                f"layer '{self.layer_name}': the input is {x.dtype} on {x.device}, the layer {weight.dtype} on "
+                f"{weight.device}; cast or move one of them, or run under torch.autocast"
+            )
+
+
+class RoutedLoraLinear(RoutedLayer):
+    """A linear layer with S skills of rank r in Q heads: A (Q, S, K/Q, r) and B (Q, S, r, N/Q).
+
+    Attributes:
+        lora_A, lora_B: the inventory. lora_A is None in state "short", where it has no effect.
+        A0 (r, K), B0 (N, r): the linearization point; None where there is none.
+        selector: what decides the weights of its skills. It may be shared by layers, and belongs to the model.
+    """
+
+    selector: Selector
+
+    def __init__(
+        self, name: str, base_layer: nn.Module, context: Context, selector: Selector, sizes: LayerSizes
+    ) -> None:
+        super().__init__(name, base_layer, context, sizes)
+        self.set_selector(selector)
+        heads, k, n = sizes.n_heads, self.in_features, self.out_features
+        if heads < 1 or k % heads or n % heads:
+            raise ValueError(
+                f"layer '{name}': n_heads = {heads} does not divide its {k} inputs and {n} outputs; choose a common "
+                "divisor, or leave the layer out of target_modules"
+            )
+        like: dict[str, Any] = {"device": self.weight.device, "dtype": self.factor_dtype}
+        self.lora_A: nn.Parameter | None = nn.Parameter(
+            torch.empty(heads, sizes.n_skills, k // heads, sizes.rank, **like).uniform_(-(k**-0.5), k**-0.5)
+        )
+        self.lora_B = nn.Parameter(torch.zeros(heads, sizes.n_skills, sizes.rank, n // heads, **like))
+        self.A0: Tensor | None
+        self.B0: Tensor | None
+        self.register_buffer("A0", None)
+        self.register_buffer("B0", None)
+
+    def set_selector(self, selector: Selector) -> None:
+        """Route by this selector. It is a submodule of the model, not of every layer that reads it."""
+        object.__setattr__(self, "selector", selector.to(self.weight.device, self.factor_dtype))
+
+    @property
+    def state(self) -> State:
+        if self.A0 is None:
+            return "plain"
+        return "short" if self.B0 is None else "pair"
+
+    def adapted(self, x: Tensor, routing: Routing) -> Tensor:
+        p = self.sizes.dropout if self.training else 0.0
+        options: dict[str, Any] = {"dropout_p": p}
+        options["seed"] = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
+        if self.stream is not None:
+            return self._both_streams(x, routing, options)
+        layer = (x, self._matrix, self.bias)
+        factors = routing.factors.get(self.layer_name)
+        if factors is not None:
+            groups = routing.groups(self._lead(x, routing.places))
+            return grouped_lora_linear(
+                *layer, *factors, groups, self.sizes.scaling, A0=self.A0, B0=self.B0, **options
+            )  # fmt: skip
+        weights = routing.weights.get(self.layer_name)
+        if weights is None:
+            weights = self._gated(x)
+        else:
+            weights = weights.repeat_interleave(self._lead(x, weights[..., 0, 0])[0] // weights.shape[0], 0)
+        return routed_lora_linear(
+            *layer, self.lora_A, self.lora_B, weights, self.sizes.scaling, A0=self.A0, B0=self.B0, **options
+        )  # fmt: skip
+
+    def _gated(self, x: Tensor) -> Tensor:
+        """The weights that a selector gives for the input; one of a wrong shape is refused by the op."""
+        weights = self.selector.weights(x)
+        assert isinstance(weights, Tensor)  # only weights of no task come in pairs
+        return weights
+
+    @torch.compiler.disable
+    def _both_streams(self, x: Tensor, routing: Routing, options: dict[str, Any]) -> Tensor:
+        if not torch.is_grad_enabled():
+            refuse_inside_function(f"layer '{self.layer_name}'")
+        assert self.stream is not None
+        assert self.A0 is not None
+        x, x_tangent = (x.primal, x.tangent) if isinstance(x, DualTensor) else (x, None)
+        factors = routing.factors[self.layer_name]
+        groups = routing.groups(self._lead(x, routing.places))
+        y, y_tangent = dual.grouped_lora_linear(
+            x, x_tangent, self._matrix, self.bias, self.A0, self.B0, *factors, groups, self.sizes.scaling,
+            **options,
+        )  # fmt: skip
+        return y if self.stream.output == "primal" else DualTensor(y, y_tangent, self.stream)
+
+    def _lead(self, x: Tensor, places: Tensor) -> tuple[int, ...]:
+        """The leading dimensions of x, which hold the examples (or their copies, one after another) in order."""
+        lead = tuple(x.shape[:-1])
+        examples = places.shape[0]
+        if places.dim() == 2:
+            fits = lead[:2] == tuple(places.shape)
+        else:
+            fits = len(lead) > 0 and (lead[0] % examples == 0 if examples else lead[0] == 0)
+        if not fits:
+            raise ValueError(
+                f"layer '{self.layer_name}': the routing is of {tuple(places.shape)} "
+                f"{'examples' if places.dim() == 1 else 'tokens'}, which an input {tuple(x.shape)} does not consist of"
+            )
+        return lead
+
+    def linearize(self) -> None:
+        """Linearize the layer at the mean of its inventory, in place: A and B become the offsets from it."""
+        if self.state != "plain":
+            raise ValueError(f"layer '{self.layer_name}' is linearized already; call linlora.delinearize first")
+        assert self.lora_A is not None
+        around = center(self.lora_A.detach(), self.lora_B.detach())
+        if self.lora_B.detach().any():
+            self.A0, self.B0 = around.A0, around.B0
+            self.lora_A.data.copy_(around.A)
+            self.lora_B.data.copy_(around.B)
+        else:
+            self.A0, self.lora_A = around.A0, None
+
+    def allocate_point(self, state: State) -> None:
+        """Be linearized at a point of zeros, for the point and the offsets of a file to be put in."""
+        self.A0 = self.lora_B.new_zeros(self.sizes.rank, self.in_features)
+        if state == "short":
+            self.lora_A = None
+        else:
+            self.B0 = self.lora_B.new_zeros(self.out_features, self.sizes.rank)
+
+    def delinearize(self) -> None:
+        """Be plain again, in place, with the skills (A0 + A, B0 + B)."""
+        if self.A0 is None:
+            return
+        B0 = self.lora_B.new_zeros(self.out_features, self.sizes.rank) if self.B0 is None else self.B0
+        skill_A, skill_B = skill(self.A0, B0, self.sizes.n_heads)
+        if self.lora_A is None:
+            every_skill = skill_A.repeat(1, self.sizes.n_skills, 1, 1)
+            self.lora_A = nn.Parameter(every_skill, requires_grad=self.lora_B.requires_grad)
+        else:
+            self.lora_A.data.add_(skill_A)
+        self.lora_B.data.add_(skill_B)
+        self.A0 = self.B0 = None
+
+    def skills(self) -> Iterator[nn.Parameter]:
+        """The parameters of the inventory."""
+        yield from (p for p in (self.lora_A, self.lora_B) if p is not None)
+
+    @torch.no_grad()
+    def mixed(self, weights: Tensor) -> tuple[Tensor | None, Tensor]:
+        """One mixture (Q, S) of the skills in PEFT's layout, (r, K) and (N, r); linearized, of their offsets."""
+        (A_z,), (B_z,) = mix_inventories([self.lora_A], [self.lora_B], [weights.unsqueeze(0).to(self.lora_B)])
+        return None if A_z is None else A_z[0].t().contiguous(), B_z[0].t().contiguous()
+
+    def adapter(self, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """The layer with one mixture (Q, S) for all rows, as exact LoRA factors: (r, K), (N, r), or of rank 2r."""
+        A_z, B_z = self.mixed(weights)
+        if self.B0 is not None:
+            assert self.A0 is not None
+            assert A_z is not None
+            return torch.cat([self.A0, A_z]), torch.cat([self.B0 + B_z, self.B0], dim=1)
+        A = A_z if self.A0 is None else self.A0
+        assert A is not None
+        return A, B_z
+
+    def extra_repr(self) -> str:
+        sizes = self.sizes
+        return (
+            f"{self.state}, {sizes.n_skills} skills of rank {sizes.rank} in {sizes.n_heads} heads, "
+            f"scaling {sizes.scaling:g}"
+        )

@@ -1,0 +1,296 @@
+"""`RoutedModel`: a model whose linear layers hold inventories of skills, called with the tasks of its batch."""
+
+from __future__ import annotations
+
+import inspect
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+
+from linlora.routing import checkpoint
+from linlora.routing import scope as scopes
+from linlora.routing.batch import route_tasks, route_weights
+from linlora.routing.context import Context, Routing
+from linlora.routing.dyadic import DyadicLoraLinear
+from linlora.routing.layers import LayerSizes, RoutedLayer, RoutedLoraLinear
+from linlora.routing.report import RoutedReport, report
+from linlora.routing.selectors import Selector
+
+
+class Inventory(NamedTuple):
+    """What a layer is given: its sizes, and the name of its selector (None: mixture of dyadic experts)."""
+
+    sizes: LayerSizes
+    selector: str | None
+
+
+class RoutedModel(nn.Module):
+    """A model with inventories of skills in its linear layers. Made by `linlora.routing.route`, `convert` and others.
+
+    It takes the place of the base model, whose attributes it has, and is called as that is, with `task_ids=` or
+    `mixture=` in addition. Its state dict is what was added and what trains, not the frozen base.
+
+    Args:
+        model: the base model; its layers are replaced, in place, and its parameters frozen.
+        layers: the inventory of every layer that gets one, by the layer's name.
+        selectors: the selectors, by name.
+        modules_to_save: names of modules trained as a whole, as in PEFT: a classification head.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Inventory],
+        selectors: Mapping[str, Selector],
+        modules_to_save: Sequence[str] = (),
+    ) -> None:
+        super().__init__()
+        self.model = model
+        self.context = Context()
+        self.inventories, self.modules_to_save = dict(layers), tuple(modules_to_save)
+        self.selector_names = tuple(selectors)
+        self.selectors = nn.ModuleList(selectors.values())
+        made: list[RoutedLayer] = []
+        for name, (sizes, selector) in layers.items():
+            base_layer = model.get_submodule(name)
+            if selector is None:
+                made.append(DyadicLoraLinear(name, base_layer, self.context, sizes))
+            else:
+                made.append(RoutedLoraLinear(name, base_layer, self.context, selectors[selector], sizes))
+        model.requires_grad_(False)
+        for layer in made:
+            parent, _, attribute = layer.layer_name.rpartition(".")
+            setattr(model.get_submodule(parent), attribute, layer.train(model.training))
+        self.layers: tuple[RoutedLayer, ...] = tuple(made)
+        for name in modules_to_save:
+            model.get_submodule(name).requires_grad_(True)
+        self.train(model.training)
+        self.fused_modules: tuple[str, ...] = ()
+        self.forward = _SignedForward(self)  # type: ignore[method-assign]
+        self.register_state_dict_post_hook(_drop_base)
+        self.register_load_state_dict_post_hook(_ignore_base)
+
+    # -- running --------------------------------------------------------------------------------------------------
+
+    def forward(
+        self,
+        *args: Any,
+        task_ids: Tensor | Sequence[int] | None = None,
+        mixture: Tensor | None = None,
+        labels: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Run the base model on a batch of mixed tasks.
+
+        Args:
+            args, labels, kwargs: the base model's.
+            task_ids: the task of every example, (examples,), or of every token, (examples, length).
+            mixture: instead, weights of the skills for every example, (examples, S) or (examples, Q, S), or for every
+                token, (examples, length, Q, S); the selectors are not asked.
+
+        Raises ValueError for task ids that are missing, too many or too few, or no task of the model.
+        """
+        if labels is not None:
+            kwargs["labels"] = labels
+        with self.context.running(self._routing(args, kwargs, task_ids, mixture)):
+            return self.model(*args, **kwargs)
+
+    def generate(
+        self,
+        *args: Any,
+        task_ids: Tensor | Sequence[int] | None = None,
+        mixture: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The base model's `generate`, with any number of beams; factors are mixed once for all tokens."""
+        with torch.no_grad():
+            routing = self._routing(args, kwargs, task_ids, mixture)
+        with self.context.running(routing):
+            return cast(Any, self.model).generate(*args, **kwargs)
+
+    @torch.compiler.disable
+    def _routing(self, args: tuple, kwargs: dict, task_ids: Any, mixture: Tensor | None) -> Routing | None:
+        if self.context.disabled:
+            return None
+        layers = self.routed_layers
+        examples = self._examples(args, kwargs)
+        if mixture is None:
+            return route_tasks(layers, task_ids, self.n_tasks, examples)
+        if task_ids is not None:
+            raise ValueError("task_ids and mixture were both given: rows are routed by their task or by your weights")
+        return route_weights(layers, mixture, examples)
+
+    def _examples(self, args: tuple, kwargs: dict) -> int | None:
+        """The size of the batch, where it can be seen in the arguments."""
+        names = (getattr(self.model, "main_input_name", "input_ids"), "input_ids", "inputs", "inputs_embeds")
+        candidates = [*args[:1], *(kwargs.get(name) for name in names)]
+        return next((len(x) for x in candidates if isinstance(x, Tensor) and x.dim() > 0), None)
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Compute the base model's function inside the block; task ids are not needed there."""
+        with self.context.off():
+            yield
+
+    # -- as a model -----------------------------------------------------------------------------------------------
+
+    @property
+    def routed_layers(self) -> tuple[RoutedLoraLinear, ...]:
+        """The layers that mix an inventory by a selector."""
+        return tuple(layer for layer in self.layers if isinstance(layer, RoutedLoraLinear))
+
+    @property
+    def n_tasks(self) -> int:
+        """How many tasks the selectors know; 0 where nothing depends on the task."""
+        return max((s.sizes.n_tasks for s in self.selector_by_name.values() if s.reads == "task"), default=0)
+
+    @property
+    def selector_by_name(self) -> dict[str, Selector]:
+        """The selectors by the name of what they are for: a layer, a block, or '' for the model."""
+        return dict(zip(self.selector_names, cast(Iterable[Selector], self.selectors), strict=True))
+
+    @property
+    def base_model(self) -> RoutedModel:
+        """Itself: what takes task ids here, as `base_model` does in PEFT."""
+        return self
+
+    def get_base_model(self) -> nn.Module:
+        return self.model
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            if name == "model":  # not there yet
+                raise
+            return getattr(self.model, name)
+
+    def set_selectors(self, selectors: Mapping[str, Selector]) -> None:
+        """Put other selectors in the place of those of the same names."""
+        by_name = {**self.selector_by_name, **selectors}
+        self.selectors = nn.ModuleList(by_name[name] for name in self.selector_names).train(self.training)
+        for layer in self.routed_layers:
+            layer.set_selector(by_name[self.inventories[layer.layer_name].selector or ""])
+
+    def unload(self) -> nn.Module:
+        """Put the frozen layers back in their places and return the base model; this model is used up."""
+        scopes.leave(self)
+        for layer in self.layers:
+            parent, _, attribute = layer.layer_name.rpartition(".")
+            setattr(self.model.get_submodule(parent), attribute, layer.base_layer)
+        return self.model
+
+    def skills(self) -> Iterator[nn.Parameter]:
+        """The parameters of all inventories, without those of selectors and of modules_to_save."""
+        for layer in self.layers:
+            yield from (parameter for name, parameter in layer.named_parameters() if name.startswith("lora_"))
+
+    def report(self) -> RoutedReport:
+        """What the model consists of and what of it trains; print it."""
+        return report(self)
+
+    # -- checkpointing of activations -----------------------------------------------------------------------------
+
+    def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
+        """The `context_fn` for torch.utils.checkpoint: recompute with the routing of the forward pass."""
+        return self.context.checkpoint_contexts()
+
+    def gradient_checkpointing_enable(
+        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """Recompute the blocks' activations in backward. Exact; `use_reentrant=True` is refused."""
+        self._checkpoint(gradient_checkpointing_kwargs, kwargs)
+
+    def activation_checkpointing_enable(
+        self, activation_checkpointing_kwargs: dict[str, Any] | None = None, **kwargs: Any
+    ) -> None:
+        """The later name of `gradient_checkpointing_enable`."""
+        self._checkpoint(activation_checkpointing_kwargs, kwargs)
+
+    def _checkpoint(self, options: dict[str, Any] | None, kwargs: dict[str, Any]) -> None:
+        options = {"use_reentrant": False, **(options or {}), "context_fn": self.checkpoint_contexts}
+        if options["use_reentrant"]:
+            raise ValueError(
+                "re-entrant checkpointing runs a backward of its own for every block, but the blocks of a routed model "
+                "share the factors mixed for the batch; use gradient_checkpointing_kwargs={'use_reentrant': False}"
+            )
+        model: Any = self.model
+        name = "activation_checkpointing_enable"  # as transformers calls it now
+        enable = getattr(model, name) if hasattr(model, name) else model.gradient_checkpointing_enable
+        enable(options, **kwargs)
+
+    # -- linearization --------------------------------------------------------------------------------------------
+
+    def linearize(self, scope: str = "layer") -> RoutedReport:
+        """What `linlora.linearize(model, scope)` does to a routed model, in place."""
+        scopes.linearize(self, scope)
+        return report(self)
+
+    def set_scope(self, scope: str) -> None:
+        """What `linlora.set_scope` does to a routed model."""
+        scopes.set_scope(self, scope)
+
+    def delinearize(self) -> RoutedModel:
+        """What `linlora.delinearize` does to a routed model: the skills as plain LoRA factors again."""
+        return scopes.delinearize(self)
+
+    # -- files ----------------------------------------------------------------------------------------------------
+
+    def save_pretrained(self, directory: str | os.PathLike) -> None:
+        """Write `routed_model.safetensors`: inventories, points, selectors and modules_to_save, not the base model."""
+        checkpoint.write(self, directory)
+
+    @classmethod
+    def from_pretrained(
+        cls, model: nn.Module, directory: str | os.PathLike, variants: Sequence[type[Selector]] = ()
+    ) -> RoutedModel:
+        """Read what `save_pretrained` wrote onto a base model, in place: the same function, the same parameters train.
+
+        Args:
+            model: the base model, as before `route`.
+            variants: Selector classes of your own that the model was made with.
+
+        Raises FileNotFoundError, CorruptFileError for a file that is broken or not a routed model's, ValueError for a
+        base model it does not fit.
+        """
+        saved = checkpoint.read(directory, variants)
+        layers = {name: Inventory(LayerSizes(**sizes), selector) for name, sizes, selector, _ in saved.layers}
+        checkpoint.check_base(model, saved, directory)
+        routed = cls(model, layers, saved.selectors, saved.modules_to_save)
+        checkpoint.restore(routed, saved, directory)
+        return routed
+
+
+class _SignedForward:
+    """`forward` of one routed model, with the signature of its base model's and `task_ids`: what the HF Trainer reads
+    to know which columns of a data set the model takes."""
+
+    def __init__(self, model: RoutedModel) -> None:
+        self.model = model
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return type(self.model).forward(self.model, *args, **kwargs)
+
+    @property
+    def __signature__(self) -> inspect.Signature:
+        base: Callable = self.model.model.forward
+        parameters = [p for p in inspect.signature(base).parameters.values() if p.name not in ("task_ids", "mixture")]
+        own = [
+            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("task_ids", "mixture")
+        ]
+        at = len(parameters) - sum(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+        return inspect.Signature([*parameters[:at], *own, *parameters[at:]])
+
+
+def _drop_base(model: RoutedModel, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    for name in checkpoint.base_names(model):
+        state_dict.pop(prefix + name, None)
+
+
+def _ignore_base(model: RoutedModel, incompatible: Any) -> None:
+    base = tuple(checkpoint.base_names(model))
+    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.endswith(base)]

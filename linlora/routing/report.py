@@ -1,0 +1,95 @@
+"""What a routed model consists of, to print."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from linlora import backends
+from linlora.routing.layers import RoutedLayer, RoutedLoraLinear
+from linlora.routing.scope import scope_of
+
+if TYPE_CHECKING:
+    from linlora.routing.model import RoutedModel
+    from linlora.stream import Stream
+    from linlora.stream.fallback import Fallback
+
+
+@dataclass(frozen=True)
+class RoutedReport:
+    """What a routed model consists of; `print(report)` is the readable form.
+
+    Attributes:
+        layers: a line for every kind of layer, with their number.
+        selectors: likewise.
+        trainable: numbers of trained parameters: "skills", "selectors", "modules_to_save".
+        scope: "layer" or "model" of a linearized model, None of a plain one.
+    """
+
+    layers: dict[str, int]
+    selectors: dict[str, int]
+    trainable: dict[str, int]
+    scope: str | None
+    backend: str
+    modules_to_save: tuple[str, ...]
+    fused_modules: tuple[str, ...] = ()
+    stream: Stream | None = field(default=None, repr=False)
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """At model scope, the functions that ran without a rule so far: where, how often, seconds; dearest first."""
+        found = () if self.stream is None else self.stream.fallbacks.values()
+        return tuple(sorted(found, key=lambda fallback: -fallback.seconds))
+
+    def __str__(self) -> str:
+        how = "" if self.scope is None else f", linearized ({self.scope} scope)"
+        lines = [f"linlora: {sum(self.layers.values())} routed layers{how}"]
+        lines += [f"  {count:4d} x {kind}" for kind, count in self.layers.items()]
+        lines += [f"  {count:4d} x selector {kind}" for kind, count in self.selectors.items()]
+        lines += [f"  backend: {self.backend}"]
+        if self.fused_modules:
+            lines += [f"  fused as a whole: {len(self.fused_modules)} modules"]
+        lines += [f"  without a rule, by forward mode: {fallback}" for fallback in self.fallbacks]
+        lines += [f"  trained as it is: {name}" for name in self.modules_to_save]
+        parts = ", ".join(f"{name} {count:,}" for name, count in self.trainable.items() if count)
+        lines += [f"  trainable parameters: {sum(self.trainable.values()):,}" + (f" ({parts})" if parts else "")]
+        return "\n".join(lines)
+
+
+def report(model: RoutedModel) -> RoutedReport:
+    """The report of a routed model as it is now."""
+    selectors = (f"{type(s).__name__}({s.extra_repr()})" for s in model.selector_by_name.values())
+    device = model.layers[0].weight.device if model.layers else "cpu"
+    return RoutedReport(
+        layers=dict(Counter(_kind(layer) for layer in model.layers)),
+        selectors=dict(Counter(selectors)),
+        trainable={
+            "skills": _count(model.skills()),
+            "selectors": _count(model.selectors.parameters()),
+            "modules_to_save": _count(
+                p for name in model.modules_to_save for p in model.model.get_submodule(name).parameters()
+            ),
+        },
+        scope=scope_of(model),
+        backend=backends.explain("routed_lora_linear", device).backend,
+        modules_to_save=model.modules_to_save,
+        fused_modules=model.fused_modules,
+        stream=model.layers[0].stream if model.layers else None,
+    )
+
+
+def _kind(layer: RoutedLayer) -> str:
+    family = layer.layer_name.rsplit(".", 1)[-1]
+    state = ""
+    if isinstance(layer, RoutedLoraLinear) and layer.state != "plain":
+        state = ", B0 = 0: B alone trains" if layer.state == "short" else ", B0 != 0: offsets from the mean train"
+    sizes = f"rank {layer.sizes.rank}, {layer.sizes.n_skills} skills in {layer.sizes.n_heads} heads"
+    return f"{family:16s} {layer.in_features} -> {layer.out_features}, {sizes}, scaling {layer.sizes.scaling:g}{state}"
+
+
+def _count(parameters: Iterable[nn.Parameter]) -> int:
+    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)

@@ -1,0 +1,109 @@
+"""Linearized routing: a routed model at the mean of its inventories, at the scope of a layer or of the whole model.
+
+With the offsets dA_s, dB_s of the skills from their mean (A0, B0), a layer is linear in its weights w, and uniform
+weights give exactly the mean adapter. At model scope the whole network is: F(w) = f(φ0) + J Σ_s w_s δ_s.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from linlora.model_scope import check_attention, enter_model_scope, leave_model_scope
+from linlora.routing.layers import RoutedLoraLinear
+from linlora.stream import head
+
+if TYPE_CHECKING:
+    from linlora.routing.model import RoutedModel
+
+SCOPES = ("layer", "model")
+
+
+def linearize(model: RoutedModel, scope: str) -> None:
+    """Linearize a routed model at the means of its inventories, in place."""
+    _check(model, scope)
+    for layer in model.routed_layers:
+        layer.linearize()
+    if scope == "model":
+        _enter(model)
+
+
+def set_scope(model: RoutedModel, scope: str) -> None:
+    """Let a linearized routed model be that of the other scope: the same inventories, another function."""
+    if model.layers and not any(layer.state != "plain" for layer in model.routed_layers):
+        raise ValueError("set_scope: the model is not linearized; call linlora.linearize(model, scope)")
+    _check(model, scope)
+    leave(model)
+    if scope == "model":
+        _enter(model)
+
+
+def leave(model: RoutedModel) -> None:
+    """Let the model carry one stream of activations again."""
+    leave_model_scope(model)
+    model.fused_modules = ()
+
+
+def delinearize(model: RoutedModel) -> RoutedModel:
+    """Give every skill its plain factors (A0 + dA_s, B0 + dB_s), in place."""
+    leave(model)
+    for layer in model.routed_layers:
+        layer.delinearize()
+    return model
+
+
+def scope_of(model: RoutedModel) -> str | None:
+    """ "layer" or "model" of a linearized model, None of a plain one."""
+    if all(layer.state == "plain" for layer in model.routed_layers):
+        return None
+    return "layer" if model.layers[0].stream is None else "model"
+
+
+def _check(model: RoutedModel, scope: str) -> None:
+    if scope not in SCOPES:
+        raise ValueError(f"unknown scope {scope!r}: choose 'layer' or 'model'")
+    other = [layer for layer in model.layers if not isinstance(layer, RoutedLoraLinear)]
+    if other:
+        raise ValueError(f"layer '{other[0].layer_name}': a mixture of dyadic experts is not linearized")
+    if scope == "layer":
+        return
+    check_attention(model)
+    _check_order(model)
+    gates = [layer.layer_name for layer in model.routed_layers if layer.selector.reads == "input"]
+    if gates:
+        raise ValueError(
+            f"model scope: the weights of layer '{gates[0]}' depend on its input, so the network is not linear in what "
+            "trains; use scope='layer', or a selector that routes by task"
+        )
+    inside = {id(p) for part in (model.selectors, *_trained_modules(model)) for p in part.parameters()}
+    inside |= {id(p) for p in model.skills()}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+    if others:
+        raise ValueError(
+            f"model scope linearizes in the inventories alone, but {len(others)} other parameters train: "
+            f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Freeze them, or name a head in "
+            "modules_to_save"
+        )
+
+
+def _check_order(model: RoutedModel) -> None:
+    """A module trained as a whole ends the stream, so no inventory may come after it."""
+    trained = None
+    for name, module in model.model.named_modules():
+        if name in model.modules_to_save:
+            trained = name
+        elif isinstance(module, RoutedLoraLinear) and trained is not None:
+            raise ValueError(
+                f"model scope: '{trained}' is trained as a whole and comes before the inventory of '{name}', so the "
+                "network is not linear in what trains; take it out of modules_to_save, or use scope='layer'"
+            )
+
+
+def _enter(model: RoutedModel) -> None:
+    fused = enter_model_scope(model)
+    for module in _trained_modules(model):
+        module.register_forward_pre_hook(head.collapse_inputs, with_kwargs=True)
+    model.fused_modules = fused
+
+
+def _trained_modules(model: RoutedModel) -> list:
+    return [model.model.get_submodule(name) for name in model.modules_to_save]
