@@ -392,7 +392,9 @@ void check_global(const void* address, size_t bytes, Access access) {
     auto contains = [&](const char* byte) {
       if (byte < tensor.data) return false;
       const int64_t element = (byte - tensor.data) / tensor.element_bytes;
-      const bool rows_outer = tensor.row_stride >= tensor.column_stride;
+      // The stride of a dimension of one element means nothing.
+      const bool rows_outer =
+          tensor.columns == 1 || (tensor.rows > 1 && tensor.row_stride >= tensor.column_stride);
       const int64_t outer_stride = rows_outer ? tensor.row_stride : tensor.column_stride,
                     inner_stride = rows_outer ? tensor.column_stride : tensor.row_stride,
                     outer = outer_stride == 0 ? 0 : element / outer_stride, rest = element - outer * outer_stride,
