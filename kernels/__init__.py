@@ -6,6 +6,10 @@ The ops, each in the file of its name or of its family, which opens with its for
     linearized_lora_linear_flags      the same beyond small M: persistent programs that share x Aᵀ through flags
     lora_linear                     primal and tangent streams of one LoRA layer, forward and backward
     factor_gradients                the gradients of both factors
+    grouped_lora_linear             a LoRA layer with factors of its own for every group of rows, one stream or both
+    grouped_shrink                  its products of rank r
+    grouped_gradients               the gradients of every group's factors
+    mix_inventories                 the factors of every task in every layer from inventories of skills, and the adjoint
     linear                          primal and tangent streams of one frozen linear layer
     layer_norm, rms_norm            both streams of a norm, and the backward of the primal (norms)
     attention                       both streams of softmax attention
@@ -17,6 +21,7 @@ What they stand on, from the bottom:
     device      what can run where            checks      the constraints on arguments, stated once
     dropout     the mask, bit for bit         configs     the table of tile sizes, and the function that picks
     tiles       loads, dots, low-rank steps   launch      from tensors to a launch, for running and for `aot`
+    stacks      rows in groups                pointers    tables of addresses
     counters    zeroed int32 buffers          library     the ops as PyTorch operators, opaque to torch.compile
     aot         compiles every row of the table for every architecture and reads the machine code
     aot_cases   the variants of every op that it compiles
@@ -43,16 +48,24 @@ __all__ = [
     "attention",
     "attention_backward",
     "availability",
+    "dual_grouped_lora_linear",
     "factor_gradients",
     "gated_activation",
     "gated_activation_backward",
+    "group_rows",
+    "grouped_gradients",
+    "grouped_lora_linear",
+    "grouped_shrink",
     "layer_norm",
     "layer_norm_backward",
     "linear",
     "linearized_lora_linear",
     "lora_linear",
+    "mix_inventories",
+    "place",
     "rms_norm",
     "rms_norm_backward",
+    "unmix_inventories",
 ]
 
 _MISSING = "Triton is not installed; install triton>=3.6 (Linux), or use the torch backend"
@@ -64,9 +77,14 @@ if __name__ == "linlora.kernels" and importlib.util.find_spec("triton") is not N
     from .attention import attention
     from .attention_backward import attention_backward
     from .device import unavailable as _unavailable
+    from .grouped_gradients import grouped_gradients
+    from .grouped_lora_linear import dual_grouped_lora_linear, grouped_lora_linear, place
+    from .grouped_shrink import grouped_shrink
     from .library import factor_gradients, linearized_lora_linear, lora_linear
     from .linear import linear
+    from .mix_inventories import mix_inventories, unmix_inventories
     from .norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+    from .stacks import group_rows
 
 else:
 
@@ -80,6 +98,8 @@ else:
     layer_norm = layer_norm_backward = rms_norm = rms_norm_backward = _raise_missing
     activation = activation_backward = gated_activation = gated_activation_backward = _raise_missing
     attention = attention_backward = _raise_missing
+    group_rows = place = grouped_lora_linear = dual_grouped_lora_linear = _raise_missing
+    grouped_shrink = grouped_gradients = mix_inventories = unmix_inventories = _raise_missing
 
 
 def availability(device: torch.device | str) -> str | None:

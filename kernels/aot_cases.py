@@ -20,13 +20,18 @@ from .attention import launch as launch_attention
 from .attention_backward import launch_key_gradients, launch_query_gradient
 from .configs import Row
 from .factor_gradients import launch as launch_factor_gradients
+from .grouped_gradients import launch as launch_grouped_gradients
+from .grouped_lora_linear import launch as launch_grouped
+from .grouped_shrink import launch as launch_grouped_shrink
 from .launch import Launch
 from .linear import launch as launch_linear
 from .linearized_lora_linear import launch as launch_recompute
 from .linearized_lora_linear_flags import launch as launch_flags
 from .lora_linear import launch as launch_lora_linear
+from .mix_inventories import Layer, mix_launch, plan_of, unmix_launch
 from .norms import launch as launch_norm
 from .norms import launch_backward as launch_norm_backward
+from .stacks import Segments
 
 M, N, K = 8192, 4096, 4096
 BATCH, HEADS, KEY_HEADS, SEQUENCE = 2, 32, 8, 4096
@@ -158,6 +163,52 @@ def linear_launch(case: Case) -> Launch:
     return launch_linear(x, x, weight, bias, y, y, case.row.config)
 
 
+def grouped_cases(row: Row, architecture: int) -> Iterator[Case]:
+    """The variant with the most registers of each kernel. Words: adjoint, dropout."""
+    yield Case(
+        architecture, row, row.size, _dtype(row), "adjoint dropout" if row.op == "grouped_lora_linear" else "dropout"
+    )
+
+
+def grouped_launch(case: Case) -> Launch:
+    """All four factors in fp32, of 64 groups."""
+    config, variant, dtype, rank = case.row.config, case.variant.split(), getattr(torch, case.dtype), case.size
+    groups = 64
+    layout = Segments(*(_meta(torch.int32, size) for size in (M, M, groups + 1)))
+    x, low, splits = _meta(dtype, M, K), _meta(dtype, M, rank), _meta(torch.float32, 1, M, rank)
+    shrink, d_shrink = _meta(torch.float32, rank, K).t(), _meta(torch.float32, groups, K, rank)
+    dropout = (0.1 if "dropout" in variant else 0.0, _meta(torch.int64))
+    if case.row.op == "grouped_shrink":
+        return launch_grouped_shrink(x, x, shrink, d_shrink, layout, splits, splits, *dropout, config)
+    expand, d_expand = _meta(torch.float32, rank, N), _meta(torch.float32, groups, rank, N)
+    g = _meta(dtype, M, N)
+    if case.row.op == "grouped_gradients":
+        return launch_grouped_gradients(
+            low, g, low, x, layout, groups, 2.0, *dropout, d_expand, d_shrink, config
+        )  # fmt: skip
+    if case.row.op == "dual_grouped_lora_linear":
+        layer, outputs = (x, x, _meta(dtype, N, K), _meta(dtype, N), expand, d_expand), (g, g, low, None)
+    else:
+        layer = (x, None, _meta(dtype, K, N).t(), None, expand.t().contiguous().t(), d_expand.mT.contiguous().mT)
+        outputs = (g, None, low, low)
+    return launch_grouped(
+        *layer, layout, splits, splits, *outputs, 2.0, *dropout, "adjoint" in variant, config
+    )  # fmt: skip
+
+
+def mix_cases(row: Row, architecture: int) -> Iterator[Case]:
+    """Words: mix, unmix. Weights in fp32; the one in fp32 stands for the other's, and in 16 bit the reverse."""
+    yield Case(architecture, row, 0, _dtype(row), "unmix" if row.itemsize == 4 else "mix")
+
+
+def mix_launch_of(case: Case) -> Launch:
+    plan = plan_of((Layer(64, 4, 8, K, N, 16),), case.row.config.block_n, torch.device("meta"))
+    launch = unmix_launch if case.variant == "unmix" else mix_launch
+    return launch(
+        _meta(torch.int64, 8), plan, (getattr(torch, case.dtype), torch.float32, torch.float32), case.row.config
+    )
+
+
 def norm_cases(row: Row, architecture: int) -> Iterator[Case]:
     """Words: layer, rms, tangent, backward, odd (rows that are not aligned). fp32 weights take the most registers.
 
@@ -250,6 +301,11 @@ OPS = {
     "linearized_lora_linear": Op(lora_cases, lora_launch),
     "lora_linear": Op(lora_cases, lora_launch),
     "factor_gradients": Op(factor_gradients_cases, factor_gradients_launch, dot_rows="block_n"),
+    "grouped_lora_linear": Op(grouped_cases, grouped_launch),
+    "dual_grouped_lora_linear": Op(grouped_cases, grouped_launch),
+    "grouped_shrink": Op(grouped_cases, grouped_launch),
+    "grouped_gradients": Op(grouped_cases, grouped_launch, dot_rows="block_n"),
+    "mix_inventories": Op(mix_cases, mix_launch_of, dot_rows=None),
     "linear": Op(linear_cases, linear_launch),
     "norm": Op(norm_cases, norm_launch, size_letter="n", dot_rows=None),
     "attention": Op(attention_cases, attention_launch, size_letter="d"),

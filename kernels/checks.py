@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from .device import unavailable
+
+if TYPE_CHECKING:
+    from .stacks import Segments
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 256
@@ -49,6 +54,45 @@ def check_layer(
         raise ValueError("d_shrink and expand come together, or neither does (the short form, B0 = 0)")
     check_dropout(dropout_p, seed, x)
     return rank
+
+
+def check_grouped(
+    x: Tensor,
+    shrink: Tensor | None,
+    d_shrink: Tensor | None,
+    expand: Tensor | None,
+    d_expand: Tensor | None,
+    layout: Segments,
+    dropout_p: float,
+    seed: Tensor | None,
+    outputs: int = 0,
+) -> int:
+    """The rank r, once x (M, K), shrink (K, r), d_shrink (T, K, r), expand (r, N) and d_expand (T, r, N) agree with
+    each other and with the layout of the M rows; any may be None, not both of the first two."""
+    check_activation("x", x)
+    first = d_shrink if shrink is None else shrink
+    if first is None:
+        raise ValueError("a routed layer has a shrink, a d_shrink, or both")
+    (m, k), rank, groups = x.shape, first.shape[-1], layout.first.shape[0] - 1
+    if not 1 <= rank <= MAX_RANK:
+        raise ValueError(f"rank {rank} is outside 1..{MAX_RANK}")
+    if layout.order.shape[0] != m:
+        raise ValueError(f"the groups are of {layout.order.shape[0]} rows, x has {m}")
+    for name, factor, shape in (
+        ("shrink", shrink, (k, rank)),
+        ("d_shrink", d_shrink, (groups, k, rank)),
+        ("expand", expand, (rank, outputs)),
+        ("d_expand", d_expand, (groups, rank, outputs)),
+    ):
+        if factor is not None:
+            _check_like(name, factor, shape, x, factor=True)
+    check_dropout(dropout_p, seed, x)
+    return rank
+
+
+def check_linear_weight(x: Tensor, weight: Tensor, bias: Tensor | None, x_tangent: Tensor | None = None) -> None:
+    """x and x_tangent (M, K), weight (N, K) and bias (N,) agree; a tangent may be absent."""
+    check_linear(x, x if x_tangent is None else x_tangent, weight, bias)
 
 
 def check_linear(x: Tensor, x_tangent: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:

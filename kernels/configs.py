@@ -4,6 +4,9 @@ A row holds for sizes up to its `size`; the first row that fits, from the top, i
 
     op                                                  size
     linearized_lora_linear, lora_linear                 rank r
+    grouped_lora_linear, dual_grouped_lora_linear       rank r
+    grouped_shrink, grouped_gradients                   rank r
+    mix_inventories                                     none: 0
     factor_gradients                                    the larger rank of p and q
     linear, activation                                  none: 0
     norm                                                features of a row
@@ -25,7 +28,8 @@ class Config:
     """Everything a launch needs beyond its tensors."""
 
     # "recompute", "flags" (see linearized_lora_linear_flags), "split" (see factor_gradients), "tiles" (linear),
-    # "rows" (norms), "elements" (activations) or "online" (attention); a block that a design does not use is 0
+    # "rows" (norms), "elements" (activations, mixing), "online" (attention) or "gather" (routing); a block that a
+    # design does not use is 0
     design: str
     block_m: int
     block_n: int  # of "elements", all that a program takes; "rows" that are longer go block by block
@@ -34,7 +38,8 @@ class Config:
     num_warps: int
     num_stages: int
     group_m: int = 8  # rows of tiles that walk the columns together
-    programs: int = 0  # persistent programs ("flags") or programs to aim at ("split"); 0 follows the multiprocessors
+    # persistent programs ("flags") or programs to aim at ("split", grouped_shrink); 0 follows the multiprocessors
+    programs: int = 0
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,22 @@ TABLE: tuple[Row, ...] = (
                                                                 (512, True,  _ALL,     64,  64,   0, 256, 8, 3)),
     *_rows("factor_gradients", "split", "any", 4,               ( 64, True,  _ALL,     32,  64,   0,  64, 4, 2),
                                                                 (512, True,  _ALL,     16,  32,   0, 256, 8, 2)),
+    *_rows("grouped_lora_linear", "gather", "small", 2,         (256, False, _ALL,     16,  64, 128,  64, 4, 3)),
+    *_rows("grouped_lora_linear", "gather", "medium", 2,        (256, False, _ALL,     64,  64,  64,  64, 4, 3)),
+    *_rows("grouped_lora_linear", "gather", "large", 2,         (256, False, _TMA,    128, 128,  64,  64, 8, 3),
+                                                                (256, False, _SM80,   128,  64,  32,  64, 8, 3)),
+    *_rows("grouped_lora_linear", "gather", "any", 4,           (256, False, _ALL,     16,  32,  32,  64, 4, 2)),
+    *_rows("dual_grouped_lora_linear", "gather", "medium", 2,   (256, False, _TMA,     64,  64,  64,  64, 8, 3),
+                                                                (256, False, _SM80,    32,  64,  32,  64, 4, 3)),
+    *_rows("dual_grouped_lora_linear", "gather", "large", 2,    (256, False, _SM90,   128,  64,  64,  64, 8, 3),
+                                                                (256, False, _SM100,  128, 128,  32,  64, 8, 3)),
+    *_rows("dual_grouped_lora_linear", "gather", "any", 4,      (256, False, _ALL,     16,  32,  32,  64, 4, 2)),
+    *_rows("grouped_shrink", "gather", "any", 2,                (256, False, _ALL,     32,   0,  64,  64, 8, 3)),
+    *_rows("grouped_shrink", "gather", "any", 4,                (256, False, _ALL,     16,   0,  32,  64, 4, 2)),
+    *_rows("grouped_gradients", "gather", "any", 2,             (256, False, _ALL,     64,  64,   0, 256, 8, 3)),
+    *_rows("grouped_gradients", "gather", "any", 4,             (256, False, _ALL,     16,  32,   0, 256, 8, 2)),
+    *_rows("mix_inventories", "elements", "any", 2,             (  0, False, _ALL,     16, 256,   0,   0, 4, 1)),
+    *_rows("mix_inventories", "elements", "any", 4,             (  0, False, _ALL,     16, 256,   0,   0, 4, 1)),
     *_rows("linear", "tiles", "small", 2,                       (  0, False, _ALL,     16,  64, 128,   0, 4, 3)),
     *_rows("linear", "tiles", "medium", 2,                      (  0, False, _TMA,     64, 128,  64,   0, 4, 3),
                                                                 (  0, False, _SM80,    64,  64,  32,   0, 4, 3)),

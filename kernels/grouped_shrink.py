@@ -1,0 +1,187 @@
+"""grouped_shrink: the rank-r products of a routed layer, those with shared factors and those with every group's own.
+
+    u = x' S0           v = x' dS_t [ + x_t' S0 ]          t the group of the row
+
+    x, x_t (M, K)   S0 (K, r)   dS (T, K, r)   u, v (splits, M, r), fp32        x', x_t' = mask/(1-p) ⊙ x, x_t
+
+One program takes BLOCK_M rows in the order of their groups, BLOCK_R ranks and one part of K. It walks over the groups
+of its rows, nearly always one, with the rows of the others masked:
+
+                 K, one split →
+           ┌─────┬─────┬───                     ┌───┐ ┌───┐
+   BLOCK_M │  x  │     │ …   · S0, dS_t         │ u │ │ v │
+           └─────┴─────┴───                     └───┘ └───┘
+
+Few rows leave most multiprocessors idle; K is split then, and whoever reads u and v adds the splits up in order.
+
+Kept for backward: nothing; `grouped_lora_linear` keeps the u or c it makes of them.
+Floor: 2MKr FLOPs a product; MK + (T + 1) K r elements, each moved once: bound by reading x.
+Measured: not yet run on a GPU; verified in the interpreter and by ahead-of-time compilation.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .checks import check_grouped
+from .configs import Config, select
+from .device import device_traits
+from .dropout import drop, dropout_argument
+from .launch import Launch, block_r, dot_precision
+from .stacks import Segments, group_at, load_from, rows_at, stack, store_to
+from .tiles import dot, load_tile, matrix
+
+
+@triton.jit
+def grouped_shrink_kernel(
+    x,
+    x_tangent,
+    shrink,
+    d_shrink,
+    segments,
+    u,
+    v,
+    columns_per_split,
+    dropout,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+):
+    i_split = tl.program_id(2)
+    place = tl.program_id(0) * BLOCK_M
+    end = min(place + BLOCK_M, x.rows)
+    o_place = place + tl.arange(0, BLOCK_M)
+    o_row = rows_at(segments, o_place, x.rows)
+    o_r = tl.program_id(1) * BLOCK_R + tl.arange(0, BLOCK_R)
+    first_column = i_split * columns_per_split
+    past_column = min(first_column + columns_per_split, x.columns)
+
+    b_u = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    b_v = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
+    while place < end:
+        o_m = o_row
+        i_group = 0
+        past = end
+        if d_shrink is not None:
+            i_group, past = group_at(segments, place, end)
+            o_m = tl.where((o_place >= place) & (o_place < past), o_row, x.rows)
+        for k in range(first_column, past_column, BLOCK_K):
+            o_k = k + tl.arange(0, BLOCK_K)
+            b_x = drop(load_tile(x, o_m, o_k), o_m, o_k, dropout)
+            if shrink is not None:
+                b_shrink = load_tile(shrink, o_k, o_r).to(b_x.dtype)
+                b_u = dot(b_x, b_shrink, b_u, PRECISION)
+                if x_tangent is not None:
+                    b_x_tangent = drop(load_tile(x_tangent, o_m, o_k), o_m, o_k, dropout)
+                    b_v = dot(b_x_tangent, b_shrink, b_v, PRECISION)
+            if d_shrink is not None:
+                b_v = dot(b_x, load_from(d_shrink, i_group, o_k, o_r).to(b_x.dtype), b_v, PRECISION)
+        place = past
+    if u is not None:
+        store_to(u, b_u, i_split, o_row, o_r)
+    if v is not None:
+        store_to(v, b_v, i_split, o_row, o_r)
+
+
+def partial_products(
+    x: Tensor,
+    x_tangent: Tensor | None,
+    shrink: Tensor | None,
+    d_shrink: Tensor | None,
+    layout: Segments,
+    dropout_p: float,
+    seed: Tensor | None,
+    config: Config | None = None,
+) -> tuple[Tensor | None, Tensor | None]:
+    """u and v, (splits, M, r) in fp32, of checked arguments; None what has no factor, or no rows."""
+    factors = shrink if shrink is not None else d_shrink
+    rank = factors.shape[-1]
+    if config is None:
+        traits = device_traits(x.device)
+        config = select(
+            "grouped_shrink",
+            m=x.shape[0],
+            n=0,
+            rank=rank,
+            itemsize=x.element_size(),
+            architecture=traits.architecture,
+            multiprocessors=traits.multiprocessors,
+        )
+    splits, _ = _splits(x, rank, config)
+    has_v = d_shrink is not None or (x_tangent is not None and shrink is not None)
+    u = None if shrink is None else x.new_empty(splits, x.shape[0], rank, dtype=torch.float32)
+    v = x.new_empty(splits, x.shape[0], rank, dtype=torch.float32) if has_v else None
+    if x.shape[0] > 0:
+        launch(x, x_tangent, shrink, d_shrink, layout, u, v, dropout_p, seed, config).run(x.device)
+    return u, v
+
+
+def grouped_shrink(
+    placed: Tensor,
+    shrink: Tensor | None,
+    d_shrink: Tensor | None,
+    layout: Segments,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """(u, c) with c = u + v, (M, r) in the dtype of x, or (M, 0) what has no factor; one launch and a sum of splits."""
+    check_grouped(placed, shrink, d_shrink, None, None, layout, dropout_p, seed)
+    u, v = (
+        None if low is None else low.sum(0)
+        for low in partial_products(placed, None, shrink, d_shrink, layout, dropout_p, seed, config)
+    )
+    nothing = placed.new_empty(placed.shape[0], 0)
+    c = None if v is None else (v if u is None else u + v)
+    return (nothing if u is None else u.to(placed.dtype)), (nothing if c is None else c.to(placed.dtype))
+
+
+def _splits(x: Tensor, rank: int, config: Config) -> tuple[int, int]:
+    """Into how many parts K is split, and the columns of each: two programs a multiprocessor, of four steps or more."""
+    programs = triton.cdiv(x.shape[0], config.block_m) * triton.cdiv(rank, block_r(rank, config))
+    wanted = (config.programs or 2 * device_traits(x.device).multiprocessors) // max(programs, 1)
+    steps = triton.cdiv(x.shape[1], config.block_k)
+    columns = triton.cdiv(steps, max(1, min(wanted, steps // 4))) * config.block_k
+    return max(1, triton.cdiv(x.shape[1], max(columns, 1))), columns
+
+
+def launch(
+    x: Tensor,
+    x_tangent: Tensor | None,
+    shrink: Tensor | None,
+    d_shrink: Tensor | None,
+    layout: Segments,
+    u: Tensor | None,
+    v: Tensor | None,
+    dropout_p: float,
+    seed: Tensor | None,
+    config: Config,
+) -> Launch:
+    """The launch that fills u and v (each unless None)."""
+    rank = (u if v is None else v).shape[2]
+    rank_block = block_r(rank, config)
+    splits, columns = _splits(x, rank, config)
+    return Launch(
+        kernel=grouped_shrink_kernel,
+        grid=(triton.cdiv(x.shape[0], config.block_m), triton.cdiv(rank, rank_block), splits),
+        arguments={
+            "x": matrix(x),
+            "x_tangent": matrix(x_tangent),
+            "shrink": matrix(shrink),
+            "d_shrink": stack(d_shrink),
+            "segments": layout,
+            "u": stack(u),
+            "v": stack(v),
+            "columns_per_split": columns,
+            "dropout": dropout_argument(dropout_p, seed),
+            "PRECISION": dot_precision(x.dtype),
+            "BLOCK_M": config.block_m,
+            "BLOCK_K": config.block_k,
+            "BLOCK_R": rank_block,
+        },
+        config=config,
+    )
