@@ -14,7 +14,7 @@ OUT ?= bench/results/$(shell $(PYTHON) -m linlora.bench.environment)
 # pytest-xdist workers on the GPU; they share its memory.
 WORKERS ?= 4
 
-.PHONY: install test lint quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
+.PHONY: install cuda test lint quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
   gpu-bench-compiled require-gpu
 
 install: $(READY)
@@ -23,6 +23,10 @@ install: $(READY)
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -e '.[test]' -c constraints.txt
 	touch $@
+
+# The CUDA kernels, in place: needs nvcc. LINLORA_CUDA_ARCHITECTURES=90a compiles for Hopper alone.
+cuda: $(READY)
+	$(PYTHON) csrc/build.py
 
 # What .ci/run runs: style, types, doctests and tests (on the GPU where there is one).
 test: lint

@@ -117,7 +117,7 @@ def _fastest(
     rank: int,
     dropout: bool,
 ) -> str:
-    device = torch.device(device_type, device_index)
+    device = torch.device(device_type if device_index is None else f"{device_type}:{device_index}")
     for entry in evidence.known(op, architecture(device_type, device_index), shape, dtype, dropout):
         if entry.proves and rank <= entry.max_rank and unavailable(entry.backend, device) is None:
             return entry.backend

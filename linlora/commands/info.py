@@ -5,9 +5,13 @@ from __future__ import annotations
 import platform
 import textwrap
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
 
 def info() -> None:
-    """Show versions, devices, and for each op which backend runs it and why not the others."""
+    """Show versions, the kernels with where they have run, and for each op which backend runs it and why."""
     import peft
     import torch
     import transformers
@@ -17,6 +21,9 @@ def info() -> None:
 
     print(f"linlora {linlora.__version__}, Python {platform.python_version()}")
     print(f"torch {torch.__version__}, {_triton()}, transformers {transformers.__version__}, peft {peft.__version__}")
+    print(_cuda_kernels())
+    console = Console()
+    (console if console.is_terminal else Console(width=120)).print(_table())
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:
         name = f" ({torch.cuda.get_device_name(device)})" if device != "cpu" else ""
@@ -27,6 +34,33 @@ def info() -> None:
             ops_by_answer.setdefault(answer, []).append(op)
         for answer, ops in ops_by_answer.items():
             print(textwrap.indent(textwrap.fill(", ".join(ops), 100) + "\n" + answer, "  "))
+
+
+def _table() -> Table:
+    """Every op and its kernels: there or not, and the GPUs that have executed them by the runs in bench/results/."""
+    from linlora.backends import OPS
+    from linlora.evidence import executed_on
+    from linlora.ops import cuda
+
+    table = Table("op", "torch", "triton", "cuda", title="Kernels, and where runs in bench/results/ executed them")
+    table.title_justify, table.box = "left", box.SIMPLE_HEAD
+    for op in OPS:
+        has_cuda = op in cuda.OPS
+        cells = {name: ", ".join(executed_on(op, name)) or "not yet run on a GPU" for name in ("triton", "cuda")}
+        built = "" if cuda.library.status()["built"] else "not built; "
+        table.add_row(op, "composed", cells["triton"], built + cells["cuda"] if has_cuda else "–")
+    return table
+
+
+def _cuda_kernels() -> str:
+    from linlora.ops.cuda import library
+
+    status = library.status()
+    if not status["built"]:
+        return f"CUDA kernels: not built: {status['reason']}; {library.REMEDY}"
+    names = ", ".join(f"sm_{name}" for name in status["architectures"])
+    stale = "; csrc/ has changed since, `make cuda` builds it again" if library.stale() else ""
+    return f"CUDA kernels: built for {names} by nvcc {status['nvcc']}, {status['bytes'] / 2**20:.1f} MiB{stale}"
 
 
 def _triton() -> str:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import importlib.util
 import os
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-CSRC = Path(__file__).parents[3] / "csrc"
+from linlora.ops.cuda import checkout
+
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MULTIPROCESSORS = 2
+_ALIGNMENT = 128  # of the scratch memory
 
 
 class Matrix(ctypes.Structure):
@@ -48,13 +48,11 @@ def enabled() -> bool:
 @functools.cache
 def obstacle() -> str | None:
     """Why nothing can be emulated, with the remedy; None once the libraries are there."""
-    if not (CSRC / "emulator").is_dir():
-        return f"emulation needs a checkout: there is no {CSRC}/emulator"
     try:
         _library("lora_linear_sm80")
         _library("lora_linear_sm90")
     except RuntimeError as error:
-        return f"the emulated kernels cannot be built: {error}"
+        return f"the kernels cannot be emulated: {error}"
     return None
 
 
@@ -125,10 +123,27 @@ def _run(kernel: int, two_streams: bool, scaling: float, **tensors: Tensor | Non
         _TYPES[x.dtype], _TYPES[factor_type], **{name: _matrix(tensor) for name, tensor in tensors.items()},
         scaling=scaling, two_streams=two_streams,
     )  # fmt: skip
-    name = f"lora_linear_sm{kernel or _choice(problem)}"
-    error = getattr(_library(name), f"emulate_{name}")(ctypes.byref(problem), _MULTIPROCESSORS, 0)
+    portable = kernel == 80 or _hopper().lora_linear_sm90_obstacle_of(ctypes.byref(problem)) is not None
+    error = _run_portable(problem) if portable else _run_hopper(problem)
     if error is not None:
-        raise RuntimeError(f"{name}, emulated: {error.decode()}")
+        raise RuntimeError(f"the emulated kernel failed: {error.decode()}")
+
+
+def _run_portable(problem: LoraLinear) -> bytes | None:
+    return _library("lora_linear_sm80").emulate_lora_linear_sm80(ctypes.byref(problem), _MULTIPROCESSORS, 0)
+
+
+def _run_hopper(problem: LoraLinear) -> bytes | None:
+    hopper, reference = _hopper(), ctypes.byref(problem)
+    counters = torch.zeros(hopper.lora_linear_sm90_counters_of(reference), dtype=torch.int32)
+    scratch = torch.empty(hopper.lora_linear_sm90_scratch_of(reference) + _ALIGNMENT, dtype=torch.uint8)
+    aligned = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
+    error = hopper.emulate_lora_linear_sm90(
+        reference, ctypes.c_void_p(counters.data_ptr()), ctypes.c_void_p(aligned), _MULTIPROCESSORS, _MULTIPROCESSORS, 0
+    )
+    if error is None and counters.any():
+        return b"the counters are not zero after the launch"
+    return error
 
 
 def _poisoned(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -143,18 +158,18 @@ def _matrix(tensor: Tensor | None) -> Matrix:
     return Matrix(matrix.data_ptr(), *matrix.shape, *matrix.stride())
 
 
-def _choice(problem: LoraLinear) -> int:
-    """The architecture whose kernel a Hopper GPU would run."""
-    return 80 if _library("lora_linear_sm90").lora_linear_sm90_obstacle(ctypes.byref(problem)) is not None else 90
+def _hopper() -> ctypes.CDLL:
+    library = _library("lora_linear_sm90")
+    library.lora_linear_sm90_obstacle_of.restype = ctypes.c_char_p
+    library.lora_linear_sm90_counters_of.restype = library.lora_linear_sm90_scratch_of.restype = ctypes.c_int64
+    return library
 
 
 @functools.cache
 def _library(kernel: str) -> ctypes.CDLL:
-    spec = importlib.util.spec_from_file_location("linlora_csrc_emulator_build", CSRC / "emulator" / "build.py")
-    if spec is None or spec.loader is None:
-        raise RuntimeError(f"{CSRC}/emulator/build.py cannot be loaded")
-    builder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(builder)
+    builder = checkout.script("emulator/build.py")
+    if builder is None:
+        raise RuntimeError(f"linlora does not run from a checkout, there is no {checkout.CSRC}/emulator")
     library = ctypes.CDLL(str(builder.build(kernel)))
     getattr(library, f"emulate_{kernel}").restype = ctypes.c_char_p
     return library

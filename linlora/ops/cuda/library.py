@@ -15,10 +15,11 @@ from torch import Tensor
 
 from linlora.kernels import fakes
 from linlora.kernels.counters import counters
+from linlora.ops.cuda import checkout
 
 FOLDER = Path(__file__).parent
 _LIBRARY, _STATUS = FOLDER / "linlora_cuda.so", FOLDER / "build.json"
-_BUILD = "`make cuda` in a checkout builds them in place, LINLORA_BUILD_CUDA=1 insists when installing"
+REMEDY = "`make cuda` in a checkout builds them in place, LINLORA_BUILD_CUDA=1 insists when installing"
 
 
 @functools.cache
@@ -32,15 +33,21 @@ def status() -> dict[str, Any]:
 @functools.cache
 def obstacle() -> str | None:
     """Why there are no operators, with the remedy; None once the library is loaded."""
-    if not (status()["built"] and _LIBRARY.exists()):
-        return f"this build of linlora holds no CUDA kernels ({status()['reason']}); {_BUILD}"
+    if not status()["built"]:
+        return f"this build of linlora holds no CUDA kernels ({status()['reason']}); {REMEDY}"
     try:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
-        return f"{_LIBRARY} cannot be loaded ({error}); build it again: {_BUILD}"
+        return f"{_LIBRARY} cannot be loaded ({error}); build it again: {REMEDY}"
     for fake in (fakes.linearized_lora_linear, fakes.lora_linear):
         torch.library.register_fake(f"linlora_cuda::{fake.__name__}", _without_extras(fake))
     return None
+
+
+def stale() -> bool:
+    """Whether the library was built of other sources than those of this checkout."""
+    builder = checkout.script("build.py")
+    return builder is not None and status()["built"] and builder.source_hash() != status()["sources"]
 
 
 def linearized_lora_linear(x: Tensor, *arguments: Any, kernel: int = 0) -> tuple[Tensor, Tensor, Tensor]:

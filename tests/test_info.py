@@ -1,0 +1,53 @@
+"""`linlora info`: what is built, and where it has run."""
+
+import json
+
+import pytest
+from typer.testing import CliRunner
+
+from linlora import cli, evidence
+from linlora.ops.cuda import library
+
+
+@pytest.fixture
+def info(monkeypatch):
+    def info(**status):
+        monkeypatch.setattr(library, "status", lambda: {"built": False, "reason": "nvcc is not on the PATH", **status})
+        result = CliRunner().invoke(cli.app, ["info"])
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    yield info
+    evidence.entries.cache_clear()
+
+
+def test_kernels_that_are_not_built_say_why_and_what_to_do(info):
+    text = info()
+    assert "CUDA kernels: not built: nvcc is not on the PATH; `make cuda` in a checkout" in text
+    assert "not built; not yet run on a GPU" in text
+
+
+def test_a_library_of_other_sources_is_said_to_be_stale(info):
+    text = info(built=True, architectures=["80", "90a"], nvcc="13.0", bytes=3 * 2**20, sources="of long ago")
+    assert "built for sm_80, sm_90a by nvcc 13.0, 3.0 MiB; csrc/ has changed since" in text
+
+
+def test_the_table_names_the_gpus_that_have_executed_a_kernel(info, tmp_path, monkeypatch):
+    from linlora import bench
+
+    entry = {
+        "op": "lora_linear", "backend": "triton", "shape": "large", "dtype": "bfloat16", "dropout": False,
+        "correct": False, "speedup_over_torch": 0.0, "max_rank": 16, "cases": 1,
+    }  # fmt: skip
+    run = {
+        "architecture": "sm_90", "environment": {"date": "2026", "gpu": "NVIDIA H200", "commit": "abc"},
+        "evidence": [entry],
+    }  # fmt: skip
+    (tmp_path / "results" / "h200").mkdir(parents=True)
+    (tmp_path / "results" / "h200" / "run.json").write_text(json.dumps(run))
+    monkeypatch.setattr(bench, "__path__", [str(tmp_path)])
+    evidence.entries.cache_clear()
+    rows = {line.split()[0]: line for line in info().splitlines() if "composed" in line}
+    assert "NVIDIA H200" in rows["lora_linear"]
+    assert "NVIDIA H200" not in rows["linearized_lora_linear"]
+    assert rows["attention"].rstrip().endswith("–")
