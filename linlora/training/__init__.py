@@ -7,7 +7,8 @@
     linlora.apply(model, run.vector)                this vector, or one fused of several
     evaluate(model, task, "test")["score"]
 
-A classifier's head is not part of the vector: `set_head(model, run.head)` puts it into the model.
+A classifier's head is not part of the vector: `set_head(model, run.head)` puts it into the model. `Suite` does all of
+this for many tasks on one model, and has what LoraHub and AdaMerging ask for.
 """
 
 from linlora.training.adapted import Adapted, adapt
@@ -16,6 +17,7 @@ from linlora.training.folder import Run
 from linlora.training.head import read_head, set_head
 from linlora.training.recipe import recipe
 from linlora.training.settings import Data, Settings
+from linlora.training.suite import Suite
 from linlora.training.task import Task, load_task
 from linlora.training.train import train
 
@@ -24,6 +26,7 @@ __all__ = [
     "Data",
     "Run",
     "Settings",
+    "Suite",
     "Task",
     "adapt",
     "evaluate",

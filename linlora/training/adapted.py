@@ -32,23 +32,29 @@ class Adapted:
     report: Report
 
 
-def adapt(task: Task, point: TaskVector | None = None) -> Adapted:
+def adapt(task: Task, point: TaskVector | None = None, method: str | None = None) -> Adapted:
     """The model of a task's settings at its start: at `point`, at that of the settings, or drawn from their seed.
 
-    Runs of one model, seed and LoRA settings draw one point, whatever their data sets are.
+    Runs of one model, seed and LoRA settings draw one point, whatever their data sets are. `method` goes before that of
+    the settings.
     """
     settings = task.settings
+    method = method or settings.method
     point = point or read_point(settings)
     base = task.base_model()
     torch.manual_seed(settings.seed)  # what came before it, a head of another size, has no say in the point
-    model = get_peft_model(base, lora_config(task, base))
+    try:
+        model = get_peft_model(base, lora_config(task, base))
+    except ValueError as error:
+        layers = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
+        raise ValueError(f"lora: {error} The linear layers of {settings.model} are {', '.join(layers)}") from error
     if point is not None:
         point.move_point(model)
-    if settings.method in ("layer", "model"):
-        report = linearize(model, settings.method)
+    if method in ("layer", "model"):
+        report = linearize(model, method)
     else:
         report = accelerate(model)
-        if settings.method == "lora-fa":
+        if method == "lora-fa":
             freeze_A(model)
     return Adapted(model, TaskVector.from_model(model), report)
 
@@ -58,10 +64,7 @@ def lora_config(task: Task, base: nn.Module) -> LoraConfig:
     options: dict[str, Any] = dict(task.settings.lora)
     if task.settings.head == "trained" and (head := task.head_modules(base)):
         options["modules_to_save"] = sorted({*options.get("modules_to_save", []), *head})
-    try:
-        return LoraConfig(**options, task_type=task.task_type)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"lora: {error}") from error
+    return LoraConfig(**options, task_type=task.task_type)
 
 
 def read_point(settings: Settings) -> TaskVector | None:

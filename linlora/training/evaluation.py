@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,8 +41,7 @@ def evaluate(
     with evaluating(model), torch.no_grad(), arithmetic(task, device):
         for start in bar(range(0, len(mine), size), f"evaluating {task.settings.name}", progress):
             inputs = task.inputs([rows[i] for i in mine[start : start + size]])
-            inputs = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in inputs.items()}
-            predicted += task.predict(model, inputs)
+            predicted += task.predict(model, on_device(inputs, device))
     by_row = dict(zip(mine, predicted, strict=True))
     if _processes() > 1:
         by_row = dict(gather_object(list(by_row.items())))
@@ -51,6 +50,11 @@ def evaluate(
     if task.settings.kind == "text-to-text" and task.answer == "classes":
         scores["unanswered"] = sum(answer < 0 for answer in answers) / count
     return {**scores, "rows": count}
+
+
+def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
+    """A batch with its tensors on a device."""
+    return {name: x.to(device) if isinstance(x, Tensor) else x for name, x in batch.items()}
 
 
 @contextmanager

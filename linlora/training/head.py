@@ -7,12 +7,14 @@ from collections.abc import Iterator, Mapping
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from linlora.sharding import whole
+
 HEAD_FILE = "head.safetensors"
 
 
 def read_head(model: nn.Module) -> dict[str, Tensor]:
     """The weights of the modules that train beside the adapter, by their names in the base model."""
-    return {name: parameter.detach().cpu().clone() for name, parameter in _parameters(model)}
+    return {name: whole(parameter.detach()).cpu().clone() for name, parameter in _parameters(model)}
 
 
 def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:

@@ -13,7 +13,7 @@ tasks:
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,12 @@ from linlora.training.settings import Settings
 
 
 def recipe(
-    path: str | Path, tasks: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+    path: str | Path | None, tasks: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
 ) -> dict[str, Settings]:
     """The settings of every task of a YAML file, by name; of some tasks where they are named.
 
     Args:
+        path: the file; None takes the overrides alone.
         overrides: settings that go before those of the file, nested as in the file: {"training": {"max_steps": 10}}.
 
     >>> import tempfile
@@ -38,16 +39,7 @@ def recipe(
     >>> [(name, s.out, s.seed, s.method) for name, s in found.items()]
     [('a', 'runs/qa/a', 0, 'model'), ('b', 'runs/qa/b', 1, 'model')]
     """
-    return settings_of(plain_yaml.read(path), str(path), tasks, overrides)
-
-
-def settings_of(
-    content: Mapping[str, Any],
-    where: str,
-    tasks: Sequence[str] = (),
-    overrides: Mapping[str, Any] | None = None,
-) -> dict[str, Settings]:
-    """`recipe` of what a file holds."""
+    content, where = ({}, "settings") if path is None else (plain_yaml.read(path), str(path))
     shared = {key: value for key, value in content.items() if key != "tasks"}
     named = content.get("tasks")
     if named is None:
@@ -68,21 +60,32 @@ def settings_of(
     return found
 
 
-def assigned(assignments: Sequence[str]) -> dict[str, Any]:
-    """What flags like `--set training.max_steps=10` say, nested.
+def assigned(assignments: Sequence[str]) -> list[tuple[str, Any]]:
+    """Keys and values of flags like `--set training.max_steps=10`.
 
-    >>> assigned(["training.learning_rate=1e-3", "training.bf16=true", "seed=1"])
-    {'training': {'learning_rate': 0.001, 'bf16': True}, 'seed': 1}
+    >>> assigned(["training.learning_rate=1e-3", "lora.target_modules=[q, v]"])
+    [('training.learning_rate', 0.001), ('lora.target_modules', ['q', 'v'])]
     """
-    content: dict[str, Any] = {}
+    pairs = []
     for assignment in assignments:
         key, equals, value = assignment.partition("=")
-        if not equals or not all(key.split(".")):
+        if not equals or not key:
             raise ValueError(f"--set {assignment}: expected KEY=VALUE, as in --set training.max_steps=100")
-        nested: Any = plain_yaml.parse(value, f"--set {assignment}")
+        pairs.append((key, plain_yaml.parse(value, f"--set {assignment}")))
+    return pairs
+
+
+def nested(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Dotted keys as sections; of equal keys the last counts.
+
+    >>> nested([("seed", 1), ("lora.r", 8), ("lora.lora_alpha", 16)])
+    {'seed': 1, 'lora': {'r': 8, 'lora_alpha': 16}}
+    """
+    content: dict[str, Any] = {}
+    for key, value in pairs:
         for part in reversed(key.split(".")):
-            nested = {part: nested}
-        content = _merged(content, nested)
+            value = {part: value}
+        content = _merged(content, value)
     return content
 
 

@@ -26,7 +26,7 @@ _RESERVED = {
     "do_train": "nothing", "do_eval": "nothing", "do_predict": "nothing",
     "push_to_hub": "nothing: upload the folder of the run when it is done",
 }  # fmt: skip
-_LORA = {"r": 16, "lora_alpha": 32, "lora_dropout": 0.0}
+_RANK = 16
 _TRAINING = {"per_device_train_batch_size": 16, "learning_rate": 1e-4, "max_steps": 1000}
 
 
@@ -87,7 +87,7 @@ class Settings:
         point: start from this linearization point: a task vector file, or a folder that holds one. Vectors of several
             tasks add if their runs start from one point; those of one model, seed and LoRA settings do.
         seed: of the adapter, a new head, and the order of the rows.
-        lora: fields of `peft.LoraConfig`: r, lora_alpha, lora_dropout, target_modules, use_rslora, ...
+        lora: fields of `peft.LoraConfig`: r, lora_alpha (2 r), lora_dropout, target_modules, use_rslora, ...
         training: fields of `transformers.TrainingArguments`.
         model_options: keyword arguments of the model's `from_pretrained`: dtype, revision, attn_implementation, ...
 
@@ -134,7 +134,7 @@ training, model_options
         _choice("method", self.method, METHODS)
         _choice("head", self.head, HEADS)
         self._check_kind()
-        _set(self, "lora", {**_LORA, **_checked_lora(self.lora)})
+        _set(self, "lora", _lora_defaults(_checked_lora(self.lora)))
         _set(self, "training", {**_training_defaults(self.training), **_checked_training(self.training)})
         _set(self, "model_options", _plain("model_options", self.model_options))
         _set(self, "name", self.name or _name(self.data))
@@ -258,6 +258,9 @@ def _checked_lora(options: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("task_type", "inference_mode", "base_model_name_or_path"):
         if key in options:
             raise ValueError(f"lora.{key} follows from the other settings; leave it out")
+    rank = options.get("r", _RANK)
+    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
+        raise ValueError(f"lora.r, the rank, is a whole number above 0, got {rank!r}")
     return options
 
 
@@ -272,6 +275,12 @@ def _checked_training(options: Mapping[str, Any]) -> dict[str, Any]:
         if key not in known:
             raise unknown("training", key, known)
     return options
+
+
+def _lora_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
+    """alpha is twice the rank, as in the papers, unless it is given."""
+    rank = options.get("r", _RANK)
+    return {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, **options}
 
 
 def _training_defaults(options: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from linlora.training.metrics import check_metric, class_scores, default_metric,
 from linlora.training.settings import Settings
 
 Row = Mapping[str, Any]
+IGNORED = -100  # labels that are not predicted
 
 
 class Task(ABC):
@@ -21,12 +22,10 @@ class Task(ABC):
     Attributes:
         settings: what it was made from.
         answer: what is predicted: "classes", "numbers" or "text".
-        loss: of (outputs, labels, items in the batch), where the model does not compute its own.
         task_type: what PEFT calls the kind of model, or None.
     """
 
     answer: str
-    loss: Any = None
     task_type: str | None = None
 
     def __init__(self, settings: Settings) -> None:
@@ -100,22 +99,28 @@ class Task(ABC):
             scores = (number_scores if self.answer == "numbers" else text_scores)(predicted, expected)
         return {"score": scores[self.metric], **scores}
 
-    def batches(self, split: str, size: int, limit: int | None = None) -> Batches:
-        """The unlabeled batches of a split, the first `limit` rows of it, as often as they are asked for."""
-        return Batches(self, split, size, limit)
+    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """The loss of what a model returned: cross-entropy, or squared error of numbers.
 
+        The mean over all that is predicted in the batch; with `num_items_in_batch`, as the Trainer calls it, the share
+        of this batch in the mean over all batches of a step, accumulated ones and those of other processes.
+        """
+        logits, labels = self.scored(outputs, labels)
+        count = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        if labels.is_floating_point():
+            return nn.functional.mse_loss(logits.float().squeeze(-1), labels, reduction="sum") / count
+        smoothing = float(self.settings.training.get("label_smoothing_factor", 0.0))
+        options: dict[str, Any] = {"reduction": "sum", "ignore_index": IGNORED, "label_smoothing": smoothing}
+        return nn.functional.cross_entropy(logits.float().flatten(0, -2), labels.flatten(), **options) / count
 
-class Batches:
-    """Unlabeled batches that can be gone through again and again."""
+    def scored(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits of a model's outputs, and the label of each."""
+        return outputs.logits, labels
 
-    def __init__(self, task: Task, split: str, size: int, limit: int | None) -> None:
-        self._task, self._split, self._size, self._limit = task, split, size, limit
-
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        rows = self._task.rows(self._split)
-        end = len(rows) if self._limit is None else min(self._limit, len(rows))
-        for start in range(0, end, self._size):
-            yield self._task.inputs([rows[i] for i in range(start, min(start + self._size, end))])
+    def batch_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The mean loss of a model on a batch with labels."""
+        inputs = {name: value for name, value in batch.items() if name != "labels"}
+        return self.loss(model(**inputs), batch["labels"])
 
 
 def images_of(rows: Sequence[Row], column: str) -> list[Any]:

@@ -10,13 +10,12 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from linlora.sharding import is_sharded
 from linlora.training.answers import NO_NUMBER, match, number
 from linlora.training.checkpoints import check_kind, config_of, load_model, refuse_new, tokenizer_of
 from linlora.training.labels import Classes, classes_of, is_number
 from linlora.training.settings import Settings
-from linlora.training.task import Row, Task
-
-_IGNORED = -100  # labels at which transformers takes no loss
+from linlora.training.task import IGNORED, Row, Task
 
 
 class TextToText(Task):
@@ -84,15 +83,25 @@ class TextToText(Task):
         answers = [self.answer_text(row) for row in rows]
         if not self.causal:
             tokens = self._tokens(answers)
-            ignored = tokens["attention_mask"] == 0
-            return {**self.inputs(rows), "labels": tokens["input_ids"].masked_fill(ignored, _IGNORED)}
+            labels = tokens["input_ids"]
+            start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
+            return {
+                **self.inputs(rows),
+                "decoder_input_ids": torch.cat([start, labels[:, :-1]], dim=1),  # each token from those before it
+                "labels": labels.masked_fill(tokens["attention_mask"] == 0, IGNORED),
+            }
         prompts = [self._ids(self.prompt(row)) for row in rows]
         written = [self._answer_ids(answer) for answer in answers]
         tokens = self._padded([p + a for p, a in zip(prompts, written, strict=True)], side="right")
-        labels = torch.full_like(tokens["input_ids"], _IGNORED)
+        labels = torch.full_like(tokens["input_ids"], IGNORED)
         for row, (p, a) in enumerate(zip(prompts, written, strict=True)):
             labels[row, len(p) : len(p) + len(a)] = torch.tensor(a)
         return {**tokens, "labels": labels}
+
+    def scored(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        if self.causal:  # each token from those before it
+            return outputs.logits[:, :-1], labels[:, 1:]
+        return outputs.logits, labels
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Of the first token of the answer, over the vocabulary."""
@@ -103,6 +112,7 @@ class TextToText(Task):
 
     def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Any]:
         options = {"max_new_tokens": self.settings.max_new_tokens, "do_sample": False, "num_beams": 1}
+        options["synced_gpus"] = is_sharded(model)  # then every process has to take as many steps
         generator: Any = model
         tokens = generator.generate(**inputs, **options, pad_token_id=self.tokenizer.pad_token_id)
         if self.causal:

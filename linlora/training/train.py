@@ -15,8 +15,9 @@ from rich.console import Console
 
 import linlora
 from linlora.export import TASK_VECTOR_FILE, export
-from linlora.files import save_tensors
+from linlora.sharding import is_sharded, whole
 from linlora.task_vector import TaskVector
+from linlora.tensor_files import save_tensors
 from linlora.training.adapted import Adapted, adapt
 from linlora.training.evaluation import evaluate
 from linlora.training.folder import (
@@ -33,7 +34,7 @@ from linlora.training.folder import (
 from linlora.training.head import HEAD_FILE, read_head
 from linlora.training.settings import Settings
 from linlora.training.task import Task, load_task
-from linlora.training.trainer import TaskTrainer
+from linlora.training.trainer import TaskTrainer, training_arguments
 
 
 def train(settings: Settings, fresh: bool = False, console: Console | None = None) -> Run:
@@ -50,7 +51,7 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
         ValueError: settings, model and data that do not go together, a run of other settings in the folder, a loss
             that is not finite. FileExistsError: the folder holds something else, or another process works in it.
     """
-    state = PartialState()
+    state = process_group(settings)
     console = console if console is not None and state.is_main_process else Console(quiet=True)
     if state.is_main_process:
         check_folder(settings, fresh)
@@ -61,7 +62,7 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
         return Run.open(folder)
     task = load_task(settings)
     adapted = adapt(task, kept_point(settings))
-    console.print(_introduction(task, adapted), highlight=False, markup=False)
+    console.print(_introduction(task, adapted), highlight=False, markup=False, soft_wrap=True)
     with only_run_in(folder, state):
         if state.is_main_process:
             settings.to_yaml(folder / SETTINGS_FILE)
@@ -93,13 +94,20 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
     return Run(folder, settings, metrics)
 
 
+def process_group(settings: Settings) -> PartialState:
+    """Join the processes of `torchrun`, over what the training arguments say; alone without it."""
+    _ = training_arguments(settings).device
+    return PartialState()
+
+
 def _fit(trainer: TaskTrainer, checkpoint: str | None) -> float:
     """Train; the mean loss of the steps that were done here."""
     try:
         loss = float(trainer.train(resume_from_checkpoint=checkpoint).training_loss)
     finally:
         trainer.progress.close()
-    broken = [n for n, p in trainer.model.named_parameters() if p.requires_grad and not p.detach().isfinite().all()]
+    trained = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
+    broken = [name for name, parameter in trained if not whole(parameter.detach()).isfinite().all()]
     if broken or math.isnan(loss):
         where = f", NaN or infinity in {broken[0]}" if broken else ""
         raise ValueError(
@@ -113,12 +121,13 @@ def _write(model: Any, start: TaskVector, task: Task, state: PartialState) -> No
     """The adapter for stock PEFT, the task vector, and the head."""
     folder, method = Path(task.settings.out), task.settings.method
     vector = TaskVector.from_model(model, point=start if method in ("lora", "lora-fa") else None)
-    if method != "model":
+    head = read_head(model)
+    if method != "model" and (state.is_main_process or is_sharded(model)):
         export(model, folder)
     if not state.is_main_process:
         return
     vector.save(folder / TASK_VECTOR_FILE)
-    if head := read_head(model):
+    if head:
         save_tensors(folder / HEAD_FILE, head, {"format": "linlora.head", "task": task.settings.name})
 
 

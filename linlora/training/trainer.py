@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from accelerate import DistributedType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
@@ -21,17 +22,24 @@ _DEFAULTS: dict[str, Any] = {
     "save_total_limit": 1,
     "logging_steps": 0.02,
     "report_to": "none",
-    "gradient_checkpointing_kwargs": {"use_reentrant": False},  # which model scope needs
+    "ddp_find_unused_parameters": False,  # every adapter takes part in every step
 }
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:
-    """The TrainingArguments of a run."""
+    """The TrainingArguments of a run. Where there is no accelerator they say so, which lets `torchrun` use gloo."""
     own = {"output_dir": settings.out, "seed": settings.seed, "remove_unused_columns": False, "disable_tqdm": True}
+    defaults = {"use_cpu": not torch.accelerator.is_available(), **_DEFAULTS}
     try:
-        return TrainingArguments(**{**_DEFAULTS, **settings.training, **own})
+        arguments = TrainingArguments(**{**defaults, **settings.training, **own})
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"training: {error}") from error
+    if arguments.n_gpu > 1:
+        raise ValueError(
+            f"one process sees {arguments.n_gpu} GPUs; start one for each (torchrun --nproc-per-node "
+            f"{arguments.n_gpu} -m linlora.cli train ...), or show it one (CUDA_VISIBLE_DEVICES=0)"
+        )
+    return arguments
 
 
 class TaskTrainer(Trainer):
@@ -48,6 +56,11 @@ class TaskTrainer(Trainer):
             eval_dataset=task.rows("validation") if arguments.eval_strategy != "no" else None,
             compute_loss_func=task.loss,
         )
+        if arguments.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
+            raise ValueError(
+                "training.fsdp asks for FSDP, which runs on GPUs, in the processes of torchrun or accelerate launch; "
+                "it would be left out here"
+            )
         self.remove_callback(PrinterCallback)
         self.progress = ShowProgress(console, task.settings.name)
         self.add_callback(self.progress)

@@ -79,11 +79,8 @@ class ZeroShot(Task):
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return self._logits(model(**inputs))
 
-    def loss(self, outputs: Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Cross-entropy: the mean over the rows, of all accumulated batches where their number is given."""
-        if num_items_in_batch is None:
-            return nn.functional.cross_entropy(self._logits(outputs), labels)
-        return nn.functional.cross_entropy(self._logits(outputs), labels, reduction="sum") / num_items_in_batch
+    def scored(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self._logits(outputs), labels
 
     def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Any]:
         return self.logits(model, inputs).argmax(-1).tolist()

@@ -1,0 +1,74 @@
+"""`linlora eval`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from linlora.commands.errors import user_errors
+
+
+def evaluate(
+    vectors: Annotated[list[Path], typer.Argument(help="Folders of runs, or task vector files.")],
+    split: Annotated[str, typer.Option(help="validation, test or train.")] = "test",
+    fuse: Annotated[str | None, typer.Option(help="Fuse the vectors by this method of linlora.fusion first.")] = None,
+    scaling: Annotated[float | None, typer.Option(help="The method's option scaling.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Any other option of the method: --set keep=0.2 (repeatable).")
+    ] = None,
+    search: Annotated[
+        bool,
+        typer.Option(
+            "--search", help="Search options on the validation split, also where --set scaling=[0.1,0.3] says."
+        ),
+    ] = False,
+    on: Annotated[
+        list[Path] | None,
+        typer.Option(help="Score by the data of this run or recipe (repeatable), not of the vectors' runs."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file of the scores; beside the vectors if left out.")] = None,
+) -> None:
+    """Score trained adapters on their data sets, alone or fused into one.
+
+    Fused: the table shows each task's own run, the fused vector, and the one over the other.
+    """
+    with user_errors():
+        import json
+
+        from rich.console import Console
+
+        from linlora.files import write_text
+        from linlora.training import fused, report
+        from linlora.training.recipe import assigned
+
+        options = {**({} if scaling is None else {"scaling": scaling}), **dict(assigned(set_ or []))}
+        if fuse is None and (options or search):
+            raise ValueError("--scaling, --set and --search are of a method; name it with --fuse")
+        if fuse is None and on and len(vectors) > 1:
+            raise ValueError("--on scores one vector, or the vectors fused by --fuse; name one vector, or a method")
+        read = [fused.read_vector(path) for path in vectors]
+        tasks = fused.judges(on or [path for path in vectors if path.is_dir()])
+        if not on and len(tasks) < len(vectors):
+            raise ValueError("a vector file has no data set of its own; name runs or recipes to score it by with --on")
+        if fuse is not None:
+            result = fused.evaluate_fused(read, tasks, split, fuse, options, search)
+        elif on:
+            result = fused.evaluate_vector(read[0], tasks, split)
+        else:
+            result = fused.evaluate_alone(tasks, split)
+        path = out or _beside(vectors, fuse, split)
+        result = {"vectors": [str(vector) for vector in vectors], **result}
+        write_text(path, json.dumps(result, indent=2) + "\n")
+        console = Console()
+        console.print(report.evaluated(result))
+        console.print(f"written to {path}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _beside(vectors: list[Path], method: str | None, split: str) -> Path:
+    """In the folder of a run; of several vectors beside the folder that holds them, where a `*` does not find it."""
+    if len(vectors) == 1 and vectors[0].is_dir():
+        return vectors[0] / f"eval-{split}.json"
+    folder = vectors[0].parent
+    return folder.parent / "-".join(part for part in (folder.name, method or "single", f"{split}.json") if part)

@@ -1,0 +1,160 @@
+"""Scores of runs by their own data sets, and of their vectors fused into one: what `linlora eval` does."""
+
+from __future__ import annotations
+
+import functools
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from linlora.export import TASK_VECTOR_FILE
+from linlora.fusion import METHODS, fuse, grid, search
+from linlora.fusion.checks import check_options
+from linlora.task_vector import TaskVector
+from linlora.training.folder import Run
+from linlora.training.recipe import recipe
+from linlora.training.settings import Settings
+from linlora.training.suite import Suite
+from linlora.training.task import load_task
+
+_SCALINGS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+# What a search tries of a method's options, those aside that are given.
+GRIDS: dict[str, dict[str, Sequence[Any]]] = {
+    "task_arithmetic": {"scaling": _SCALINGS},
+    "ties": {"keep": (0.1, 0.2, 0.3), "scaling": (0.3, 0.5, 0.8, 1.0, 1.5, 2.0)},
+    "dare": {"drop": (0.5, 0.9), "scaling": _SCALINGS},
+    "negation": {"scaling": _SCALINGS},
+}
+_PROVIDED = {"lorahub": ("objective",), "adamerging": ("model", "inputs", "logits")}  # by `_data`
+_EXAMPLES = 16  # validation rows of each task in LoraHub's objective
+_UNLABELED = 16  # validation rows in a batch of AdaMerging, labels not looked at
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A task to score vectors by: its settings, and the run that trained its head, if one did."""
+
+    settings: Settings
+    run: Run | None = None
+
+
+def judges(paths: Sequence[str | Path]) -> list[Judge]:
+    """The tasks of some run folders and recipes."""
+    found = []
+    for path in map(Path, paths):
+        if path.is_file():
+            found += [Judge(settings) for settings in recipe(path).values()]
+        else:
+            run = Run.open(path)
+            found.append(Judge(run.settings, run))
+    return found
+
+
+def read_vector(path: str | Path) -> TaskVector:
+    """The task vector of a run folder, or a file."""
+    path = Path(path)
+    return TaskVector.load(path / TASK_VECTOR_FILE if path.is_dir() else path)
+
+
+def suite_of(tasks: Sequence[Judge], like: TaskVector) -> Suite:
+    """The suite of some judges, at the point of a vector."""
+    names = [judge.settings.name for judge in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two tasks are named '{twice[0]}'; give them different names in their settings")
+    heads = {judge.settings.name: judge.run.head if judge.run is not None else None for judge in tasks}
+    return Suite({judge.settings.name: load_task(judge.settings) for judge in tasks}, like, heads)
+
+
+def evaluate_vector(vector: TaskVector, tasks: Sequence[Judge], split: str) -> dict[str, Any]:
+    """The scores of one vector on a split of some tasks."""
+    suite = suite_of(tasks, vector)
+    return _result(suite, suite.scores(vector, split, progress=True), split)
+
+
+def evaluate_alone(tasks: Sequence[Judge], split: str) -> dict[str, Any]:
+    """The scores of runs, each by its own task. Their models need have nothing in common."""
+    results = [evaluate_vector(judge.run.vector, [judge], split) for judge in tasks if judge.run is not None]
+    folders = [str(judge.run.folder) for judge in tasks if judge.run is not None]
+    scores = {f: s for f, result in zip(folders, results, strict=True) for s in result["tasks"].values()}
+    return {**results[0], "tasks": scores, "mean": {"score": statistics.fmean(s["score"] for s in scores.values())}}
+
+
+def evaluate_fused(
+    vectors: Sequence[TaskVector],
+    tasks: Sequence[Judge],
+    split: str,
+    method: str,
+    options: Mapping[str, Any],
+    searched: bool = False,
+) -> dict[str, Any]:
+    """The scores of fused vectors on a split of some tasks, beside those of the single runs.
+
+    Args:
+        options: of the method. With `searched` they are searched on the validation split, among the values of GRIDS, or
+            of a list where an option is one; the split itself has no say.
+
+    LoraHub's objective is the loss on 16 validation rows of each task; AdaMerging sees validation rows without labels.
+    """
+    if method not in METHODS:
+        raise ValueError(f"unknown method '{method}'; choose one of {', '.join(METHODS)}")
+    check_options(method, METHODS[method], {**options, **dict.fromkeys(_PROVIDED.get(method, ()))})
+    suite = suite_of(tasks, vectors[0])
+    build = functools.partial(fuse, list(vectors), method, **_data(method, suite))
+    curve = None
+    if searched:
+        space = {name: values for name, values in GRIDS.get(method, {}).items() if name not in options}
+        space |= {name: value if isinstance(value, list) else [value] for name, value in options.items()}
+        if not any(len(values) > 1 for values in space.values()):
+            raise ValueError(f"search: {method} has no option with several values to try; give one a list of them")
+        found = search(build, lambda v: [s["score"] for s in suite.scores(v, "validation").values()], grid(**space))
+        options = found.options
+        curve = [{"options": point.options, "scores": list(point.scores)} for point in found.curve]
+    vector = build(**options)
+    result = _result(suite, suite.scores(vector, split, progress=True), split)
+    single = {judge.settings.name: _single(judge, split) for judge in tasks}
+    return {**_normalised(result, single), "method": method, "options": dict(options), "search": curve}
+
+
+def _data(method: str, suite: Suite) -> dict[str, Any]:
+    """What a method wants to see of the tasks."""
+    if method == "lorahub":
+        return {"objective": lambda vector: suite.loss(vector, "validation", _EXAMPLES)}
+    if method == "adamerging":
+        inputs = suite.unlabeled("validation", _UNLABELED)
+        return {"model": suite.model, "inputs": inputs, "logits": suite.logits}
+    return {}
+
+
+def _single(judge: Judge, split: str) -> float | None:
+    """What the run of a task scores by itself."""
+    if judge.run is None:
+        return None
+    if split in judge.run.metrics:
+        return float(judge.run.metrics[split]["score"])
+    return evaluate_vector(judge.run.vector, [judge], split)["mean"]["score"]
+
+
+def _result(suite: Suite, scores: Mapping[str, Mapping[str, float]], split: str) -> dict[str, Any]:
+    tasks = {name: {"metric": suite.tasks[name].metric, **of_task} for name, of_task in scores.items()}
+    mean = {"score": statistics.fmean(of_task["score"] for of_task in scores.values())}
+    return {"split": split, "method": None, "options": {}, "tasks": tasks, "mean": mean, "search": None}
+
+
+def _normalised(result: dict[str, Any], single: Mapping[str, float | None]) -> dict[str, Any]:
+    """The result with each run's own score and fused / single; None where there is no run, or it scores 0."""
+    tasks, ratios = {}, []
+    for name, of_task in result["tasks"].items():
+        alone = single[name]
+        ratios.append(of_task["score"] / alone if alone else None)
+        tasks[name] = {**of_task, "single": alone, "normalised": ratios[-1]}
+    mean = {**result["mean"], "single": _mean(single.values()), "normalised": _mean(ratios)}
+    return {**result, "tasks": tasks, "mean": mean}
+
+
+def _mean(values: Any) -> float | None:
+    """The mean; None if a value is missing."""
+    values = list(values)
+    return None if any(value is None for value in values) else statistics.fmean(values)
