@@ -110,7 +110,7 @@ class _CompileOnly:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m linlora.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append", help="default: all of them")
-    parser.add_argument("--op", choices=sorted(OPS), help="default: all of them")
+    parser.add_argument("--op", choices=sorted(OPS), action="append", default=[], help="default: all of them")
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default 1)")
     options = parser.parse_args(arguments)

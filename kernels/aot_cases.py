@@ -6,7 +6,7 @@ from tensors on the meta device), and enter them in `OPS`. Nothing else here or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -65,10 +65,10 @@ class Op(NamedTuple):
     dot_rows: str | None = "block_m"  # the field of Config with the rows of its dots; None for an op without any
 
 
-def cases(architecture: int, op: str | None = None) -> Iterator[Case]:
-    """The cases of every row of the table, or of those of one op."""
+def cases(architecture: int, ops: Collection[str] = ()) -> Iterator[Case]:
+    """The cases of every row of the table, or of those of some ops."""
     for row in configs.TABLE:
-        if architecture in row.architectures and op in (None, row.op):
+        if architecture in row.architectures and (not ops or row.op in ops):
             yield from OPS[row.op].cases(row, architecture)
 
 
