@@ -9,7 +9,7 @@
 #define __global__
 #define __device__
 #define __host__
-#define __forceinline__ inline __attribute__((always_inline))
+#define __forceinline__ inline
 #define __grid_constant__
 #define __launch_bounds__(...)
 
@@ -36,6 +36,8 @@ struct dim3 {
 enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorLaunchFailure = 719 };
 
 using cudaStream_t = struct CUstream_st*;
+
+inline float __uint_as_float(unsigned bits) { return linlora::emulator::float_of(bits); }
 
 // Of the thread that runs; the machine sets them whenever it resumes one.
 extern thread_local uint3 threadIdx, blockIdx;

@@ -11,6 +11,9 @@ namespace linlora {
 
 inline uint32_t shared_memory() { return emulator::kSharedBase; }
 
+template <class Value>
+void keep(Value&) {}
+
 // ---- global and shared memory
 
 template <class Value>
@@ -67,16 +70,16 @@ namespace emulator {
 
 struct Copy {
   uint32_t destination;
-  const void* source;
-  int bytes;
+  const void* source;  // null: zeros
+  void* memory;        // of the destination
 
   void land() const {
-    char data[16] = {};
-    std::memcpy(data, source, bytes);
-    std::memcpy(destination_, data, sizeof data);
-    end_shared_write(destination, sizeof data);
+    if (source == nullptr) {
+      std::memset(memory, 0, 16);
+    } else {
+      std::memcpy(memory, source, 16);
+    }
   }
-  void* destination_;
 };
 
 struct CopyGroups {
@@ -87,21 +90,23 @@ struct CopyGroups {
 inline void wait_copies(size_t groups_left) {
   auto& committed = thread_state<CopyGroups>().committed;
   for (; committed.size() > groups_left; committed.pop_front()) {
-    for (const Copy& copy : committed.front()) copy.land();
+    for (const Copy& copy : committed.front()) {
+      copy.land();
+      end_shared_write(copy.destination, 16);
+    }
   }
 }
 
 }  // namespace emulator
 
-inline void cp_async(uint32_t destination, const void* source, int bytes) {
+inline void cp_async(uint32_t destination, const void* source, bool exists) {
   if (destination % 16 != 0) emulator::fail("cp.async to shared address %u: not a multiple of 16", destination);
-  if (bytes != 0) {
-    emulator::check_global(source, bytes, emulator::Access::kRead);
+  if (exists) {
+    emulator::check_global(source, 16, emulator::Access::kRead);
     if (reinterpret_cast<uintptr_t>(source) % 16 != 0) emulator::fail("cp.async from a misaligned address");
   }
-  void* memory = emulator::begin_shared_write(destination, 16);
-  emulator::Copy copy{destination, source, bytes, memory};
-  if (emulator::lucky()) std::memcpy(memory, source, bytes);  // visible early, yet nobody may look before the wait
+  const emulator::Copy copy{destination, exists ? source : nullptr, emulator::begin_shared_write(destination, 16)};
+  if (emulator::lucky()) copy.land();
   emulator::thread_state<emulator::CopyGroups>().open.push_back(copy);
 }
 
@@ -114,6 +119,34 @@ inline void cp_async_commit() {
 template <int kGroupsLeft>
 void cp_async_wait() {
   emulator::wait_copies(kGroupsLeft);
+}
+
+// ---- numbers
+
+template <class Type>
+float widen(uint16_t bits);
+
+template <>
+inline float widen<__half>(uint16_t bits) {
+  return __half2float({bits});
+}
+
+template <>
+inline float widen<__nv_bfloat16>(uint16_t bits) {
+  return __bfloat162float({bits});
+}
+
+template <class Type>
+uint32_t pack(float low, float high);
+
+template <>
+inline uint32_t pack<__half>(float low, float high) {
+  return __float2half_rn(low).bits | uint32_t{__float2half_rn(high).bits} << 16;
+}
+
+template <>
+inline uint32_t pack<__nv_bfloat16>(float low, float high) {
+  return __float2bfloat16_rn(low).bits | uint32_t{__float2bfloat16_rn(high).bits} << 16;
 }
 
 // ---- matrices in registers
@@ -147,24 +180,15 @@ inline void ldmatrix(uint32_t (&registers)[4], uint32_t address, bool transposed
   collective(transposed ? "ldmatrix.x4.trans" : "ldmatrix.x4", load, compute);
 }
 
-inline float widen(__half, uint16_t bits) {
-  static const std::vector<float> table = [] {
-    std::vector<float> values(1 << 16);
-    for (uint32_t i = 0; i < values.size(); ++i) values[i] = __half2float({static_cast<uint16_t>(i)});
-    return values;
-  }();
-  return table[bits];
-}
-inline float widen(__nv_bfloat16, uint16_t bits) { return __bfloat162float({bits}); }
-
 template <class Type>
 struct MatrixProduct {
   float* d;
-  const uint32_t *a, *b;
+  const uint32_t* a;
+  uint32_t b[2];
 
   // d (16, 8) += a (16, 16) b (16, 8)
   static void compute(MatrixProduct* const* lanes) {
-    auto half = [](uint32_t pair, int which) { return widen(Type{}, static_cast<uint16_t>(pair >> 16 * which)); };
+    auto half = [](uint32_t pair, int which) { return widen<Type>(static_cast<uint16_t>(pair >> 16 * which)); };
     float a[16][16], b[16][8];
     for (int lane = 0; lane < kWarpSize; ++lane) {
       const int i = lane / 4, j = lane % 4 * 2;
@@ -192,8 +216,8 @@ inline void ldmatrix_transposed(uint32_t (&registers)[4], uint32_t address) {
 }
 
 template <class Type>
-void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-  emulator::MatrixProduct<Type> product{d, a, b};
+void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
+  emulator::MatrixProduct<Type> product{d, a, {b0, b1}};
   emulator::collective("mma.m16n8k16", product, emulator::MatrixProduct<Type>::compute);
 }
 
