@@ -48,7 +48,6 @@ def convert(model: PeftModel, linearized: bool = False) -> RoutedModel:
         if isinstance(module, PeftPolyLinear) and adapter in module.poly_lora_A
     }
     asks = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
-    training = model.training
     inventories, selectors = {}, {}
     for name, layer in layers.items():
         selectors[name] = _selector(layer, adapter)
@@ -65,7 +64,7 @@ def convert(model: PeftModel, linearized: bool = False) -> RoutedModel:
         parameter.requires_grad_(asks.get(id(parameter), parameter.requires_grad))
     if linearized:
         routed.linearize("layer")
-    return routed.train(training)
+    return routed
 
 
 def _selector(layer: PeftPolyLinear, adapter: str) -> Poly:

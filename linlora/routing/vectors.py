@@ -64,7 +64,6 @@ def from_vectors(
     for name, fused in fused_layers(model):
         if fused.merged_adapters:
             raise ValueError(f"layer '{name}': {fused.merged_adapters} are merged; call model.unmerge_adapter()")
-    training = model.training
     leave_model_scope(model)
     base = model.base_model.unload()
     modules = dict(base.named_modules())
@@ -100,4 +99,4 @@ def from_vectors(
         parameter.requires_grad_(False)
     if first.scope == "model":
         routed.set_scope("model")
-    return routed.train(training)
+    return routed

@@ -3,7 +3,7 @@
 import torch
 
 from linlora import routing
-from linlora.testing import tiny_base, tiny_batch
+from linlora.testing import tiny_base
 
 TARGETS = {
     "bert": ["query", "value", "dense"],

@@ -156,15 +156,15 @@ class TestRefusals:
         assert not any(isinstance(m, routing.layers.RoutedLayer) for m in base.modules())
 
     def test_no_match_lists_the_candidates(self):
-        with pytest.raises(ValueError, match="match no layer of BertForSequence.*classifier, dense, key, query, value"):
+        with pytest.raises(ValueError, match=r"match no layer of BertForSequence.*classifier, dense, key, query, value"):
             routing.route(tiny_base("bert"), 2, target_modules=["q_proj"])
 
     def test_layers_that_are_not_linear(self):
-        with pytest.raises(TypeError, match="'bert.embeddings.word_embeddings' is a Embedding"):
+        with pytest.raises(TypeError, match=r"'bert.embeddings.word_embeddings' is a Embedding"):
             routing.route(tiny_base("bert"), 2, target_modules=["word_embeddings"])
 
     def test_models_with_adapters(self):
-        with pytest.raises(TypeError, match="linlora.routing.convert"):
+        with pytest.raises(TypeError, match=r"linlora.routing.convert"):
             routing.route(tiny_model("bert"), 2)
         with pytest.raises(TypeError, match="without adapters"):
             routing.route(routed_model(), 2, target_modules=["key"])
