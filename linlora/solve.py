@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
 from linlora.products import at_point, both_outputs, displaced, main_output, trainable
@@ -70,26 +70,29 @@ def solve(
     >>> solution.losses[-1] < solution.losses[0]
     True
     """
-    problem = Problem(model, batches, loss, delta_parameters(model))
+    problem = _Problem(model, batches, loss)
     start = TaskVector.from_model(model)
-    delta, losses = problem.gauss_newton(problem.flat(start.deltas), ridge, steps, iterations)
+    with at_point(model) as stream, trainable(problem.parameters):
+        delta = problem.flat(start.deltas)
+        with stream.returning("both"):
+            outputs = problem.outputs(delta)
+        losses = [problem.loss(outputs)]
+        for _ in range(steps):
+            with stream.returning("primal"):
+                gradient = problem.pull(problem.gradient(outputs)) + ridge * delta
+            with stream.returning("both"):
+                step, outputs_step = problem.conjugate_gradient(outputs, gradient, ridge, iterations)
+            t = _line_search(problem, outputs, outputs_step, delta, step, ridge)
+            delta, outputs = delta + t * step, [F + t * dF for F, dF in zip(outputs, outputs_step, strict=True)]
+            losses.append(problem.loss(outputs))
     deltas = {name: tensor.cpu() for name, tensor in problem.unflat(delta).items()}
-    return Solution(TaskVector(**{**vars(start), "deltas": deltas}), losses, steps * (iterations + 1))
+    return Solution(TaskVector(**{**vars(start), "deltas": deltas}), tuple(losses), steps * (iterations + 1))
 
 
-class Problem:
-    """The data and the passes over it. Vectors of parameters are flat; of outputs, one tensor a batch.
+class _Problem:
+    """The data and the passes over it. Vectors of parameters are flat; of outputs, one tensor a batch."""
 
-    `parameters` are what the tangent of the model, linearized at scope "model", is linear in.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        batches: Sequence[Mapping[str, Any]],
-        loss: str,
-        parameters: Mapping[str, nn.Parameter],
-    ) -> None:
+    def __init__(self, model: PeftModel, batches: Sequence[Mapping[str, Any]], loss: str) -> None:
         if loss not in ("squared", "logistic"):
             raise ValueError(f"solve: unknown loss {loss!r}; choose 'squared' or 'logistic'")
         if not len(batches) or any("labels" not in batch for batch in batches):
@@ -97,26 +100,8 @@ class Problem:
         self.model, self.squared = model, loss == "squared"
         self.inputs = [{name: x for name, x in batch.items() if name != "labels"} for batch in batches]
         self.labels: list[Tensor] = [batch["labels"] for batch in batches]
-        self.parameters = parameters
+        self.parameters = delta_parameters(model)
         self.rows = sum(labels.shape[0] for labels in self.labels)
-
-    def gauss_newton(
-        self, delta: Tensor, ridge: float, steps: int, iterations: int
-    ) -> tuple[Tensor, tuple[float, ...]]:
-        """The parameters after some Gauss–Newton steps from δ, and the data losses at the start and after each."""
-        with at_point(self.model) as stream, trainable(self.parameters):
-            with stream.returning("both"):
-                outputs = self.outputs(delta)
-            losses = [self.loss(outputs)]
-            for _ in range(steps):
-                with stream.returning("primal"):
-                    gradient = self.pull(self.gradient(outputs)) + ridge * delta
-                with stream.returning("both"):
-                    step, outputs_step = self.conjugate_gradient(outputs, gradient, ridge, iterations)
-                t = _line_search(self, outputs, outputs_step, delta, step, ridge)
-                delta, outputs = delta + t * step, [F + t * dF for F, dF in zip(outputs, outputs_step, strict=True)]
-                losses.append(self.loss(outputs))
-        return delta, tuple(losses)
 
     def outputs(self, delta: Tensor) -> list[Tensor]:
         """F(δ) of every batch."""
@@ -175,7 +160,7 @@ class Problem:
         step, outputs_step = torch.zeros_like(gradient), [torch.zeros_like(F) for F in outputs]
         residual = direction = -gradient
         square = residual @ residual
-        solved = square * torch.finfo(square.dtype).eps ** 2  # beyond it residuals are rounding
+        solved = square * torch.finfo(square.dtype).eps ** 2  # what is left below it is rounding
         for _ in range(iterations):
             if square <= solved:
                 break
@@ -210,7 +195,7 @@ class Problem:
 
 
 def _line_search(
-    problem: Problem, outputs: list[Tensor], outputs_step: list[Tensor], delta: Tensor, step: Tensor, ridge: float
+    problem: _Problem, outputs: list[Tensor], outputs_step: list[Tensor], delta: Tensor, step: Tensor, ridge: float
 ) -> float:
     """The largest t of 1, ½, ¼, ... that lowers the objective; 0 when none of them does."""
 

@@ -1,7 +1,12 @@
 """Few-shot weights for a new task by convex optimization: MHR-z in the tangent space.
 
-Linearized at model scope, the network is affine in the weights of its skills, F(w) = f(φ0) + J Σ_s w_s δ_s, over all
-layers and heads at once. So a convex loss is convex in w: there is one best set of weights and no learning rate.
+Linearized at model scope, the network is affine in the weights of its skills, over all layers and heads at once:
+
+    F(w) = f(φ0) + J w,        column (layer, q, s) of J the derivative along skill s in head q of the layer
+
+J is small: a few examples times a few outputs, by all weights. With weights of its own for every example, one backward
+pass of the primal gives the rows of J of one output for all examples, so J takes one forward pass and a backward pass
+an output. What remains is a convex problem in memory, with one solution and no learning rate.
 """
 
 from __future__ import annotations
@@ -12,23 +17,23 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import cross_entropy
 
-from linlora.products import at_point, trainable
+from linlora.products import at_point
 from linlora.routing.adapters import task_weights
 from linlora.routing.model import RoutedModel
 from linlora.routing.scope import scope_of
 from linlora.routing.selectors import Selector, Table
-from linlora.solve import Problem
 
 
 @dataclass(frozen=True)
 class RoutingSolution:
-    """What `fit_routing` found: the weights (Q, S) of every selector, by its name; the mean data losses at the start
-    and after every step; the passes over the data, each one forward and one backward."""
+    """What `fit_routing` found: the weights (Q, S) of every selector, by its name; the mean data loss with uniform
+    weights and with these."""
 
     weights: dict[str, Tensor]
-    losses: tuple[float, ...]
-    passes: int
+    loss_before: float
+    loss: float
 
 
 def fit_routing(
@@ -38,25 +43,22 @@ def fit_routing(
     *,
     simplex: bool = False,
     ridge: float = 1e-4,
-    steps: int | None = None,
-    iterations: int = 15,
 ) -> RoutingSolution:
-    """Fit the weights of a new task on all skills, from uniform ones; the model is left unchanged.
+    """Find the best weights of all skills for a new task; the model is left unchanged.
 
-    Minimizes 1/n Σᵢ ℓ(Fᵢ(w), yᵢ) + ridge/2 ‖w‖², which is convex, by Gauss–Newton with conjugate gradient; on the
-    simplex (w ≥ 0, Σ_s w_qs = 1 in every head) by accelerated projected gradients (FISTA, Beck and
-    Teboulle 2009, restarted where it overshoots), whose step is searched for.
+    Minimizes 1/n Σᵢ ℓ(Fᵢ(w), yᵢ) + ridge/2 ‖w‖², which is convex: by L-BFGS, or on the simplex (w ≥ 0, Σ_s w_qs = 1 in
+    every head) by accelerated projected gradients (FISTA, Beck and Teboulle 2009, restarted where they overshoot).
 
     Args:
         model: a RoutedModel linearized with `linlora.linearize(model, scope="model")`.
-        batches: inputs with "labels" and no task_ids, gone through several times; as of `linlora.functional.solve`.
-        loss: "squared" or "logistic".
+        batches: the task's examples: inputs with "labels", without task_ids.
+        loss: "squared", ½ ‖F − y‖² with labels like the main output (examples, ...); or "logistic", the cross entropy
+            of an output (examples, classes) with class indices (examples,).
         simplex: whether weights are non-negative and sum to one in every head, as those of Poly do.
         ridge: λ > 0.
-        steps: Gauss–Newton steps (3 if not given), or steps of the projected gradient (60).
-        iterations: of conjugate gradient in each Gauss–Newton step.
 
-    Returns: a RoutingSolution; `add_task(model, solution.weights)` puts it into the model.
+    Returns: a RoutingSolution; `add_task(model, solution.weights)` puts it into the model. Takes a forward pass and as
+        many backward passes as an example has outputs, and memory for J, examples × outputs × weights float64.
 
     Raises ValueError for a model of another scope, no batches, batches with task_ids, labels that do not fit.
 
@@ -67,31 +69,28 @@ def fit_routing(
     ...     _ = torch.nn.init.normal_(factor)
     >>> _ = linlora.linearize(routed, scope="model")
     >>> solution = fit_routing(routed, [{**batch, "labels": torch.tensor([0, 1, 2])}])
-    >>> solution.losses[-1] < solution.losses[0], add_task(routed, solution.weights)
+    >>> solution.loss < solution.loss_before, add_task(routed, solution.weights)
     (True, 3)
     """
-    if scope_of(model) != "model":
-        raise ValueError(
-            "fit_routing: the network is affine in the weights of its skills at model scope alone: call "
-            "linlora.linearize(model, scope='model')"
-        )
-    if any("task_ids" in batch for batch in batches):
-        raise ValueError("fit_routing: the batches are of one new task, leave their task_ids out")
-    own = model.selector_by_name
-    tables = {name: Table(replace(selector.sizes, n_tasks=1)) for name, selector in own.items()}
-    model.set_selectors(tables)
-    try:
-        examples = [{**batch, "task_ids": torch.zeros(len(batch["labels"]), dtype=torch.int64)} for batch in batches]
-        problem = Problem(model, examples, loss, {name: table.table for name, table in tables.items()})
-        start = problem.flat({name: table.table.detach() for name, table in tables.items()})
-        if simplex:
-            weights, losses, passes = _on_the_simplex(problem, start, ridge, steps or 60)
-        else:
-            weights, losses = problem.gauss_newton(start, ridge, steps or 3, iterations)
-            passes = (steps or 3) * (iterations + 1)
-    finally:
-        model.set_selectors(own)
-    return RoutingSolution({n: w[0].cpu() for n, w in problem.unflat(weights).items()}, losses, passes)
+    _check(model, batches, loss, ridge)
+    pieces = [_affine(model, {n: x for n, x in batch.items() if n != "labels"}) for batch in batches]
+    origin, J = (torch.cat(parts) for parts in zip(*pieces, strict=True))  # (n, outputs), (n, outputs, weights)
+    labels = _labels(batches, origin, loss).to(origin.device)
+    shapes = {name: (s.sizes.n_heads, s.sizes.n_skills) for name, s in model.selector_by_name.items()}
+
+    def data_loss(w: Tensor) -> Tensor:
+        F = origin + J @ w
+        return cross_entropy(F, labels) if loss == "logistic" else 0.5 * (F - labels).square().sum() / len(F)
+
+    start = torch.cat([origin.new_full((heads * skills,), 1.0 / skills) for heads, skills in shapes.values()])
+    if simplex:
+        curvature = float(torch.linalg.matrix_norm(J.flatten(0, 1), 2)) ** 2 / len(J)
+        w = _on_the_simplex(data_loss, start, ridge, list(shapes.values()), curvature + ridge)
+    else:
+        w = _free(data_loss, start, ridge)
+    parts = w.split([heads * skills for heads, skills in shapes.values()])
+    weights = {name: part.view(shape).cpu() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
+    return RoutingSolution(weights, float(data_loss(start)), float(data_loss(w)))
 
 
 def add_task(model: RoutedModel, weights: Mapping[str, Tensor]) -> int:
@@ -112,55 +111,78 @@ def add_task(model: RoutedModel, weights: Mapping[str, Tensor]) -> int:
             raise ValueError(f"add_task: weights {shape} for the selector '{name}' are expected, got {got}")
         table = Table(replace(selector.sizes, n_tasks=n_tasks + 1)).to(selector.unit)
         with torch.no_grad():
-            rows = [of_task[layer_of[name]] for of_task in old]
-            table.table.copy_(torch.stack([*(row.to(table.table) for row in rows), weights[name].to(table.table)]))
+            rows = [*(of_task[layer_of[name]] for of_task in old), weights[name]]
+            table.table.copy_(torch.stack([row.to(table.table) for row in rows]))
         table.requires_grad_(any(parameter.requires_grad for parameter in selector.parameters()))
         tables[name] = table
     model.set_selectors(tables)
     return n_tasks
 
 
-def _on_the_simplex(problem: Problem, start: Tensor, ridge: float, steps: int) -> tuple[Tensor, tuple[float, ...], int]:
-    """FISTA from `start`. The outputs at the extrapolated point follow from those at the last two, F being affine."""
+def _affine(model: RoutedModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """F(0) (n, outputs) and J (n, outputs, weights) of a batch, in float64."""
+    own = model.selector_by_name
+    main = next(x for x in inputs.values() if isinstance(x, Tensor))
+    tables = {name: Table(replace(selector.sizes, n_tasks=len(main))) for name, selector in own.items()}
+    try:
+        model.set_selectors(dict(tables))
+        with at_point(model) as stream, torch.enable_grad(), stream.returning("primal"):
+            F = model(**inputs, task_ids=torch.arange(len(main), device=main.device))[0].flatten(1)
+        leaves = [table.table for table in tables.values()]
+        rows = [
+            torch.cat(
+                [
+                    gradient.flatten(1)
+                    for gradient in torch.autograd.grad(F[:, output].sum(), leaves, retain_graph=True)
+                ],
+                dim=1,
+            )
+            for output in range(F.shape[1])
+        ]
+    finally:
+        model.set_selectors(own)
+    return F.detach().double(), torch.stack(rows, 1).double()
+
+
+def _free(data_loss: Any, start: Tensor, ridge: float) -> Tensor:
+    w = start.clone().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [w], max_iter=1000, history_size=50, tolerance_grad=1e-9, tolerance_change=0.0, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        optimizer.zero_grad()
+        value = data_loss(w) + 0.5 * ridge * w.square().sum()
+        value.backward()
+        return value
+
+    optimizer.step(objective)
+    return w.detach()
+
+
+def _on_the_simplex(
+    data_loss: Any, start: Tensor, ridge: float, shapes: list[tuple[int, int]], curvature: float
+) -> Tensor:
+    """FISTA with the step 1 / curvature, an upper bound of the second derivative, until w stands still."""
 
     def project(flat: Tensor) -> Tensor:
-        return problem.flat({name: project_to_simplex(w) for name, w in problem.unflat(flat).items()})
+        parts = flat.split([heads * skills for heads, skills in shapes])
+        return torch.cat([project_to_simplex(p.view(shape)).flatten() for p, shape in zip(parts, shapes, strict=True)])
 
-    def objective(outputs: list[Tensor], w: Tensor) -> float:
-        return problem.loss(outputs) + 0.5 * ridge * float(w.square().sum())
-
-    passes, rate, momentum = 1, 1.0, 1.0
-    with at_point(problem.model) as stream, trainable(problem.parameters):
-        with stream.returning("both"):
-            outputs = problem.outputs(start)
-        w = ahead = start
-        outputs_ahead = outputs
-        losses = [problem.loss(outputs)]
-        for _ in range(steps):
-            with stream.returning("primal"):
-                gradient = problem.pull(problem.gradient(outputs_ahead)) + ridge * ahead
-            now = objective(outputs_ahead, ahead)
-            rate *= 1.5
-            while True:
-                candidate = project(ahead - rate * gradient)
-                step = candidate - ahead
-                with stream.returning("both"):
-                    outputs_candidate = problem.outputs(candidate)
-                passes += 1
-                bound = now + float(gradient @ step) + float(step @ step) / (2.0 * rate)
-                if objective(outputs_candidate, candidate) <= bound + 1e-12 * abs(now) or rate < 1e-12:
-                    break
-                rate *= 0.5
+    w, ahead, momentum = start, start, 1.0
+    for _ in range(20_000):
+        point = ahead.clone().requires_grad_()
+        (gradient,) = torch.autograd.grad(data_loss(point) + 0.5 * ridge * point.square().sum(), point)
+        candidate = project(ahead - gradient / curvature)
+        if (candidate - ahead).norm() <= 1e-10 * candidate.norm():
+            return candidate
+        if (ahead - candidate) @ (candidate - w) > 0.0:  # the momentum points uphill: start it again
+            momentum, ahead = 1.0, candidate
+        else:
             grown = 0.5 * (1.0 + (1.0 + 4.0 * momentum**2) ** 0.5)
-            if objective(outputs_candidate, candidate) > objective(outputs, w):
-                momentum, ahead, outputs_ahead = 1.0, w, outputs  # the momentum went too far: start again from here
-                continue
-            beta = (momentum - 1.0) / grown
-            ahead = candidate + beta * (candidate - w)
-            outputs_ahead = [F + beta * (F - G) for F, G in zip(outputs_candidate, outputs, strict=True)]
-            w, outputs, momentum = candidate, outputs_candidate, grown
-            losses.append(problem.loss(outputs))
-    return w, tuple(losses), passes
+            ahead, momentum = candidate + (momentum - 1.0) / grown * (candidate - w), grown
+        w = candidate
+    return w
 
 
 def project_to_simplex(w: Tensor) -> Tensor:
@@ -173,3 +195,32 @@ def project_to_simplex(w: Tensor) -> Tensor:
     excess = (descending.cumsum(-1) - 1.0) / torch.arange(1, w.shape[-1] + 1, dtype=w.dtype, device=w.device)
     last = (descending > excess).sum(-1, keepdim=True) - 1
     return (w - excess.gather(-1, last)).clamp(min=0.0)
+
+
+def _check(model: RoutedModel, batches: Sequence[Mapping[str, Any]], loss: str, ridge: float) -> None:
+    if scope_of(model) != "model":
+        raise ValueError(
+            "fit_routing: the network is affine in the weights of its skills at model scope alone: call "
+            "linlora.linearize(model, scope='model')"
+        )
+    if loss not in ("squared", "logistic"):
+        raise ValueError(f"fit_routing: unknown loss {loss!r}; choose 'squared' or 'logistic'")
+    if not len(batches) or any("labels" not in batch for batch in batches):
+        raise ValueError("fit_routing: batches is a non-empty sequence of inputs that have 'labels'")
+    if any("task_ids" in batch for batch in batches):
+        raise ValueError("fit_routing: the batches are of one new task, leave their task_ids out")
+    if ridge <= 0.0:
+        raise ValueError(f"fit_routing: ridge is positive, got {ridge}")
+
+
+def _labels(batches: Sequence[Mapping[str, Any]], F: Tensor, loss: str) -> Tensor:
+    labels = torch.cat([batch["labels"] for batch in batches])
+    if loss == "squared":
+        labels = labels.flatten(1)
+    expected = F.shape if loss == "squared" else F.shape[:1]
+    if labels.shape != expected or labels.is_floating_point() != (loss == "squared"):
+        raise ValueError(
+            f"fit_routing: {loss} loss takes {'floats' if loss == 'squared' else 'class indices'} {tuple(expected)} for "
+            f"these outputs, got {labels.dtype} {tuple(labels.shape)}"
+        )
+    return labels

@@ -24,11 +24,11 @@ def fill(model, seed=1, scale=0.2):
     return model
 
 
-def routed_model(architecture="bert", n_tasks=4, dtype=torch.float64, **options):
+def routed_model(architecture="bert", n_tasks=4, dtype=torch.float64, scale=0.2, **options):
     """A routed model of four heads and three skills of rank 2, in eval mode, in float64 unless told otherwise."""
     base = tiny_base(architecture).to(dtype)
     options = {"n_skills": 3, "n_heads": 4, "rank": 2, "target_modules": TARGETS[architecture], **options}
-    return fill(routing.route(base, n_tasks, **options)).eval()
+    return fill(routing.route(base, n_tasks, **options), scale=scale).eval()
 
 
 def mixed_by_hand(A, B, w):

@@ -172,5 +172,3 @@ def test_converted_models_are_saved_and_linearized(tmp_path, inputs):
     routed.save_pretrained(tmp_path)
     again = routing.RoutedModel.from_pretrained(tiny_base("t5"), tmp_path)
     torch.testing.assert_close(again(**inputs).logits, routed(**inputs).logits)
-
-

@@ -156,7 +156,9 @@ class TestRefusals:
         assert not any(isinstance(m, routing.layers.RoutedLayer) for m in base.modules())
 
     def test_no_match_lists_the_candidates(self):
-        with pytest.raises(ValueError, match=r"match no layer of BertForSequence.*classifier, dense, key, query, value"):
+        with pytest.raises(
+            ValueError, match=r"match no layer of BertForSequence.*classifier, dense, key, query, value"
+        ):
             routing.route(tiny_base("bert"), 2, target_modules=["q_proj"])
 
     def test_layers_that_are_not_linear(self):

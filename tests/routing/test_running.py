@@ -204,5 +204,3 @@ def test_the_trainer_trains_saves_resumes_and_predicts(tmp_path, caplog):
     assert prediction.predictions.shape == (16, 3)
     losses = [whole.evaluate()["eval_loss"], prediction.metrics["test_loss"]]
     assert losses[0] == pytest.approx(losses[1])
-
-
