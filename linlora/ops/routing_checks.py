@@ -46,6 +46,8 @@ def check_inventories(As: list[Tensor | None], Bs: list[Tensor], mixtures: list[
         if mixture.dim() != 3 or mixture.shape[1:] != B.shape[:2]:
             heads, skills = B.shape[:2]
             _refuse(f"a mixture (T, Q = {heads}, S = {skills}) is expected, got {_shapes(mixture=mixture)}", where)
+        if A is not None and A.dtype != B.dtype:
+            _refuse(f"A is {A.dtype}, B {B.dtype}: the skills of a layer have one dtype", where)
         for name, tensor in (("A", A), ("mixture", mixture)):
             if tensor is not None and tensor.device != B.device:
                 _refuse(f"{name} is on {tensor.device}, B on {B.device}: move the model or the weights", where)
@@ -169,7 +171,7 @@ def check_ids(ids: Tensor, n_groups: int, rows: int) -> None:
     """Raise a ValueError unless ids (E,) are integers, E divides the rows, and all are below n_groups."""
     _check_integers(ids, "Groups")
     examples = ids.shape[0]
-    if (examples == 0) != (rows == 0) or (examples and rows % examples):
+    if rows % examples if examples else rows:
         _refuse(f"{rows} rows are not a whole number for each of {examples} task ids", "Groups")
     check_task_ids(ids, n_groups, "Groups")
 
