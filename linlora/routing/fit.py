@@ -219,8 +219,9 @@ def _labels(batches: Sequence[Mapping[str, Any]], F: Tensor, loss: str) -> Tenso
         labels = labels.flatten(1)
     expected = F.shape if loss == "squared" else F.shape[:1]
     if labels.shape != expected or labels.is_floating_point() != (loss == "squared"):
+        kind = "floats" if loss == "squared" else "class indices"
         raise ValueError(
-            f"fit_routing: {loss} loss takes {'floats' if loss == 'squared' else 'class indices'} {tuple(expected)} for "
-            f"these outputs, got {labels.dtype} {tuple(labels.shape)}"
+            f"fit_routing: {loss} loss takes {kind} {tuple(expected)} for these outputs, got {labels.dtype} "
+            f"{tuple(labels.shape)}"
         )
     return labels

@@ -191,7 +191,7 @@ class TestRefusals:
 
     def test_a_trained_module_before_the_inventories(self):
         routed = routed_model(modules_to_save=["embeddings"])
-        with pytest.raises(ValueError, match="'bert.embeddings' is trained as a whole and comes before"):
+        with pytest.raises(ValueError, match=r"'bert.embeddings' is trained as a whole and comes before"):
             linlora.linearize(routed, "model")
 
     def test_setting_the_scope_of_a_plain_model(self):

@@ -14,7 +14,7 @@ from linlora.testing import tiny_base, tiny_batch, tiny_model
 
 
 def poly_model(architecture="t5", dtype=torch.float64, dropout=True, **options):
-    """The configuration of PEFT's own Poly test (r 8, 3 tasks, 2 skills, 4 splits, default targets), randomly filled."""
+    """The configuration of PEFT's own Poly test (r 8, 3 tasks, 2 skills, 4 splits), randomly filled."""
     options = {"r": 8, "n_tasks": 3, "n_skills": 2, "n_splits": 4, "target_modules": ["q", "v"], **options}
     base = tiny_base(architecture, **({} if dropout else {"dropout_rate": 0.0}))
     model = peft.get_peft_model(base, peft.PolyConfig(task_type="SEQ_2_SEQ_LM", **options)).to(dtype)

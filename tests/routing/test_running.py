@@ -97,7 +97,7 @@ def test_checkpointing_of_your_own_needs_the_contexts():
 
     routed = fill(routing.route(Checkpointed(), 3, n_heads=2, rank=2, target_modules=["linear"]))
     x, ids = torch.randn(4, 6), torch.tensor([0, 2, 2, 1])
-    with pytest.raises(RuntimeError, match="context_fn=routed.checkpoint_contexts"):
+    with pytest.raises(RuntimeError, match=r"context_fn=routed.checkpoint_contexts"):
         routed(x, task_ids=ids).sum().backward()
     routed.model.contexts = routed.checkpoint_contexts
     routed.zero_grad()
