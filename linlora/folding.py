@@ -26,6 +26,8 @@ from torch import Tensor
 
 from linlora.modules import FusedLoraLinear
 from linlora.sharding import whole
+from linlora.task_vector import TaskVector
+from linlora.weights import Update, stacked
 
 _HOOK = "_folded_factors_hook"
 
@@ -44,10 +46,66 @@ def folded_state_dict(model: PeftModel, state_dict: dict[str, Tensor] | None = N
             for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
                 a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
                 dA, dB = state_dict.pop(f"{path}.lora_dA.{adapter}"), state_dict.pop(f"{path}.lora_dB.{adapter}")
-                A0, B0 = state_dict[a], state_dict[b]
-                state_dict[a] = torch.cat([A0, dA])
-                state_dict[b] = torch.cat([B0 + dB, B0], dim=1)
+                state_dict[a], state_dict[b] = stacked(state_dict[a], state_dict[b], dA, dB)
     return state_dict
+
+
+def factors_of(vector: TaskVector, layer: str) -> Update:
+    """The whole ΔW of a layer of a vector, as LoRA factors with the scaling in B: what replaces the layer's adapter.
+
+    Raises ValueError for a vector of scope "model", which folds into no weight, and for one without its point.
+
+    >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
+    >>> update = factors_of(TaskVector(deltas, point, "", {"q": 0.5}, "layer"), "q")
+    >>> (update.B @ update.A).tolist()
+    [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
+    """
+    if vector.scope == "model":
+        raise ValueError(
+            "no LoRA adapter, and no weight, has the function of a network linearized as a whole (scope 'model'). Run "
+            "it in linlora, or give up the exact function: vector.cast('layer')"
+        )
+    A0, B0, dA, dB = _of_layer(vector, layer)
+    if vector.scope == "layer":
+        assert A0 is not None
+        assert dB is not None
+        return Update(*stacked(A0, B0, dA, dB, vector.scalings[layer]))
+    return Update(*stacked(_sum(A0, dA), None, None, _sum(B0, dB), vector.scalings[layer]))
+
+
+def change_of_weight(vector: TaskVector, layer: str) -> Update:
+    """What the vector adds to the ΔW its layer starts with: s (dB A0 + B0 dA) linearized, s (B A - B0 A0) plain.
+
+    >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
+    >>> update = change_of_weight(TaskVector(deltas, point, "", {"q": 0.5}, "model"), "q")
+    >>> (update.B @ update.A).tolist()
+    [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
+    """
+    A0, B0, dA, dB = _of_layer(vector, layer)
+    scaling = vector.scalings[layer]
+    if vector.scope != "lora":
+        assert A0 is not None
+        assert dB is not None
+        parts = [(A0, dB)] if B0 is None or dA is None else [(A0, dB), (dA, B0)]
+    else:
+        parts = [(_sum(A0, dA), _sum(B0, dB))] + ([] if A0 is None or B0 is None else [(A0, -B0)])
+    return Update(torch.cat([A for A, _ in parts]).float(), scaling * torch.cat([B for _, B in parts], dim=1).float())
+
+
+def _of_layer(vector: TaskVector, layer: str) -> list[Tensor | None]:
+    """A0, B0, dA, dB; None for zero."""
+    if vector.point is None:
+        raise ValueError(
+            "the vector was saved without its point (include_point=False), and its weights are those of the point and "
+            "the change; use the vector with its point"
+        )
+    names = (("point", "A0"), ("point", "B0"), ("deltas", "dA"), ("deltas", "dB"))
+    return [getattr(vector, part).get(f"{layer}.{kind}") for part, kind in names]
+
+
+def _sum(start: Tensor | None, delta: Tensor | None) -> Tensor:
+    assert delta is not None
+    return delta if start is None else start.to(torch.promote_types(start.dtype, torch.float32)) + delta
 
 
 @contextmanager

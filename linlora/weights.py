@@ -41,6 +41,15 @@ class Update:
     def right(self) -> Tensor:
         return self.B.t() if self.transposed else self.A
 
+    def norm(self) -> float:
+        """‖ΔW‖, Frobenius, from the factors alone: tr (Bᵀ B)(A Aᵀ), in float64.
+
+        >>> Update(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0], [0.0]])).norm()
+        10.0
+        """
+        A, B = self.A.double(), self.B.double()
+        return float(((B.t() @ B) * (A @ A.t())).sum().clamp(min=0.0).sqrt())
+
 
 def stacked(
     A0: Tensor, B0: Tensor | None, dA: Tensor | None, dB: Tensor, scaling: float = 1.0, like: Tensor | None = None

@@ -50,15 +50,26 @@ def check_options(method: str, function: Callable[..., TaskVector], options: Map
     unknown = [name for name in options if name not in names]
     if unknown and len(names) == len(parameters):
         raise ValueError(f"{method} takes no option {unknown[0]!r}; {listed}")
-    missing = [p.name for p in parameters if p.name in names and p.default is p.empty and p.name not in options]
+    missing = [name for name in required(function) if name not in options]
     if missing:
         raise ValueError(f"{method} needs the option {missing[0]!r}; {listed}")
 
 
+def required(function: Callable[..., TaskVector]) -> list[str]:
+    """The options of a method that have no default.
+
+    >>> from linlora.fusion.lorahub import lorahub
+    >>> required(lorahub)
+    ['objective']
+    """
+    parameters = list(inspect.signature(function).parameters.values())[1:]
+    return [p.name for p in parameters if p.default is p.empty and p.kind != p.VAR_KEYWORD]
+
+
 def check_finite(method: str, name: str, value: float | Sequence[float]) -> None:
     """Raise a ValueError unless a number, or every number of a sequence, is finite."""
-    values = [value] if isinstance(value, (int, float)) else value
-    if not all(math.isfinite(number) for number in values):
+    values = [value] if isinstance(value, (int, float, str)) else value
+    if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in values):
         raise ValueError(f"{method}: {name} has to be finite, got {value}")
 
 

@@ -6,11 +6,12 @@ import hashlib
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from linlora.fusion.arithmetic import WeightedSum, task_arithmetic
-from linlora.fusion.checks import check_options
+from linlora.fusion.checks import check_number, check_options
 from linlora.fusion.rule import Rule, fused, mapped, wide
 from linlora.fusion.ties import Ties, ties
 from linlora.task_vector import TaskVector
@@ -40,6 +41,7 @@ def dare(
     [0.0, 2.0]
     """
     methods: dict[str, Callable[..., TaskVector]] = {"task_arithmetic": task_arithmetic, "ties": ties}
+    check_number("dare", "drop", drop)
     if not 0.0 <= drop < 1.0:
         raise ValueError(f"dare: drop is a probability, at least 0 and below 1, got {drop}")
     if combine not in methods:
@@ -52,9 +54,9 @@ def dare(
 def thin(delta: Tensor, drop: float, seed: int, index: int, name: str) -> Tensor:
     """m ⊙ δ / (1 − p) of the tensor of one name in the vector of one index; the same mask whenever it is made."""
     digest = hashlib.sha256(f"{seed} {index} {name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
-    mask = torch.empty(delta.shape, dtype=wide(delta)).bernoulli_(1.0 - drop, generator=generator)
-    return mask.div_(1.0 - drop).mul_(delta)
+    generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest[:8], "little")))
+    mask = torch.from_numpy(generator.random(delta.shape, dtype=np.float32)) < 1.0 - drop
+    return (mask * delta.to(wide(delta))).div_(1.0 - drop)
 
 
 class Thinned(Rule[Any]):

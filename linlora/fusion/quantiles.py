@@ -11,7 +11,7 @@ from torch import Tensor
 _BUCKETS = 2**15
 
 
-def kth_largest(pieces: Callable[[], Iterable[Tensor]], k: int) -> float:
+def kth_largest(pieces: Callable[[], Iterable[Tensor]], k: int) -> np.floating:
     """The k-th largest of the absolute values of flat tensors of one dtype, float32 or float64.
 
     Positive floating-point numbers are ordered as their bits are. The first pass counts values by their leading 16
@@ -22,7 +22,7 @@ def kth_largest(pieces: Callable[[], Iterable[Tensor]], k: int) -> float:
         pieces: called once for each pass.
         k: at least 1 and at most the number of values.
 
-    >>> kth_largest(lambda: [torch.tensor([1.0, -5.0]), torch.tensor([3.0, 3.0])], 2)
+    >>> float(kth_largest(lambda: [torch.tensor([1.0, -5.0]), torch.tensor([3.0, 3.0])], 2))
     3.0
     """
     counts = torch.zeros(_BUCKETS, dtype=torch.int64)
@@ -36,7 +36,7 @@ def kth_largest(pieces: Callable[[], Iterable[Tensor]], k: int) -> float:
     bucket = _BUCKETS - 1 - int(torch.searchsorted(from_above, k))
     rank = int(from_above[_BUCKETS - 1 - bucket]) - k  # from below, in the bucket
     found = [piece[_buckets(piece) == bucket].abs().numpy() for piece in pieces()]
-    return float(np.partition(np.concatenate(found), rank)[rank])
+    return np.partition(np.concatenate(found), rank)[rank]
 
 
 def _buckets(piece: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 from linlora.fusion.adamerging import adamerging
 from linlora.fusion.arithmetic import average, negation, task_arithmetic
-from linlora.fusion.checks import check_options
+from linlora.fusion.checks import check_options, required
 from linlora.fusion.dare import dare
 from linlora.fusion.lorahub import lorahub
 from linlora.fusion.ties import ties
@@ -22,6 +22,9 @@ METHODS: dict[str, Callable[..., TaskVector]] = {
     "lorahub": lorahub,
     "adamerging": adamerging,
 }
+
+FROM_VECTORS = tuple(name for name, method in METHODS.items() if not required(method))
+"""The methods that need nothing but the vectors: no model, no data."""
 
 
 def fuse(vectors: Iterable[TaskVector], method: str = "task_arithmetic", **options: Any) -> TaskVector:

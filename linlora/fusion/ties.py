@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from linlora.fusion.checks import check_number
 from linlora.fusion.quantiles import kth_largest
@@ -49,10 +50,12 @@ class Sides:
         self.ups, self.downs = (torch.zeros(like.shape, dtype=torch.int16) for _ in range(2))
 
     def add(self, values: Tensor) -> None:
-        self.up += values.clamp(min=0.0)
-        self.down += values.clamp(max=0.0)
-        self.ups += values > 0
-        self.downs += values < 0
+        positive = values.relu()
+        negative = values - positive  # exact: one of the two is zero
+        self.up += positive
+        self.down += negative
+        self.ups += positive > 0
+        self.downs += negative < 0
 
     def signs(self) -> Tensor:
         return (self.up + self.down).sign()
@@ -74,23 +77,24 @@ class Ties(Rule[Sides]):
 
     def __init__(self, keep: float = PUBLISHED_KEEP, scaling: float = PUBLISHED_SCALING) -> None:
         check_number("ties", "scaling", scaling)
+        check_number("ties", "keep", keep)
         if not 0.0 < keep <= 1.0:
             raise ValueError(f"ties: keep is the fraction of values kept, above 0 and at most 1, got {keep}")
         self.keep, self.scaling = keep, scaling
-        self.thresholds: list[float] = []
+        self.below: list[float] = []
         self.majority: float | None = None
 
     def look(self, index: int, vector: TaskVector) -> None:
         """The smallest magnitude that is kept: the k-th largest of the d values, k = ⌊keep · d⌋ and at least 1."""
         kept = max(1, int(self.keep * sum(like.numel() for like in shapes(vector.deltas).values())))
-        self.thresholds.append(kth_largest(lambda: values(vector.deltas), kept))
+        smallest = kth_largest(lambda: values(vector.deltas), kept)
+        self.below.append(float(np.nextafter(smallest, -1.0, dtype=smallest.dtype)))  # hardshrink keeps what is larger
 
     def zero(self, like: Tensor) -> Sides:
         return Sides(like)
 
     def add(self, state: Sides, index: int, name: str, delta: Tensor) -> None:
-        kept = delta.to(wide(delta))
-        state.add(torch.where(kept.abs() >= self.thresholds[index], kept, 0.0))
+        state.add(hardshrink(delta.to(wide(delta)), self.below[index]))
 
     def survey(self, states: Iterable[Sides]) -> None:
         """Elect the sign of most elements."""

@@ -1,0 +1,93 @@
+"""`linlora fuse`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from linlora.commands.errors import user_errors
+
+if TYPE_CHECKING:
+    from linlora.formats import Stored
+
+
+def fuse(
+    vectors: Annotated[list[str], typer.Argument(help="Task vectors or adapter folders; then options of the method.")],
+    out: Annotated[Path, typer.Option(help="The task vector to write.")],
+    method: Annotated[str, typer.Option(help="average, task_arithmetic, ties, dare or negation.")] = "task_arithmetic",
+) -> None:
+    """Fuse adapters into one: linlora fuse A B C --method ties --keep 0.2 --out fused.safetensors
+
+    The options of the method are those of `linlora.fuse`: --scaling 0.3, or --scaling 0.3,0.5,0.2 for one each; --keep
+    for ties; --drop, --seed and --combine for dare. The files are streamed through: memory holds a few tensors,
+    whatever their number. Where λ comes from: `linlora eval ... --fuse METHOD --search` on a validation split.
+    """
+    from rich.console import Console
+
+    with user_errors(interrupted="interrupted; nothing was written"):
+        import linlora
+        from linlora import formats
+        from linlora.fusion.registry import FROM_VECTORS
+
+        if method in linlora.fusion.METHODS and method not in FROM_VECTORS:
+            raise ValueError(
+                f"{method} needs a model and data, which files do not hold: linlora.fuse(vectors, {method!r}, ...) in "
+                f"Python. From files: {', '.join(FROM_VECTORS)}"
+            )
+        first = next((i for i, argument in enumerate(vectors) if argument.startswith("--")), len(vectors))
+        stored = [formats.open(path) for path in vectors[:first]]
+        _check_that_they_add(stored)
+        fused = linlora.fuse([adapter.vector for adapter in stored], method, **options(vectors[first:]))
+        fused.save(out)
+        console = Console(soft_wrap=True, highlight=False)
+        what = f"{method} of {len(stored)} vectors of scope '{fused.scope}', {len(fused.scalings)} layers"
+        console.print(f"{out}: {what}", markup=False)
+        if any(adapter.vector.point == {} for adapter in stored):
+            console.print(
+                "note: plain LoRA adapters are fused factor by factor, Σ B_i and Σ A_i: their product has the cross "
+                "terms B_i A_j. Linearized adapters (linlora.linearize) have none."
+            )
+        extras = sorted({name for adapter in stored for name in adapter.extras})
+        if extras:
+            console.print(f"note: not fused, trained beside the adapters: {', '.join(extras)}", markup=False)
+        console.print(f"next: linlora inspect {out}, or linlora export {out} --out DIRECTORY", markup=False)
+
+
+def _check_that_they_add(stored: list[Stored]) -> None:
+    from linlora import DifferentPointError
+
+    for other in stored[1:]:
+        try:
+            stored[0].vector.check_same_point(other.vector)
+        except DifferentPointError as error:
+            raise DifferentPointError(f"{stored[0].path} and {other.path}: {error}") from error
+
+
+def options(arguments: list[str]) -> dict[str, Any]:
+    """Options of a fusion method as they are typed, `--name value` or `--name=value`, as keyword arguments.
+
+    >>> options(["--scaling", "0.3,0.5", "--seed=1", "--combine", "ties"])
+    {'scaling': [0.3, 0.5], 'seed': 1, 'combine': 'ties'}
+    """
+    found: dict[str, Any] = {}
+    rest = list(arguments)
+    while rest:
+        name, equals, text = rest.pop(0).partition("=")
+        if not name.startswith("--"):
+            raise ValueError(f"unexpected {name!r}: vectors come first, then options of the method, --name value")
+        if not equals and not rest:
+            raise ValueError(f"option {name} has no value")
+        values = [_value(part) for part in (text if equals else rest.pop(0)).split(",")]
+        found[name.removeprefix("--").replace("-", "_")] = values[0] if len(values) == 1 else values
+    return found
+
+
+def _value(text: str) -> int | float | str:
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            continue
+    return text

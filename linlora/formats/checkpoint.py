@@ -1,0 +1,120 @@
+"""The weights of a base model in its folder, as transformers writes it: what is where, without building the model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from linlora.files import CorruptFileError
+from linlora.tensor_files import Entry, TensorFile
+
+SINGLE_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
+CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
+"""Model types whose linear layers are transformers' Conv1D, which stores its weight (K, N)."""
+
+
+class WrongBaseError(ValueError):
+    """An adapter has layers that the base model has not, or of another size; the message names them."""
+
+
+class Placed(NamedTuple):
+    """Where the weight of an adapted layer is, and whether it is stored (K, N)."""
+
+    key: str
+    transposed: bool
+
+
+class Checkpoint:
+    """A folder of safetensors weights, opened.
+
+    Raises FileNotFoundError for what is no such folder, CorruptFileError for one that is damaged, ValueError for
+    weights that are quantized or pickled.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"{folder}: no such folder; a model of the Hugging Face hub has to be downloaded first: "
+                "hf download OWNER/NAME --local-dir FOLDER"
+            )
+        self.config = _json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
+        if self.config.get("quantization_config"):
+            method = self.config["quantization_config"].get("quant_method", "unknown")
+            raise ValueError(
+                f"{folder}: the weights are quantized ({method}), and ΔW would be lost in their rounding. Serve base "
+                "and adapter unmerged, or merge into the original weights and quantize the result"
+            )
+        self.files = {name: TensorFile(folder / name) for name in self._shards()}
+        self.home = {key: file for file in self.files.values() for key in file.entries}
+
+    def entry(self, key: str) -> Entry:
+        return self.home[key].entries[key]
+
+    def place(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, Placed]:
+        """Where the weights of layers of shape (N, K) are. Raises WrongBaseError where the base has no such layer.
+
+        The names of a checkpoint may have a prefix that the adapter's have not, or the other way round: the same for
+        all layers.
+        """
+        before, without = self._shift(layers)
+        keys = {name: f"{before}{name.removeprefix(without)}.weight" for name in layers}
+        missing = [name for name in layers if keys[name] not in self.home]
+        if missing:
+            there = ", ".join(key for key in list(self.home)[:3])
+            tied = " It shares the weight of the embedding, which cannot be changed alone." if any(
+                name.endswith("lm_head") for name in missing) else ""  # fmt: skip
+            raise WrongBaseError(
+                f"{self.folder} has no weight for {len(missing)} of {len(layers)} adapted layers, the first of them "
+                f"'{missing[0]}'; it holds {there}, ... Is it the model the adapter was trained on?{tied}"
+            )
+        shapes = {name: self.entry(key).shape for name, key in keys.items()}
+        for name, shape in layers.items():
+            if shapes[name] not in (tuple(shape), tuple(shape[::-1])):
+                raise WrongBaseError(
+                    f"layer '{name}' of the adapter is {shape[1]} -> {shape[0]}, its weight in {self.folder} is "
+                    f"{shapes[name]}: not the model the adapter was trained on"
+                )
+        told = {shapes[name] != tuple(shape) for name, shape in layers.items() if shape[0] != shape[1]}
+        transposed = told.pop() if told else self.config.get("model_type") in CONV1D_MODELS
+        if told:
+            raise WrongBaseError(f"{self.folder}: some of the adapted layers are stored (N, K) and some (K, N)")
+        return {name: Placed(key, transposed) for name, key in keys.items()}
+
+    def _shift(self, layers: Mapping[str, tuple[int, int]]) -> tuple[str, str]:
+        """(prefix to add, prefix to remove) that turns the adapter's names into the checkpoint's."""
+        first = next(iter(layers))
+        if f"{first}.weight" in self.home:
+            return "", ""
+        longer = [key for key in self.home if key.endswith(f".{first}.weight")]
+        if len(longer) == 1:
+            return longer[0].removesuffix(f"{first}.weight"), ""
+        parts = first.split(".")
+        for cut in range(1, len(parts)):
+            if f"{'.'.join(parts[cut:])}.weight" in self.home:
+                return "", ".".join(parts[:cut]) + "."
+        return "", ""
+
+    def _shards(self) -> list[str]:
+        if (self.folder / INDEX_FILE).is_file():
+            names = sorted(set(_json(self.folder / INDEX_FILE).get("weight_map", {}).values()))
+            lost = [name for name in names if not (self.folder / name).is_file()]
+            if lost or not names:
+                raise CorruptFileError(f"{self.folder / INDEX_FILE}: the shard {', '.join(lost) or 'list'} is missing")
+            return names
+        if (self.folder / SINGLE_FILE).is_file():
+            return [SINGLE_FILE]
+        if list(self.folder.glob("pytorch_model*.bin")):
+            raise ValueError(
+                f"{self.folder}: the weights are pickles; load the model and save_pretrained it: that is safetensors"
+            )
+        raise FileNotFoundError(f"{self.folder}: no model in this folder (neither {SINGLE_FILE} nor {INDEX_FILE})")
+
+
+def _json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise CorruptFileError(f"{path}: not JSON ({error})") from error

@@ -1,0 +1,120 @@
+"""Fusing vectors that lie in files: the same numbers as in memory, a few tensors at a time."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import linlora
+from linlora import TaskVector
+from linlora.fusion.quantiles import kth_largest
+from linlora.tensor_files import StoredTensors, TensorFile
+
+OPTIONS = [
+    ("average", {}),
+    ("task_arithmetic", {"scaling": [0.3, -1.0, 0.5]}),
+    ("negation", {"scaling": 0.5}),
+    ("ties", {"keep": 0.3}),
+    ("dare", {"drop": 0.5}),
+    ("dare", {"drop": 0.5, "combine": "ties", "keep": 0.5}),
+]
+
+
+@pytest.fixture
+def files(vectors, tmp_path):
+    for index, vector in enumerate(vectors):
+        vector.save(tmp_path / f"{index}.safetensors")
+    return sorted(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("method", "options"), OPTIONS, ids=[m + str(o.get("combine", "")) for m, o in OPTIONS])
+def test_from_files_is_from_memory_bit_for_bit(vectors, files, tmp_path, method, options):
+    expected = linlora.fuse(vectors, method, **options)
+    fused = linlora.fuse([TaskVector.open(file) for file in files], method, **options)
+    assert isinstance(fused.deltas, StoredTensors)
+    fused.save(tmp_path / "fused")
+    loaded = TaskVector.load(tmp_path / "fused")
+    loaded.check_same_point(expected)
+    assert all(torch.equal(loaded.deltas[name], delta) for name, delta in expected.deltas.items())
+    assert all(torch.equal(loaded.point[name], start) for name, start in vectors[0].point.items())
+
+
+def test_ties_in_files_elects_the_majority_where_values_cancel(made, tmp_path):
+    """+2 and -2 cancel, in the first tensor of two; the sign of most elements is in the second."""
+    rows = [{"a.dB": [2.0, 1.0], "b.dB": [-1.0, -1.0]}, {"a.dB": [-2.0, 1.0], "b.dB": [-1.0, -1.0]}]
+    vectors = []
+    for index, row in enumerate(rows):
+        deltas = {name: torch.tensor(values) for name, values in row.items()}
+        vectors.append(TaskVector(deltas, None, "", {"a": 1.0, "b": 1.0}, "layer"))
+        vectors[-1].save(tmp_path / str(index))
+    fused = linlora.fuse([TaskVector.open(tmp_path / str(index)) for index in range(2)], "ties", keep=1.0)
+    assert fused.deltas["a.dB"].tolist() == [-2.0, 1.0]
+    assert all(
+        torch.equal(fused.deltas[name], linlora.fuse(vectors, "ties", keep=1.0).deltas[name]) for name in rows[0]
+    )
+
+
+@pytest.mark.parametrize(("method", "options"), OPTIONS, ids=[m + str(o.get("combine", "")) for m, o in OPTIONS])
+def test_a_few_tensors_are_alive_however_many_files_there_are(files, tmp_path, monkeypatch, method, options):
+    alive, peak = set(), 0
+    original = TensorFile.read
+
+    def read(file, name):
+        nonlocal peak
+        tensor = original(file, name)
+        key = object()
+        alive.add(key)
+        weakref.finalize(tensor, alive.discard, key)
+        peak = max(peak, len(alive))
+        return tensor
+
+    options = {key: value if not isinstance(value, list) else 0.3 for key, value in options.items()}
+    monkeypatch.setattr(TensorFile, "read", read)
+    gc.collect()
+    linlora.fuse([TaskVector.open(file) for file in files * 4], method, **options).save(tmp_path / "fused")
+    assert peak <= 3
+
+
+def test_fused_files_can_be_fused_put_into_models_and_measured(vectors, files, flat):
+    stored = [TaskVector.open(file) for file in files]
+    half = linlora.fuse([linlora.fuse(stored[:2], scaling=1.0), stored[2]], "average")
+    a, b, c = map(flat, vectors)
+    torch.testing.assert_close(flat(half), (a + b + c) / 2, rtol=1e-5, atol=1e-6)
+    assert half.norm() == pytest.approx(float((a + b + c).norm() / 2), rel=1e-5)
+    assert (stored[0] - vectors[0]).norm() == 0.0
+
+
+@given(
+    rows=st.lists(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20), min_size=1),
+    wide=st.booleans(),
+    data=st.data(),
+)
+@settings(max_examples=60, deadline=None)
+def test_the_kth_largest_is_that_of_sorting(rows, wide, data):
+    dtype = torch.float64 if wide else torch.float32
+    pieces = [torch.tensor(row, dtype=dtype) for row in rows]
+    together = np.sort(torch.cat(pieces).abs().numpy())[::-1]
+    if together.size:
+        k = data.draw(st.integers(1, together.size))
+        assert kth_largest(lambda: pieces, k) == together[k - 1]
+
+
+def test_an_interrupted_fusion_leaves_nothing(files, tmp_path, monkeypatch):
+    fused = linlora.fuse([TaskVector.open(file) for file in files])
+    asked = []
+
+    def interrupted(stored, name):
+        asked.append(name)
+        if len(asked) == 10:
+            raise KeyboardInterrupt
+        return stored._read(name)
+
+    monkeypatch.setattr(StoredTensors, "__getitem__", interrupted)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(KeyboardInterrupt):
+        fused.save(tmp_path / "fused")
+    assert sorted(tmp_path.iterdir()) == before
