@@ -95,7 +95,7 @@ def test_odd_sizes(device, m, n, k):
 @pytest.mark.parametrize("config", [CONFIG, None], ids=["small-tiles", "table"])
 def test_groups_that_meet_in_a_tile(device, config):
     for m, groups in ((20, 20), (20, 1), (20, 300)):
-        arguments, ids = problem(m, 24, 40, 8, FP32, device, groups=groups)
+        arguments, _ = problem(m, 24, 40, 8, FP32, device, groups=groups)
         check(arguments, torch.arange(m, device=device) * groups // m, groups, config=config)
 
 
