@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 
 from . import suites
 from .cases import Case
+from .programme import programme
 
 
 class _RunByDefault(TyperGroup):
@@ -58,9 +59,9 @@ def run(
     from .runner import run as run_cases
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
-    place = _device(device)
+    place = chosen_device(device)
     suite = suite or ("gpu" if place.type == "cuda" else "default")
-    chosen = _cases(suite, dtype or ("bfloat16" if place.type == "cuda" else None), rank, case)
+    chosen = chosen_cases(suite, dtype or ("bfloat16" if place.type == "cuda" else None), rank, case)
     try:
         measured = providers(tuple(provider or ()), compiled)
     except ValueError as error:
@@ -78,7 +79,7 @@ def run(
             progress.update(bar, completed=done, description=chosen[min(done, len(chosen) - 1)].layer)
 
         made = run_cases(suite, chosen, measured, place, seconds, after_case)
-    console = _console()
+    console = wide_console()
     print_run(made, console)
     console.print(f"\nSaved {file}. Plot it: linlora bench plot {file}", highlight=False, soft_wrap=True)
     if any(True for _ in made.red):
@@ -88,8 +89,11 @@ def run(
 @app.command("list")
 def list_cases(suite: _Suite = "default", dtype: _Dtype = None, rank: _Ranks = None, case: _Filters = None) -> None:
     """List the cases of a suite, one id a line."""
-    for chosen in _cases(suite or "default", dtype, rank, case):
+    for chosen in chosen_cases(suite or "default", dtype, rank, case):
         typer.echo(chosen.id)
+
+
+app.command()(programme)
 
 
 @app.command()
@@ -111,7 +115,7 @@ def plot(
         raise typer.BadParameter(str(error), param_hint="FILE") from None
 
 
-def _cases(suite: str, dtype: str | None, ranks: list[int] | None, filters: list[str] | None) -> list[Case]:
+def chosen_cases(suite: str, dtype: str | None, ranks: list[int] | None, filters: list[str] | None) -> list[Case]:
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16", param_hint="--dtype")
     try:
@@ -127,7 +131,7 @@ def _cases(suite: str, dtype: str | None, ranks: list[int] | None, filters: list
     return chosen
 
 
-def _device(name: str) -> Any:
+def chosen_device(name: str) -> Any:
     import torch
 
     try:
@@ -148,7 +152,7 @@ def _new_file(folder: Path, suite: str) -> Path:
     return next(file for file in candidates if not file.exists())
 
 
-def _console() -> Console:
+def wide_console() -> Console:
     """Standard output; 120 columns wide where it is not a terminal."""
     console = Console()
     return console if console.is_terminal else Console(width=120)

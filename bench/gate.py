@@ -103,5 +103,6 @@ def _expected_layer(case: Case, function: str, data: LayerData) -> dict[str, Ten
     named = dict(zip(("y", "y_tangent"), outputs, strict=False))
     if case.phase != "forward":
         cotangents = [cotangent.double() for cotangent in data.cotangents]
-        named.update(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), cotangents), strict=True))
+        gradients = dict(zip(leaves, torch.autograd.grad(outputs, list(leaves.values()), cotangents), strict=True))
+        named = gradients if case.phase == "input_gradient" else named | gradients
     return {name: tensor.detach() for name, tensor in named.items()}

@@ -15,7 +15,7 @@ from torch import nn
 import linlora
 from linlora import backends, baselines
 
-from . import layers, streams
+from . import layers, streams, variants
 from .cases import Case, LayerOp, Scope, StreamOp
 from .data import LayerData, StreamData, random_data
 from .job import Job, Layer, LayerJob
@@ -38,7 +38,8 @@ class Provider:
     `function` says what it computes, hence what it is checked against: the frozen layer or model, or the primal of an
     op, alone; plain LoRA at the adapter's current values; the linearization of every layer, or of the whole network.
     `ops` are those it serves besides whole models, `scopes` the cases of whole models. `package` is what it needs
-    installed beside linlora; such a provider runs on a GPU only.
+    installed beside linlora; such a provider runs on a GPU only. `kernel` builds the job of a kernel by itself, which
+    has the forward and the gradient of the input.
     """
 
     name: str
@@ -52,11 +53,14 @@ class Provider:
     backend: str | None = None
     compiled: bool = False
     package: str | None = None
+    kernel: Callable[[Case, LayerData], Job] | None = None
 
     def serves(self, case: Case) -> bool:
         """Whether it computes such a case at all."""
         if case.kind == "model":
             return case.scope in self.scopes and not self.compiled
+        if self.kernel is not None and (case.phase not in ("forward", "input_gradient") or case.dropout):
+            return False
         if case.dropout and self.backend is None and self.function != "frozen":
             return False  # it draws another mask
         return case.op in self.ops and not (self.compiled and case.kind == "stream")
@@ -79,6 +83,9 @@ class Provider:
             assert self.model is not None
             return ModelJob(case, device, self.model, self.backend, train=self.function != "frozen")
         data = random_data(case, device) if data is None else data
+        if self.kernel is not None:
+            assert isinstance(data, LayerData)
+            return self.kernel(case, data)
         if isinstance(data, StreamData):
             assert self.stream is not None
             layer = self.stream(case, data)
@@ -142,12 +149,28 @@ _MODEL_PEERS = [
         package="jvp_flash_attention",
     ),
 ]  # fmt: skip
+VARIANTS = [
+    *(
+        Provider(
+            f"triton-{design}", f"triton {design}", "linearized", kernel=partial(variants.triton, design=design),
+            ops=("linearized_lora_linear",), backend="triton",
+        )
+        for design in ("recompute", "flags")
+    ),
+    *(
+        Provider(
+            f"cuda-sm{architecture}", f"cuda sm_{architecture}", "linearized",
+            kernel=partial(variants.csrc, kernel=architecture), ops=_LAYER_OPS, backend="cuda",
+        )
+        for architecture in (80, 90)
+    ),
+]  # fmt: skip
 EAGER = [FLOOR, *_OURS, *_LAYER_PEERS, *_MODEL_PEERS]
 COMPILED = [
     replace(provider, name=f"{provider.name}-compiled", label=f"{provider.label} compiled", compiled=True)
     for provider in (FLOOR, TORCH, *_LAYER_PEERS)
 ]
-PROVIDERS = {provider.name: provider for provider in (*EAGER, *COMPILED)}
+PROVIDERS = {provider.name: provider for provider in (*EAGER, *COMPILED, *VARIANTS)}
 
 
 def providers(names: tuple[str, ...] = (), compiled: bool = False) -> list[Provider]:

@@ -32,13 +32,15 @@ def run(
     device: torch.device,
     seconds: float,
     after_case: Callable[[Run], None] = lambda run: None,
+    made: Run | None = None,
 ) -> Run:
     """Run the cases within about `seconds` of wall-clock time; what no time is left for is listed in `not_run`.
 
     Every case gets an equal share of the time that is left, so what a cheap case saves goes to those after it.
+    Results are added to `made`, where an earlier run is to be continued.
     """
-    architecture = backends.architecture(device.type, device.index) if device.type == "cuda" else None
-    made = Run(suite, str(device), environment(device), architecture)
+    if made is None:
+        made = new_run(suite, device)
     end = time.perf_counter() + seconds
     for i, case in enumerate(cases):
         left = end - time.perf_counter()
@@ -48,6 +50,12 @@ def run(
             made.results.append(run_case(case, providers, device, left / (len(cases) - i)))
         after_case(made)
     return made
+
+
+def new_run(suite: str, device: torch.device) -> Run:
+    """A run without results."""
+    architecture = backends.architecture(device.type, device.index) if device.type == "cuda" else None
+    return Run(suite, str(device), environment(device), architecture)
 
 
 def run_case(case: Case, providers: list[Provider], device: torch.device, seconds: float) -> CaseResult:
@@ -147,6 +155,8 @@ def _broken(provider: Provider, error: Exception) -> Outcome:
     text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if provider.compiled:
         return Outcome("unavailable", f"torch.compile gave up: {text}")
+    if isinstance(error, NotImplementedError) and provider.kernel is not None:
+        return Outcome("unavailable", str(error))
     if provider.package:
         return Outcome("unavailable", f"{provider.package} gave up: {text}")
     if isinstance(error, torch.OutOfMemoryError) and provider.backend is None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from .cases import LAYERS, Case, Phase, attention_case, dual_case, layer_case, model_case, stream_case
+from .grid import programme
 
 _PHASES: tuple[Phase, ...] = ("forward", "forward_backward")
 _ATTENTION: tuple[tuple[bool, Phase], ...] = ((False, "forward"), (True, "forward_backward"))
@@ -157,4 +158,5 @@ SUITES = {
     "compiled": _compiled,
     "small_m": _small_m,
     "full": _full,
+    "programme": programme,
 }

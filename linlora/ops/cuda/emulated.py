@@ -16,7 +16,6 @@ from linlora.ops.cuda import checkout
 
 _TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MULTIPROCESSORS = 2
-_ALIGNMENT = 128  # of the scratch memory
 
 
 class Matrix(ctypes.Structure):
@@ -123,27 +122,14 @@ def _run(kernel: int, two_streams: bool, scaling: float, **tensors: Tensor | Non
         _TYPES[x.dtype], _TYPES[factor_type], **{name: _matrix(tensor) for name, tensor in tensors.items()},
         scaling=scaling, two_streams=two_streams,
     )  # fmt: skip
-    portable = kernel == 80 or _hopper().lora_linear_sm90_obstacle_of(ctypes.byref(problem)) is not None
-    error = _run_portable(problem) if portable else _run_hopper(problem)
+    reference = ctypes.byref(problem)
+    obstacle = None if kernel == 80 else _library("lora_linear_sm90").lora_linear_sm90_obstacle(reference)
+    if kernel == 90 and obstacle is not None:
+        raise RuntimeError(f"kernel 90 cannot compute this: {obstacle.decode()}")
+    name = "lora_linear_sm80" if kernel == 80 or obstacle is not None else "lora_linear_sm90"
+    error = getattr(_library(name), f"emulate_{name}")(reference, _MULTIPROCESSORS, 0)
     if error is not None:
-        raise RuntimeError(f"the emulated kernel failed: {error.decode()}")
-
-
-def _run_portable(problem: LoraLinear) -> bytes | None:
-    return _library("lora_linear_sm80").emulate_lora_linear_sm80(ctypes.byref(problem), _MULTIPROCESSORS, 0)
-
-
-def _run_hopper(problem: LoraLinear) -> bytes | None:
-    hopper, reference = _hopper(), ctypes.byref(problem)
-    counters = torch.zeros(hopper.lora_linear_sm90_counters_of(reference), dtype=torch.int32)
-    scratch = torch.empty(hopper.lora_linear_sm90_scratch_of(reference) + _ALIGNMENT, dtype=torch.uint8)
-    aligned = -(-scratch.data_ptr() // _ALIGNMENT) * _ALIGNMENT
-    error = hopper.emulate_lora_linear_sm90(
-        reference, ctypes.c_void_p(counters.data_ptr()), ctypes.c_void_p(aligned), _MULTIPROCESSORS, _MULTIPROCESSORS, 0
-    )
-    if error is None and counters.any():
-        return b"the counters are not zero after the launch"
-    return error
+        raise RuntimeError(f"{name}, emulated: {error.decode()}")
 
 
 def _poisoned(x: Tensor, rows: int, columns: int) -> Tensor:
@@ -158,18 +144,13 @@ def _matrix(tensor: Tensor | None) -> Matrix:
     return Matrix(matrix.data_ptr(), *matrix.shape, *matrix.stride())
 
 
-def _hopper() -> ctypes.CDLL:
-    library = _library("lora_linear_sm90")
-    library.lora_linear_sm90_obstacle_of.restype = ctypes.c_char_p
-    library.lora_linear_sm90_counters_of.restype = library.lora_linear_sm90_scratch_of.restype = ctypes.c_int64
-    return library
-
-
 @functools.cache
 def _library(kernel: str) -> ctypes.CDLL:
     builder = checkout.script("emulator/build.py")
     if builder is None:
         raise RuntimeError(f"linlora does not run from a checkout, there is no {checkout.CSRC}/emulator")
     library = ctypes.CDLL(str(builder.build(kernel)))
-    getattr(library, f"emulate_{kernel}").restype = ctypes.c_char_p
+    for entry in (f"emulate_{kernel}", f"{kernel}_obstacle"):
+        if hasattr(library, entry):
+            getattr(library, entry).restype = ctypes.c_char_p
     return library
