@@ -24,6 +24,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from linlora.mixed_batches import mixed_batch
 from linlora.ops import dual
 from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.linearized_lora_linear import unchecked
@@ -70,8 +71,7 @@ class FusedLoraLinear(PeftLoraLinear):
             return self.base_layer(x)
         if self.stream is not None:
             return self._both_streams(x, active)
-        base = self.base_layer
-        weight = base.weight.t() if self.fan_in_fan_out else base.weight
+        base, weight = self.base_layer, self.matrix
         x = autocast_input(x)
         if x.shape[-1] != weight.shape[1] or x.device != weight.device or x.dtype != weight.dtype:
             self._check_input(x, weight)
@@ -80,6 +80,11 @@ class FusedLoraLinear(PeftLoraLinear):
         if p == 0.0:
             return unchecked(x, weight, base.bias, *factors)
         return unchecked(x, weight, base.bias, *factors, p, torch.randint(2**31, (), device=x.device))
+
+    @property
+    def matrix(self) -> Tensor:
+        """The base weight as (N, K), however it is stored."""
+        return self.base_layer.weight.t() if self.fan_in_fan_out else self.base_layer.weight
 
     @torch.compiler.disable
     def _both_streams(self, x: Tensor, active: list[str]) -> Tensor:
@@ -92,9 +97,8 @@ class FusedLoraLinear(PeftLoraLinear):
                 f"layer '{self.layer_name}': adapter {plain} is not linearized, the model is (model scope); activate a "
                 "linearized adapter, or delinearize the model and linearize it again with all its adapters"
             )
-        base = self.base_layer
+        base, weight = self.base_layer, self.matrix
         x, x_tangent = (x.primal, x.tangent) if isinstance(x, DualTensor) else (x, None)
-        weight = base.weight.t() if self.fan_in_fan_out else base.weight
         self._check_input(autocast_input(x), weight)
         if torch.is_grad_enabled() and (weight.requires_grad or (base.bias is not None and base.bias.requires_grad)):
             raise ValueError(
@@ -209,11 +213,10 @@ class FusedLoraLinear(PeftLoraLinear):
                 self.lora_B[name].weight.requires_grad_(False)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"layer '{self.layer_name}': adapter_names (several adapters in one batch) is not supported by a fused "
-                "layer; run each adapter's rows by themselves after model.set_adapter(name)"
-            )
+        names = kwargs.pop("adapter_names", None)
+        if names is not None and not (args or kwargs or self._disable_adapters):
+            self._check_input(autocast_input(x), self.matrix)
+            return mixed_batch(self, x, names)
         if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
         raise ValueError(f"layer '{self.layer_name}': unexpected arguments {args or list(kwargs)} beside the input")

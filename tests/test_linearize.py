@@ -275,8 +275,8 @@ class TestRefusals:
             layer(torch.randn(3, 8).half())
         with pytest.raises(ValueError, match=r"layer '2': the input is on meta"):
             layer(torch.randn(3, 8, device="meta"))
-        with pytest.raises(ValueError, match=r"layer '2': adapter_names"):
-            layer(torch.randn(3, 8), adapter_names=["default"] * 3)
+        with pytest.raises(ValueError, match=r"layer '2': adapter_names has 3 names for a batch of 2"):
+            layer(torch.randn(2, 8), adapter_names=["default"] * 3)
 
     def test_different_dropouts_of_stacked_adapters(self):
         model = mlp(lora_dropout=0.1)

@@ -87,7 +87,10 @@ def _kind(layer: RoutedLayer) -> str:
     state = ""
     if isinstance(layer, RoutedLoraLinear) and layer.state != "plain":
         state = ", B0 = 0: B alone trains" if layer.state == "short" else ", B0 != 0: offsets from the mean train"
-    sizes = f"rank {layer.sizes.rank}, {layer.sizes.n_skills} skills in {layer.sizes.n_heads} heads"
+    skills = f"{layer.sizes.n_skills} skills in {layer.sizes.n_heads} heads"
+    if not isinstance(layer, RoutedLoraLinear):
+        skills = f"{layer.sizes.n_skills} experts a rank slot"
+    sizes = f"rank {layer.sizes.rank}, {skills}"
     return f"{family:16s} {layer.in_features} -> {layer.out_features}, {sizes}, scaling {layer.sizes.scaling:g}{state}"
 
 

@@ -30,7 +30,12 @@ def logits(model, **inputs):
     "options",
     [
         {},
-        {"granularity": "block", "sampling": "straight_through", "shared_skill": True, "modules_to_save": ["classifier"]},
+        {
+            "granularity": "block",
+            "sampling": "straight_through",
+            "shared_skill": True,
+            "modules_to_save": ["classifier"],
+        },
         {"variant": "private", "n_skills": 4, "n_heads": 1, "alpha": 3.0, "dropout": 0.1},
         {"variant": "table", "granularity": "model"},
     ],
@@ -123,7 +128,7 @@ class TestBrokenFiles:
 
     def test_another_base(self, tmp_path):
         routed_model(dtype=torch.float32).save_pretrained(tmp_path)
-        with pytest.raises(ValueError, match="T5ForConditionalGeneration has no module 'bert.encoder"):
+        with pytest.raises(ValueError, match=r"T5ForConditionalGeneration has no module 'bert.encoder"):
             routing.RoutedModel.from_pretrained(tiny_base("t5"), tmp_path)
 
 
@@ -172,7 +177,7 @@ def test_nan_is_not_merged(batch, ids):
     expected = logits(routed, **batch, task_ids=ids)
     with torch.no_grad():
         routed.layers[-1].lora_B[0, 0, 0, 0] = torch.nan
-    with pytest.raises(ValueError, match="pooler.dense': merging gives NaN"):
+    with pytest.raises(ValueError, match=r"pooler.dense': merging gives NaN"):
         routing.merge_task(routed, 2)
     with torch.no_grad():
         routed.layers[-1].lora_B[0, 0, 0, 0] = fill(routed_model()).layers[-1].lora_B[0, 0, 0, 0]
@@ -284,7 +289,7 @@ def test_original_checkpoints_that_do_not_fit(tmp_path):
     with pytest.raises(TypeError, match="alpha"):
         routing.from_original(tiny_base("t5"), state)
     (tmp_path / "broken.ckpt").write_bytes(b"nothing")
-    with pytest.raises(linlora.CorruptFileError, match=r"broken.ckpt: torch.load\(weights_only=True\) does not read it"):
+    with pytest.raises(
+        linlora.CorruptFileError, match=r"broken.ckpt: torch.load\(weights_only=True\) does not read it"
+    ):
         routing.from_original(tiny_base("t5"), tmp_path / "broken.ckpt", alpha=1.0)
-
-
