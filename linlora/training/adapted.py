@@ -13,6 +13,7 @@ from torch import nn
 from linlora.export import TASK_VECTOR_FILE
 from linlora.linearize import Report, accelerate, linearize
 from linlora.task_vector import TaskVector
+from linlora.training.checkpoints import quiet
 from linlora.training.settings import Settings
 from linlora.training.task import Task
 
@@ -44,7 +45,8 @@ def adapt(task: Task, point: TaskVector | None = None, method: str | None = None
     base = task.base_model()
     torch.manual_seed(settings.seed)  # what came before it, a head of another size, has no say in the point
     try:
-        model = get_peft_model(base, lora_config(task, base))
+        with quiet():
+            model = get_peft_model(base, lora_config(task, base))
     except ValueError as error:
         layers = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(f"lora: {error} The linear layers of {settings.model} are {', '.join(layers)}") from error

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -66,14 +67,16 @@ def refuse_new(settings: Settings, new: Sequence[str], trained: Sequence[str] = 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers' notes on new weights to itself: what they mean is checked here."""
+    """Keep transformers from telling of new weights, which are checked here, and of what PEFT calls of it."""
     from transformers.utils import logging
 
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
     finally:
         logging.set_verbosity(level)
         if bars:

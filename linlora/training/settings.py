@@ -135,7 +135,7 @@ training, model_options
         _choice("head", self.head, HEADS)
         self._check_kind()
         _set(self, "lora", _lora_defaults(_checked_lora(self.lora)))
-        _set(self, "training", {**_training_defaults(self.training), **_checked_training(self.training)})
+        _set(self, "training", _training_defaults(_checked_training(self.training)))
         _set(self, "model_options", _plain("model_options", self.model_options))
         _set(self, "name", self.name or _name(self.data))
         _set(self, "out", self.out or f"runs/{self.name}")
@@ -268,13 +268,19 @@ def _checked_training(options: Mapping[str, Any]) -> dict[str, Any]:
     from transformers import TrainingArguments
 
     options = _plain("training", options)
-    known = list(inspect.signature(TrainingArguments).parameters)
-    for key in options:
+    known = {name: p.default for name, p in inspect.signature(TrainingArguments).parameters.items()}
+    for key, value in options.items():
         if key in _RESERVED:
             raise ValueError(f"training.{key} is not set here; set {_RESERVED[key]}")
         if key not in known:
             raise unknown("training", key, known)
+        if isinstance(known[key], (int, float)) and not isinstance(value, (int, float)):
+            raise ValueError(f"training.{key} is {_a(known[key])}, got {value!r}")
     return options
+
+
+def _a(default: Any) -> str:
+    return "true or false" if isinstance(default, bool) else "a number"
 
 
 def _lora_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,7 +291,8 @@ def _lora_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
 
 def _training_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
     """Epochs that are asked for are not cut short by the default number of steps."""
-    return {k: v for k, v in _TRAINING.items() if k != "max_steps" or "num_train_epochs" not in options}
+    defaults = {k: v for k, v in _TRAINING.items() if k != "max_steps" or "num_train_epochs" not in options}
+    return {**defaults, **options}
 
 
 def _plain(where: str, section: Any) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -56,10 +57,11 @@ class TaskTrainer(Trainer):
             eval_dataset=task.rows("validation") if arguments.eval_strategy != "no" else None,
             compute_loss_func=task.loss,
         )
-        if arguments.fsdp and self.accelerator.distributed_type != DistributedType.FSDP:
+        asked = arguments.fsdp or os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        if asked and self.accelerator.distributed_type != DistributedType.FSDP:
             raise ValueError(
-                "training.fsdp asks for FSDP, which runs on GPUs, in the processes of torchrun or accelerate launch; "
-                "it would be left out here"
+                "FSDP is asked for, by training.fsdp or accelerate's configuration, and would be left out here: it "
+                "runs on GPUs, in the processes of torchrun or accelerate launch"
             )
         self.remove_callback(PrinterCallback)
         self.progress = ShowProgress(console, task.settings.name)

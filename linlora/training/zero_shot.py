@@ -41,6 +41,12 @@ class ZeroShot(Task):
             )
         self.processor = image_processor_of(settings)
         self.classes = classes_of(self.rows("train"), settings.data.label, settings.class_names)
+        numbered = not hasattr(self.rows("train").features[settings.data.label], "names")
+        if numbered and not settings.class_names and not isinstance(self.classes.values[0], str):
+            raise ValueError(
+                f"column '{settings.data.label}' holds numbers without names, which say nothing to a text tower; list "
+                f"class_names for {', '.join(self.classes.names[:5])}, ..."
+            )
 
     @property
     def columns(self) -> tuple[str, ...]:

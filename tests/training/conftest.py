@@ -1,7 +1,6 @@
 """Tiny checkpoints and data sets on disk, in the formats real ones have."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
@@ -97,11 +96,6 @@ def write_csv(path, rows):
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
         writer.writerows(rows)
-    return str(path)
-
-
-def write_jsonl(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return str(path)
 
 

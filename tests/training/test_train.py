@@ -1,16 +1,255 @@
-"""`train` on tiny checkpoints and data sets: every kind of task by every method, and what it leaves behind."""
+"""`train` on tiny checkpoints and data sets: every kind of task and method, and what it leaves behind."""
 
+import json
+import shutil
+
+import peft
 import pytest
+import torch
+import transformers
 
-from linlora.training import train
+import linlora
+from linlora.testing import relative_error
+from linlora.training import Data, Run, adapt, evaluate, load_task, set_head, train
+from linlora.training.trainer import TaskTrainer
 
-KINDS = ("text", "image", "seq2seq", "causal", "zero-shot")
-METHODS = ("lora", "lora-fa", "layer", "model")
+BASES = {
+    "text": transformers.AutoModelForSequenceClassification,
+    "image": transformers.AutoModelForImageClassification,
+    "seq2seq": transformers.AutoModelForSeq2SeqLM,
+    "causal": transformers.AutoModelForCausalLM,
+    "zero-shot": transformers.CLIPVisionModelWithProjection,
+}
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("method", METHODS)
-def test_every_kind_by_every_method(settings, kind, method):
+def trained_model(run, task):
+    """The model of a run, made anew from its folder."""
+    model = adapt(task, run.vector).model
+    linlora.apply(model, run.vector)
+    if run.head is not None:
+        set_head(model, run.head)
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [
+        ("text", "lora"), ("text", "model"), ("image", "layer"), ("image", "lora-fa"), ("seq2seq", "lora-fa"),
+        ("seq2seq", "model"), ("causal", "layer"), ("causal", "lora"), ("zero-shot", "layer"), ("zero-shot", "model"),
+    ],
+)  # fmt: skip
+def test_a_run_is_made_again_from_its_folder_and_by_stock_peft(settings, kind, method):
     run = train(settings(kind, method=method))
-    assert set(run.metrics) >= {"validation", "test", "train_loss", "environment"}
     assert run.vector.norm() > 0
+    task = load_task(run.settings)
+    model = trained_model(run, task)
+    assert evaluate(model, task, "test") == run.metrics["test"]
+    again = Run.open(run.folder)
+    assert (again.settings, again.metrics["validation"]) == (run.settings, run.metrics["validation"])
+    if method == "model":
+        assert not (run.folder / "adapter_config.json").exists()  # no LoRA adapter is this function
+        return
+    batch = task.inputs([task.rows("test")[i] for i in range(4)])
+    options = {"num_labels": 2, "ignore_mismatched_sizes": True} if kind in ("text", "image") else {}
+    stock = peft.PeftModel.from_pretrained(
+        BASES[kind].from_pretrained(run.settings.model, **options), run.folder
+    ).eval()
+    with torch.no_grad():
+        assert relative_error(task.logits(stock, batch), task.logits(model, batch)) < 1e-6
+
+
+def test_training_lowers_the_loss_and_learns_what_can_be_seen(settings):
+    run = train(settings("image", training={"max_steps": 60}))
+    assert run.metrics["test"]["accuracy"] == 1.0  # red or blue
+    assert run.metrics["train_loss"] < 0.5
+
+
+@pytest.fixture(scope="module")
+def other_point(checkpoints, review_files, tmp_path_factory):
+    """A point with B0 != 0 for the adapter of settings("text")."""
+    model = peft.get_peft_model(
+        transformers.AutoModelForSequenceClassification.from_pretrained(checkpoints["bert"]),
+        peft.LoraConfig(r=4, lora_alpha=8, target_modules=["query", "value"]),
+    )
+    linlora.testing.randomize(model)
+    linlora.linearize(model)
+    path = tmp_path_factory.mktemp("point") / "point.safetensors"
+    linlora.TaskVector.from_model(model).save(path)
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("method", "moved"), [("lora", False), ("lora-fa", True), ("layer", True), ("model", False), ("model", True)]
+)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(settings, method, moved, other_point, tmp_path, monkeypatch):
+    common = {"method": method, "training": {"save_steps": 2, "weight_decay": 0.1}}
+    common["point"] = other_point if moved else None
+    whole = train(settings("text", out=str(tmp_path / "whole"), **common))
+    broken = settings("text", out=str(tmp_path / "broken"), **common)
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskTrainer, "_save_checkpoint", stop_after(TaskTrainer._save_checkpoint))
+        with pytest.raises(KeyboardInterrupt):
+            train(broken)
+    assert not (tmp_path / "broken" / "metrics.json").exists()
+    resumed = train(broken)
+    assert resumed.metrics["continued_from"].endswith("checkpoint-2")
+    assert relative_error(stacked(resumed.vector), stacked(whole.vector)) < 1e-6
+    for key, weight in whole.head.items():
+        assert relative_error(resumed.head[key], weight) < 1e-6
+    if method == "lora-fa":
+        assert all(not delta.any() for key, delta in resumed.vector.deltas.items() if key.endswith(".dA"))
+
+
+def stop_after(save):
+    """Ctrl-C, just after a checkpoint is written."""
+
+    def saved(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        raise KeyboardInterrupt
+
+    return saved
+
+
+def test_a_checkpoint_that_was_cut_short_is_left_out(settings, monkeypatch):
+    wanted = settings("causal", training={"save_steps": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskTrainer, "_save_checkpoint", stop_after(TaskTrainer._save_checkpoint))
+        with pytest.raises(KeyboardInterrupt):
+            train(wanted)
+    folder = wanted.out
+    broken = f"{folder}/checkpoint-3"
+    shutil.copytree(f"{folder}/checkpoint-2", broken)
+    with open(f"{broken}/trainer_state.json", "w") as file:
+        file.write('{"global_step": 3, ')
+    assert train(wanted).metrics["continued_from"] == f"{folder}/checkpoint-2"
+
+
+def test_a_finished_run_is_returned_as_it_is(settings):
+    run = train(settings("causal"))
+    before = (run.folder / "task_vector.safetensors").stat().st_mtime_ns
+    assert train(run.settings).metrics == run.metrics
+    assert (run.folder / "task_vector.safetensors").stat().st_mtime_ns == before
+    assert train(run.settings, fresh=True).metrics["seconds"] != run.metrics["seconds"]
+
+
+def test_a_folder_of_other_settings_or_of_something_else_is_left_alone(settings, tmp_path):
+    train(settings("causal"))
+    changed = settings("causal", seed=1, training={"learning_rate": 1e-3})
+    with pytest.raises(ValueError, match=r"seed: 0 and 1; training.learning_rate: 0.01 and 0.001.*--fresh"):
+        train(changed)
+    folder = tmp_path / "thesis"
+    folder.mkdir()
+    (folder / "chapter.tex").write_text("...")
+    for fresh in (False, True):
+        with pytest.raises(FileExistsError, match="not a run of linlora train"):
+            train(settings("causal", out=str(folder)), fresh=fresh)
+    assert [path.name for path in folder.iterdir()] == ["chapter.tex"]
+
+
+def test_settings_that_fail_leave_nothing_behind(settings, tmp_path):
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"linear layers of .* are .*query"):
+        train(settings("text", out=str(out), lora={"target_modules": ["q_proj"]}))
+    assert not out.exists()
+
+
+def test_a_loss_that_is_not_finite_is_an_error_and_no_result(settings):
+    wanted = settings("causal", training={"learning_rate": 1e38, "max_grad_norm": 0.0})
+    with pytest.raises(ValueError, match=r"causal diverged .* choose a smaller training\.learning_rate"):
+        train(wanted)
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        Run.open(wanted.out)
+
+
+def test_bf16_trains_fp32_adapters_close_to_fp32(settings, tmp_path):
+    exact = train(settings("causal"))
+    rounded = train(settings("causal", out=str(tmp_path / "bf16"), training={"bf16": True}))
+    assert all(delta.dtype == torch.float32 for delta in rounded.vector.deltas.values())
+    assert 0 < (rounded.vector - exact.vector).norm() < 0.5 * exact.vector.norm()
+    assert rounded.metrics["train_loss"] == pytest.approx(exact.metrics["train_loss"], rel=1e-2)
+
+
+@pytest.mark.parametrize("kind", ["causal", "zero-shot"])
+def test_batches_that_are_accumulated_train_as_one(settings, tmp_path, kind):
+    options = {"lr_scheduler_type": "constant"}
+    whole = train(settings(kind, training=options))
+    options |= {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 4}
+    parts = train(settings(kind, out=str(tmp_path / "parts"), training=options))
+    assert relative_error(stacked(parts.vector), stacked(whole.vector)) < 1e-4
+
+
+def stacked(vector):
+    return torch.cat([delta.flatten() for delta in vector.deltas.values()])
+
+
+def test_gradient_checkpointing_changes_nothing(settings, tmp_path):
+    for method in ("layer", "model"):
+        plain = train(settings("causal", method=method, out=str(tmp_path / method)))
+        name = str(tmp_path / f"{method}-checkpointing")
+        saving = train(settings("causal", method=method, out=name, training={"gradient_checkpointing": True}))
+        assert relative_error(stacked(saving.vector), stacked(plain.vector)) < 1e-5
+
+
+def test_runs_of_one_seed_start_from_one_point_whatever_their_data(settings, tmp_path, image_folder):
+    three = tmp_path / "three"
+    for colour, like in (("red", "red"), ("blue", "blue"), ("green", "blue")):
+        shutil.copytree(f"{image_folder}/train/{like}", three / "train" / colour)
+    one = adapt(load_task(settings("image"))).start
+    other = adapt(load_task(settings("image", data=Data(str(three), validation=2, image="image")))).start
+    one.check_same_point(other)  # heads of two and of three classes
+    with pytest.raises(linlora.DifferentPointError):
+        one.check_same_point(adapt(load_task(settings("image", seed=1))).start)
+
+
+def test_numbers_are_predicted_by_a_head_and_as_text(settings, review_files):
+    data = Data(review_files, test="test", text=("text",), label="score")
+    by_head = train(settings("text", data=data, metric="pearson"))
+    assert {"spearman", "pearson"} < set(by_head.metrics["test"])
+    assert by_head.head["classifier.weight"].shape[0] == 1
+    as_text = train(settings("seq2seq", data=Data(review_files, label="score"), answers=()))
+    assert set(as_text.metrics["validation"]) == {"score", "spearman", "pearson", "rows"}
+
+
+def test_evaluation_while_training_is_that_of_the_task(settings):
+    run = train(settings("text", training={"eval_strategy": "steps", "eval_steps": 2, "logging_steps": 2,
+                                           "metric_for_best_model": "score", "load_best_model_at_end": True,
+                                           "save_steps": 2, "save_total_limit": 2}))  # fmt: skip
+    [state] = sorted(run.folder.glob("checkpoint-*/trainer_state.json"))[-1:]
+    logged = [entry["eval_score"] for entry in json.loads(state.read_text())["log_history"] if "eval_score" in entry]
+    assert len(logged) == 2
+    assert run.metrics["validation"]["score"] == max(logged)
+
+
+def test_a_frozen_head_is_the_checkpoints_and_is_not_trained(settings, checkpoints, review_files):
+    rows = Data(
+        review_files, text=("text",), label="thing"
+    )  # three things, and the checkpoint's head has three classes
+    run = train(settings("text", data=rows, head="frozen"))
+    assert run.head is None
+    with pytest.raises(ValueError, match=r"lacks classifier.*which would be random: it has no trained head"):
+        train(settings("text", data=rows, head="frozen", model=checkpoints["encoder"], out="unused"))
+    with pytest.raises(ValueError, match="has a head of 3 classes, column 'label' has 2; set head: trained"):
+        train(settings("text", head="frozen", out="unused"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "message"),
+    [
+        ("seq2seq", {"model": "vit"}, "is a vit, which transformers has no text-generating model of"),
+        ("image", {"model": "bert"}, "is a bert, which transformers has no image classification model of"),
+        ("zero-shot", {"model": "bert"}, "takes a CLIP checkpoint"),
+        ("seq2seq", {"prompt": "{sentence} ?"}, "no column 'sentence'; its columns are text, thing"),
+        ("seq2seq", {"prompt": "no column"}, "name the columns of the data set in braces"),
+        ("seq2seq", {"prompt": "{text"}, "prompt: "),
+        ("seq2seq", {"metric": "pearson"}, "'pearson' is not one of classes"),
+        ("text", {"model": "./missing"}, r"model './missing': a configuration could not be read"),
+        ("text", {"training": {"learning_rate": "fast"}}, r"training\.learning_rate is a number, got 'fast'"),
+        ("text", {"training": {"optim": "sgdd"}}, "training: .*sgdd"),
+        ("text", {"model_options": {"colour": "red"}}, "model_options: "),
+        ("text", {"point": "point.safetensors"}, "no such file"),
+    ],
+)  # fmt: skip
+def test_what_does_not_go_together_is_refused(settings, checkpoints, kind, changes, message):
+    changes = {key: checkpoints.get(value, value) if key == "model" else value for key, value in changes.items()}
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        train(settings(kind, **changes))

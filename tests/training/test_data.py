@@ -1,0 +1,126 @@
+"""Rows from files of every format, folders of images and slices, and labels from their columns."""
+
+import json
+
+import pytest
+from datasets import ClassLabel, Dataset
+
+from linlora.training import Data
+from linlora.training.data import load_split
+from linlora.training.labels import classes_of, is_number
+
+ROWS = [{"text": f"the film is {mood}", "label": i % 2} for i, mood in enumerate(["bad", "good"] * 6)]
+SPLITS = ("train", "validation", "test")
+
+
+def write(path):
+    rows = Dataset.from_list(ROWS)
+    if path.suffix == ".parquet":
+        rows.to_parquet(str(path))
+    elif path.suffix == ".json":
+        path.write_text(json.dumps(ROWS))
+    elif path.suffix == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    else:
+        rows.to_csv(str(path), sep="\t" if path.suffix == ".tsv" else ",", index=False)
+    return str(path)
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "json", "jsonl", "parquet"])
+def test_every_format_of_a_file_gives_the_same_rows(tmp_path, ending):
+    data = Data(write(tmp_path / f"rows.{ending}"), validation=3)
+    rows = [*load_split(data, "train", ["text"]), *load_split(data, "validation", ["text"])]
+    assert sorted(rows, key=str) == sorted(ROWS, key=str)
+
+
+def test_a_folder_has_the_splits_its_files_are_named_by(review_files):
+    data = Data(review_files, test="test")
+    assert [len(load_split(data, split, ["text", "label"])) for split in SPLITS] == [48, 16, 16]
+
+
+def test_splits_may_be_slices_and_files(tmp_path, review_files):
+    other = write(tmp_path / "other.csv")
+    data = Data(review_files, train="train[:75%]", validation="train[75%:]", test=other)
+    assert [len(load_split(data, split, ["text"])) for split in SPLITS] == [36, 12, 12]
+
+
+def test_rows_held_out_of_train_are_not_trained_on_and_always_the_same(review_files):
+    numbered = Dataset.from_list([{"i": i} for i in range(40)])
+    path = f"{review_files}/numbered.parquet"
+    numbered.to_parquet(path)
+    train, held_out = (load_split(Data(path, validation=0.25), split, ["i"])["i"] for split in ("train", "validation"))
+    assert len(held_out) == 10
+    assert sorted([*train, *held_out]) == list(range(40))
+    assert list(load_split(Data(path, validation=10), "validation", ["i"])["i"]) == list(held_out)
+
+
+def test_a_folder_of_images_has_a_class_for_each_folder(image_folder):
+    rows = load_split(Data(image_folder, image="image"), "train", ["image", "label"])
+    assert classes_of(rows, "label").names == ("blue", "red")
+    assert rows[0]["image"].size == (12, 10)
+
+
+def test_what_is_not_there_is_named_with_what_is(tmp_path, review_files, image_folder):
+    with pytest.raises(ValueError, match=r"no column 'sentence'; its columns are text, thing, label, word, score"):
+        load_split(Data(review_files), "train", ["sentence"])
+    with pytest.raises(ValueError, match=r"Unknown split \"dev\". Should be one of \['train', 'validation', 'test'\]"):
+        load_split(Data(review_files, validation="dev"), "validation", ["text"])
+    with pytest.raises(ValueError, match="there is no test split"):
+        load_split(Data(review_files), "test", ["text"])
+    with pytest.raises(ValueError, match="unknown split 'dev'; choose one of train, validation, test"):
+        load_split(Data(review_files), "dev", ["text"])
+    with pytest.raises(FileNotFoundError, match=r"no file .*missing\.csv"):
+        load_split(Data(str(tmp_path / "missing.csv")), "train", ["text"])
+    with pytest.raises(FileNotFoundError, match="there is no folder"):
+        load_split(Data(str(tmp_path / "missing")), "train", ["text"])
+    with pytest.raises(ValueError, match="corresponds to no data"):
+        load_split(Data(review_files, validation="train[:0]"), "validation", ["text"])
+    with pytest.raises(ValueError, match=r"holds out 48 rows, and .* has 48"):
+        load_split(Data(review_files, validation=48), "train", ["text"])
+
+
+def test_a_file_without_rows_is_refused(tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n")
+    with pytest.raises(ValueError, match=r"'train' of .*rows\.csv.* no data"):
+        load_split(Data(str(tmp_path / "rows.csv")), "train", ["text"])
+
+
+def test_a_broken_file_is_named(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text('{"text": "a", "label": ')
+    with pytest.raises(ValueError, match=r"rows\.json could not be read"):
+        load_split(Data(str(path)), "train", ["text"])
+
+
+def column(values, feature=None):
+    rows = Dataset.from_dict({"label": values})
+    return rows if feature is None else rows.cast_column("label", feature)
+
+
+def test_classes_are_named_by_what_the_column_holds():
+    assert classes_of(column([1, 0, 2]), "label").names == ("0", "1", "2")
+    assert classes_of(column(["b", "a"]), "label").names == ("a", "b")
+    assert classes_of(column([0, 1], ClassLabel(names=["no", "yes"])), "label").names == ("no", "yes")
+    assert classes_of(column([3, 7]), "label").index(7) == 1
+    assert is_number(column([0.5, 2.0]), "label")
+    assert not is_number(column([1, 2]), "label")
+
+
+def test_names_that_are_given_stand_for_the_classes_in_their_order():
+    assert classes_of(column([1, 0]), "label", ["no", "yes"]).index(1) == 1
+    assert classes_of(column([0, 0]), "label", ["no", "yes"]).index(1) == 1  # a class may be missing in train
+    given = classes_of(column(["yes", "no"]), "label", ["yes", "no"])
+    assert (given.index("yes"), given.names) == (0, ("yes", "no"))
+    with pytest.raises(ValueError, match="3 names were given for the 2 classes"):
+        classes_of(column([5, 6]), "label", ["a", "b", "c"])
+
+
+def test_labels_that_make_no_sense_are_refused():
+    with pytest.raises(ValueError, match=r"holds -1, as it does where labels are withheld; choose another split"):
+        classes_of(column([0, 1], ClassLabel(names=["no", "yes"])), "label").index(-1)
+    with pytest.raises(ValueError, match="holds 'c', which is none of the classes of the train split: 'a', 'b'"):
+        classes_of(column(["a", "b"]), "label").index("c")
+    with pytest.raises(ValueError, match="holds the one value 'a'"):
+        classes_of(column(["a", "a"]), "label")
+    with pytest.raises(ValueError, match="is empty in some rows"):
+        classes_of(column(["a", None]), "label")

@@ -1,0 +1,100 @@
+"""Settings and recipes: what a file says, what flags change, and what is refused."""
+
+import pytest
+
+from linlora.training import Data, Settings, plain_yaml, recipe
+from linlora.training.recipe import nested
+
+MINIMAL = {"model": "gpt2", "kind": "text-to-text", "data": {"path": "qa.csv"}, "prompt": "{q}"}
+
+
+def write(path, content):
+    path.write_text(content if isinstance(content, str) else plain_yaml.dump(content))
+    return path
+
+
+def test_a_file_and_its_settings_are_one_another(tmp_path):
+    path = tmp_path / "rte.yaml"
+    settings = Settings(
+        "google/flan-t5-base", "text-to-text", Data("nyu-mll/glue", "rte", validation=0.1, test="validation"),
+        prompt="{sentence1} so {sentence2}?", answers=("yes", "no"), method="model", seed=3,
+        lora={"r": 8, "target_modules": ["q", "v"]}, training={"learning_rate": 1e-5, "max_steps": 20},
+    )  # fmt: skip
+    settings.to_yaml(path)
+    assert Settings.from_yaml(path) == settings
+    assert (settings.name, settings.out) == ("rte", "runs/rte")
+    assert settings.lora["lora_alpha"] == 16  # twice the rank, unless given
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"modle": "x"}, r"unknown key 'modle'; did you mean 'model'\? The keys are model, kind, data"),
+        ({"model": None}, "'model' is missing"),
+        ({"data": {"path": "qa.csv", "lable": "y"}}, "data: unknown key 'lable'; did you mean 'label'"),
+        ({"data": "qa.csv"}, "'data' is a section"),
+        ({"lora": {"rank": 4}}, "lora: unknown key 'rank'"),
+        ({"lora": {"r": 0}}, "lora.r, the rank, is a whole number above 0, got 0"),
+        ({"lora": {"task_type": "CAUSAL_LM"}}, "lora.task_type follows from the other settings"),
+        ({"training": {"max_step": 4}}, "training: unknown key 'max_step'; did you mean 'max_steps'"),
+        ({"training": {"output_dir": "x"}}, "training.output_dir is not set here; set out"),
+        ({"training": 4}, "'training' is a section"),
+        ({"kind": "tagging"}, "unknown kind 'tagging'; choose one of classification, text-to-text, zero-shot"),
+        ({"method": "full"}, "unknown method 'full'; choose one of lora, lora-fa, layer, model"),
+        ({"head": "none"}, "unknown head 'none'"),
+        ({"prompt": None}, "kind 'text-to-text' needs prompt"),
+        ({"kind": "classification"}, "needs one of the two, data.text or data.image"),
+        ({"kind": "zero-shot"}, "needs data.image"),
+        ({"kind": "zero-shot", "data": {"path": "x", "image": "image"}, "templates": ["a photo"]}, r"needs a \{\}"),
+        ({"answers": [1, 2]}, r"'answers' is a list of texts, got \[1, 2\] \(quote numbers\)"),
+        ({"seed": "one"}, "seed is a whole number"),
+        ({"data": {"path": "qa.csv", "validation": 1.5}}, "neither a fraction of train"),
+        ({"data": {"train": "train"}}, "data.path is missing"),
+    ],
+)
+def test_what_is_not_understood_is_refused_by_name(change, message):
+    with pytest.raises(ValueError, match=message):
+        Settings.from_dict({**MINIMAL, **change}, "rte.yaml")
+
+
+def test_an_error_names_the_file(tmp_path):
+    with pytest.raises(ValueError, match=r"rte\.yaml: unknown kind"):
+        Settings.from_yaml(write(tmp_path / "rte.yaml", {**MINIMAL, "kind": "?"}))
+    with pytest.raises(ValueError, match=r"broken\.yaml, line 2"):
+        Settings.from_yaml(write(tmp_path / "broken.yaml", "model: [a,\nb: }"))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        recipe(tmp_path / "missing.yaml")
+
+
+def test_numbers_and_words_are_read_as_yaml_1_2_has_them():
+    text = "{a: 1e-5, b: 1.0E+2, c: no, d: 'no', e: true, f: 07, g: ~, h: -3, i: on, j: 1_000, k: .5, l: .inf}"
+    assert plain_yaml.parse(text) == {
+        "a": 1e-5, "b": 100.0, "c": "no", "d": "no", "e": True, "f": 7, "g": None, "h": -3, "i": "on", "j": "1_000",
+        "k": 0.5, "l": float("inf"),
+    }  # fmt: skip
+
+
+def test_a_recipe_shares_what_its_tasks_do_not_change(tmp_path):
+    content = {
+        **MINIMAL, "out": "runs/qa", "training": {"max_steps": 10, "learning_rate": 1e-4},
+        "tasks": {"a": {"data": {"label": "x"}}, "b": {"training": {"max_steps": 20}}},
+    }  # fmt: skip
+    path = write(tmp_path / "qa.yaml", content)
+    found = recipe(path, overrides=nested([("training.learning_rate", 1e-3), ("lora.r", 2), ("out", "else")]))
+    a, b = found["a"], found["b"]
+    assert (a.data.path, a.data.label, a.out, a.name) == ("qa.csv", "x", "else/a", "a")
+    assert (a.training["max_steps"], b.training["max_steps"]) == (10, 20)
+    assert a.training["learning_rate"] == b.training["learning_rate"] == 1e-3
+    assert b.lora["r"] == 2
+    assert list(recipe(path, ["b"])) == ["b"]
+    with pytest.raises(ValueError, match="no task 'c'; its tasks are a, b"):
+        recipe(path, ["c"])
+    with pytest.raises(ValueError, match="task 'b': unknown key 'promt'"):
+        recipe(write(path, {**content, "tasks": {"b": {"promt": "?"}}}))
+    with pytest.raises(ValueError, match="holds one task"):
+        recipe(write(path, MINIMAL), ["a"])
+
+
+def test_epochs_are_not_cut_short_by_the_default_number_of_steps():
+    settings = Settings.from_dict({**MINIMAL, "training": {"num_train_epochs": 2}})
+    assert "max_steps" not in settings.training
