@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from torch import nn
@@ -14,6 +15,7 @@ from linlora.quickstart.artifacts import is_whole, read_json, staged, write_json
 from linlora.quickstart.backbone import fit_head, load_backbone, load_heads, pretrain, save_heads
 from linlora.quickstart.data import Digits, Split, SplitName, load_digits
 from linlora.quickstart.settings import Family, Settings
+from linlora.quickstart.surroundings import surroundings
 from linlora.quickstart.tasks import Task, select_tasks
 from linlora.quickstart.train import accuracy
 
@@ -32,6 +34,15 @@ class Experiment:
     backbone: ViTModel
     heads: dict[str, nn.Linear]
     pretraining: dict[str, float]
+
+    @property
+    def threads(self) -> int:
+        return self.settings.threads
+
+    @property
+    def reopen(self) -> Callable[[], Experiment]:
+        """What a worker process calls to have this experiment too."""
+        return partial(open_experiment, self.settings, self.out, self.device)
 
     def run_directory(self, family: Family, task: str, seed: int) -> Path:
         return self.out / "adapters" / family / task / f"seed{seed}"
@@ -63,10 +74,11 @@ def open_experiment(settings: Settings, out: Path, device: str) -> Experiment:
     """Load what `prepare` made: in the process that made it, and in every worker."""
     directory = out / "backbone"
     tasks = select_tasks(settings.tasks)
-    return Experiment(
-        settings, out, device, tasks, _splits(tasks, load_digits(), device), load_backbone(directory).to(device),
-        load_heads(directory / "heads.safetensors", device), read_json(directory / "pretraining.json"),
-    )  # fmt: skip
+    with surroundings(device, settings.threads):
+        return Experiment(
+            settings, out, device, tasks, _splits(tasks, load_digits(), device), load_backbone(directory).to(device),
+            load_heads(directory / "heads.safetensors", device), read_json(directory / "pretraining.json"),
+        )  # fmt: skip
 
 
 def _splits(tasks: tuple[Task, ...], digits: Digits, device: str) -> dict[str, dict[SplitName, Split]]:

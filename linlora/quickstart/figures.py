@@ -39,7 +39,7 @@ def draw_scaling_curve(results: dict[str, Any], path: Path) -> None:
     axes.set_xlim(scalings[0], scalings[-1])
     axes.grid(alpha=0.25)
     axes.legend(framealpha=1, edgecolor="white", fontsize=9, loc="lower left")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def draw_cosine_matrices(results: dict[str, Any], path: Path) -> None:
@@ -70,10 +70,10 @@ def draw_cosine_matrices(results: dict[str, Any], path: Path) -> None:
     figure.colorbar(image, ax=list(panels), label="cosine", shrink=0.8)
     over_seeds = f", mean over {results['seeds']} seeds" if results["seeds"] > 1 else ""
     figure.suptitle(f"Cosine between task vectors{over_seeds}")
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
     """Through the Agg canvas and not pyplot, so that no display is needed and no global state is touched."""
     FigureCanvasAgg(figure)
     figure.savefig(path, dpi=150)

@@ -14,7 +14,7 @@ from linlora import TaskVector
 from linlora.export import TASK_VECTOR_FILE
 from linlora.quickstart.artifacts import is_whole, read_json, staged, write_json
 from linlora.quickstart.experiment import Experiment
-from linlora.quickstart.progress import WorkBar
+from linlora.quickstart.progress import Costs, WorkBar
 from linlora.quickstart.settings import FAMILIES, FAMILY_TITLES, Family
 from linlora.quickstart.train import accuracy, adapted, of_family, training_steps
 from linlora.quickstart.workers import Crew
@@ -34,7 +34,7 @@ class FineTuned:
 Runs = dict[tuple[Family, int], list[FineTuned]]  # by family and seed, in the order of the tasks
 
 
-def fine_tune_all(experiment: Experiment, seeds: int, crew: Crew, bar: WorkBar) -> Runs:
+def fine_tune_all(experiment: Experiment, seeds: int, crew: Crew, bar: WorkBar[Costs]) -> Runs:
     """Every run, trained now or by an earlier call. Seed by seed, so that an interrupted table lacks whole seeds."""
     jobs = [(family, task.name, seed) for seed in range(seeds) for task in experiment.tasks for family in FAMILIES]
     missing = [job for job in jobs if not _is_done(experiment, *job)]

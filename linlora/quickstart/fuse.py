@@ -11,7 +11,7 @@ from linlora import TaskVector
 from linlora.quickstart.artifacts import is_whole, read_json, staged, write_json
 from linlora.quickstart.experiment import Experiment
 from linlora.quickstart.finetune import Runs, adapter_files, load_vectors, save_adapter
-from linlora.quickstart.progress import WorkBar
+from linlora.quickstart.progress import Costs, WorkBar
 from linlora.quickstart.settings import FAMILY_TITLES, Family
 from linlora.quickstart.train import adapted, of_family
 from linlora.quickstart.workers import Crew
@@ -22,7 +22,7 @@ FUSED = ("average", "task_arithmetic")
 Scores = dict[tuple[Family, int], dict[str, Any]]
 
 
-def fuse_all(experiment: Experiment, runs: Runs, crew: Crew, bar: WorkBar) -> Scores:
+def fuse_all(experiment: Experiment, runs: Runs, crew: Crew, bar: WorkBar[Costs]) -> Scores:
     """The scores of every family and seed: found, or fused now if one of their adapters was trained now."""
     found = [job for job, of_job in runs.items() if _is_done(experiment, *job) and all(run.found for run in of_job)]
     bar.skip(sum(bar.costs.fusion(family) for family, _ in found))

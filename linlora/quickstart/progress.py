@@ -6,6 +6,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -17,6 +18,8 @@ from linlora.quickstart.tasks import select_tasks
 # Measured with the default settings, where evaluating an image with a plain model is 1.
 _IMAGE = {"lora": 1, "layer": 1, "model": 3}
 _IMAGE_OF_STEP = {"lora": 4, "layer": 4, "model": 5, "layer_torch_func": 12, "model_torch_func": 12}
+
+C = TypeVar("C")
 
 
 @dataclass(frozen=True)
@@ -53,13 +56,18 @@ class Costs:
         return self.settings.pretraining_epochs * self.epoch() + seeds * of_seed + self.step_time()
 
 
-class WorkBar:
+def image_cost(version: str, of_step: bool = False) -> int:
+    """An image through a model of a family: evaluated, or in a training step."""
+    return (_IMAGE_OF_STEP if of_step else _IMAGE)[version]
+
+
+class WorkBar(Generic[C]):
     """Counts work done. What is found done is taken off the total, so that it does not count as speed."""
 
-    def __init__(self, progress: Progress, costs: Costs, seeds: int) -> None:
+    def __init__(self, progress: Progress, costs: C, total: int) -> None:
         self.costs = costs
         self._progress = progress
-        self._task = progress.add_task("starting", total=costs.total(seeds))
+        self._task = progress.add_task("starting", total=total)
 
     def now(self, description: str) -> None:
         self._progress.update(self._task, description=description)
@@ -75,12 +83,13 @@ class WorkBar:
 
 
 @contextmanager
-def work_bar(console: Console, costs: Costs, seeds: int) -> Iterator[WorkBar]:
+def work_bar(console: Console, costs: C, total: int) -> Iterator[WorkBar[C]]:
+    """A bar of some total of what `costs` counts; `costs` is for those who advance it."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeElapsedColumn(), TextColumn("left"),
         TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, console=console, speed_estimate_period=60) as progress:
-        bar = WorkBar(progress, costs, seeds)
+        bar = WorkBar(progress, costs, total)
         yield bar
         bar.now("done")

@@ -71,8 +71,8 @@ def run(
         raise ValueError(f"seeds has to be 1 or more, got {seeds}")
     if processes < 1:
         raise ValueError(f"processes has to be 1 or more, got {processes}")
-    _check_device(device)
-    open_run_directory(out, settings.fingerprint(device), fresh)
+    check_device(device)
+    open_run_directory(out, settings.fingerprint(device), fresh, "quickstart")
     with only_run_in(out), surroundings(device, settings.threads):
         console.print(str(linlora.explain("linearized_lora_linear", device)), highlight=False, markup=False)
         results = _phases(settings, out, device, seeds, processes, console)
@@ -83,7 +83,7 @@ def run(
 def _phases(settings: Settings, out: Path, device: str, seeds: int, processes: int, console: Console) -> dict[str, Any]:
     begin = time.perf_counter()
     costs = Costs(settings, processes)
-    with work_bar(console, costs, seeds) as bar:
+    with work_bar(console, costs, costs.total(seeds)) as bar:
         bar.now("pre-training")
         epoch = costs.epoch()
         experiment = prepare(settings, out, device, lambda: bar.advance(epoch), lambda: bar.skip(epoch))
@@ -127,7 +127,7 @@ def _report(results: dict[str, Any], out: Path, console: Console) -> None:
         console.print(f"  {name:20s} {what}", highlight=False)
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
         raise ValueError(f"unknown device {device!r}: choose 'cpu' or 'cuda'")

@@ -13,7 +13,7 @@ from torch import nn
 from linlora import baselines
 from linlora.quickstart.artifacts import is_whole, read_json, write_json
 from linlora.quickstart.experiment import Experiment
-from linlora.quickstart.progress import WorkBar
+from linlora.quickstart.progress import Costs, WorkBar
 from linlora.quickstart.settings import Family, Settings
 from linlora.quickstart.train import adapted, of_family, training_steps
 
@@ -28,7 +28,7 @@ VERSIONS: dict[str, Family] = {
 }
 
 
-def step_time(experiment: Experiment, bar: WorkBar) -> dict[str, Any]:
+def step_time(experiment: Experiment, bar: WorkBar[Costs]) -> dict[str, Any]:
     """The median step of each version in milliseconds, and how far the losses of linlora and `torch.func` differ."""
     bar.now("step time")
     if is_whole(experiment.out, FILE):
@@ -38,7 +38,7 @@ def step_time(experiment: Experiment, bar: WorkBar) -> dict[str, Any]:
     return read_json(experiment.out / FILE)
 
 
-def measure(experiment: Experiment, bar: WorkBar) -> dict[str, Any]:
+def measure(experiment: Experiment, bar: WorkBar[Costs]) -> dict[str, Any]:
     """Train the first task in every version, a step of each in turn, so that a busy machine is busy for all alike.
 
     All see the same batches from the same adapter, so if linlora and `torch.func` are the same training, their losses

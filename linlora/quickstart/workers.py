@@ -15,14 +15,24 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any, Protocol
 
-from linlora.quickstart.experiment import Experiment, open_experiment
-from linlora.quickstart.settings import Settings
 from linlora.quickstart.surroundings import surroundings
 
 Job = tuple[Any, ...]
+
+
+class Shared(Protocol):
+    """An experiment that every process has: where it computes, and how another process opens it."""
+
+    @property
+    def device(self) -> str: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def reopen(self) -> Callable[[], Shared]: ...
 
 
 class Crew(Protocol):
@@ -32,15 +42,14 @@ class Crew(Protocol):
 
 
 @contextmanager
-def crew_of(processes: int, experiment: Experiment) -> Iterator[Crew]:
+def crew_of(processes: int, experiment: Shared) -> Iterator[Crew]:
     """A crew of worker processes; of this process alone for one. They start when there is a job, not before."""
     if processes == 1:
         yield partial(_do_here, experiment)
         return
     context = multiprocessing.get_context("spawn")  # a forked copy of a process with threads may hang
     alive, held = context.Pipe(duplex=False)
-    where = (experiment.settings, experiment.out, experiment.device)
-    with alive, held, ProcessPoolExecutor(processes, context, _start, (alive, *where)) as pool:
+    with alive, held, ProcessPoolExecutor(processes, context, _start, (alive, experiment.reopen)) as pool:
         try:
             yield partial(_do_in_workers, pool)
         except BaseException:  # Ctrl-C too: do not wait for the jobs in work
@@ -48,7 +57,7 @@ def crew_of(processes: int, experiment: Experiment) -> Iterator[Crew]:
             raise
 
 
-def _do_here(experiment: Experiment, function: Callable[..., None], jobs: Sequence[Job]) -> Iterator[Job]:
+def _do_here(experiment: Shared, function: Callable[..., None], jobs: Sequence[Job]) -> Iterator[Job]:
     for job in jobs:
         function(experiment, *job)
         yield job
@@ -61,16 +70,15 @@ def _do_in_workers(pool: ProcessPoolExecutor, function: Callable[..., None], job
         yield futures[future]
 
 
-_experiment: Experiment  # of a worker
+_experiment: Shared  # of a worker
 
 
-def _start(alive: Connection, settings: Settings, out: Path, device: str) -> None:
+def _start(alive: Connection, reopen: Callable[[], Shared]) -> None:
     """The first thing a worker does. A Ctrl-C in the terminal is for the main process, which ends its workers."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_main_process, args=(alive,), daemon=True).start()
     global _experiment
-    with surroundings(device, settings.threads):
-        _experiment = open_experiment(settings, out, device)
+    _experiment = reopen()
 
 
 def _end_with_main_process(alive: Connection) -> None:
@@ -80,5 +88,5 @@ def _end_with_main_process(alive: Connection) -> None:
 
 
 def _do(function: Callable[..., None], job: Job) -> None:
-    with surroundings(_experiment.device, _experiment.settings.threads):
+    with surroundings(_experiment.device, _experiment.threads):
         function(_experiment, *job)

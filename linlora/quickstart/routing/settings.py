@@ -1,0 +1,44 @@
+"""Every number of the routing quickstart in one place."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import linlora
+from linlora.quickstart.routing.tasks import DOMAINS, QUESTIONS
+from linlora.quickstart.settings import Settings
+
+
+@dataclass(frozen=True)
+class RoutingSettings:
+    """What a run directory was made with."""
+
+    # the backbone, its pre-training, the threads: those of the quickstart
+    quickstart: Settings = field(default_factory=Settings)
+
+    domains: tuple[str, ...] = tuple(DOMAINS)
+    questions: tuple[str, ...] = tuple(QUESTIONS)
+
+    # the inventories, trained on batches of mixed tasks; every adapter has their rank
+    skills: int = 8
+    heads: int = 4
+    rank: int = 4
+    alpha: int = 8
+    steps: int = 600
+    batch: int = 64
+    learning_rate: float = 5e-3
+    logits_learning_rate: float = 5e-2  # ten times that of the skills, as in the paper's code
+    weight_decay: float = 0.01
+
+    # adaptation to a held-out task: as many labelled images, as many steps for every method that takes steps
+    shots: tuple[int, ...] = (16, 64)
+    adaptation_steps: int = 50
+    adaptation_batch: int = 32
+
+    # the convex fit of weights at model scope
+    ridge: float = 1e-3
+
+    def fingerprint(self, device: str) -> dict[str, Any]:
+        """What has to be equal for a run directory to be continued."""
+        return {"linlora": linlora.__version__, "device": device, **asdict(self)}
