@@ -85,7 +85,7 @@ struct Problem {
         depth(static_cast<int>(given.x.columns)),
         scaling(given.scaling),
         weight_along_k(given.weight.column_stride == 1 || given.weight.row_stride != 1),
-        pair(given.expand.data != nullptr),
+        pair(given.expand.data != nullptr || given.c.data != nullptr),  // an empty E0 has no data
         product{given.y.data != nullptr, given.x_tangent.data != nullptr},
         order{} {
     weight = weight_along_k ? Operand(given.weight) : transposed(given.weight);

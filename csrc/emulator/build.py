@@ -14,7 +14,8 @@ import tempfile
 from pathlib import Path
 
 EMULATOR = Path(__file__).parent
-FLAGS = "-std=c++17 -O2 -Wall -Wextra -Werror -Wno-unknown-pragmas -shared -fPIC -DLINLORA_EMULATE".split()
+WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
+FLAGS = ["-std=c++17", "-O2", *WARNINGS, "-shared", "-fPIC", "-DLINLORA_EMULATE"]
 
 
 def compiler() -> str | None:

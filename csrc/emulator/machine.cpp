@@ -6,6 +6,7 @@
 #include <deque>
 #include <random>
 
+#include "banks.h"
 #include "fiber.h"
 
 thread_local uint3 threadIdx, blockIdx;
@@ -40,6 +41,7 @@ struct Warp {
   std::vector<Lane> lanes;
   Meeting meeting;
   Clock clock;
+  BankLog accesses;
   Slots slots;
 
   bool can_run() {
@@ -115,6 +117,7 @@ class Machine {
 
 thread_local Session* session = nullptr;
 thread_local Machine* machine = nullptr;
+thread_local Record record{};
 thread_local std::vector<Stack> spare_stacks;
 
 Stack a_stack() {
@@ -289,6 +292,8 @@ bool run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>
     session->error = "a block of " + std::to_string(block.x * block.y * block.z) + " threads is not a number of warps";
     return false;
   }
+  record = {int64_t{grid.x} * grid.y * grid.z, int64_t{block.x} * block.y * block.z, static_cast<int64_t>(shared_bytes),
+            0};
   Machine launched(*session, grid, block, shared_bytes, kernel);
   machine = &launched;
   launched.run();
@@ -333,6 +338,7 @@ void meet(const char* what, void* mine, const std::function<void(void* const*)>&
     return;
   }
   compute(meeting.arguments);
+  record.bank_conflicts += warp.accesses.count_and_clear();
   meeting.arrived = 0;
   for (Lane& each : warp.lanes) each.state = Lane::kReady;
 }
@@ -387,14 +393,21 @@ void end_shared_read(uint32_t address, size_t bytes) {
   warp.block->shadow.end_read(address - kSharedBase, bytes, warp.index, warp.clock);
 }
 
+void count_access(uint32_t address, uint32_t bytes) {
+  machine->warp->accesses.add(static_cast<int>(machine->lane - machine->warp->lanes.data()), address, bytes);
+}
+
+void count_rows(const std::vector<uint32_t>& addresses) { record.bank_conflicts += bank_conflicts(addresses, 16); }
+
+extern "C" const Record* emulated_launch() { return &record; }
+
 void check_global(const void* address, size_t bytes, Access access) {
   for (const Allocation& tensor : session->allocations) {
     auto contains = [&](const char* byte) {
       if (byte < tensor.data) return false;
       const int64_t element = (byte - tensor.data) / tensor.element_bytes;
       // The stride of a dimension of one element means nothing.
-      const bool rows_outer =
-          tensor.columns == 1 || (tensor.rows > 1 && tensor.row_stride >= tensor.column_stride);
+      const bool rows_outer = tensor.columns == 1 || (tensor.rows > 1 && tensor.row_stride >= tensor.column_stride);
       const int64_t outer_stride = rows_outer ? tensor.row_stride : tensor.column_stride,
                     inner_stride = rows_outer ? tensor.column_stride : tensor.row_stride,
                     outer = outer_stride == 0 ? 0 : element / outer_stride, rest = element - outer * outer_stride,

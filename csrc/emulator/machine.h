@@ -63,6 +63,12 @@ class Session {
   std::string error;
 };
 
+// What the last launch was, for tests to look at.
+struct Record {
+  int64_t blocks, threads, shared_bytes, bank_conflicts;
+};
+extern "C" const Record* emulated_launch();
+
 // Runs `kernel` in every thread of the grid. False when it failed: Session::error says how.
 bool run(dim3 grid, dim3 block, size_t shared_bytes, const std::function<void()>& kernel);
 
@@ -107,6 +113,10 @@ void* begin_shared_write(uint32_t address, size_t bytes);
 void end_shared_write(uint32_t address, size_t bytes);
 const void* begin_shared_read(uint32_t address, size_t bytes);
 void end_shared_read(uint32_t address, size_t bytes);
+
+// Reports an access of this lane, or of eight rows of a matrix, to the count of bank conflicts.
+void count_access(uint32_t address, uint32_t bytes);
+void count_rows(const std::vector<uint32_t>& addresses);
 
 enum class Access { kRead, kWrite };
 void check_global(const void* address, size_t bytes, Access access);

@@ -35,6 +35,7 @@ void store_global(void* address, Value value) {
 template <class Value>
 Value load_shared(uint32_t address) {
   if (address % sizeof(Value) != 0) emulator::fail("misaligned load_shared at %u", address);
+  emulator::count_access(address, sizeof(Value));
   Value value;
   std::memcpy(&value, emulator::shared_read(address, sizeof value), sizeof value);
   return value;
@@ -43,6 +44,7 @@ Value load_shared(uint32_t address) {
 template <class Value>
 void store_shared(uint32_t address, Value value) {
   if (address % sizeof(Value) != 0) emulator::fail("misaligned store_shared at %u", address);
+  emulator::count_access(address, sizeof(Value));
   std::memcpy(emulator::shared_write(address, sizeof value), &value, sizeof value);
 }
 
@@ -105,6 +107,7 @@ inline void cp_async(uint32_t destination, const void* source, bool exists) {
     emulator::check_global(source, 16, emulator::Access::kRead);
     if (reinterpret_cast<uintptr_t>(source) % 16 != 0) emulator::fail("cp.async from a misaligned address");
   }
+  emulator::count_access(destination, 16);
   const emulator::Copy copy{destination, exists ? source : nullptr, emulator::begin_shared_write(destination, 16)};
   if (emulator::lucky()) copy.land();
   emulator::thread_state<emulator::CopyGroups>().open.push_back(copy);
@@ -166,8 +169,11 @@ inline void ldmatrix(uint32_t (&registers)[4], uint32_t address, bool transposed
   auto compute = [transposed](MatrixLoad* const* lanes) {
     for (int matrix = 0; matrix < 4; ++matrix) {
       uint16_t elements[8][8];
+      std::vector<uint32_t> rows(8);
+      for (int row = 0; row < 8; ++row) rows[row] = lanes[8 * matrix + row]->address;
+      count_rows(rows);
       for (int row = 0; row < 8; ++row) {
-        std::memcpy(elements[row], shared_read(lanes[8 * matrix + row]->address, 16), 16);
+        std::memcpy(elements[row], shared_read(rows[row], 16), 16);
       }
       for (int lane = 0; lane < kWarpSize; ++lane) {
         const int i = lane / 4, j = lane % 4 * 2;
