@@ -11,7 +11,7 @@ from linlora.commands.errors import user_errors
 
 
 def evaluate(
-    vectors: Annotated[list[Path], typer.Argument(help="Folders of runs, or task vector files.")],
+    vectors: Annotated[list[Path], typer.Argument(help="Folders of runs; with --on any task vector or adapter.")],
     split: Annotated[str, typer.Option(help="validation, test or train.")] = "test",
     fuse: Annotated[str | None, typer.Option(help="Fuse the vectors by this method of linlora.fusion first.")] = None,
     scaling: Annotated[float | None, typer.Option(help="The method's option scaling.")] = None,
@@ -39,6 +39,7 @@ def evaluate(
 
         from rich.console import Console
 
+        from linlora import formats
         from linlora.files import write_text
         from linlora.training import fused, report
         from linlora.training.recipe import assigned
@@ -48,10 +49,8 @@ def evaluate(
             raise ValueError("--scaling, --set and --search are of a method; name it with --fuse")
         if fuse is None and on and len(vectors) > 1:
             raise ValueError("--on scores one vector, or the vectors fused by --fuse; name one vector, or a method")
-        read = [fused.read_vector(path) for path in vectors]
-        tasks = fused.judges(on or [path for path in vectors if path.is_dir()])
-        if not on and len(tasks) < len(vectors):
-            raise ValueError("a vector file has no data set of its own; name runs or recipes to score it by with --on")
+        read = [formats.read(path) for path in vectors]
+        tasks = fused.judges(on or vectors)
         if fuse is not None:
             result = fused.evaluate_fused(read, tasks, split, fuse, options, search)
         elif on:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
-from linlora.export import TASK_VECTOR_FILE
+from linlora import formats
 from linlora.linearize import Report, accelerate, linearize
 from linlora.task_vector import TaskVector
 from linlora.training.checkpoints import quiet
@@ -73,8 +72,7 @@ def read_point(settings: Settings) -> TaskVector | None:
     """The linearization point the settings name."""
     if settings.point is None:
         return None
-    path = Path(settings.point)
-    return TaskVector.load(path / TASK_VECTOR_FILE if path.is_dir() else path)
+    return formats.read(settings.point)
 
 
 def freeze_A(model: nn.Module) -> None:

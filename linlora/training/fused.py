@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from linlora.export import TASK_VECTOR_FILE
 from linlora.fusion import METHODS, fuse, grid, search
 from linlora.fusion.checks import check_options
 from linlora.task_vector import TaskVector
@@ -44,18 +43,15 @@ def judges(paths: Sequence[str | Path]) -> list[Judge]:
     """The tasks of some run folders and recipes."""
     found = []
     for path in map(Path, paths):
-        if path.is_file():
+        if path.suffix in (".yaml", ".yml"):
             found += [Judge(settings) for settings in recipe(path).values()]
-        else:
+            continue
+        try:
             run = Run.open(path)
-            found.append(Judge(run.settings, run))
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; runs of linlora train and recipes (--on) have data sets") from error
+        found.append(Judge(run.settings, run))
     return found
-
-
-def read_vector(path: str | Path) -> TaskVector:
-    """The task vector of a run folder, or a file."""
-    path = Path(path)
-    return TaskVector.load(path / TASK_VECTOR_FILE if path.is_dir() else path)
 
 
 def suite_of(tasks: Sequence[Judge], like: TaskVector) -> Suite:

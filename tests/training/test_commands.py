@@ -1,0 +1,113 @@
+"""`linlora train` and `linlora eval` as they are typed."""
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from linlora import cli
+from linlora.training import Run, Settings, plain_yaml
+
+LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    return lambda *arguments: CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+
+
+@pytest.fixture
+def recipe(checkpoints, review_files, tmp_path):
+    content = {
+        "model": checkpoints["llama"], "kind": "text-to-text", "out": "runs/both", "lora": LORA,
+        "data": {"path": review_files, "test": "test"}, "max_new_tokens": 2,
+        "training": {"max_steps": 2, "learning_rate": 1e-2, "logging_steps": 1},
+        "tasks": {
+            "mood": {"prompt": "{text} ?", "answers": ["no", "yes"]},
+            "word": {"prompt": "{text}", "data": {"label": "word"}},
+        },
+    }  # fmt: skip
+    path = tmp_path / "both.yaml"
+    path.write_text(plain_yaml.dump(content))
+    return path
+
+
+def test_a_recipe_trains_scores_and_fuses(run, recipe):
+    result = run("train", recipe)
+    assert result.exit_code == 0, result.output
+    assert "mood: step 2 of 2, loss" in result.output
+    assert "next: linlora eval runs/both/mood runs/both/word --fuse task_arithmetic --search" in result.output
+    again = run("train", recipe, "--task", "mood")
+    assert "mood: found finished in runs/both/mood" in again.output
+
+    result = run("eval", "runs/both/mood", "runs/both/word", "--fuse", "task_arithmetic", "--scaling", "0.5")
+    assert result.exit_code == 0, result.output
+    assert "fused by task_arithmetic (scaling 0.5)" in result.output
+    written = json.loads(Path("runs/both-task_arithmetic-test.json").read_text())
+    assert written["options"] == {"scaling": 0.5}
+    assert set(written["tasks"]) == {"mood", "word"}
+
+    result = run("eval", "runs/both/mood", "runs/both/word", "--fuse", "dare", "--search", "--set", "scaling=[0.5,1.0]",
+                 "--set", "drop=0.5", "--split", "validation", "--out", "dare.json")  # fmt: skip
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(Path("dare.json").read_text())["search"]) == 2
+
+    result = run("eval", "runs/both/mood")
+    assert json.loads(Path("runs/both/mood/eval-test.json").read_text())["mean"]["score"] == pytest.approx(
+        Run.open("runs/both/mood").metrics["test"]["score"]
+    )
+    result = run("eval", "runs/both/mood/task_vector.safetensors", "--on", recipe, "--split", "validation")
+    assert result.exit_code == 0, result.output
+    assert "word" in result.output
+
+
+def test_flags_make_a_run_and_go_before_the_file(run, recipe, checkpoints, review_files):
+    result = run(
+        "train", "--model", checkpoints["bert"], "--kind", "classification", "--data", review_files, "--text", "text",
+        "--validation", "8", "--rank", "2", "--target", "query", "--target", "value", "--steps", "1", "--seed", "3",
+        "--set", "training.weight_decay=0.1", "--method", "lora", "--out", "runs/flags",
+    )  # fmt: skip
+    assert result.exit_code == 0, result.output
+    settings = Run.open("runs/flags").settings
+    assert (settings.data.validation, settings.seed, settings.method) == (8, 3, "lora")
+    assert settings.lora == {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["query", "value"]}
+    assert settings.training["weight_decay"] == 0.1
+    assert "PeftModel.from_pretrained(base, 'runs/flags')" in result.output
+    assert run("train", recipe, "--task", "word", "--steps", "1", "--out", "runs/other").exit_code == 0
+    assert Settings.from_yaml("runs/other/word/settings.yaml").training["max_steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train"], "settings: 'model' is missing"),
+        (["train", "missing.yaml"], "missing.yaml: no such file"),
+        (["train", "both.yaml", "--task", "rte"], "has no task 'rte'; its tasks are mood, word"),
+        (["train", "both.yaml", "--set", "training.steps=1"], "unknown key 'steps'"),
+        (["train", "both.yaml", "--set", "seed"], "expected KEY=VALUE"),
+        (["train", "both.yaml", "--label", "sentiment"], "no column 'sentiment'; its columns are text, thing, label"),
+        (["eval", "missing"], "missing: no such file"),
+        (["eval", "both.yaml", "--scaling", "0.3"], "name it with --fuse"),
+        (["eval", "."], "no adapter in this folder"),
+    ],
+)
+def test_errors_are_one_line(run, recipe, arguments, message):
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert message in result.output
+    assert "Traceback" not in result.output
+
+
+def test_an_interrupted_run_says_how_to_continue(run, recipe, monkeypatch):
+    from linlora import training
+
+    def interrupt(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, "train", interrupt)
+    result = run("train", recipe)
+    assert result.exit_code == 130
+    assert "run the same command again to continue" in result.output

@@ -1,0 +1,152 @@
+"""Scores of vectors, alone and fused, on the tasks of a suite."""
+
+import pytest
+import torch
+
+import linlora
+from linlora.training import Data, Suite, adapt, evaluate, load_task, train
+from linlora.training.fused import Judge, evaluate_alone, evaluate_fused, evaluate_vector, judges
+from linlora.training.metrics import class_scores
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    return tmp_path_factory.mktemp("runs")
+
+
+@pytest.fixture
+def runs(settings, made, review_files):
+    """Two classifiers of one point, of two and of three classes."""
+    training = {"max_steps": 2, "learning_rate": 3e-2}
+    mood = train(settings("text", out=str(made / "mood"), name="mood", training=training))
+    data = Data(review_files, test="test", text=("text",), label="thing")
+    return [mood, train(settings("text", out=str(made / "thing"), name="thing", data=data, training=training))]
+
+
+def test_scores_are_those_of_the_rows_one_by_one(settings):
+    task = load_task(settings("image"))
+    model = adapt(task).model.eval()
+    rows = [task.rows("test")[i] for i in range(len(task.rows("test")))]
+    with torch.no_grad():
+        predicted = [int(model(**task.inputs([row])).logits.argmax()) for row in rows]
+    expected = class_scores(predicted, [row["label"] for row in rows], classes=2)
+    model.train()
+    found = evaluate(model, task, "test")
+    assert model.training  # as it was
+    assert {name: found[name] for name in expected} == expected
+    assert (found["rows"], found["score"]) == (12, found["accuracy"])
+    assert evaluate(model, task, "test", limit=5)["rows"] == 5
+
+
+def test_prototypes_are_the_normalised_means_of_the_texts(settings, checkpoints):
+    import transformers
+
+    task = load_task(settings("zero-shot"))
+    clip = transformers.AutoModel.from_pretrained(checkpoints["clip"])
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints["clip"])
+    rows = [task.rows("test")[i] for i in range(6)]
+    with torch.no_grad():
+        classes = []
+        for name in ("blue", "red"):
+            sentences = [template.replace("{}", name) for template in task.settings.templates]
+            texts = clip.get_text_features(**tokenizer(sentences, return_tensors="pt", padding=True))
+            texts = getattr(texts, "pooler_output", texts)
+            classes.append(torch.nn.functional.normalize(texts, dim=-1).mean(0))
+        images = clip.get_image_features(**task.inputs(rows))
+        images = getattr(images, "pooler_output", images)
+        prototypes = torch.nn.functional.normalize(torch.stack(classes), dim=-1)
+        logits = clip.logit_scale.exp() * torch.nn.functional.normalize(images, dim=-1) @ prototypes.T
+        torch.testing.assert_close(task.logits(adapt(task).model, task.inputs(rows)), logits)
+
+
+def test_zero_shot_needs_names_for_its_classes(settings, tmp_path, image_folder):
+    from datasets import Dataset, Image
+
+    paths = [f"{image_folder}/train/{colour}/0.png" for colour in ("red", "blue")] * 4
+    rows = Dataset.from_dict({"image": paths, "label": [1, 0] * 4}).cast_column("image", Image())
+    rows.to_parquet(str(tmp_path / "rows.parquet"))
+    data = Data(str(tmp_path / "rows.parquet"), validation=2, image="image")
+    with pytest.raises(ValueError, match="numbers without names, which say nothing to a text tower; list class_names"):
+        load_task(settings("zero-shot", data=data))
+    task = load_task(settings("zero-shot", data=data, class_names=("blue", "red")))
+    assert task.classes.names == ("blue", "red")
+    with pytest.raises(ValueError, match="column 'image' holds str, not images"):
+        task.inputs([{"image": "red.png"}])
+
+
+def test_a_suite_scores_each_task_with_its_own_head(runs):
+    tasks = {run.settings.name: load_task(run.settings) for run in runs}
+    suite = Suite(tasks, runs[0].vector, {run.settings.name: run.head for run in runs})
+    for run in runs:
+        assert suite.scores(run.vector, "test")[run.settings.name] == run.metrics["test"]
+    loss = suite.loss(runs[0].vector, "validation", 4)
+    assert loss == pytest.approx(suite.loss(runs[0].vector, "validation", 4))
+    batches = suite.unlabeled("validation", 3, limit=5)
+    assert [[len(batch["inputs"]["input_ids"]) for batch in of_task] for of_task in batches] == [[3, 2], [3, 2]]
+    assert [suite.logits(suite.model, next(iter(of_task))).shape for of_task in batches] == [(3, 2), (3, 3)]
+
+
+def test_a_suite_needs_one_model_and_every_head(runs, settings):
+    tasks = {run.settings.name: load_task(run.settings) for run in runs}
+    with pytest.raises(ValueError, match="task 'thing' has a head that was trained; name the folder of its run"):
+        Suite(tasks, runs[0].vector, {"mood": runs[0].head})
+    other = load_task(settings("text", name="other", lora={"r": 2}))
+    with pytest.raises(ValueError, match=r"'mood' and 'other' do not share one model: lora.r: 4 and 2"):
+        Suite({"mood": tasks["mood"], "other": other}, runs[0].vector, {"mood": runs[0].head})
+    with pytest.raises(ValueError, match="two tasks are named 'mood'"):
+        evaluate_vector(runs[0].vector, [Judge(runs[0].settings, runs[0])] * 2, "test")
+
+
+def test_fused_scores_are_normalised_by_those_of_the_runs(runs):
+    tasks = judges([run.folder for run in runs])
+    vectors = [run.vector for run in runs]
+    result = evaluate_fused(vectors, tasks, "test", "task_arithmetic", {"scaling": 0.5})
+    ratios = []
+    suite = Suite(
+        {r.settings.name: load_task(r.settings) for r in runs}, vectors[0], {r.settings.name: r.head for r in runs}
+    )
+    expected = suite.scores(0.5 * (vectors[0] + vectors[1]), "test")
+    for run in runs:
+        of_task = result["tasks"][run.settings.name]
+        assert of_task["score"] == expected[run.settings.name]["score"]
+        assert of_task["single"] == run.metrics["test"]["score"]
+        ratios.append(of_task["score"] / of_task["single"])
+        assert of_task["normalised"] == ratios[-1]
+    assert result["mean"]["normalised"] == pytest.approx(sum(ratios) / 2)
+    alone = evaluate_alone(tasks, "test")
+    assert [of_task["score"] for of_task in alone["tasks"].values()] == [run.metrics["test"]["score"] for run in runs]
+
+
+def test_options_are_searched_on_validation_alone(runs):
+    tasks = judges([run.folder for run in runs])
+    vectors = [run.vector for run in runs]
+    result = evaluate_fused(vectors, tasks, "test", "ties", {"keep": [0.2, 0.5], "scaling": [0.5, 1.0]}, searched=True)
+    tried = {tuple(sorted(point["options"].items())): sum(point["scores"]) for point in result["search"]}
+    assert len(tried) == 4
+    assert tried[tuple(sorted(result["options"].items()))] == max(tried.values())
+    with pytest.raises(ValueError, match="average has no option with several values to try"):
+        evaluate_fused(vectors, tasks, "test", "average", {}, searched=True)
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("average", {}), ("dare", {"drop": 0.5}), ("lorahub", {"budget": 2}), ("adamerging", {"steps": 1})],
+)
+def test_every_method_finds_what_it_needs(runs, method, options):
+    tasks = judges([run.folder for run in runs])
+    result = evaluate_fused([run.vector for run in runs], tasks, "validation", method, options)
+    assert 0.0 <= result["mean"]["score"] <= 1.0
+
+
+def test_what_cannot_be_fused_is_refused(runs, settings, tmp_path):
+    tasks = judges([run.folder for run in runs])
+    vectors = [run.vector for run in runs]
+    with pytest.raises(ValueError, match="unknown method 'mean'; choose one of average, task_arithmetic"):
+        evaluate_fused(vectors, tasks, "test", "mean", {})
+    with pytest.raises(ValueError, match="ties takes no option 'kept'; its options are keep, scaling"):
+        evaluate_fused(vectors, tasks, "test", "ties", {"kept": 0.1})
+    with pytest.raises(ValueError, match="scaling"):
+        evaluate_fused(vectors, tasks, "test", "task_arithmetic", {"scaling": float("nan")})
+    other = train(settings("text", seed=5, out=str(tmp_path / "other"), training={"max_steps": 1}))
+    with pytest.raises(linlora.DifferentPointError):
+        evaluate_fused([vectors[0], other.vector], tasks, "test", "average", {})
