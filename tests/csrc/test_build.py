@@ -1,0 +1,200 @@
+"""csrc/ compiles for every architecture, and what comes out registers, loads and is what the kernels promise."""
+
+import importlib.util
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+OPS = ("linearized_lora_linear", "lora_linear")
+
+
+def _load(path):
+    spec = importlib.util.spec_from_file_location("csrc_build", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+csrc = _load(ROOT / "csrc" / "build.py")
+OBJECTS = ROOT / "build" / "csrc"
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The folder of a fresh library. Objects are kept in build/, so that only what changed is compiled; processes that
+    build at the same time wait for each other."""
+    try:
+        csrc.toolchain()
+    except csrc.CannotBuildError as error:
+        pytest.skip(f"csrc/ is not compiled here: {error}")
+    folder = tmp_path_factory.mktemp("csrc")
+    csrc.build(folder, OBJECTS)
+    return folder
+
+
+def test_every_kernel_is_compiled_for_its_architectures_and_none_spills(built):
+    reports = csrc.reports(OBJECTS)
+    assert csrc.problems(OBJECTS) == []
+    architectures = {
+        name: {report.architecture for report in reports if f"{name}_kernel" in report.kernel}
+        for name in ("lora_linear_sm80", "lora_linear_sm90")
+    }
+    assert architectures == {"lora_linear_sm80": {"80", "90a", "100"}, "lora_linear_sm90": {"90a"}}
+    assert all(report.registers > 0 for report in reports)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "architecture", "instructions"),
+    [
+        ("lora_linear_sm90", "90a", ("HGMMA", "UTMALDG", "SYNCS")),  # wgmma, TMA loads, mbarriers
+        ("lora_linear_sm80", "80", ("HMMA", "LDSM", "LDGSTS")),  # mma.sync, ldmatrix, cp.async
+    ],
+)
+def test_the_machine_code_holds_the_instructions_the_design_is_about(built, kernel, architecture, instructions):
+    disassembled = subprocess.run(
+        [_cuobjdump(), "-sass", "-arch", f"sm_{architecture}", OBJECTS / f"{kernel}.o"],
+        capture_output=True, text=True, check=True,
+    ).stdout  # fmt: skip
+    found = set(re.findall(r"\b(" + "|".join(instructions) + r")\b", disassembled))
+    assert found == set(instructions)
+
+
+@pytest.fixture(scope="session")
+def operators(built):
+    """What a fresh interpreter that loads the library says of the operators of both kinds."""
+    program = f"""
+import json, torch
+from pathlib import Path
+import linlora.kernels.library
+from linlora.ops.cuda import library
+library._LIBRARY, library.status = Path({str(built / csrc.LIBRARY)!r}), lambda: {{"built": True}}
+assert library.obstacle() is None
+def meta(*shape): return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
+x, W, A0, B0 = meta(5, 16), meta(8, 16), meta(3, 16), meta(8, 3)
+calls = [
+    ("linearized_lora_linear", (x, W, None, A0, A0, B0, B0, 1.0)),
+    ("linearized_lora_linear", (x, W, None, A0, None, None, B0, 1.0)),
+    ("lora_linear", (x, x, W, None, A0, A0, B0, B0, 1.0)),
+    ("lora_linear", (x, None, W, None, A0, None, None, B0, 1.0)),
+]
+said = {{}}
+for name in ("linlora", "linlora_cuda"):
+    space = getattr(torch.ops, name)
+    said[name] = {{
+        "schemas": {{op: str(getattr(space, op).default._schema) for op in {OPS}}},
+        "shapes": [[list(y.shape) for y in getattr(space, op)(*call)] for op, call in calls],
+    }}
+print(json.dumps(said))
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_an_operator_has_the_schema_of_the_triton_operator(operators, op):
+    ours, extras = operators["linlora_cuda"]["schemas"][op], ", Tensor? counters=None, int kernel=0"
+    assert extras in ours
+    assert ours.replace(extras, "").replace("linlora_cuda::", "linlora::") == operators["linlora"]["schemas"][op]
+
+
+def test_the_operators_have_fake_functions_like_the_triton_operators(operators):
+    assert operators["linlora_cuda"]["shapes"] == operators["linlora"]["shapes"]
+    assert operators["linlora_cuda"]["shapes"][0] == [[5, 8], [5, 3], [5, 3]]
+
+
+def test_the_library_is_bound_to_no_python_and_to_no_version_of_torch(built):
+    if (nm := shutil.which("nm")) is None:
+        pytest.skip("nm is not installed (binutils)")
+    undefined = subprocess.run(
+        [nm, "-D", "--undefined-only", built / csrc.LIBRARY], capture_output=True, text=True, check=True
+    ).stdout
+    assert "aoti_torch_" in undefined
+    assert not re.findall(r" (?:Py|_Py)\w+", undefined)
+    assert not re.findall(r" _ZNK?(?:2at|3c10|5torch)\w+", undefined)
+
+
+def test_the_status_says_what_was_built(built):
+    status = json.loads((built / csrc.STATUS).read_text())
+    assert status["built"]
+    assert status["architectures"] == ["80", "90a", "100"]
+    assert status["bytes"] == (built / csrc.LIBRARY).stat().st_size < 20 * 2**20
+    assert status["sources"] == csrc.source_hash()
+
+
+def test_architectures_are_chosen_by_the_environment(monkeypatch):
+    tools = csrc.Toolchain("/opt/a cuda/nvcc", "ninja", "/opt/torch")
+    monkeypatch.setenv("LINLORA_CUDA_ARCHITECTURES", "100; 80")
+    assert csrc.selected_architectures() == ("80", "100")
+    ninja = csrc.ninja_file(tools, ("80", "100"), OBJECTS)
+    assert "lora_linear_sm90" not in ninja  # Hopper's alone
+    assert "LINLORA_SM90" not in ninja
+    assert "nvcc = '/opt/a cuda/nvcc'" in ninja
+    assert "code=compute_80" in ninja  # for GPUs that are not named
+    assert "-DLINLORA_SM90" in csrc.ninja_file(tools, ("90a",), OBJECTS)
+    monkeypatch.setenv("LINLORA_CUDA_ARCHITECTURES", "90")
+    with pytest.raises(csrc.CannotBuildError, match=r"'90' is not one of 80; 90a; 100"):
+        csrc.selected_architectures()
+
+
+def test_everything_that_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    monkeypatch.setattr(csrc, "_torch", lambda: None)
+    with pytest.raises(csrc.CannotBuildError) as error:
+        csrc.toolchain()
+    for word in ("nvcc", "ninja", "torch", "make cuda"):
+        assert word in str(error.value)
+
+
+def test_what_ptxas_said_is_read(tmp_path):
+    (tmp_path / "build.ninja").write_text("build a.o: compile a.cu\n")
+    (tmp_path / "a.o.log").write_text(
+        "ptxas info    : Compiling entry function '_Z1kPf' for 'sm_90a'\n"
+        "ptxas info    : Function properties for _Z1kPf\n"
+        "    24 bytes stack frame, 8 bytes spill stores, 16 bytes spill loads\n"
+        "ptxas info    : Used 168 registers, used 1 barriers\n"
+        "ptxas info    : (C7515) Potential Performance Loss: wgmma.mma_async instructions are serialized due to ...\n"
+    )
+    (tmp_path / "stale.o.log").write_text("no object of this build\n")
+    assert csrc.reports(tmp_path) == [csrc.KernelReport("_Z1kPf", "90a", 168, 24)]
+    spills, serialized = csrc.problems(tmp_path)
+    assert "sm_90a spills 24 bytes" in spills
+    assert "serialized" in serialized
+
+
+@pytest.mark.parametrize(
+    ("wanted", "path", "code", "said"),
+    [
+        ("0", None, 0, "CUDA kernels not built: LINLORA_BUILD_CUDA=0 when linlora was installed"),
+        ("", "", 0, "CUDA kernels not built: nvcc is not on the PATH"),
+        ("1", "", 1, "LINLORA_BUILD_CUDA=1, but the CUDA kernels cannot be built: nvcc is not on the PATH"),
+        ("yes", None, 1, "LINLORA_BUILD_CUDA='yes': 1 builds the CUDA kernels, 0 does not, unset tries"),
+    ],
+)
+def test_installing_says_whether_the_kernels_were_built(tmp_path, wanted, path, code, said):
+    environment = os.environ | {"LINLORA_BUILD_CUDA": wanted, "CUDA_HOME": str(tmp_path)}
+    environment |= {} if path is None else {"PATH": path}
+    done = subprocess.run(
+        [sys.executable, "setup.py", "-q", "build_cuda"] if code else
+        [sys.executable, "setup.py", "-q", "build", "--build-base", str(tmp_path)],
+        cwd=ROOT, env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert said in done.stderr
+    if code == 0:
+        assert (tmp_path / "lib/linlora/kernels/fakes.py").exists()
+        assert not json.loads((tmp_path / "lib/linlora/ops/cuda/build.json").read_text())["built"]
+
+
+def _cuobjdump():
+    import triton
+
+    return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
