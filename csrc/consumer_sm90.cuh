@@ -109,6 +109,7 @@ struct Consumer {
   // 64 rows of P = s [c u] for kRanks ranks.
   //   one stream     each half its rows:        u = x S0ᵀ              c = u + x dSᵀ
   //   two streams    both the same 64 rows:     u = x S0ᵀ (upper)      c = x_t S0ᵀ + x dSᵀ (lower)
+  // So a half multiplies its own rows by S0, and those of the primal by dS; the upper one of two streams in vain.
   __device__ void shrink(const Tile& tile) {
     if (plan.rank_block == 32) {
       plan.has_d_shrink ? shrink<32, true>(tile) : shrink<32, false>(tile);

@@ -56,6 +56,7 @@ __global__ void __cluster_dims__(kClusterSize, 1, 1) __launch_bounds__(kThreads,
     take_registers<232>();
     Consumer<Element, kBlockN, Weight>(launch, shared, cta, thread - 128).run();
   }
+  __syncwarp();
   cluster_sync();  // the other CTA still arrives at mbarriers here
 }
 

@@ -2,7 +2,7 @@
 // functions run on the host, on the device and in tests.
 //
 //                    shrink     output tiles, column after column
-//                   ┌──────┐  ┌─────────┬─────────┬───      a row of tiles belongs to a cluster, upper half to CTA 0
+//                   ┌──────┐  ┌─────────┬─────────┬───      a row of tiles is a cluster's: the upper half CTA 0's
 //     group   row 0 │  0   │  │    2    │    4    │  …      one stream    2 x 128 rows of x
 //             row 1 │  1   │  │    3    │    5    │         two streams   2 x (64 rows of x and the same 64 of x_t)
 //                   └──────┘  └─────────┴─────────┴───      numbers: tickets, after those that pack the factors

@@ -36,9 +36,9 @@ __device__ __forceinline__ int cta_of_cluster() {
   return static_cast<int>(rank);
 }
 
-// Every thread of both CTAs; orders all of their accesses to shared memory.
+// Every thread of both CTAs, whole warps at a time; orders all of their accesses to shared memory.
 __device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.release;\nbarrier.cluster.wait.acquire;" ::: "memory");
+  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
 // What `address` of this CTA is in CTA `cta`.
@@ -73,8 +73,7 @@ __device__ __forceinline__ void mbarrier_arrive(uint32_t barrier) {
 
 // Arrives, at that of either CTA, and announces `bytes`.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint32_t barrier, int bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.release.cluster.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes)
-               : "memory");
+  asm volatile("mbarrier.arrive.expect_tx.shared::cluster.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
 }
 
 // Until the phase of this parity is over: the first phase has parity 0, and the one before it, 1, counts as over.

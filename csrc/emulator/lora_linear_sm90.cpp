@@ -4,6 +4,7 @@
 #include <cstring>
 
 #include "../plan_sm90.cuh"
+#include "../swizzle.cuh"
 #include "../wgmma_sm90.cuh"
 
 using linlora::LoraLinear;
@@ -93,6 +94,17 @@ void tile_lora_linear_sm90(const LoraLinear* problem, int clusters, int ticket, 
 void unit_lora_linear_sm90(const LoraLinear* problem, int64_t index, int32_t* unit) {
   const auto place = linlora::sm90::unit_of(linlora::sm90::plan_of(*problem, 1), index);
   unit[0] = place.shrink, unit[1] = place.row, unit[2] = place.column;
+}
+
+uint64_t operand_sm90(uint32_t address, int slice, bool n_major) {
+  using namespace linlora::sm90;
+  return n_major ? operand<NMajor>(address, slice) : operand<KMajor>(address, slice);
+}
+
+// Where an output lies in a box on its way to TMA, and where TMA looks for it.
+void box_offsets_sm90(int row, int column, uint32_t* offsets) {
+  offsets[0] = linlora::SharedTile<64, 64>::offset(row, column);
+  offsets[1] = emulator::in_box(row, 2 * column);
 }
 
 }  // extern "C"
