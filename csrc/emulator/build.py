@@ -11,9 +11,11 @@ import os
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
-EMULATOR = Path(__file__).parent
+EMULATOR = Path(__file__).resolve().parent
+CSRC = EMULATOR.parent
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS = ["-std=c++17", "-O2", *WARNINGS, "-shared", "-fPIC", "-DLINLORA_EMULATE"]
 
@@ -23,25 +25,29 @@ def compiler() -> str | None:
     return next(filter(None, map(shutil.which, (os.environ.get("CXX") or "g++", "g++", "clang++", "c++"))), None)
 
 
-def build(kernel: str, csrc: Path = EMULATOR.parent) -> Path:
-    """The library of `kernel` from the sources under `csrc`; built once for each state of the sources.
+def build(kernel: str) -> Path:
+    """The library of csrc/`kernel`.cu, with the entries of csrc/emulator/`kernel`.cpp."""
+    return build_sources([CSRC / f"{kernel}.cu", EMULATOR / f"{kernel}.cpp"])
+
+
+def build_sources(sources: Sequence[Path]) -> Path:
+    """The library of these sources and the emulated machine; built once for each state of them and of csrc/'s headers.
 
     Raises RuntimeError without a compiler, and with the compiler's message where it fails.
     """
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler found: install g++ or clang++, or name one in CXX")
-    emulator = csrc / "emulator"
-    sources = [csrc / f"{kernel}.cu", emulator / f"{kernel}.cpp", emulator / "machine.cpp"]
-    read = sorted({*sources, *csrc.glob("*.cuh"), *csrc.glob("*.h"), *emulator.glob("*.h")})
+    sources = [*sources, EMULATOR / "machine.cpp"]
+    read = sorted({*sources, *CSRC.glob("*.cuh"), *CSRC.glob("*.h"), *EMULATOR.glob("*.h")})
     state = hashlib.sha256(repr((cxx, FLAGS, [(path.name, path.read_bytes()) for path in read])).encode())
     folder = Path(tempfile.gettempdir()) / f"linlora-emulator-{getpass.getuser()}"
     folder.mkdir(mode=0o700, exist_ok=True)
-    library = folder / f"{kernel}-{state.hexdigest()[:16]}.so"
+    library = folder / f"{sources[0].stem}-{state.hexdigest()[:16]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / library.name
-            command = [cxx, *FLAGS, "-x", "c++", *map(str, sources), "-o", str(built)]
+            command = [cxx, *FLAGS, f"-I{CSRC}", "-x", "c++", *map(str, sources), "-o", str(built)]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")

@@ -15,7 +15,7 @@ thread_local dim3 blockDim, gridDim;
 namespace linlora::emulator {
 namespace {
 
-constexpr int64_t kMostPolls = 1000000;
+constexpr int64_t kMostPolls = 100000;
 
 struct Block;
 

@@ -166,13 +166,19 @@ def check_outputs(problem: Problem, outputs: dict[str, Tensor]) -> None:
 
 
 @pytest.fixture(scope="session")
-def build_emulated():
-    """A function that builds one kernel of csrc/ for the emulated machine."""
+def builder():
+    """csrc/emulator/build.py, where there is a compiler for it."""
     spec = importlib.util.spec_from_file_location("linlora_emulator_build", CSRC / "emulator" / "build.py")
-    builder = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(builder)
-    if builder.compiler() is None:
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    if module.compiler() is None:
         pytest.skip("no C++ compiler (g++ or clang++) to build the emulated kernels with")
+    return module
+
+
+@pytest.fixture(scope="session")
+def build_emulated(builder):
+    """A function that builds one kernel of csrc/ for the emulated machine."""
 
     def build(kernel: str) -> ctypes.CDLL:
         library = ctypes.CDLL(str(builder.build(kernel)))
