@@ -8,10 +8,12 @@ from typing import Literal
 
 LayerOp = Literal["linearized_lora_linear", "lora_linear"]
 StreamOp = Literal["linear", "attention", "layer_norm", "rms_norm", "activation", "gated_activation"]
-Op = LayerOp | StreamOp | Literal["model"]
-Kind = Literal["layer", "stream", "model"]
+RoutingOp = Literal["routed_lora_linear"]
+Op = LayerOp | StreamOp | RoutingOp | Literal["model"]
+Kind = Literal["layer", "stream", "routing", "model"]
 Form = Literal["short", "pair"]
 Scope = Literal["layer", "model"]
+Batch = Literal["uniform", "skewed", "distinct"]
 Phase = Literal["forward", "input_gradient", "forward_backward", "training_step"]
 
 
@@ -23,6 +25,9 @@ class Case:
             PEFT starts) and "pair" when B0 ≠ 0. Op "lora_linear" carries a tangent of the input beside the primal.
     stream  an op of model scope by itself, both streams: a frozen linear layer (M, K) → (M, N), an elementwise op or a
             norm of (M, N), or attention of (batch, heads, M, K), M being the length and K = N the size of a head.
+    routing a LoRA layer on a mixed batch: M rows of `batch` examples, each of one of `tasks` tasks, whose factors are
+            mixed from `skills` skills in `heads` heads. `tasks_in` a batch: "uniform", "skewed" (half of the examples
+            are of the first task, a quarter of the second, ...) or "distinct" (every example is its own task).
     model   a training step of `linlora.bench.models.MODELS[model]`, with M its tokens in a batch and K = N its hidden
             size. At `scope` "layer" the peers linearize every layer by itself, at "model" the network as a whole.
 
@@ -50,12 +55,17 @@ class Case:
     causal: bool = False
     scope: Scope = "layer"
     dropout: float = 0.0
+    tasks: int = 1
+    skills: int = 1
+    tasks_in: Batch = "uniform"
 
     @property
     def kind(self) -> Kind:
-        """Which of the three."""
+        """Which of the four."""
         if self.op == "model":
             return "model"
+        if self.op == "routed_lora_linear":
+            return "routing"
         return "layer" if self.op in ("linearized_lora_linear", "lora_linear") else "stream"
 
     @property
@@ -66,6 +76,12 @@ class Case:
         if self.op == "attention":
             causal = " causal" if self.causal else ""
             return f"{self.model} attention {self.batch}x{self.heads}x{self.M}x{self.K}{causal}"
+        if self.kind == "routing":
+            tasks = "1 task" if self.tasks == 1 else f"{self.tasks} tasks"
+            batch = f"{self.batch}x{self.M // self.batch}x{self.K}x{self.N}"
+            spread = f" {self.tasks_in}" if self.tasks > 1 else ""
+            heads = f" {self.heads} heads" if self.heads > 1 else ""
+            return f"{self.model} {self.name} {batch} {tasks}{spread}{heads}"
         shape = f"{self.M}x{self.N}" if self.kind == "stream" and self.op != "linear" else f"{self.M}x{self.K}x{self.N}"
         return f"{self.model} {self.name} {shape}"
 
@@ -76,7 +92,9 @@ class Case:
 
     @property
     def variant(self) -> str:
-        """The form, or "dual" for an op with two streams."""
+        """The form, "dual" for an op with two streams, "routed" for a mixed batch."""
+        if self.kind == "routing":
+            return "routed"
         return "dual" if self.op == "lora_linear" or self.kind == "stream" else self.form
 
     @property
@@ -84,6 +102,8 @@ class Case:
         """The cases that are comparable with each other share a table and an axis of this title."""
         phase = self.phase.replace("forward_backward", "forward + backward").replace("_", " ")
         phase += ", dropout" if self.dropout else ""
+        if self.kind == "routing":
+            return f"mixed batches of tasks, {phase}"
         if self.kind == "stream":
             return f"{'attention with tangents' if self.op == 'attention' else 'ops of model scope'}, {phase}"
         return f"{phase}, model scope" if self.scope == "model" else phase
@@ -162,6 +182,24 @@ def attention_case(
     return Case(
         "attention", model, length, size, size, rank=0, form="pair", phase=phase, op="attention",
         batch=batch, heads=heads, causal=causal,
+    )  # fmt: skip
+
+
+def routing_case(
+    model: str,
+    name: str,
+    batch: int,
+    length: int,
+    tasks: int,
+    tasks_in: Batch = "uniform",
+    phase: Phase = "forward_backward",
+    heads: int = 1,
+) -> Case:
+    """A layer of `LAYERS` on a mixed batch of examples of `length` rows, with an inventory of 8 skills."""
+    shape = LAYERS[model][name]
+    return Case(
+        name, model, batch * length, shape.K, shape.N, phase=phase, op="routed_lora_linear", bias=shape.bias,
+        batch=batch, heads=heads, tasks=batch if tasks_in == "distinct" else tasks, skills=8, tasks_in=tasks_in,
     )  # fmt: skip
 
 

@@ -72,10 +72,43 @@ class StreamData:
         return [*self.inputs, *self.parameters.values(), *self.cotangents]
 
 
-def random_data(case: Case, device: torch.device, seed: int = 0) -> LayerData | StreamData | None:
+@dataclass(frozen=True)
+class RoutedData:
+    """A layer with an inventory A (Q, S, K/Q, r), B (Q, S, r, N/Q), logits Z (T, Q·S), and a mixed batch x of it."""
+
+    case: Case
+    x: Tensor
+    task_ids: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    A: Tensor
+    B: Tensor
+    Z: Tensor
+    cotangents: tuple[Tensor]
+
+    @property
+    def inputs(self) -> tuple[Tensor]:
+        return (self.x,)
+
+    @property
+    def leaves(self) -> dict[str, Tensor]:
+        """The input that asks for a gradient, by its name in `linlora.bench.gate`."""
+        return {"grad_x": self.x}
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        return [*(tensor for tensor in vars(self).values() if isinstance(tensor, Tensor)), *self.cotangents]
+
+
+Data = LayerData | StreamData | RoutedData
+
+
+def random_data(case: Case, device: torch.device, seed: int = 0) -> Data | None:
     """The tensors of a case; a whole model has none to share."""
     if case.kind == "model":
         return None
+    if case.kind == "routing":
+        return random_routed(case, device, seed)
     return random_layer(case, device, seed) if case.kind == "layer" else random_streams(case, device, seed)
 
 
@@ -108,6 +141,37 @@ def random_layer(case: Case, device: torch.device, seed: int = 0) -> LayerData:
     return LayerData(
         x, x_tangent, weight, bias, A0, B0, dA, dB, A, B, cotangents, dropout_p=case.dropout, seed=mask
     )  # fmt: skip
+
+
+def random_routed(case: Case, device: torch.device, seed: int = 0) -> RoutedData:
+    """Normal noise of the magnitudes of a trained layer; the update, of scale 1 / r, is as large as the base."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
+
+    K, N, r, Q, S, examples = case.K, case.N, case.rank, case.heads, case.skills, case.batch
+    return RoutedData(
+        case,
+        normal(examples, case.M // examples, K).requires_grad_(case.phase != "forward"),
+        tasks_of_batch(case).to(device),
+        normal(N, K, scale=K**-0.5),
+        normal(N) if case.bias else None,
+        normal(Q, S, K // Q, r, scale=(S / K) ** 0.5),
+        normal(Q, S, r, N // Q, scale=(S * r) ** 0.5),
+        normal(case.tasks, Q * S),
+        (normal(examples, case.M // examples, N),),
+    )
+
+
+def tasks_of_batch(case: Case) -> Tensor:
+    """The task of every example, in an order that mixes them; the same for every copy of the tensors."""
+    example = torch.arange(case.batch)
+    tasks = example % case.tasks
+    if case.tasks_in == "skewed":
+        tasks = (-torch.log2((example + 0.5) / case.batch)).long().clamp(max=case.tasks - 1)
+    return tasks[torch.randperm(case.batch, generator=torch.Generator().manual_seed(0))]
 
 
 def random_streams(case: Case, device: torch.device, seed: int = 0) -> StreamData:

@@ -24,6 +24,8 @@ def flops(case: Case) -> int:
     Of a layer, forward 2 MNK and, per rank, one shrink and one expand of x (two each in the pair form); backward the
     same for dx, and one skinny product of M rows for every trained factor.
     """
+    if case.kind == "routing":
+        return _routed_flops(case)
     if case.kind != "layer":
         return _stream_flops(case)
     M, K, N, r = case.M, case.K, case.N, case.rank
@@ -41,6 +43,8 @@ def least_bytes(case: Case) -> int:
     """Every operand read once and every result written once; u and its adjoint stay on chip in forward."""
     if case.kind == "stream":
         return _stream_bytes(case)
+    if case.kind == "routing":
+        return _routed_bytes(case)
     M, K, N, r = case.M, case.K, case.N, case.rank
     size = _ITEMSIZE[case.dtype]
     terms = 2 if case.form == "pair" else 1
@@ -59,6 +63,25 @@ def roofline_seconds(case: Case, gpu: str) -> float | None:
         return None
     half, single, bandwidth = peaks
     return max(flops(case) / (single if case.dtype == "float32" else half), least_bytes(case) / bandwidth)
+
+
+def _routed_flops(case: Case) -> int:
+    """The frozen layer, a shrink and an expand of every row, and the factors of every task mixed from the skills;
+    backward the same for dx, two skinny products over the rows, and two products over tasks and skills."""
+    M, K, N, r = case.M, case.K, case.N, case.rank
+    low, mixing = 2 * M * r * (K + N), 2 * case.tasks * case.skills * r * (K + N)
+    once = 2 * M * N * K + low
+    return once + mixing if case.phase == "forward" else 2 * once + mixing + (low + 2 * mixing)
+
+
+def _routed_bytes(case: Case) -> int:
+    """Forward reads x, W, the inventory, and writes y; backward reads g, x, W and the inventory again, and writes dx
+    and the gradient of the inventory. The factors of the tasks may stay in the cache."""
+    M, K, N = case.M, case.K, case.N
+    inventory = case.skills * case.rank * (K + N)
+    forward = M * K + N * K + inventory + M * N
+    backward = M * N + M * K + N * K + inventory + M * K + inventory
+    return _ITEMSIZE[case.dtype] * (forward if case.phase == "forward" else forward + backward)
 
 
 def _stream_flops(case: Case) -> int:

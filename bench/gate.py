@@ -5,7 +5,9 @@ Results are compared by ‖out − ref‖ / ‖ref‖, output and every gradient
     y, y_tangent                what the layer returns
     grad_x, grad_x_tangent      gradients of its inputs
     grad_q, grad_gate, ...      the same of the inputs of an op of model scope: the gradients of its primal
-    grad_A, grad_B              gradients of the trained factors (of dA and dB for a linearization)
+    grad_A, grad_B              gradients of the trained factors (of dA and dB for a linearization), or inventories
+    grad_Z                      the gradient of routing logits
+    grad_A0, grad_B0, ...       gradients of the adapter of every task
     loss, grad_A, grad_B        of a whole model, the gradients over all of its layers (grad_A where B0 ≠ 0)
 
 A result passes below the tolerance of its dtype, or at up to 1.2 times the error of linlora's composed torch path in
@@ -25,9 +27,9 @@ from torch.nn.functional import linear
 
 from linlora import baselines, reference
 
-from . import streams
+from . import routing, streams
 from .cases import Case
-from .data import LayerData, StreamData
+from .data import Data, LayerData, RoutedData, StreamData
 from .models import ModelJob
 
 Errors = dict[str, float]
@@ -41,10 +43,12 @@ _PREPARE: dict[str, Callable[[Any], nn.Module]] = {
 }
 
 
-def expected(case: Case, function: str, data: LayerData | StreamData | None, device: torch.device) -> dict[str, Tensor]:
+def expected(case: Case, function: str, data: Data | None, device: torch.device) -> dict[str, Tensor]:
     """What a provider of `function` (see `linlora.bench.providers`) has to compute, in float64."""
     if isinstance(data, StreamData):
         return streams.reference(case, function, data)
+    if isinstance(data, RoutedData):
+        return routing.reference(case, function, data)
     if isinstance(data, LayerData):
         return _expected_layer(case, function, data)
     prepare = _PREPARE.get(function, lambda model: model)

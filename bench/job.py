@@ -11,7 +11,7 @@ from torch import Tensor
 
 import linlora
 
-from .data import LayerData, StreamData
+from .data import Data
 
 
 class Job(Protocol):
@@ -48,7 +48,7 @@ class LayerJob:
     def __init__(
         self,
         layer: Layer,
-        data: LayerData | StreamData,
+        data: Data,
         phase: str,
         backend: str | None = None,
         compiled: bool = False,

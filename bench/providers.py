@@ -15,18 +15,19 @@ from torch import nn
 import linlora
 from linlora import backends, baselines
 
-from . import layers, streams, variants
-from .cases import Case, LayerOp, Scope, StreamOp
-from .data import LayerData, StreamData, random_data
+from . import layers, routing, streams, variants
+from .cases import Case, LayerOp, RoutingOp, Scope, StreamOp
+from .data import Data, LayerData, RoutedData, StreamData, random_data
 from .job import Job, Layer, LayerJob
 from .models import ModelJob
 
-Function = Literal["frozen", "plain", "linearized", "network"]
+Function = Literal["frozen", "plain", "adapters", "linearized", "routed", "network"]
 
 _LAYER_OPS: tuple[LayerOp, ...] = ("linearized_lora_linear", "lora_linear")
 _STREAM_OPS: tuple[StreamOp, ...] = (
     "linear", "attention", "layer_norm", "rms_norm", "activation", "gated_activation",
 )  # fmt: skip
+_ROUTING: tuple[RoutingOp, ...] = ("routed_lora_linear",)
 _BOTH: tuple[Scope, ...] = ("layer", "model")
 
 
@@ -36,7 +37,8 @@ class Provider:
     such case).
 
     `function` says what it computes, hence what it is checked against: the frozen layer or model, or the primal of an
-    op, alone; plain LoRA at the adapter's current values; the linearization of every layer, or of the whole network.
+    op, alone; plain LoRA at the adapter's current values, of one adapter or of one a task; the linearization of every
+    layer (a mixed batch is routed instead), or of the whole network.
     `ops` are those it serves besides whole models, `scopes` the cases of whole models. `package` is what it needs
     installed beside linlora; such a provider runs on a GPU only. `kernel` builds the job of a kernel by itself, which
     has the forward and the gradient of the input.
@@ -48,6 +50,7 @@ class Provider:
     layer: Callable[[LayerData], Layer] | None = None
     stream: Callable[[Case, StreamData], Layer] | None = None
     model: Callable[[Any], nn.Module] | None = None
+    routing: Callable[[Case, RoutedData], Layer] | None = None
     ops: tuple[str, ...] = ()
     scopes: tuple[Scope, ...] = ()
     backend: str | None = None
@@ -63,7 +66,7 @@ class Provider:
             return False
         if case.dropout and self.backend is None and self.function != "frozen":
             return False  # it draws another mask
-        return case.op in self.ops and not (self.compiled and case.kind == "stream")
+        return case.op in self.ops and not (self.compiled and case.kind in ("stream", "routing"))
 
     def obstacle(self, case: Case, device: torch.device) -> str | None:
         """Why this provider has no time for a case on a device; None when it has."""
@@ -77,7 +80,7 @@ class Provider:
             return f"not installed: pip install {self.package}"
         return None if self.backend is None else backends.unavailable(self.backend, device)
 
-    def job(self, case: Case, device: torch.device, data: LayerData | StreamData | None = None) -> Job:
+    def job(self, case: Case, device: torch.device, data: Data | None = None) -> Job:
         """The job of a case; `data` is shared by the providers of a layer or an op."""
         if case.kind == "model":
             assert self.model is not None
@@ -89,6 +92,9 @@ class Provider:
         if isinstance(data, StreamData):
             assert self.stream is not None
             layer = self.stream(case, data)
+        elif isinstance(data, RoutedData):
+            assert self.routing is not None
+            layer = self.routing(case, data)
         else:
             assert self.layer is not None
             assert data is not None
@@ -107,12 +113,13 @@ def _linearized(model: PeftModel, scope: Scope) -> nn.Module:
 
 
 FLOOR = Provider(
-    "frozen", "frozen nn.Linear", "frozen", layers.frozen, streams.primal, _untouched,
-    (*_LAYER_OPS, *_STREAM_OPS), _BOTH,
+    "frozen", "frozen nn.Linear", "frozen", layers.frozen, streams.primal, _untouched, routing.frozen,
+    (*_LAYER_OPS, *_STREAM_OPS, *_ROUTING), _BOTH,
 )  # fmt: skip
 TORCH = Provider(
     "linlora-torch", "linlora torch", "linearized", layers.linearized, streams.fused,
-    partial(_linearized, scope="layer"), (*_LAYER_OPS, *_STREAM_OPS), _BOTH, backend="torch",
+    partial(_linearized, scope="layer"), routing.routed, (*_LAYER_OPS, *_STREAM_OPS, *_ROUTING), _BOTH,
+    backend="torch",
 )  # fmt: skip
 _TORCH_MODEL = Provider(
     "linlora-model-torch", "linlora torch, model scope", "network", model=partial(_linearized, scope="model"),
@@ -135,7 +142,8 @@ _LAYER_PEERS = [
         model=partial(baselines.linearize_with_functorch, over="adapter"), ops=_LAYER_OPS, scopes=("layer",),
     ),
     Provider(
-        "peft", "PEFT LoRA", "plain", layers.peft, model=_untouched, ops=("linearized_lora_linear",), scopes=_BOTH
+        "peft", "PEFT LoRA", "plain", layers.peft, model=_untouched, routing=routing.one_adapter,
+        ops=("linearized_lora_linear", *_ROUTING), scopes=_BOTH,
     ),
     Provider("addmm", "addmm LoRA", "plain", layers.addmm, ops=("linearized_lora_linear",)),
 ]  # fmt: skip
@@ -149,6 +157,10 @@ _MODEL_PEERS = [
         package="jvp_flash_attention",
     ),
 ]  # fmt: skip
+_ROUTING_PEERS = [
+    Provider("poly", "PEFT Poly", "routed", routing=routing.poly, ops=_ROUTING),
+    Provider("peft-loop", "PEFT loop", "adapters", routing=routing.loop, ops=_ROUTING),
+]
 VARIANTS = [
     *(
         Provider(
@@ -165,7 +177,7 @@ VARIANTS = [
         for architecture in (80, 90)
     ),
 ]  # fmt: skip
-EAGER = [FLOOR, *_OURS, *_LAYER_PEERS, *_MODEL_PEERS]
+EAGER = [FLOOR, *_OURS, *_LAYER_PEERS, *_MODEL_PEERS, *_ROUTING_PEERS]
 COMPILED = [
     replace(provider, name=f"{provider.name}-compiled", label=f"{provider.label} compiled", compiled=True)
     for provider in (FLOOR, TORCH, *_LAYER_PEERS)

@@ -17,9 +17,9 @@ _OURS = [provider for provider in EAGER if provider.backend is not None]
 _LOOK: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": (0, 1)}
 _PEERS = {
     "functorch-all": "jvp all", "functorch-ab": "jvp A,B", "functorch": "jvp", "jvp-flash": "jvp_flash",
-    "peft": "PEFT", "addmm": "addmm",
+    "peft": "PEFT", "addmm": "addmm", "poly": "Poly", "peft-loop": "loop",
 }  # fmt: skip
-_MEMORY_PEERS = {"peft": "PEFT", "functorch": "jvp"}
+_MEMORY_PEERS = {"peft": "PEFT", "functorch": "jvp", "poly": "Poly"}
 
 
 def print_run(run: Run, console: Console) -> None:
@@ -56,7 +56,7 @@ def _times(title: str, results: list[CaseResult], compiled_only: bool = False) -
 
 
 def _heading(provider: Provider, result: CaseResult) -> str:
-    if provider is FLOOR and result.case.kind != "layer":
+    if provider is FLOOR and result.case.kind in ("stream", "model"):
         return "primal alone" if result.case.kind == "stream" else "frozen model"
     return provider.label.replace(" compiled", "")
 
@@ -82,7 +82,7 @@ def _gains(results: list[CaseResult]) -> Table:
     for label in memory_peers.values():
         table.add_column(f"memory / {label}", justify="right")
     with_roofline = any(o.roofline for result in results for o in result.outcomes.values())
-    with_cublas = with_roofline and results[0].case.kind == "layer"
+    with_cublas = with_roofline and results[0].case.kind in ("layer", "routing")
     for column, shown in (("TFLOP/s", attention), ("% cuBLAS", with_cublas), ("% roof", with_roofline)):
         if shown:
             table.add_column(column, justify="right")
@@ -142,6 +142,11 @@ def _ours(result: CaseResult) -> list[Provider]:
 def _footnotes(run: Run) -> Iterable[str]:
     yield "\nRatios are medians over rounds of times in the same round: above 1, linlora is faster than the peer."
     yield "short: linearized at B0 = 0, where PEFT starts; pair: at B0 ≠ 0; dual: two streams, primal and tangent."
+    if any(result.case.kind == "routing" for result in run.results):
+        yield (
+            "routed: every example has the factors of its task, mixed in the step. There PEFT LoRA is one adapter for all "
+            "rows, and the loop has an adapter a task, mixed before."
+        )
     if any(result.case.op == "attention" for result in run.results):
         yield "TFLOP/s of attention count six products forward and five backward, half of each when causal."
     cores, load = run.environment.get("cores"), run.environment.get("load")

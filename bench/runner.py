@@ -15,7 +15,7 @@ from linlora import backends
 
 from . import gate
 from .cases import Case
-from .data import LayerData, StreamData, random_data
+from .data import Data, random_data
 from .environment import environment
 from .floors import roofline_seconds
 from .job import Job
@@ -93,7 +93,7 @@ def run_case(case: Case, providers: list[Provider], device: torch.device, second
 class _Gate:
     """The gate of one case: references are computed once for each function, in float64."""
 
-    def __init__(self, case: Case, data: LayerData | StreamData | None, device: torch.device) -> None:
+    def __init__(self, case: Case, data: Data | None, device: torch.device) -> None:
         self.case, self.data, self.device = case, data, device
         self.expected: dict[str, dict[str, torch.Tensor]] = {}
         self.composed: gate.Errors | None = None

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 
 from . import gate
-from .cases import Case, Form, Op, StreamOp, attention_case, stream_case
+from .cases import Case, Form, Op, StreamOp, attention_case, routing_case, stream_case
 from .data import random_data
 from .providers import PROVIDERS
 
@@ -50,7 +50,15 @@ def cases(multiprocessors: int) -> list[Case]:
         ),
         *(attention_case("sanitize", 2, 2, length, size, length > 64) for length, size in ((37, 40), (300, 128))),
     ]
-    return [*layers, *(replace(case, dtype=dtype) for case in streams for dtype in ("bfloat16", "float32"))]
+    routed = [
+        replace(
+            routing_case("tiny", "linear", batch, length, tasks, tasks_in), model="sanitize", K=K, N=N, heads=heads
+        )
+        for batch, length, tasks, tasks_in, K, N, heads in (
+            (37, 1, 5, "skewed", 72, 136, 8), (12, 25, 3, "uniform", 256, 512, 1), (64, 32, 8, "uniform", 128, 2048, 4)
+        )
+    ]  # fmt: skip
+    return [*layers, *(replace(case, dtype=dtype) for case in (*streams, *routed) for dtype in ("bfloat16", "float32"))]
 
 
 def main() -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from .cases import LAYERS, Case, Phase, attention_case, dual_case, layer_case, model_case, stream_case
+from .cases import LAYERS, Case, Phase, attention_case, dual_case, layer_case, model_case, routing_case, stream_case
 from .grid import programme
 
 _PHASES: tuple[Phase, ...] = ("forward", "forward_backward")
@@ -38,6 +38,7 @@ def _quick() -> list[Case]:
         layer_case("flan-t5-base", "q", 128, "pair"),
         dual_case("flan-t5-base", "q", 128),
         attention_case("bert", 1, 2, 64, 32, causal=False),
+        routing_case("flan-t5-base", "q", 8, 16, 4),
     ]
 
 
@@ -54,6 +55,8 @@ def _default() -> list[Case]:
         layer_case("llama-3-8b", "q", 1, "short", "forward"),
         layer_case("qwen-2.5-7b", "k", 64, "pair", "forward"),
         *(attention_case("t5-small", 2, 8, 512, 64, causal, phase) for causal, phase in _ATTENTION),
+        routing_case("flan-t5-base", "q", 16, 128, 8),
+        routing_case("flan-t5-base", "q", 256, 4, 64, "skewed"),
         model_case("llama-2x512", scope="model"),
         model_case("bert-6x384", scope="model"),
         model_case("bert-4x256"),
@@ -106,7 +109,7 @@ def _gpu() -> list[Case]:
         *(model_case(name, scope="model") for name in ("llama-1x4096", "bert-12x768")),
         *(model_case(name) for name in ("bert-12x768", "vit-12x768")),
     ]
-    return [*large, *_gpu_streams(), *models, *ranks, *middle, *small]
+    return [*large, *_gpu_streams(), *_gpu_routing(), *models, *ranks, *middle, *small]
 
 
 def _gpu_streams() -> list[Case]:
@@ -125,6 +128,34 @@ def _gpu_streams() -> list[Case]:
         stream_case("llama-3-8b", "swiglu", "gated_activation", 8192, 14336, 14336),
         stream_case("bert-large", "layer_norm", "layer_norm", 8192, 1024, 1024),
         stream_case("bert-large", "gelu", "activation", 8192, 4096, 4096),
+    ]
+
+
+def _gpu_routing() -> list[Case]:
+    """A mixed batch of 8 tasks first, then more tasks than that, and few rows."""
+    layer = ("llama-3-8b", "q")
+    return [
+        *(routing_case(*layer, 16, 512, 8, phase=phase) for phase in _PHASES),
+        routing_case(*layer, 16, 512, 8, "skewed"),
+        routing_case(*layer, 64, 128, 64, "distinct"),
+        routing_case(*layer, 8192, 1, 8),
+        routing_case(*layer, 64, 1, 64, "distinct", "forward"),
+        routing_case("flan-t5-xl", "wi", 64, 64, 8, heads=8),
+    ]
+
+
+def _routing() -> list[Case]:
+    """Mixed batches of 1 to 64 tasks: long examples and short ones, evenly spread, skewed and all distinct."""
+    layer = ("flan-t5-base", "q")
+    return [
+        *(routing_case(*layer, batch, 2048 // batch, 8) for batch in (16, 64, 2048)),
+        *(routing_case(*layer, 64, 32, tasks) for tasks in (1, 64)),
+        *(routing_case(*layer, 64, 32, tasks, "skewed") for tasks in (8, 64)),
+        routing_case(*layer, 16, 128, 16, "distinct"),
+        routing_case(*layer, 512, 4, 512, "distinct"),
+        routing_case(*layer, 64, 32, 8, heads=8),
+        routing_case(*layer, 64, 32, 8, phase="forward"),
+        routing_case(*layer, 8, 1, 8, "distinct", "forward"),
     ]
 
 
@@ -155,6 +186,7 @@ SUITES = {
     "quick": _quick,
     "default": _default,
     "gpu": _gpu,
+    "routing": _routing,
     "compiled": _compiled,
     "small_m": _small_m,
     "full": _full,

@@ -23,12 +23,12 @@ from linlora.reference import dropout
 def activations_pay(examples: int, repeats: int, groups: int, skills: int, rank: int, gathers: bool) -> bool:
     """Whether mixing a row's activations beats mixing a group's factors.
 
-    On a CPU the former cost 1.6 us a row and skill, forward and backward; gathering rows costs as much as 3 skills, a
-    group as much as 256 rows and skills (1024 rows of 768, r = 16, 2 to 32 skills, 4 to 128 tasks, one thread). Where
-    S r <= 16 they are no wider than the tile that one adapter of rank 16 fills.
+    On a CPU the former cost 1.4 us a row and skill, forward and backward; gathering rows costs as much as 4 skills, a
+    group as much as 64 rows and skills (1024 to 8192 rows of 768, r = 16, 2 to 8 skills, 8 to 512 tasks, one thread).
+    Where S r <= 16 they are no wider than the tile that one adapter of rank 16 fills.
     """
     rows = examples * repeats
-    return skills * rank <= 16 or skills * rows <= (4 if gathers else 1) * rows + 256 * groups
+    return skills * rank <= 16 or skills * rows <= (4 if gathers else 1) * rows + 64 * groups
 
 
 def by_groups(
