@@ -144,8 +144,8 @@ def _footnotes(run: Run) -> Iterable[str]:
     yield "short: linearized at B0 = 0, where PEFT starts; pair: at B0 ≠ 0; dual: two streams, primal and tangent."
     if any(result.case.kind == "routing" for result in run.results):
         yield (
-            "routed: every example has the factors of its task, mixed in the step. There PEFT LoRA is one adapter for all "
-            "rows, and the loop has an adapter a task, mixed before."
+            "routed: every example has the factors of its task, mixed in the step. There PEFT LoRA is one adapter for "
+            "all rows, and the loop has an adapter a task, mixed before."
         )
     if any(result.case.op == "attention" for result in run.results):
         yield "TFLOP/s of attention count six products forward and five backward, half of each when causal."

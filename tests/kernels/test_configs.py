@@ -29,6 +29,18 @@ def test_every_rank_and_shape_is_served(op, architecture, itemsize, dropout):
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("architecture", [80, 90, 100])
+@pytest.mark.parametrize(
+    "op", ["grouped_lora_linear", "dual_grouped_lora_linear", "grouped_shrink", "grouped_gradients"]
+)
+def test_every_rank_and_shape_of_a_mixed_batch_is_served(op, architecture, itemsize):
+    for rank in (1, 16, 17, 64, 65, 256):
+        for m in (1, 16, 17, 512, 100_000):
+            on = {"itemsize": itemsize, "architecture": architecture, "multiprocessors": 132}
+            select(op, m=m, n=4096, rank=rank, **on)
+
+
+@pytest.mark.parametrize("itemsize", [2, 4])
+@pytest.mark.parametrize("architecture", [80, 90, 100])
 def test_every_op_without_a_rank_is_served(architecture, itemsize):
     on = {"itemsize": itemsize, "architecture": architecture}
     for m in (1, 16, 17, 512, 100_000):
@@ -36,6 +48,7 @@ def test_every_op_without_a_rank_is_served(architecture, itemsize):
     for width in (1, 2, 256, 257, 8192, 100_000):
         select_by_size("norm", size=width, **on)
     select_by_size("activation", size=0, **on)
+    select_by_size("mix_inventories", size=0, **on)
 
 
 def test_every_row_can_be_picked():
