@@ -48,7 +48,9 @@ def by_groups(
     y, low = linear(x, _like(x, weight), _like(x, bias)), dropout(x, dropout_p, seed)
     u = None if A0 is None else linear(low, _like(x, A0))
     c = None if A is None else _product(low, _like(x, A), layout)
-    y = torch.add(y, _product(c if u is None else u, _like(x, B), layout), alpha=scaling)
+    own = c if u is None else u  # what a group's own B multiplies
+    assert own is not None
+    y = torch.add(y, _product(own, _like(x, B), layout), alpha=scaling)
     if u is None or B0 is None:
         return y
     return torch.addmm(y, u if c is None else u + c, _like(x, B0).t(), alpha=scaling)
@@ -74,6 +76,7 @@ def by_activations(
     y, low = linear(x, _like(x, weight), _like(x, bias)), dropout(x, dropout_p, seed)
     c = None if A is None else _shrink(low, _like(x, A), w)
     if A0 is None:
+        assert c is not None
         return torch.add(y, _expand(c, _like(x, B), w), alpha=scaling)
     u = linear(low, _like(x, A0))
     y = torch.add(y, _expand(u, _like(x, B), w), alpha=scaling)
