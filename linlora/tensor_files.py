@@ -29,6 +29,7 @@ DTYPES = {
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _CHECKSUMS = "checksums"
+_CHUNK = 2**24
 
 
 @dataclass(frozen=True)
@@ -65,13 +66,12 @@ class TensorFile:
         except (SafetensorError, OSError) as error:
             raise CorruptFileError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
         self._file: BinaryIO = open(self.path, "rb")  # noqa: SIM115
+        self.size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._file.read(8), "little")
-        self.header = self._file.read(length)
-        parsed: dict[str, Any] = json.loads(self.header)
+        parsed: dict[str, Any] = json.loads(self._file.read(length))
         self.metadata: dict[str, str] = parsed.pop("__metadata__", None) or {}
-        self.data_start = 8 + length
         self.entries = {
-            name: Entry(e["dtype"], tuple(e["shape"]), *(self.data_start + offset for offset in e["data_offsets"]))
+            name: Entry(e["dtype"], tuple(e["shape"]), *(8 + length + offset for offset in e["data_offsets"]))
             for name, e in parsed.items()
         }
         self._checksums: dict[str, str] = json.loads(self.metadata.pop(_CHECKSUMS, "{}"))
@@ -85,10 +85,8 @@ class TensorFile:
         """The tensor, on the CPU. Raises CorruptFileError where it holds NaN or infinity or fails its checksum."""
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=self._dtype(name))
-        buffer = _bytes(tensor)
-        self._file.seek(entry.start)
-        if self._file.readinto(buffer) != entry.stop - entry.start:
-            raise CorruptFileError(f"{self.path}: tensor '{name}' is cut short; the file was truncated meanwhile")
+        buffer = memory(tensor)
+        self._fill(buffer, entry.start, name)
         if name in self._checksums and f"{zlib.crc32(buffer):08x}" != self._checksums[name]:
             raise CorruptFileError(f"{self.path}: tensor '{name}' does not match its checksum; the file was altered")
         if not finite(tensor):
@@ -96,6 +94,26 @@ class TensorFile:
                 f"{self.path}: tensor '{name}' holds NaN or infinity; the run that wrote it diverged"
             )
         return tensor
+
+    def read_rows(self, name: str, rows: slice) -> Tensor:
+        """Some rows of a tensor, unchecked."""
+        entry = self.entries[name]
+        block = torch.empty((rows.stop - rows.start, *entry.shape[1:]), dtype=self._dtype(name))
+        row = (entry.stop - entry.start) // entry.shape[0]
+        self._fill(memory(block), entry.start + rows.start * row, name)
+        return block
+
+    def copy(self, start: int, stop: int, out: int) -> None:
+        """Append bytes of the file to an open file descriptor; the kernel moves them, or shares them where it can."""
+        source = self._file.fileno()
+        while start < stop:
+            try:
+                copied = os.copy_file_range(source, out, stop - start, offset_src=start)
+            except OSError:  # between file systems, or one without it
+                copied = os.write(out, os.pread(source, min(_CHUNK, stop - start), start))
+            if not copied:
+                raise CorruptFileError(f"{self.path}: cut short; the file was truncated meanwhile")
+            start += copied
 
     def close(self) -> None:
         self._file.close()
@@ -105,6 +123,11 @@ class TensorFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _fill(self, buffer: memoryview, start: int, name: str) -> None:
+        self._file.seek(start)
+        if self._file.readinto(buffer) != len(buffer):
+            raise CorruptFileError(f"{self.path}: tensor '{name}' is cut short; the file was truncated meanwhile")
 
     def _dtype(self, name: str) -> torch.dtype:
         code = self.entries[name].code
@@ -166,7 +189,7 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
         with open(handle, "wb") as file:
             file.write(_header(like, checksums, metadata))
             for name in like:
-                buffer = _bytes(tensors[name].detach().to("cpu").contiguous())
+                buffer = memory(tensors[name].detach().to("cpu").contiguous())
                 checksums[name] = f"{zlib.crc32(buffer):08x}"
                 file.write(buffer)
             file.seek(0)
@@ -206,6 +229,6 @@ def _header(like: Mapping[str, Tensor], checksums: Mapping[str, str], metadata: 
     return len(text).to_bytes(8, "little") + text
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def memory(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())

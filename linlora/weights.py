@@ -10,7 +10,7 @@ for a ΔW of a hundredth of W, one in thirteen for a tenth. A block is kept whol
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -105,8 +105,24 @@ def fold(weight: Tensor, update: Update) -> None:
     >>> weight.tolist()
     [[2.0, 2.0], [0.5, 2.0]]
     """
-    for rows in _blocks(weight):
-        weight[rows] = _sum(weight[rows], update, rows, 1.0)
+    for rows in blocks(weight.shape):
+        weight[rows] = folded(weight[rows], update, rows)
+
+
+def folded(block: Tensor, update: Update, rows: slice) -> Tensor:
+    """round(W + ΔW) of some rows of a stored weight, which may lie elsewhere than in memory; `block` is left alone.
+
+    >>> folded(torch.ones(1, 2), Update(torch.ones(1, 2), torch.tensor([[0.0], [3.0]])), slice(1, 2)).tolist()
+    [[4.0, 4.0]]
+    """
+    return _sum(block, update, rows, 1.0)
+
+
+def blocks(shape: Sequence[int]) -> Iterator[slice]:
+    """The rows of a weight in blocks of at most BLOCK elements."""
+    height = max(1, BLOCK // max(1, shape[1]))
+    for start in range(0, shape[0], height):
+        yield slice(start, min(start + height, shape[0]))
 
 
 def fold_keeping(weight: Tensor, update: Update) -> Fold:
@@ -122,7 +138,7 @@ def fold_keeping(weight: Tensor, update: Update) -> Fold:
     update = Update(update.A.clone(), update.B.clone(), update.transposed)  # the caller's may be trained further
     lost: list[tuple[Tensor | None, Tensor]] = []
     unfolded = _digest(weight)
-    for rows in _blocks(weight):
+    for rows in blocks(weight.shape):
         before = weight[rows].clone(memory_format=torch.contiguous_format)
         weight[rows] = after = _sum(before, update, rows, 1.0)
         positions = (_bits(_sum(after, update, rows, -1.0)) != _bits(before)).flatten().nonzero().flatten()
@@ -146,7 +162,7 @@ def unfold(weight: Tensor, kept: Fold) -> None:
         raise ValueError(
             "the weight was changed while adapters were merged into it; unmerge before the base is trained or loaded"
         )
-    for rows, (positions, values) in zip(_blocks(weight), kept.lost, strict=True):
+    for rows, (positions, values) in zip(blocks(weight.shape), kept.lost, strict=True):
         before = values
         if positions is not None:
             before = _sum(
@@ -156,12 +172,6 @@ def unfold(weight: Tensor, kept: Fold) -> None:
         weight[rows] = before.to(weight.device)
     if _digest(weight) != kept.unfolded:
         raise RuntimeError("sums are rounded otherwise than when the adapters were merged; load the base model again")
-
-
-def _blocks(weight: Tensor) -> Iterator[slice]:
-    height = max(1, BLOCK // max(1, weight.shape[1]))
-    for start in range(0, weight.shape[0], height):
-        yield slice(start, min(start + height, weight.shape[0]))
 
 
 def _sum(block: Tensor, update: Update, rows: slice, sign: float) -> Tensor:
@@ -177,7 +187,7 @@ def _bits(tensor: Tensor) -> Tensor:
 def _digest(weight: Tensor) -> int:
     """Of the bits, each with an odd factor of its place, so that values that changed places are seen too."""
     total = 0
-    for rows in _blocks(weight):
+    for rows in blocks(weight.shape):
         bits = _bits(weight[rows].contiguous()).to(torch.int64)
         places = torch.arange(bits.numel(), device=bits.device).view_as(bits) * 2 + 1
         total = (total * 31 + int((bits * places).sum())) % 2**64

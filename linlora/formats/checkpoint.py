@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,8 +59,8 @@ class Checkpoint:
         The names of a checkpoint may have a prefix that the adapter's have not, or the other way round: the same for
         all layers.
         """
-        before, without = self._shift(layers)
-        keys = {name: f"{before}{name.removeprefix(without)}.weight" for name in layers}
+        rename = self.renaming(next(iter(layers)))
+        keys = {name: rename(f"{name}.weight") for name in layers}
         missing = [name for name in layers if keys[name] not in self.home]
         if missing:
             there = ", ".join(key for key in list(self.home)[:3])
@@ -83,19 +83,18 @@ class Checkpoint:
             raise WrongBaseError(f"{self.folder}: some of the adapted layers are stored (N, K) and some (K, N)")
         return {name: Placed(key, transposed) for name, key in keys.items()}
 
-    def _shift(self, layers: Mapping[str, tuple[int, int]]) -> tuple[str, str]:
-        """(prefix to add, prefix to remove) that turns the adapter's names into the checkpoint's."""
-        first = next(iter(layers))
-        if f"{first}.weight" in self.home:
-            return "", ""
-        longer = [key for key in self.home if key.endswith(f".{first}.weight")]
-        if len(longer) == 1:
-            return longer[0].removesuffix(f"{first}.weight"), ""
-        parts = first.split(".")
-        for cut in range(1, len(parts)):
-            if f"{'.'.join(parts[cut:])}.weight" in self.home:
-                return "", ".".join(parts[:cut]) + "."
-        return "", ""
+    def renaming(self, layer: str) -> Callable[[str], str]:
+        """From the names of an adapter to those of the checkpoint, told by one layer: a prefix is added, or removed."""
+        weight = f"{layer}.weight"
+        longer = [key for key in self.home if key.endswith(f".{weight}")]
+        parts = layer.split(".")
+        prefixes = [".".join(parts[:cut]) + "." for cut in range(1, len(parts))]
+        shorter = [prefix for prefix in prefixes if weight.removeprefix(prefix) in self.home]
+        if weight not in self.home and len(longer) == 1:
+            return lambda name: longer[0].removesuffix(weight) + name
+        if weight not in self.home and shorter:
+            return lambda name: name.removeprefix(shorter[0])
+        return lambda name: name
 
     def _shards(self) -> list[str]:
         if (self.folder / INDEX_FILE).is_file():

@@ -1,0 +1,193 @@
+"""Adapters merged into a base model from file to file: the model is never built, a block of rows is in memory.
+
+The shards of the base are gone through in the order of their bytes. Of an adapted weight a block of rows is read,
+W + Σ ΔW is summed in float32 and rounded once (linlora.weights), and written; everything between two weights is copied
+by the kernel. The folder appears under its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from io import FileIO
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from linlora import formats
+from linlora.files import install_file
+from linlora.folding import factors_of
+from linlora.formats.checkpoint import Checkpoint, WrongBaseError
+from linlora.tensor_files import TensorFile, finite, memory, shapes
+from linlora.weights import Update, blocks, folded
+
+_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".gguf", ".pt", ".pth", ".ckpt", ".ot")
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_files` did."""
+
+    folder: Path
+    folded: int
+    replaced: int
+    tensors: int
+    nbytes: int
+
+
+def merge_files(
+    base: str | os.PathLike,
+    adapters: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    progress: Callable[[Sequence[str]], Iterator[str]] = iter,
+) -> Merged:
+    """Write the model that a base and adapters make together, as a folder that transformers loads.
+
+    Args:
+        base: folder of a model, safetensors in one file or in shards, as transformers writes them.
+        adapters: files or folders of any format of `linlora.formats`; their ΔW are summed. What was trained beside an
+            adapter (a head) replaces the base's.
+        out: the folder to write; it must not exist, or be empty.
+        progress: goes through the names of the shards.
+
+    Raises, and writes nothing: FileExistsError; WrongBaseError where base and adapter do not fit; ValueError for a
+    quantized base, a vector of scope "model", one without its point, weights that overflow; CorruptFileError.
+
+    >>> import linlora
+    >>> model = linlora.testing.tiny_model("bert", trained=True)
+    >>> model.save_pretrained("adapter")
+    >>> linlora.testing.tiny_base("bert").save_pretrained("base")
+    >>> merge_files("base", ["adapter"], "merged").folded
+    11
+    """
+    out = Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} exists already; choose another folder, or remove it")
+    checkpoint = Checkpoint(Path(base))
+    plan = _Plan(checkpoint, [formats.open(path) for path in adapters])
+    out.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
+    try:
+        _copy_beside(checkpoint, staging)
+        for name in progress(list(checkpoint.files)):
+            _write_shard(checkpoint.files[name], plan, staging / name)
+        os.chmod(staging, 0o755)
+        os.replace(staging, out)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    nbytes = sum(e.stop - e.start for file in checkpoint.files.values() for e in file.entries.values())
+    return Merged(out, len(plan.folds), len(plan.replacements), len(checkpoint.home), nbytes)
+
+
+class _Plan:
+    """What becomes of each tensor of the base."""
+
+    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[formats.Stored]) -> None:
+        self.folds: dict[str, list[Callable[[], Update]]] = defaultdict(list)
+        self.replacements: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
+        for adapter in adapters:
+            placed = checkpoint.place(layer_sizes(adapter))
+            for layer, (key, transposed) in placed.items():
+                self.folds[key].append(_reader(adapter, layer, transposed))
+            self._replace(checkpoint, adapter, checkpoint.renaming(next(iter(placed))))
+
+    def _replace(self, checkpoint: Checkpoint, adapter: formats.Stored, rename: Callable[[str], str]) -> None:
+        for name, like in shapes(adapter.extras).items():
+            key = rename(name)
+            if key not in checkpoint.home:
+                raise WrongBaseError(
+                    f"'{name}' was trained beside the adapter {adapter.path}, and {checkpoint.folder} has no such "
+                    "tensor to replace (a head of its own?): build the model, load the adapter with PEFT and call "
+                    "linlora.merge(model).save_pretrained(folder)"
+                )
+            if checkpoint.entry(key).shape != tuple(like.shape):
+                raise WrongBaseError(
+                    f"'{name}' of the adapter {adapter.path} is {tuple(like.shape)}, that of {checkpoint.folder} "
+                    f"{checkpoint.entry(key).shape}: not the model the adapter was trained on"
+                )
+            if key in self.replacements:
+                raise ValueError(
+                    f"'{name}' was trained beside {self.replacements[key][0]} and beside {adapter.path}, and a model "
+                    "has one; merge one of the adapters, or remove the head from one"
+                )
+            self.replacements[key] = (adapter.path, lambda name=name: adapter.extras[name])
+
+    def write(self, file: TensorFile, key: str, out: FileIO) -> None:
+        """The tensor of a key in the merged model."""
+        if key in self.replacements:
+            _write(out, self.replacements[key][1]().to(file.like(key).dtype).contiguous())
+            return
+        like = file.like(key)
+        if not like.is_floating_point() or like.element_size() == 1:
+            raise ValueError(
+                f"'{key}' is {like.dtype}: a quantized weight, in whose rounding ΔW would be lost; merge into the "
+                "original weights"
+            )
+        updates = [read() for read in self.folds[key]]
+        A, B = torch.cat([update.A for update in updates]), torch.cat([update.B for update in updates], dim=1)
+        wide = torch.promote_types(A.dtype, like.dtype)
+        update = Update(A.to(wide), B.to(wide), updates[0].transposed)
+        for rows in blocks(like.shape):
+            block = folded(file.read_rows(key, rows), update, rows)
+            if not finite(block):
+                raise ValueError(f"'{key}': W + ΔW is not finite in {like.dtype}; a smaller scaling is needed")
+            _write(out, block)
+
+
+def layer_sizes(adapter: formats.Stored) -> dict[str, tuple[int, int]]:
+    """(N, K) of every layer of an adapter. Raises ValueError where it was saved without its point."""
+    vector = adapter.vector
+    like = {**shapes(vector.point or {}), **shapes(vector.deltas)}
+    sizes = {}
+    for layer in vector.scalings:
+        down = next((like[f"{layer}.{kind}"] for kind in ("A0", "dA") if f"{layer}.{kind}" in like), None)
+        if down is None:
+            raise ValueError(
+                f"{adapter.path}: the vector was saved without its point (include_point=False), and ΔW is of both; use "
+                "the vector with its point"
+            )
+        sizes[layer] = (like[f"{layer}.dB"].shape[0], down.shape[1])
+    return sizes
+
+
+def _reader(adapter: formats.Stored, layer: str, transposed: bool) -> Callable[[], Update]:
+    def read() -> Update:
+        update = factors_of(adapter.vector, layer)
+        return Update(update.A, update.B, transposed)
+
+    return read
+
+
+def _write_shard(file: TensorFile, plan: _Plan, path: Path) -> None:
+    """The shard with its adapted tensors changed: the same header, the same places."""
+    changed = plan.folds.keys() | plan.replacements.keys()
+    with open(path, "wb", buffering=0) as out:
+        done = 0
+        for name, entry in sorted(file.entries.items(), key=lambda item: item[1].start):
+            if name in changed:
+                file.copy(done, entry.start, out.fileno())
+                plan.write(file, name, out)
+                done = entry.stop
+        file.copy(done, file.size, out.fileno())
+    install_file(path, path)
+
+
+def _write(out: FileIO, tensor: Tensor) -> None:
+    rest = memory(tensor)
+    while rest:
+        rest = rest[out.write(rest) :]
+
+
+def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:
+    """Configuration, tokenizer and all else that is neither weights nor hidden."""
+    for source in sorted(checkpoint.folder.rglob("*")):
+        relative = source.relative_to(checkpoint.folder)
+        hidden = any(part.startswith(".") for part in relative.parts)
+        if source.is_file() and not hidden and source.suffix not in _WEIGHTS and ".bin.index" not in source.name:
+            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, folder / relative)
