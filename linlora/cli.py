@@ -4,8 +4,14 @@ from __future__ import annotations
 
 import typer
 
+from linlora.commands.compare import compare
+from linlora.commands.evaluate import evaluate
+from linlora.commands.fuse import fuse
 from linlora.commands.info import info
+from linlora.commands.inspect import inspect
+from linlora.commands.merge import merge
 from linlora.commands.quickstart import quickstart
+from linlora.commands.train import train
 
 app = typer.Typer(
     name="linlora",
@@ -15,6 +21,12 @@ app = typer.Typer(
 )
 app.command()(info)
 app.command()(quickstart)
+app.command()(train)
+app.command("eval")(evaluate)
+app.command()(compare)
+app.command(context_settings={"ignore_unknown_options": True})(fuse)
+app.command()(inspect)
+app.command()(merge)
 
 
 def main() -> None:
