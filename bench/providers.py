@@ -78,7 +78,13 @@ class Provider:
             )
         if self.package and importlib.util.find_spec(self.package) is None:
             return f"not installed: pip install {self.package}"
-        return None if self.backend is None else backends.unavailable(self.backend, device)
+        if self.backend is None:
+            return None
+        op = "linearized_lora_linear" if case.kind == "model" else case.op
+        dtype = getattr(torch, case.dtype)
+        return backends.unavailable(self.backend, device) or backends.refusal(
+            self.backend, op, dtype, case.rank, case.dropout > 0.0
+        )
 
     def job(self, case: Case, device: torch.device, data: Data | None = None) -> Job:
         """The job of a case; `data` is shared by the providers of a layer or an op."""

@@ -1,4 +1,5 @@
-"""What runs under compute-sanitizer: every Triton kernel once or a few times, at shapes that reach every design.
+"""What runs under compute-sanitizer: every kernel of Triton, and of csrc/ where it is built, at shapes that reach every
+design.
 
     compute-sanitizer --tool memcheck  python -m linlora.bench.sanitize
     compute-sanitizer --tool racecheck python -m linlora.bench.sanitize
@@ -20,7 +21,7 @@ import torch
 from . import gate
 from .cases import Case, Form, Op, StreamOp, attention_case, routing_case, stream_case
 from .data import random_data
-from .providers import PROVIDERS
+from .providers import PROVIDERS, Provider
 
 _LAUNCHES = 3
 _STREAM_OPS: tuple[StreamOp, ...] = ("linear", "layer_norm", "rms_norm", "activation", "gated_activation")
@@ -62,24 +63,30 @@ def cases(multiprocessors: int) -> list[Case]:
 
 
 def main() -> int:
-    """Run every case and return the number of wrong ones."""
+    """Run every case on every backend with kernels. The number of wrong results; 1 where nothing runs."""
     device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
-    provider = PROVIDERS["linlora-triton"]
     multiprocessors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    red = 0
-    for case in cases(multiprocessors):
-        if (obstacle := provider.obstacle(case, device)) is not None:
-            print(f"cannot run: {obstacle}")
-            return 1
-        data = random_data(case, device)
-        job = provider.job(case, device, data)
-        expected = gate.expected(case, provider.function, data, device)
-        problem = None
-        for _ in range(_LAUNCHES):
-            problem = problem or gate.verdict(case, gate.errors(job.results(), expected))
-        red += problem is not None
-        print(f"{case.id}: {problem or 'green'}", flush=True)
-    return red
+    red, ran, obstacles = 0, 0, set()
+    for provider in (PROVIDERS["linlora-triton"], PROVIDERS["linlora-cuda"]):
+        for case in filter(provider.serves, cases(multiprocessors)):
+            if (obstacle := provider.obstacle(case, device)) is not None:
+                obstacles.add(f"{provider.label} does not run: {obstacle}")
+            else:
+                red, ran = red + (_problem(case, provider, device) is not None), ran + 1
+    print(*sorted(obstacles), f"{ran} cases, {red} wrong", sep="\n")
+    return red if ran else 1
+
+
+def _problem(case: Case, provider: Provider, device: torch.device) -> str | None:
+    """What is wrong with a case; printed, too."""
+    data = random_data(case, device)
+    job = provider.job(case, device, data)
+    expected = gate.expected(case, provider.function, data, device)
+    problem = None
+    for _ in range(_LAUNCHES):
+        problem = problem or gate.verdict(case, gate.errors(job.results(), expected))
+    print(f"{provider.label}: {case.id}: {problem or 'green'}", flush=True)
+    return problem
 
 
 if __name__ == "__main__":

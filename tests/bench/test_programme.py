@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from linlora.bench import gate, heatmaps, variants
+from linlora.bench import gate, graphs, heatmaps, variants
 from linlora.bench.cases import Case, layer_case
 from linlora.bench.cli import app
 from linlora.bench.data import random_layer
@@ -149,3 +149,11 @@ def test_a_design_that_a_case_has_not_is_said_to_be_missing(kernels: torch.devic
     case = Case("q", "tiny", 4, 64, 48, 8, "float16", phase="forward")
     with pytest.raises(NotImplementedError, match="flags"):
         variants.triton(case, random_layer(case, kernels), "flags")
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_the_training_step_that_graphs_capture_trains(scope: str) -> None:
+    trained, again = (graphs.train(8, 16, scope, 0.0, torch.device("cpu"), captured=False) for _ in range(2))
+    assert trained["loss"].isfinite().all()
+    assert trained["parameter 0"].any()
+    assert all(torch.equal(trained[name], again[name]) for name in trained)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import linlora
 from linlora import functional, reference
-from linlora.ops import composed
+from linlora.ops import composed, cuda
 from linlora.testing import relative_error
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -86,7 +86,28 @@ def _function_at_any_size(monkeypatch):
 
 
 @pytest.fixture
-def check(device, monkeypatch):
+def tolerance():
+    """The relative error that is allowed in a dtype."""
+    return TOLERANCE
+
+
+@pytest.fixture
+def running(device, monkeypatch):
+    """`with running(backend)`: a backend, by name; the CUDA kernels are emulated where there is no GPU."""
+
+    def running(backend):
+        monkeypatch.setattr(composed, "SMALL", 2**62 if backend == "composed" else 0)
+        if backend == "cuda":
+            monkeypatch.setenv("LINLORA_CUDA_EMULATE", "0" if device == "cuda" else "1")
+            if (obstacle := cuda.availability(torch.device(device))) is not None:
+                pytest.skip(obstacle)
+        return linlora.use_backend("torch" if backend == "composed" else backend)
+
+    return running
+
+
+@pytest.fixture
+def check(running):
     """check(op, backend, problem, dtype, ...) compares outputs and gradients with the float64 reference."""
 
     def check(op, backend, problem, dtype, factor_dtype=None, wrt=Problem.NAMES, cotangents=None, tolerance=None):
@@ -94,8 +115,7 @@ def check(device, monkeypatch):
         rounded = problem.cast(dtype, factor_dtype)
         exact = rounded.cast(torch.float64).require_grad(wrt)
         rounded.require_grad(wrt)
-        monkeypatch.setattr(composed, "SMALL", 2**62 if backend == "composed" else 0)
-        with linlora.use_backend("torch" if backend == "composed" else backend):
+        with running(backend):
             outputs = rounded.call(op, functional)
         expected = exact.call(op, reference)
         used = [i for i in cotangents or range(len(expected)) if expected[i].requires_grad]
