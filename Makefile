@@ -15,7 +15,7 @@ OUT ?= bench/results/$(shell $(PYTHON) -m linlora.bench.environment)
 WORKERS ?= 4
 
 .PHONY: install cuda test lint quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
-  gpu-bench-compiled require-gpu
+  gpu-bench-compiled gpu-programme require-gpu
 
 install: $(READY)
 
@@ -43,6 +43,7 @@ quickstart: $(READY)
 bench: $(READY)
 	$(PYTHON) -m linlora.bench
 
+# Runs what is there: `make cuda` first, for the kernels of csrc/.
 gpu-check: gpu-test gpu-sanitize gpu-bench
 
 # The whole test suite: the tests run on the GPU, with real dtypes, where there is one.
@@ -66,6 +67,10 @@ gpu-bench: require-gpu
 # Not part of gpu-check: torch.compile takes most of the time.
 gpu-bench-compiled: require-gpu
 	timeout $(LIMIT) $(PYTHON) -m linlora.bench --suite compiled --compiled --device cuda --seconds 480 --out $(OUT)
+
+# Every shape, rank, backend and kernel; one sitting of several: the same command continues.
+gpu-programme: require-gpu
+	timeout $(LIMIT) $(PYTHON) -m linlora.bench.programme --device cuda --seconds 480 --out $(OUT)
 
 require-gpu: $(READY)
 	@$(PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no CUDA GPU is available to torch')"
