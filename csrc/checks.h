@@ -86,15 +86,17 @@ class Arguments {
     return matrix;
   }
 
-  // A factor, or the bias, a vector (`columns` is kVector): of x's dtype or float32.
-  void note_factor(const char* name, const std::optional<Tensor>& tensor, int64_t rows, int64_t columns = kVector) {
-    if (!tensor) return;
-    check_placed(name, *tensor, rows, columns);
-    const ScalarType found = tensor->scalar_type();
-    if (found != dtype_ && found != ScalarType::Float) {
-      refuse(name, " is ", torch::headeronly::toString(dtype_), " like x, or float32, got ", described(*tensor));
-    }
-    wide_factors_ |= found == ScalarType::Float;
+  // The bias, as one row: of x's dtype or float32.
+  Matrix bias(const std::optional<Tensor>& tensor, int64_t columns, Type& bias_type) const {
+    bias_type = type();
+    if (!tensor) return {};
+    bias_type = is_wide("bias", *tensor, columns, kVector) ? Type::kFloat32 : type();
+    return as_matrix(*tensor);
+  }
+
+  // A factor: of x's dtype or float32. All are noted before the first is read, for all are read in one type.
+  void note_factor(const char* name, const std::optional<Tensor>& tensor, int64_t rows, int64_t columns) {
+    if (tensor) wide_factors_ |= is_wide(name, *tensor, rows, columns);
   }
 
   // A factor that has been noted, in the dtype that all have together.
@@ -125,7 +127,17 @@ class Arguments {
   }
 
  private:
-  static constexpr int64_t kVector = -1;
+  static constexpr int64_t kVector = -1;  // the columns of what is a vector
+
+  // Whether it is float32; refuses what is neither that nor of x's dtype.
+  bool is_wide(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) const {
+    check_placed(name, tensor, rows, columns);
+    const ScalarType found = tensor.scalar_type();
+    if (found != dtype_ && found != ScalarType::Float) {
+      refuse(name, " is ", torch::headeronly::toString(dtype_), " like x, or float32, got ", described(tensor));
+    }
+    return found == ScalarType::Float;
+  }
 
   void check_placed(const char* name, const Tensor& tensor, int64_t rows, int64_t columns) const {
     const bool vector = columns == kVector;

@@ -23,7 +23,8 @@ struct Matrix {
 
 struct LoraLinear {
   Type type;                // of x, W and the outputs: float16 or bfloat16
-  Type factor_type;         // of the four factors and the bias: the same, or float32
+  Type factor_type;         // of the four factors: the same, or float32
+  Type bias_type;           // of the bias: the same, or float32
   Matrix x, x_tangent;      // (M, K); no x_tangent with two streams means that it is zero
   Matrix weight;            // (N, K); K or N contiguous
   Matrix bias;              // (1, N), or absent

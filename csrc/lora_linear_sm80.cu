@@ -76,7 +76,7 @@ struct Problem {
         y{Operand(given.y), Operand(given.y_tangent)},
         u(given.u),
         c(given.c),
-        bias(given.bias, given.factor_type),
+        bias(given.bias, given.bias_type),
         shrink(given.shrink, given.factor_type),
         d_shrink(given.d_shrink, given.factor_type),
         expand(given.expand, given.factor_type),

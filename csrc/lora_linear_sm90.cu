@@ -169,7 +169,7 @@ cudaError_t lora_linear_sm90(const LoraLinear& problem, Workspace workspace, cud
   launch.ticket = workspace.counters;
   launch.pack_flag = workspace.counters + 1;
   launch.row_flags = workspace.counters + 2;
-  launch.bias = Factor(problem.bias, problem.factor_type);
+  launch.bias = Factor(problem.bias, problem.bias_type);
   launch.factors_shrink[0] = Factor(problem.shrink, problem.factor_type);
   launch.factors_shrink[1] = Factor(problem.d_shrink, problem.factor_type);
   const Factor d_expand(problem.d_expand, problem.factor_type);

@@ -41,7 +41,6 @@ LoraLinear common(Arguments& arguments, const Tensor& x, const Tensor& weight, c
   if (d_shrink.has_value() != expand.has_value()) {
     arguments.refuse("d_shrink and expand come together, or neither does (the short form, B0 = 0)");
   }
-  arguments.note_factor("bias", bias, N);
   arguments.note_factor("shrink", shrink, rank, K);
   arguments.note_factor("d_shrink", d_shrink, rank, K);
   arguments.note_factor("expand", expand, N, rank);
@@ -52,7 +51,7 @@ LoraLinear common(Arguments& arguments, const Tensor& x, const Tensor& weight, c
   problem.factor_type = arguments.factor_type();
   problem.x = arguments.activation("x", x, M, K);
   problem.weight = arguments.weight(weight, N, K);
-  problem.bias = arguments.factor(bias);
+  problem.bias = arguments.bias(bias, N, problem.bias_type);
   problem.shrink = arguments.factor(shrink);
   problem.d_shrink = arguments.factor(d_shrink);
   problem.expand = arguments.factor(expand);

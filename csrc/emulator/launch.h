@@ -29,7 +29,7 @@ inline void allocate(Session& session, const LoraLinear& problem) {
   allocate(session, "x", problem.x, problem.type, false);
   allocate(session, "x_tangent", problem.x_tangent, problem.type, false);
   allocate(session, "weight", problem.weight, problem.type, false);
-  allocate(session, "bias", problem.bias, problem.factor_type, false);
+  allocate(session, "bias", problem.bias, problem.bias_type, false);
   allocate(session, "shrink", problem.shrink, problem.factor_type, false);
   allocate(session, "d_shrink", problem.d_shrink, problem.factor_type, false);
   allocate(session, "expand", problem.expand, problem.factor_type, false);

@@ -10,34 +10,10 @@ import torch
 from torch import Tensor
 
 from linlora import reference
+from linlora.ops.cuda.emulated import TYPES, LoraLinear, matrix
 from linlora.testing import relative_error
 
 CSRC = Path(__file__).parents[2] / "csrc"
-TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
-
-
-class Matrix(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p), ("rows", ctypes.c_int64), ("columns", ctypes.c_int64),
-        ("row_stride", ctypes.c_int64), ("column_stride", ctypes.c_int64),
-    )  # fmt: skip
-
-
-MATRICES = ("x", "x_tangent", "weight", "bias", "shrink", "d_shrink", "expand", "d_expand", "y", "y_tangent", "u", "c")
-
-
-class LoraLinear(ctypes.Structure):
-    _fields_ = (
-        ("type", ctypes.c_int32), ("factor_type", ctypes.c_int32), *((name, Matrix) for name in MATRICES),
-        ("scaling", ctypes.c_float), ("two_streams", ctypes.c_bool),
-    )  # fmt: skip
-
-
-def matrix(tensor: Tensor | None) -> Matrix:
-    if tensor is None:
-        return Matrix()
-    tensor = tensor if tensor.ndim == 2 else tensor.unsqueeze(0)
-    return Matrix(tensor.data_ptr(), *tensor.shape, *tensor.stride())
 
 
 @dataclass
@@ -72,8 +48,8 @@ class Problem:
         """What a launch is given."""
         tensors = {name: getattr(self, name) for name in self.INPUTS} | outputs
         return LoraLinear(
-            TYPES[self.x.dtype], TYPES[self.shrink.dtype],
-            **{name: matrix(tensors.get(name)) for name in MATRICES},
+            TYPES[self.x.dtype], TYPES[self.shrink.dtype], TYPES[(self.x if self.bias is None else self.bias).dtype],
+            **{name: matrix(tensors.get(name)) for name in LoraLinear.MATRICES},
             scaling=self.scaling, two_streams=self.two_streams,
         )  # fmt: skip
 
@@ -125,6 +101,7 @@ def random_problem(
     streams: int = 1,
     dtype: torch.dtype = torch.bfloat16,
     factor_dtype: torch.dtype = torch.float32,
+    bias_dtype: torch.dtype | None = None,
     transposed: bool = False,
     bias: bool = True,
     tangent: bool = True,
@@ -141,7 +118,7 @@ def random_problem(
     return Problem(
         x=torch.randn(m, k).to(dtype),
         weight=matrix_of(n, k, dtype),
-        bias=torch.randn(n).to(factor_dtype) if bias else None,
+        bias=torch.randn(n).to(bias_dtype or factor_dtype) if bias else None,
         shrink=matrix_of(rank, k, factor_dtype),
         d_shrink=matrix_of(rank, k, factor_dtype) if pair else None,
         expand=matrix_of(n, rank, factor_dtype) if pair else None,

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from linlora.ops.cuda import checkout
 
-_TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
+TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
 _MULTIPROCESSORS = 2
 
 
@@ -34,9 +34,17 @@ class LoraLinear(ctypes.Structure):
         "x", "x_tangent", "weight", "bias", "shrink", "d_shrink", "expand", "d_expand", "y", "y_tangent", "u", "c",
     )  # fmt: skip
     _fields_ = (
-        ("type", ctypes.c_int32), ("factor_type", ctypes.c_int32), *((name, Matrix) for name in MATRICES),
-        ("scaling", ctypes.c_float), ("two_streams", ctypes.c_bool),
+        ("type", ctypes.c_int32), ("factor_type", ctypes.c_int32), ("bias_type", ctypes.c_int32),
+        *((name, Matrix) for name in MATRICES), ("scaling", ctypes.c_float), ("two_streams", ctypes.c_bool),
     )  # fmt: skip
+
+
+def matrix(tensor: Tensor | None) -> Matrix:
+    """A matrix, or a vector as one row; absent for None. The tensor has to stay alive."""
+    if tensor is None:
+        return Matrix()
+    tensor = tensor if tensor.ndim == 2 else tensor.unsqueeze(0)
+    return Matrix(tensor.data_ptr(), *tensor.shape, *tensor.stride())
 
 
 def enabled() -> bool:
@@ -113,14 +121,15 @@ def _run(kernel: int, two_streams: bool, scaling: float, **tensors: Tensor | Non
     assert x is not None
     if x.shape[0] == 0:
         return
-    names = ("bias", "shrink", "d_shrink", "expand", "d_expand")
+    names = ("shrink", "d_shrink", "expand", "d_expand")
     factors = {name: tensor for name in names if (tensor := tensors[name]) is not None}
     wide = any(tensor.dtype is torch.float32 for tensor in factors.values())
     factor_type = torch.float32 if wide else x.dtype
     tensors |= {name: tensor.to(factor_type) for name, tensor in factors.items()}
+    bias = tensors["bias"]
     problem = LoraLinear(
-        _TYPES[x.dtype], _TYPES[factor_type], **{name: _matrix(tensor) for name, tensor in tensors.items()},
-        scaling=scaling, two_streams=two_streams,
+        TYPES[x.dtype], TYPES[factor_type], TYPES[x.dtype if bias is None else bias.dtype],
+        **{name: matrix(tensor) for name, tensor in tensors.items()}, scaling=scaling, two_streams=two_streams,
     )  # fmt: skip
     reference = ctypes.byref(problem)
     obstacle = None if kernel == 80 else _library("lora_linear_sm90").lora_linear_sm90_obstacle(reference)
@@ -134,14 +143,6 @@ def _run(kernel: int, two_streams: bool, scaling: float, **tensors: Tensor | Non
 
 def _poisoned(x: Tensor, rows: int, columns: int) -> Tensor:
     return x.new_full((rows, columns), torch.nan)
-
-
-def _matrix(tensor: Tensor | None) -> Matrix:
-    """A matrix, or a vector as one row; absent where there is nothing."""
-    if tensor is None or tensor.numel() == 0:
-        return Matrix()
-    matrix = tensor.detach() if tensor.ndim == 2 else tensor.detach().unsqueeze(0)
-    return Matrix(matrix.data_ptr(), *matrix.shape, *matrix.stride())
 
 
 @functools.cache
