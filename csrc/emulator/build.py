@@ -38,7 +38,7 @@ def build_sources(sources: Sequence[Path]) -> Path:
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler found: install g++ or clang++, or name one in CXX")
-    sources = [*sources, EMULATOR / "machine.cpp"]
+    sources = [*sources, EMULATOR / "machine.cpp", EMULATOR / "memory.cpp"]
     read = sorted({*sources, *CSRC.glob("*.cuh"), *CSRC.glob("*.h"), *EMULATOR.glob("*.h")})
     state = hashlib.sha256(repr((cxx, FLAGS, [(path.name, path.read_bytes()) for path in read])).encode())
     folder = Path(tempfile.gettempdir()) / f"linlora-emulator-{getpass.getuser()}"
