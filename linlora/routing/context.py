@@ -13,6 +13,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from linlora.ops.grouping import Groups
@@ -41,14 +42,14 @@ class Routing:
     n_groups: int
     factors: dict[str, Factors]
     weights: dict[str, Tensor]
-    _groups: dict[int, Groups] = field(default_factory=dict, repr=False)
+    _groups: dict[tuple[int, torch.device], Groups] = field(default_factory=dict, repr=False)
 
-    def groups(self, lead: tuple[int, ...]) -> Groups:
+    def groups(self, lead: tuple[int, ...], device: torch.device) -> Groups:
         """The groups of a layer's rows, whose leading dimensions are `lead`; made once for all layers of as many."""
-        rows = math.prod(lead)
-        if rows not in self._groups:
-            self._groups[rows] = Groups(self.places.flatten(), self.n_groups, rows)
-        return self._groups[rows]
+        key = math.prod(lead), device
+        if key not in self._groups:
+            self._groups[key] = Groups(self.places.flatten().to(device), self.n_groups, key[0])
+        return self._groups[key]
 
 
 class Context:

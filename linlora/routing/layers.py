@@ -175,7 +175,7 @@ class RoutedLoraLinear(RoutedLayer):
         layer = (x, self._matrix, self.bias)
         factors = routing.factors.get(self.layer_name)
         if factors is not None:
-            groups = routing.groups(self._lead(x, routing.places))
+            groups = routing.groups(self._lead(x, routing.places), x.device)
             return grouped_lora_linear(
                 *layer, *factors, groups, self.sizes.scaling, A0=self.A0, B0=self.B0, **options
             )  # fmt: skip
@@ -183,7 +183,8 @@ class RoutedLoraLinear(RoutedLayer):
         if weights is None:
             weights = self._gated(x)
         else:
-            weights = weights.repeat_interleave(self._lead(x, weights[..., 0, 0])[0] // weights.shape[0], 0)
+            copies = self._lead(x, weights[..., 0, 0])[0] // max(weights.shape[0], 1)
+            weights = weights.to(x.device).repeat_interleave(copies, 0)
         return routed_lora_linear(
             *layer, self.lora_A, self.lora_B, weights, self.sizes.scaling, A0=self.A0, B0=self.B0, **options
         )  # fmt: skip
@@ -202,7 +203,7 @@ class RoutedLoraLinear(RoutedLayer):
         assert self.A0 is not None
         x, x_tangent = (x.primal, x.tangent) if isinstance(x, DualTensor) else (x, None)
         factors = routing.factors[self.layer_name]
-        groups = routing.groups(self._lead(x, routing.places))
+        groups = routing.groups(self._lead(x, routing.places), x.device)
         y, y_tangent = dual.grouped_lora_linear(
             x, x_tangent, self._matrix, self.bias, self.A0, self.B0, *factors, groups, self.sizes.scaling,
             **options,

@@ -2,14 +2,16 @@
 
 import copy
 import logging
+import subprocess
+import sys
+from pathlib import Path
 
 import datasets
 import pytest
 import torch
-import torch.multiprocessing as mp
+from processes import small_network
 from routed_models import fill, routed_model, rows_of
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
 
@@ -137,26 +139,16 @@ def test_every_gradient_is_that_of_finite_differences(batch, ids):
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
-def small_network():
-    torch.manual_seed(0)
-    base = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 4))
-    routed = fill(routing.route(base, 4, n_skills=3, n_heads=2, rank=2, target_modules=["0", "2"]))
-    return routed, torch.randn(8, 6), torch.tensor([0, 1, 0, 1, 2, 2, 1, 3])
-
-
-def one_process(rank, file, out):
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
-    routed, x, ids = small_network()
-    part = slice(4 * rank, 4 * rank + 4)  # the processes see different tasks
-    model = DistributedDataParallel(routed)
-    model(x[part], task_ids=ids[part]).sin().mean().backward()
-    torch.save({n: p.grad for n, p in routed.named_parameters() if p.requires_grad}, f"{out}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
 def test_distributed_data_parallel_averages_over_processes_of_different_tasks(tmp_path):
-    mp.spawn(one_process, (tmp_path / "store", tmp_path), nprocs=2)
+    command = [sys.executable, Path(__file__).with_name("processes.py")]
+    processes = [subprocess.Popen([*command, str(rank), tmp_path], stderr=subprocess.PIPE) for rank in range(2)]
+    try:
+        for process in processes:
+            _, error = process.communicate(timeout=300)
+            assert process.returncode == 0, error.decode()
+    finally:
+        for process in processes:
+            process.kill()
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     routed, x, ids = small_network()
     routed(x, task_ids=ids).sin().mean().backward()
