@@ -66,8 +66,8 @@ def evaluate(
 
 
 def _beside(vectors: list[Path], method: str | None, split: str) -> Path:
-    """In the folder of a run; of several vectors beside the folder that holds them, where a `*` does not find it."""
-    if len(vectors) == 1 and vectors[0].is_dir():
+    """In the folder of a run; of several, or of what is no run, beside it, where a `*` of runs does not look."""
+    if len(vectors) == 1 and (vectors[0] / "settings.yaml").exists():
         return vectors[0] / f"eval-{split}.json"
-    folder = vectors[0].parent
-    return folder.parent / "-".join(part for part in (folder.name, method or "single", f"{split}.json") if part)
+    together = vectors[0] if len(vectors) == 1 else vectors[0].parent
+    return together.parent / "-".join(part for part in (together.stem, method or "eval", f"{split}.json") if part)

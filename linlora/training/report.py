@@ -45,25 +45,19 @@ def what_next(runs: Sequence[Run]) -> str:
 
 
 def evaluated(result: Mapping[str, Any]) -> Table:
-    """A row for each task: its metric, alone and fused, and the one over the other."""
-    fused = result["method"] is not None
+    """A row for each task: its score; where its run is known, the score of that and the one over the other."""
+    single = any(of_task.get("single") is not None for of_task in result["tasks"].values())
+    keys = ("single", "score", "normalised") if single else ("score",)
     view = Table(title=_title(result), title_justify="left")
     view.add_column("task")
     view.add_column("metric")
-    for heading in ("rows", *(("single %", "fused %", "fused / single %") if fused else ("score %",))):
+    for heading in ("rows", *(("single %", "fused %", "fused / single %") if single else ("score %",))):
         view.add_column(heading, justify="right")
     for name, of_task in result["tasks"].items():
-        numbers = [percent(of_task["score"])]
-        if fused:
-            numbers = [percent(of_task["single"]), *numbers, percent(of_task["normalised"])]
-        view.add_row(name, of_task["metric"], str(of_task["rows"]), *numbers)
+        view.add_row(name, of_task["metric"], str(of_task["rows"]), *(percent(of_task[key]) for key in keys))
     if len(result["tasks"]) > 1:
-        mean = result["mean"]
-        numbers = [percent(mean["score"])]
-        if fused:
-            numbers = [percent(mean["single"]), *numbers, percent(mean["normalised"])]
         view.add_section()
-        view.add_row("mean", "", "", *numbers)
+        view.add_row("mean", "", "", *(percent(result["mean"][key]) for key in keys))
     return view
 
 
