@@ -6,6 +6,7 @@ import typer
 
 from linlora.commands.compare import compare
 from linlora.commands.evaluate import evaluate
+from linlora.commands.export import export
 from linlora.commands.fuse import fuse
 from linlora.commands.info import info
 from linlora.commands.inspect import inspect
@@ -26,6 +27,7 @@ app.command("eval")(evaluate)
 app.command()(compare)
 app.command(context_settings={"ignore_unknown_options": True})(fuse)
 app.command()(inspect)
+app.command()(export)
 app.command()(merge)
 
 

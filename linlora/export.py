@@ -5,19 +5,26 @@ from __future__ import annotations
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from peft import PeftModel
-from torch import nn
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
 
+from linlora import formats
 from linlora.files import install_file
-from linlora.folding import folded_configs, folded_state_dict
+from linlora.folding import factors_of, folded_configs, folded_state_dict, with_sizes
+from linlora.formats import Stored
+from linlora.formats.checkpoint import Checkpoint
+from linlora.formats.opening import TASK_VECTOR_FILE
+from linlora.formats.peft_adapter import CONFIG_FILE, TENSOR_FILE
 from linlora.linearize import accelerate
 from linlora.modules import fused_layers
 from linlora.sharding import is_sharded, writes
 from linlora.task_vector import TaskVector, _one_adapter
-
-TASK_VECTOR_FILE = "task_vector.safetensors"
+from linlora.tensor_files import save_tensors
 
 
 def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
@@ -47,44 +54,102 @@ def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
     return model.merge_and_unload(adapter_names=adapters)
 
 
-def export(model: PeftModel, directory: str | os.PathLike, adapter: str | None = None) -> None:
-    """Write an adapter (the active one if not named) as a directory that stock PEFT, vLLM or SGLang loads.
+def export(
+    source: PeftModel | TaskVector,
+    directory: str | os.PathLike,
+    adapter: str | None = None,
+    base: str | os.PathLike | None = None,
+) -> None:
+    """Write an adapter of a model (the active one if not named), or a task vector, for stock PEFT, vLLM or SGLang.
 
     `adapter_model.safetensors` and `adapter_config.json` hold the exact LoRA factors of the layer-scope function, of
     rank r where B0 = 0 and 2r elsewhere; `task_vector.safetensors` holds (dA, dB) and the linearization point, for
-    `TaskVector.load`. A plain LoRA adapter has no linearization point, so no vector is written for it: save
+    `TaskVector.load`. A plain LoRA adapter of a model has no linearization point, so no vector is written for it: save
     `TaskVector.from_model(model, point=start)` beside it. Each file is replaced in one step.
 
     Of a model sharded by FSDP2 every process has to call this, and rank 0 writes; under DDP let rank 0 call it.
 
-    >>> import linlora, tempfile, peft
+    Args:
+        base: for a task vector, what the adapter is of: the hub id or folder of the base model, or the folder of an
+            adapter of it, whose configuration (task type, head) is taken over. A folder is checked against the vector.
+
+    Raises ValueError for scope "model", which no LoRA adapter computes, and for a vector without its point;
+    WrongBaseError for a base that the vector does not fit.
+
+    >>> import linlora, peft
     >>> model = linlora.testing.tiny_model("bert")
     >>> _ = linlora.linearize(model)
-    >>> with tempfile.TemporaryDirectory() as directory:
-    ...     linlora.export(model, directory)
-    ...     base = linlora.testing.tiny_base("bert")
-    ...     print(type(peft.PeftModel.from_pretrained(base, directory)).__name__)
+    >>> linlora.export(model, "adapter")
+    >>> linlora.export(2.0 * linlora.TaskVector.from_model(model), "doubled")
+    >>> base = linlora.testing.tiny_base("bert")
+    >>> print(type(peft.PeftModel.from_pretrained(base, "doubled")).__name__)
     PeftModel
     """
-    adapter = _one_adapter(model, adapter)
-    vector = TaskVector.from_model(model, adapter)
+    if isinstance(source, TaskVector):
+        return export_stored(Stored(Path(directory), "task vector", source), directory, base)
+    adapter = _one_adapter(source, adapter)
+    vector = TaskVector.from_model(source, adapter)
     if vector.scope == "model":
         raise ValueError(
             "export: no LoRA adapter has the function of a model linearized at model scope. Save its task vector, "
             "TaskVector.from_model(model).save(path), or export the layer-scope function: "
             "linlora.set_scope(model, 'layer')"
         )
-    state_dict = folded_state_dict(model)
-    if not writes(model):
+    state_dict = folded_state_dict(source)
+    if not writes(source):
         return
+    with _staging(directory) as staging:
+        with folded_configs(source):
+            type(source).save_pretrained(source, str(staging), selected_adapters=[adapter], state_dict=state_dict)
+        if vector.scope == "layer":
+            vector.save(staging / TASK_VECTOR_FILE)
+
+
+def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.PathLike | None = None) -> None:
+    """`export` of what lies in a file or folder: the vector, and what was trained beside it."""
+    vector = stored.vector
+    config, extras, base_model = dict(stored.config), stored.extras, vector.base_model
+    if base is not None and (Path(base) / CONFIG_FILE).is_file():
+        like = formats.open(base)
+        like.vector.check_same_layers(vector)
+        config, extras, base_model = dict(like.config), like.extras, like.vector.base_model
+    elif base is not None:
+        base_model = str(base)
+        if Path(base).is_dir():
+            placed = Checkpoint(Path(base)).place(stored.layer_sizes())
+            config["fan_in_fan_out"] = any(place.transposed for place in placed.values())
+    tensors, sizes = {}, {}
+    for layer, scaling in vector.scalings.items():
+        A, B = (_narrowed(factor, vector.deltas[f"{layer}.dB"].dtype) for factor in factors_of(vector, layer))
+        tensors[f"base_model.model.{layer}.lora_A.weight"] = A
+        tensors[f"base_model.model.{layer}.lora_B.weight"] = B
+        sizes[layer] = (len(A), scaling * len(A))
+    tensors.update({f"base_model.model.{name}": tensor for name, tensor in extras.items()})
+    kept = {key: config[key] for key in ("task_type", "fan_in_fan_out", "modules_to_save") if config.get(key)}
+    lora = LoraConfig(target_modules=list(sizes), inference_mode=True, base_model_name_or_path=base_model, **kept)
+    with _staging(directory) as staging:
+        with_sizes(lora, sizes).save_pretrained(str(staging))
+        save_tensors(staging / TENSOR_FILE, tensors, {"format": "pt"})
+        if vector.point:
+            vector.save(staging / TASK_VECTOR_FILE)
+
+
+def _narrowed(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor in the vector's own dtype, if that holds it exactly."""
+    narrow = factor.to(dtype)
+    return narrow if torch.equal(narrow.to(factor.dtype), factor) else factor
+
+
+@contextmanager
+def _staging(directory: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write to, whose files then go to the directory, each in one step; an error leaves that as it was."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=directory, prefix=".export."))
     try:
-        with folded_configs(model):
-            type(model).save_pretrained(model, str(staging), selected_adapters=[adapter], state_dict=state_dict)
-        if vector.scope == "layer":
-            vector.save(staging / TASK_VECTOR_FILE)
+        yield staging
+        if not (staging / TASK_VECTOR_FILE).exists():
+            (directory / TASK_VECTOR_FILE).unlink(missing_ok=True)  # of the adapter that was there
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
             install_file(file, directory / file.name)
     finally:

@@ -50,15 +50,15 @@ def folded_state_dict(model: PeftModel, state_dict: dict[str, Tensor] | None = N
     return state_dict
 
 
-def factors_of(vector: TaskVector, layer: str) -> Update:
-    """The whole ΔW of a layer of a vector, as LoRA factors with the scaling in B: what replaces the layer's adapter.
+def factors_of(vector: TaskVector, layer: str) -> tuple[Tensor, Tensor]:
+    """(A', B') with ΔW = s B' A' of a layer of a vector, in float32 or wider: what replaces the layer's adapter.
 
     Raises ValueError for a vector of scope "model", which folds into no weight, and for one without its point.
 
     >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
-    >>> update = factors_of(TaskVector(deltas, point, "", {"q": 0.5}, "layer"), "q")
-    >>> (update.B @ update.A).tolist()
-    [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
+    >>> A, B = factors_of(TaskVector(deltas, point, "", {"q": 0.5}, "layer"), "q")
+    >>> (B @ A).tolist()
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     """
     if vector.scope == "model":
         raise ValueError(
@@ -69,8 +69,8 @@ def factors_of(vector: TaskVector, layer: str) -> Update:
     if vector.scope == "layer":
         assert A0 is not None
         assert dB is not None
-        return Update(*stacked(A0, B0, dA, dB, vector.scalings[layer]))
-    return Update(*stacked(_sum(A0, dA), None, None, _sum(B0, dB), vector.scalings[layer]))
+        return stacked(A0, B0, dA, dB)
+    return stacked(_sum(A0, dA), None, None, _sum(B0, dB))
 
 
 def change_of_weight(vector: TaskVector, layer: str) -> Update:

@@ -91,14 +91,15 @@ class _Plan:
         self.folds: dict[str, list[Callable[[], Update]]] = defaultdict(list)
         self.replacements: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
         for adapter in adapters:
-            placed = checkpoint.place(layer_sizes(adapter))
+            placed = checkpoint.place(adapter.layer_sizes())
             for layer, (key, transposed) in placed.items():
                 self.folds[key].append(_reader(adapter, layer, transposed))
-            self._replace(checkpoint, adapter, checkpoint.renaming(next(iter(placed))))
+            self._replace(checkpoint, adapter)
 
-    def _replace(self, checkpoint: Checkpoint, adapter: formats.Stored, rename: Callable[[str], str]) -> None:
+    def _replace(self, checkpoint: Checkpoint, adapter: formats.Stored) -> None:
+        keys = checkpoint.keys([f"{layer}.weight" for layer in adapter.vector.scalings] + list(adapter.extras))
         for name, like in shapes(adapter.extras).items():
-            key = rename(name)
+            key = keys[name]
             if key not in checkpoint.home:
                 raise WrongBaseError(
                     f"'{name}' was trained beside the adapter {adapter.path}, and {checkpoint.folder} has no such "
@@ -139,26 +140,10 @@ class _Plan:
             _write(out, block)
 
 
-def layer_sizes(adapter: formats.Stored) -> dict[str, tuple[int, int]]:
-    """(N, K) of every layer of an adapter. Raises ValueError where it was saved without its point."""
-    vector = adapter.vector
-    like = {**shapes(vector.point or {}), **shapes(vector.deltas)}
-    sizes = {}
-    for layer in vector.scalings:
-        down = next((like[f"{layer}.{kind}"] for kind in ("A0", "dA") if f"{layer}.{kind}" in like), None)
-        if down is None:
-            raise ValueError(
-                f"{adapter.path}: the vector was saved without its point (include_point=False), and ΔW is of both; use "
-                "the vector with its point"
-            )
-        sizes[layer] = (like[f"{layer}.dB"].shape[0], down.shape[1])
-    return sizes
-
-
 def _reader(adapter: formats.Stored, layer: str, transposed: bool) -> Callable[[], Update]:
     def read() -> Update:
-        update = factors_of(adapter.vector, layer)
-        return Update(update.A, update.B, transposed)
+        A, B = factors_of(adapter.vector, layer)
+        return Update(A, adapter.vector.scalings[layer] * B, transposed)
 
     return read
 

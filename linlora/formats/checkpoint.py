@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from linlora.files import CorruptFileError
+from linlora.formats.renamed import names_in_files
 from linlora.tensor_files import Entry, TensorFile
 
 SINGLE_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
@@ -54,23 +55,17 @@ class Checkpoint:
         return self.home[key].entries[key]
 
     def place(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, Placed]:
-        """Where the weights of layers of shape (N, K) are. Raises WrongBaseError where the base has no such layer.
-
-        The names of a checkpoint may have a prefix that the adapter's have not, or the other way round: the same for
-        all layers.
-        """
-        rename = self.renaming(next(iter(layers)))
-        keys = {name: rename(f"{name}.weight") for name in layers}
-        missing = [name for name in layers if keys[name] not in self.home]
+        """Where the weights of layers of shape (N, K) are. Raises WrongBaseError where the base has no such layer."""
+        keys = self.keys([f"{name}.weight" for name in layers])
+        missing = [name for name in layers if keys[f"{name}.weight"] not in self.home]
         if missing:
-            there = ", ".join(key for key in list(self.home)[:3])
-            tied = " It shares the weight of the embedding, which cannot be changed alone." if any(
-                name.endswith("lm_head") for name in missing) else ""  # fmt: skip
+            tied = any(name.endswith("lm_head") for name in missing)
             raise WrongBaseError(
                 f"{self.folder} has no weight for {len(missing)} of {len(layers)} adapted layers, the first of them "
-                f"'{missing[0]}'; it holds {there}, ... Is it the model the adapter was trained on?{tied}"
+                f"'{missing[0]}'; it holds {', '.join(list(self.home)[:3])}, ... Is it the model the adapter was "
+                "trained on?" + " It shares the weight of the embedding, which cannot be changed alone." * tied
             )
-        shapes = {name: self.entry(key).shape for name, key in keys.items()}
+        shapes = {name: self.entry(keys[f"{name}.weight"]).shape for name in layers}
         for name, shape in layers.items():
             if shapes[name] not in (tuple(shape), tuple(shape[::-1])):
                 raise WrongBaseError(
@@ -81,20 +76,31 @@ class Checkpoint:
         transposed = told.pop() if told else self.config.get("model_type") in CONV1D_MODELS
         if told:
             raise WrongBaseError(f"{self.folder}: some of the adapted layers are stored (N, K) and some (K, N)")
-        return {name: Placed(key, transposed) for name, key in keys.items()}
+        return {name: Placed(keys[f"{name}.weight"], transposed) for name in layers}
 
-    def renaming(self, layer: str) -> Callable[[str], str]:
-        """From the names of an adapter to those of the checkpoint, told by one layer: a prefix is added, or removed."""
-        weight = f"{layer}.weight"
-        longer = [key for key in self.home if key.endswith(f".{weight}")]
-        parts = layer.split(".")
-        prefixes = [".".join(parts[:cut]) + "." for cut in range(1, len(parts))]
-        shorter = [prefix for prefix in prefixes if weight.removeprefix(prefix) in self.home]
-        if weight not in self.home and len(longer) == 1:
-            return lambda name: longer[0].removesuffix(weight) + name
-        if weight not in self.home and shorter:
-            return lambda name: name.removeprefix(shorter[0])
-        return lambda name: name
+    def keys(self, names: list[str]) -> dict[str, str]:
+        """The key of each parameter of the model; a key that is not in the checkpoint where there is none.
+
+        Names are those of the files; or become them as transformers converts them; or with a prefix added or removed,
+        the same for all, as where the adapter is of a part of the model or the checkpoint is.
+        """
+        found = {name: name for name in names}
+        if any(name not in self.home for name in names):
+            found.update(names_in_files(self.folder, names) if self.config.get("model_type") else {})
+        if not any(key in self.home for key in found.values()):
+            shift = self._shift(found[names[0]])
+            found = {name: shift(key) for name, key in found.items()}
+        return found
+
+    def _shift(self, key: str) -> Callable[[str], str]:
+        """What adds to every key, or removes from it, the prefix by which one of them is not that of the checkpoint."""
+        longer = [known for known in self.home if known.endswith(f".{key}")]
+        parts = key.split(".")
+        prefixes = [".".join(parts[:cut]) + "." for cut in range(1, len(parts) - 1)]
+        shorter = [prefix for prefix in prefixes if key.removeprefix(prefix) in self.home]
+        if len(longer) == 1:
+            return lambda name: longer[0].removesuffix(key) + name
+        return lambda name: name.removeprefix(shorter[0]) if shorter else name
 
     def _shards(self) -> list[str]:
         if (self.folder / INDEX_FILE).is_file():

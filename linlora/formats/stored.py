@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from linlora.task_vector import TaskVector
+from linlora.tensor_files import shapes
 
 
 @dataclass(frozen=True)
@@ -32,3 +33,17 @@ class Stored:
     extras: Mapping[str, Tensor] = field(default_factory=dict)
     config: Mapping[str, Any] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+
+    def layer_sizes(self) -> dict[str, tuple[int, int]]:
+        """(N, K) of every layer. Raises ValueError where the vector was saved without its point."""
+        like = {**shapes(self.vector.point or {}), **shapes(self.vector.deltas)}
+        sizes = {}
+        for layer in self.vector.scalings:
+            down = next((like[name] for name in (f"{layer}.A0", f"{layer}.dA") if name in like), None)
+            if down is None:
+                raise ValueError(
+                    f"{self.path}: the vector was saved without its point (include_point=False), and ΔW is of both; "
+                    "use the vector with its point"
+                )
+            sizes[layer] = (like[f"{layer}.dB"].shape[0], down.shape[1])
+        return sizes

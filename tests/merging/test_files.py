@@ -46,7 +46,7 @@ def files_of(folder):
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["B0=0", "B0!=0"])
-@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama", "t5"])
+@pytest.mark.parametrize("architecture", ["bert", "gpt2", "llama", "t5", "vit"])
 def test_the_folder_is_the_model_merged_in_memory_bit_for_bit(tmp_path, architecture, trained):
     base = save_base(tmp_path, architecture, torch.bfloat16)
     model = linearized(architecture, trained, dtype=torch.bfloat16)
