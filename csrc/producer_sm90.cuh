@@ -94,7 +94,7 @@ struct Producer {
   }
 
   // Where there is no x_t, its rows are zeros: rows that x does not have.
-  __device__ int x_row(const Half& half) const { return half.stream == 1 && !plan.has_x_tangent ? plan.m : half.row; }
+  __device__ int x_row(const Half& half) const { return plan.has_input(half.stream) ? half.row : plan.m; }
 
   __device__ void load_shrink(const Tile& tile) {
     observe(launch.pack_flag, plan.pack_writers(), plan.pack_readers());

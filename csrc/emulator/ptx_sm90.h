@@ -124,8 +124,8 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), int clusters, int thr
                             const Arguments&... arguments) {
   auto thread = [&] {
     kernel(arguments...);
-    for (const auto& group : emulator::thread_state<emulator::StoreGroups>().committed) {
-      if (group->reading != 0) emulator::fail("exits while TMA reads its shared memory");
+    if (!emulator::thread_state<emulator::StoreGroups>().committed.empty()) {
+      emulator::fail("exits without waiting for its stores: TMA may still read its shared memory");
     }
   };
   return emulator::run_clusters(clusters, threads, shared_bytes, thread) ? cudaSuccess : cudaErrorLaunchFailure;
