@@ -95,30 +95,4 @@ struct TileCopy {
   static_assert(kRowStep % Tile::kPeriod == 0, "all its rows are permuted alike");
 };
 
-// Columns first_column to first_column + kColumns of a tile in shared memory become the block of `destination` from
-// (row, column) on; what lies outside is dropped.
-template <class Tile, int kColumns, int kThreads>
-__device__ __forceinline__ void store_tile(uint32_t tile, int first_column, const Operand& destination, int row,
-                                           int column) {
-  constexpr int kChunks = kColumns / 8;
-#pragma unroll 1
-  for (int chunk = threadIdx.x; chunk < Tile::kRows * kChunks; chunk += kThreads) {
-    const int i = chunk / kChunks, j = chunk % kChunks * 8;
-    const int elements = destination.columns - column - j;
-    if (row + i >= destination.rows || elements <= 0) continue;
-    const uint4 bits = load_shared<uint4>(tile + Tile::offset(i, first_column + j));
-    unsigned char* to = destination.at(row + i, column + j);
-    if (destination.vectors) {
-      store_global(to, bits);
-      continue;
-    }
-    const uint32_t words[4] = {bits.x, bits.y, bits.z, bits.w};
-#pragma unroll
-    for (int e = 0; e < 8; ++e) {
-      const auto element = static_cast<uint16_t>(words[e / 2] >> e % 2 * 16);
-      if (e < elements) store_global(to + 2 * e * destination.column_stride, element);
-    }
-  }
-}
-
 }  // namespace linlora

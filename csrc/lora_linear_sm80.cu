@@ -30,67 +30,12 @@
 // Floor: one stream 2MNK + 4Mr(K + N) FLOPs; MK + NK + MN + 2r(K + N) + 2Mr elements, each moved once. Two streams
 // twice the FLOPs of the frozen product, and of the elements of x, y. Measured: not yet run on a GPU; emulated on the
 // CPU (emulator/) and compiled for sm_80, sm_90a and sm_100.
-#include "copy.cuh"
-#include "factors.cuh"
+#include "epilogue.cuh"
 #include "lora_linear_sm80.h"
-#include "mma.cuh"
-#include "scheduler.cuh"
+#include "problem_sm80.cuh"
 
 namespace linlora {
 namespace {
-
-template <TileShape kShape, int kStreams>
-struct Config;
-
-template <int kStreams>
-struct Config<TileShape::kRow, kStreams> {
-  static constexpr int kRows = 16, kColumns = 64, kDepth = 128, kStages = kStreams == 1 ? 4 : 3, kRanks = 16;
-  static constexpr int kWarpRows = 1, kWarpColumns = 4;
-};
-
-template <int kStreams>
-struct Config<TileShape::kPanel, kStreams> {
-  static constexpr int kRows = 64 / kStreams, kColumns = 64, kDepth = 64, kStages = 4, kRanks = 32;
-  static constexpr int kWarpRows = 2, kWarpColumns = 2;
-};
-
-template <int kStreams>
-struct Config<TileShape::kSquare, kStreams> {
-  static constexpr int kRows = 128 / kStreams, kColumns = 128, kDepth = 32, kStages = 4, kRanks = 64;
-  static constexpr int kWarpRows = 2, kWarpColumns = 4;
-};
-
-// A LoraLinear as the kernel reads it; index 0 is the primal stream (of one stream: the only one).
-struct Problem {
-  Operand x[2], y[2], weight, u, c;
-  Factor bias, shrink, d_shrink, expand, d_expand;
-  int ranks, depth;  // r, K
-  float scaling;
-  bool weight_along_k;  // else `weight` is its transpose
-  bool pair;            // B0 != 0
-  bool product[2];      // whether y[stream] has a frozen product
-  TileOrder order;
-
-  explicit Problem(const LoraLinear& given)
-      : x{Operand(given.x), Operand(given.x_tangent)},
-        y{Operand(given.y), Operand(given.y_tangent)},
-        u(given.u),
-        c(given.c),
-        bias(given.bias, given.bias_type),
-        shrink(given.shrink, given.factor_type),
-        d_shrink(given.d_shrink, given.factor_type),
-        expand(given.expand, given.factor_type),
-        d_expand(given.d_expand, given.factor_type),
-        ranks(static_cast<int>(given.shrink.rows)),
-        depth(static_cast<int>(given.x.columns)),
-        scaling(given.scaling),
-        weight_along_k(given.weight.column_stride == 1 || given.weight.row_stride != 1),
-        pair(given.expand.data != nullptr || given.c.data != nullptr),  // an empty E0 has no data
-        product{given.y.data != nullptr, given.x_tangent.data != nullptr},
-        order{} {
-    weight = weight_along_k ? Operand(given.weight) : transposed(given.weight);
-  }
-};
 
 template <TileShape kShape, class Type, int kStreams>
 struct Block : Config<kShape, kStreams> {
@@ -317,10 +262,10 @@ struct Block : Config<kShape, kStreams> {
     if (problem.pair) store_expand(problem.expand, rank, kRanks);
     __syncthreads();
 
-    add_product(kStreams - 1, ranks, 0, 0);  // s u dEᵀ
+    update(y[kStreams - 1], ranks, 0, 0);  // s u dEᵀ
     if (problem.pair) {
-      add_product(kStreams - 1, ranks, kRanks, kRanks);                           // s c E0ᵀ
-      if (kStreams == 2 && problem.product[0]) add_product(0, ranks, 0, kRanks);  // s u E0ᵀ
+      update(y[kStreams - 1], ranks, kRanks, kRanks);                           // s c E0ᵀ
+      if (kStreams == 2 && problem.product[0]) update(y[0], ranks, 0, kRanks);  // s u E0ᵀ
     }
     if (stores_ranks) {
       store_tile<RankTile, kRanks, kThreads>(rank_tile, 0, problem.u, first_row, rank);
@@ -328,37 +273,16 @@ struct Block : Config<kShape, kStreams> {
     }
   }
 
+  __device__ void update(float (&sums)[kM][kN][4], int ranks, int p_column, int e_column) const {
+    add_product<RankTile, ExpandTile, Type>(sums, problem.scaling, ranks, memory, p_column, memory + RankTile::kBytes,
+                                            e_column, row_of(0), column_of(0));
+  }
+
   // Columns `rank` to rank + kRanks of dE or E0 become those from `column` on of the tile.
   __device__ void store_expand(const Factor& factor, int rank, int column) const {
     ExpandTiles expand(factor, first_column, rank);
     expand.load(0);
     expand.template store<ExpandTile>(memory + RankTile::kBytes, 0, column);
-  }
-
-  // y[stream] += s p eᵀ, for p and e from these columns on of u beside c and of dE beside E0.
-  __device__ void add_product(int stream, int ranks, int p_column, int e_column) {
-    const uint32_t p_address = memory + rows_offset<RankTile>(row_of(0));
-    const uint32_t e_address = memory + RankTile::kBytes + columns_offset<ExpandTile>(column_of(0), column_of(1));
-#pragma unroll
-    for (int n = 0; n < kN; n += 2) {
-      float sum[kM][2][4] = {};
-#pragma unroll 1
-      for (int k = 0; k < ranks; k += 16) {
-        uint32_t p[4], e[4];
-        ldmatrix(e, ExpandTile::move(e_address, 8 * n, e_column + k));
-#pragma unroll
-        for (int m = 0; m < kM; ++m) {
-          ldmatrix(p, RankTile::move(p_address, 16 * m, p_column + k));
-          mma_m16n8k16<Type>(sum[m][0], p, e[0], e[1]);
-          mma_m16n8k16<Type>(sum[m][1], p, e[2], e[3]);
-        }
-      }
-#pragma unroll
-      for (int m = 0; m < kM; ++m) {
-#pragma unroll
-        for (int i = 0; i < 8; ++i) y[stream][m][n + i / 4][i % 4] += problem.scaling * sum[m][i / 4][i % 4];
-      }
-    }
   }
 
   __device__ void store() {

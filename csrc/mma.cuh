@@ -34,12 +34,4 @@ __device__ __forceinline__ uint32_t transposed_columns_offset(int column) {
   return Tile::offset(lane % 16, column + lane / 16 * 8);
 }
 
-// Rounds d to rows `row` to row + 15, columns `column` to column + 7 of a tile.
-template <class Tile, class Type>
-__device__ __forceinline__ void store_fragment(const float (&d)[4], uint32_t tile, int row, int column) {
-  const int lane = lane_index(), i = row + lane / 4, j = column + lane % 4 * 2;
-  store_shared(tile + Tile::offset(i, j), pack<Type>(d[0], d[1]));
-  store_shared(tile + Tile::offset(i + 8, j), pack<Type>(d[2], d[3]));
-}
-
 }  // namespace linlora
