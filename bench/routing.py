@@ -35,13 +35,14 @@ def frozen(case: Case, data: RoutedData) -> Layer:
 
 def one_adapter(case: Case, data: RoutedData) -> Layer:
     """PEFT's LoRA layer with the factors of task 0."""
-    return _lora(data, tasks=1, forward=lambda layer, x: layer(x))
+    return _lora(data, [0], lambda layer, x: layer(x))
 
 
 def loop(case: Case, data: RoutedData) -> Layer:
     """PEFT's LoRA layer with an adapter a task; `adapter_names` says which example takes which."""
-    names = [f"task{task}" for task in data.task_ids.tolist()]
-    return _lora(data, case.tasks, lambda layer, x: layer(x, adapter_names=names))
+    tasks = data.task_ids.tolist()
+    names = [f"task{task}" for task in tasks]
+    return _lora(data, sorted(set(tasks)), lambda layer, x: layer(x, adapter_names=names))
 
 
 def routed(case: Case, data: RoutedData) -> Layer:
@@ -104,7 +105,7 @@ def reference(case: Case, function: str, data: RoutedData) -> dict[str, Tensor]:
     results = {"y": y}
     if case.phase != "forward":
         wanted = list(leaves.values())
-        # a task without examples leaves its adapter without a gradient, PEFT with zeros
+        # a task without examples has no gradient, which the gate takes for the zeros that it is
         gradients = torch.autograd.grad(y, wanted, data.cotangents[0].double(), allow_unused=True)
         results |= {
             name: torch.zeros_like(leaf) if gradient is None else gradient
@@ -120,18 +121,19 @@ def task_factors(case: Case, data: RoutedData) -> tuple[Tensor, Tensor]:
     return A.to(data.weight.dtype), B.to(data.weight.dtype)
 
 
-def _lora(data: RoutedData, tasks: int, forward: Any) -> Layer:
+def _lora(data: RoutedData, tasks: list[int], forward: Any) -> Layer:
+    """A PEFT LoRA layer with the adapters of these tasks."""
     rank, case = data.B.shape[2], data.case
     config = LoraConfig(r=rank, lora_alpha=1, target_modules=["linear"])
     base = nn.Sequential(OrderedDict(linear=_linear(data)))
-    model = get_peft_model(base, config, adapter_name="task0", autocast_adapter_dtype=False)
-    for task in range(1, tasks):
+    model = get_peft_model(base, config, adapter_name=f"task{tasks[0]}", autocast_adapter_dtype=False)
+    for task in tasks[1:]:
         model.add_adapter(f"task{task}", config, autocast_adapter_dtype=False)
     layer: Any = model.base_model.model.linear
     As, Bs = task_factors(case, data)
     trainable = {}
     for name, factors, modules in (("A", As, layer.lora_A), ("B", Bs, layer.lora_B)):
-        for task in range(tasks):
+        for task in tasks:
             modules[f"task{task}"].weight.data = factors[task].t().contiguous()
             trainable[f"{name}{task}"] = modules[f"task{task}"].weight
     layer.eval()

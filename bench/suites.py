@@ -152,7 +152,7 @@ def _routing() -> list[Case]:
         *(routing_case(*layer, 64, 32, tasks) for tasks in (1, 64)),
         *(routing_case(*layer, 64, 32, tasks, "skewed") for tasks in (8, 64)),
         routing_case(*layer, 16, 128, 16, "distinct"),
-        routing_case(*layer, 512, 4, 512, "distinct"),
+        routing_case(*layer, 128, 16, 128, "distinct"),
         routing_case(*layer, 64, 32, 8, heads=8),
         routing_case(*layer, 64, 32, 8, phase="forward"),
         routing_case(*layer, 8, 1, 8, "distinct", "forward"),

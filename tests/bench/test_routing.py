@@ -29,6 +29,7 @@ def small(batch: int, length: int, tasks: int, tasks_in="uniform", **changes) ->
 CASES = [
     small(6, 5, 3),
     small(8, 40, 4, "skewed", heads=4),
+    small(16, 2, 8, "skewed"),  # of which one task has no example
     small(5, 1, 5, "distinct", bias=True),
     small(4, 3, 1, phase="forward"),
 ]
