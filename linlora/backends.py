@@ -33,6 +33,7 @@ LAYER_OPS = ("linearized_lora_linear", "lora_linear")
 
 _MODULES: dict[str, ModuleType] = {"torch": aten, "triton": kernels, "cuda": cuda}
 _requested: str | None = None  # a module global, not a ContextVar: torch.compile guards on it
+_obstacles: dict[torch.device, str | None] = {}  # of the backend asked for: looked up once in a `use_backend`
 
 
 class BackendUnavailableError(RuntimeError):
@@ -59,10 +60,12 @@ def use_backend(name: BackendName) -> Iterator[None]:
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot run here: {reason}")
     previous, _requested = _requested, name
+    _obstacles.clear()
     try:
         yield
     finally:
         _requested = previous
+        _obstacles.clear()
 
 
 def select(
@@ -78,7 +81,9 @@ def select(
     if name is None:
         return _MODULES[automatic(device.type, device.index, op, shape, dtype, rank, dropout)]
     if not torch.compiler.is_compiling():
-        reason = unavailable(name, device) or refusal(name, op, dtype, rank, dropout)
+        if device not in _obstacles:
+            _obstacles[device] = unavailable(name, device)
+        reason = _obstacles[device] or refusal(name, op, dtype, rank, dropout)
         if reason is not None:
             raise BackendUnavailableError(f"backend {name!r} cannot run {op} on {device}: {reason}")
     return _MODULES[name]

@@ -92,6 +92,23 @@ for name in ("linlora", "linlora_cuda"):
         "schemas": {{op: str(getattr(space, op).default._schema) for op in {OPS}}},
         "shapes": [[list(y.shape) for y in getattr(space, op)(*call)] for op, call in calls],
     }}
+
+import linlora
+from linlora import backends, functional
+from torch._subclasses.fake_tensor import FakeTensorMode
+calls = []
+def spy(graph, inputs):
+    calls.extend(str(node.target) for node in graph.graph.nodes if str(node.target).startswith("linlora"))
+    return graph.forward
+backends._requested = "cuda"
+with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+    def fake(*shape): return torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
+    x, W, A0, B0 = fake(72, 16), fake(8, 16), fake(3, 16), fake(8, 3)
+    def layer(x): return functional.linearized_lora_linear(x, W, None, A0, B0, A0, B0, 1.0)
+    def dual(x): return functional.lora_linear(x, W, None, A0, B0, A0, B0, 1.0, x)
+    for function in (layer, dual):
+        torch.compile(function, backend=spy, fullgraph=True)(x)
+said["compiled"] = calls
 print(json.dumps(said))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
@@ -109,6 +126,10 @@ def test_an_operator_has_the_schema_of_the_triton_operator(operators, op):
 def test_the_operators_have_fake_functions_like_the_triton_operators(operators):
     assert operators["linlora_cuda"]["shapes"] == operators["linlora"]["shapes"]
     assert operators["linlora_cuda"]["shapes"][0] == [[5, 8], [5, 3], [5, 3]]
+
+
+def test_torch_compile_sees_each_operator_as_one_call(operators):
+    assert operators["compiled"] == [f"linlora_cuda.{op}" for op in OPS]
 
 
 def test_the_library_is_bound_to_no_python_and_to_no_version_of_torch(built):
