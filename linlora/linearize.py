@@ -14,8 +14,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from linlora import backends, folding
+from linlora.conversion import fuse_layer, unfuse_layer, unsupported
 from linlora.model_scope import check_model_scope, enter_model_scope, leave_model_scope
-from linlora.modules import FusedLoraLinear, fuse_layer, fused_layers, unfuse_layer, unsupported
+from linlora.modules import FusedLoraLinear, fused_layers
+from linlora.quantized import QuantizedLoraLinear
 from linlora.sharding import is_sharded
 
 if TYPE_CHECKING:
@@ -119,7 +121,7 @@ def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: Task
 
     Args:
         model: a PeftModel with LoRA adapters (nn.Linear or transformers Conv1D targets), or a RoutedModel, which is
-            linearized at the means of its inventories (`linlora.routing`).
+            linearized at the means of its inventories (`linlora.routing.scope`).
         scope: "layer" or "model".
         point: a TaskVector at whose linearization point the active adapter is put first, to resume or evaluate
             vectors of an earlier run.
@@ -293,7 +295,7 @@ def _report(
     rows = [
         LayerReport(
             name, adapter, layer.in_features, layer.out_features, layer.r[adapter], layer.scaling[adapter],
-            layer.states[adapter], backends.explain(device=layer.weight.device).backend,
+            layer.states[adapter], _backend(layer),
         )
         for name, layer in layers
         for adapter in layer.lora_A
@@ -306,6 +308,12 @@ def _report(
         if isinstance(module, AuxiliaryTrainingWrapper)
     ]
     return Report(action, tuple(rows), tuple(left_alone), _trainable(model.parameters()), fused_modules, stream)
+
+
+def _backend(layer: FusedLoraLinear) -> str:
+    if isinstance(layer, QuantizedLoraLinear):
+        return f"quantized base ({layer.kind}): its own forward and a low-rank update, in place of the fused product"
+    return backends.explain(device=layer.weight.device).backend
 
 
 def _trainable(parameters: Iterable[Tensor]) -> int:

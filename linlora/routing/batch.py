@@ -17,6 +17,7 @@ from linlora.ops.grouping import unique_tasks
 from linlora.ops.mix_inventories import mix_inventories
 from linlora.ops.routing_checks import check_task_ids
 from linlora.routing.context import Factors, Routing
+from linlora.routing.inventory import in_words
 from linlora.routing.layers import RoutedLoraLinear
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
@@ -67,7 +68,7 @@ def route_weights(layers: Sequence[RoutedLoraLinear], mixture: Tensor, examples:
     for layer in layers:
         shape = (layer.sizes.n_heads, layer.sizes.n_skills)
         if tuple(mixture.shape[1:] if mixture.dim() == 2 else mixture.shape[-2:]) not in (shape, shape[1:]):
-            _refuse_mixture(mixture, f"layer '{layer.layer_name}' has {shape[1]} skills in {shape[0]} heads")
+            _refuse_mixture(mixture, f"layer '{layer.layer_name}' has {in_words(*shape[::-1])}")
     lead = mixture.shape[: 2 if mixture.dim() == 4 else 1]
     rows = mixture.to(device).flatten(0, len(lead) - 1)
     places = torch.arange(len(rows), device=device)

@@ -52,7 +52,8 @@ def route(
         alpha: the update is scaled by alpha / r. Left out, by 1; PEFT's Poly has alpha = 1.
         dropout: of the input of the low-rank update.
         target_modules, exclude_modules, modules_to_save: as in PEFT's LoraConfig; without targets, PEFT's own for the
-            architecture. A regular expression or names, matched at the end.
+            architecture. A regular expression, or names, matched at the end; "all-linear" is every linear layer but
+            the output embedding.
         granularity: "layer", "block" or "model": which layers share a selector.
         options: the selector's: of "poly" sampling, l2_norm, shared_skill, logit_dropout; of "gate" hidden, start.
 
@@ -127,6 +128,12 @@ def _targets(
                 f"PEFT names no layers to adapt in a {architecture or type(model).__name__}; pass target_modules="
                 f"[...] of: {_candidates(model)}"
             )
+    if target_modules == "all-linear":
+        own: Any = model
+        output = own.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+        target_modules = [
+            name for name, module in model.named_modules() if type(module) in LINEAR and module is not output
+        ]
     config = LoraConfig(
         target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
         exclude_modules=exclude_modules if exclude_modules is None or isinstance(exclude_modules, str)

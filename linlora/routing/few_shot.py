@@ -19,8 +19,8 @@ def mhr_z(model: RoutedModel, n_tasks: int = 1) -> RoutedReport:
     >>> routed = linlora.routing.route(linlora.testing.tiny_base("bert"), 3, n_skills=4, target_modules=["query"])
     >>> print(mhr_z(routed))
     linlora: 2 routed layers
-         2 x query            32 -> 32, rank 16, 4 skills in 1 heads, scaling 1
-         2 x selector Poly(4 tasks, 4 skills in 1 heads, old_tasks=3)
+         2 x query            32 -> 32, rank 16, 4 skills in 1 head, scaling 1
+         2 x selector Poly(4 tasks, 4 skills in 1 head, old_tasks=3)
       backend: torch
       trainable parameters: 8 (selectors 8)
     """
@@ -47,8 +47,8 @@ def mhr_mu(model: RoutedModel) -> RoutedReport:
     >>> routed = linlora.routing.route(linlora.testing.tiny_base("bert"), 3, n_skills=4, target_modules=["query"])
     >>> print(mhr_mu(routed))
     linlora: 2 routed layers
-         2 x query            32 -> 32, rank 16, 4 skills in 1 heads, scaling 1
-         2 x selector Uniform(4 skills in 1 heads)
+         2 x query            32 -> 32, rank 16, 4 skills in 1 head, scaling 1
+         2 x selector Uniform(4 skills in 1 head)
       backend: torch
       trainable parameters: 8,192 (skills 8,192)
     """

@@ -29,11 +29,12 @@ from linlora.routing.selectors import Selector, Table
 @dataclass(frozen=True)
 class RoutingSolution:
     """What `fit_routing` found: the weights (Q, S) of every selector, by its name; the mean data loss with uniform
-    weights and with these."""
+    weights and with these; the backward passes over the data it took, beside one forward pass."""
 
     weights: dict[str, Tensor]
     loss_before: float
     loss: float
+    passes: int
 
 
 def fit_routing(
@@ -90,7 +91,7 @@ def fit_routing(
         w = _free(data_loss, start, ridge)
     parts = w.split([heads * skills for heads, skills in shapes.values()])
     weights = {name: part.view(shape).cpu() for (name, shape), part in zip(shapes.items(), parts, strict=True)}
-    return RoutingSolution(weights, float(data_loss(start)), float(data_loss(w)))
+    return RoutingSolution(weights, float(data_loss(start)), float(data_loss(w)), passes=J.shape[1])
 
 
 def add_task(model: RoutedModel, weights: Mapping[str, Tensor]) -> int:

@@ -72,3 +72,12 @@ def skill(A: Tensor, B: Tensor, heads: int) -> tuple[Tensor, Tensor]:
     """
     blocks_A = A.t().unflatten(0, (heads, -1)).unsqueeze(1)
     return blocks_A, B.t().unflatten(1, (heads, -1)).transpose(0, 1).unsqueeze(1)
+
+
+def in_words(skills: int, heads: int) -> str:
+    """The size of an inventory, for reports.
+
+    >>> in_words(4, 1)
+    '4 skills in 1 head'
+    """
+    return f"{skills} skill{'s' * (skills != 1)} in {heads} head{'s' * (heads != 1)}"

@@ -27,7 +27,7 @@ from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.grouped_lora_linear import grouped_lora_linear
 from linlora.ops.mix_inventories import mix_inventories
 from linlora.routing.context import Context, Routing
-from linlora.routing.inventory import center, skill
+from linlora.routing.inventory import center, in_words, skill
 from linlora.routing.selectors import Selector
 from linlora.stream import DualTensor, Stream
 from linlora.stream.tensor import refuse_inside_function
@@ -283,7 +283,4 @@ class RoutedLoraLinear(RoutedLayer):
 
     def extra_repr(self) -> str:
         sizes = self.sizes
-        return (
-            f"{self.state}, {sizes.n_skills} skills of rank {sizes.rank} in {sizes.n_heads} heads, "
-            f"scaling {sizes.scaling:g}"
-        )
+        return f"{self.state}, rank {sizes.rank}, {in_words(sizes.n_skills, sizes.n_heads)}, scaling {sizes.scaling:g}"

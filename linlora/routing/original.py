@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linlora.files import CorruptFileError
+from linlora.routing.inventory import in_words
 from linlora.routing.layers import LayerSizes
 from linlora.routing.model import Inventory, RoutedModel
 from linlora.routing.selectors import Poly, Private, Selector, Sizes
@@ -130,7 +131,7 @@ def _selector(
     if logits.dim() != 2 or logits.shape[1] != heads * skills:
         raise ValueError(
             f"from_original: the logits of '{name}' are {tuple(logits.shape)}, expected (tasks, {heads * skills}) for "
-            f"{skills} skills in {heads} heads; try the other layout"
+            f"{in_words(skills, heads)}; try the other layout"
         )
     selector = Poly(Sizes(len(logits), skills, heads, inputs), **options)
     with torch.no_grad():

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 from linlora import backends
+from linlora.routing.inventory import in_words
 from linlora.routing.layers import RoutedLayer, RoutedLoraLinear
 from linlora.routing.scope import scope_of
 
@@ -87,7 +88,7 @@ def _kind(layer: RoutedLayer) -> str:
     state = ""
     if isinstance(layer, RoutedLoraLinear) and layer.state != "plain":
         state = ", B0 = 0: B alone trains" if layer.state == "short" else ", B0 != 0: offsets from the mean train"
-    skills = f"{layer.sizes.n_skills} skills in {layer.sizes.n_heads} heads"
+    skills = in_words(layer.sizes.n_skills, layer.sizes.n_heads)
     if not isinstance(layer, RoutedLoraLinear):
         skills = f"{layer.sizes.n_skills} experts a rank slot"
     sizes = f"rank {layer.sizes.rank}, {skills}"

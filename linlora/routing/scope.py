@@ -2,6 +2,9 @@
 
 With the offsets dA_s, dB_s of the skills from their mean (A0, B0), a layer is linear in its weights w, and uniform
 weights give exactly the mean adapter. At model scope the whole network is: F(w) = f(φ0) + J Σ_s w_s δ_s.
+
+Uniform routing computes what it did before; of other weights the linearized model is the first order around the mean.
+Where all B are zero, as in a fresh inventory, nothing changes.
 """
 
 from __future__ import annotations

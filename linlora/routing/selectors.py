@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.distributions import RelaxedBernoulli
 from torch.nn.functional import dropout, normalize, one_hot
 
+from linlora.routing.inventory import in_words
+
 EPS = 1e-12
 
 
@@ -72,7 +74,7 @@ class Selector(nn.Module):
         return {"variant": self.variant, "sizes": asdict(self.sizes), "options": self.options}
 
     def extra_repr(self) -> str:
-        sizes = f"{self.sizes.n_skills} skills in {self.sizes.n_heads} heads"
+        sizes = in_words(self.sizes.n_skills, self.sizes.n_heads)
         if self.reads == "task":
             sizes = f"{self.sizes.n_tasks} tasks, {sizes}"
         return ", ".join([sizes, *(f"{name}={value}" for name, value in self.options.items() if value)])
@@ -99,7 +101,7 @@ class Poly(Selector):
     """
 
     variant = "poly"
-    old_logits: Tensor
+    old_logits: Tensor | None
 
     def __init__(
         self,
@@ -123,15 +125,14 @@ class Poly(Selector):
         self.sampling, self.l2_norm, self.shared_skill = sampling, l2_norm, shared_skill
         self.logit_dropout = logit_dropout
         self.logits = nn.Parameter(_fresh_logits(sizes.n_tasks - old_tasks, sizes))
-        self.register_buffer("old_logits", _fresh_logits(old_tasks, sizes))
+        self.register_buffer("old_logits", _fresh_logits(old_tasks, sizes) if old_tasks else None)
 
     @property
     def samples(self) -> bool:
         return self.training and (self.sampling == "relaxed_bernoulli" or self.logit_dropout > 0.0)
 
     def weights(self, rows: Tensor) -> Tensor:
-        logits = torch.cat([self.old_logits, self.logits]) if self.options["old_tasks"] else self.logits
-        logits = logits[rows].unflatten(1, (self.sizes.n_heads, self.sizes.n_skills))
+        logits = self._all_logits()[rows].unflatten(1, (self.sizes.n_heads, self.sizes.n_skills))
         if self.l2_norm:
             return normalize(logits, dim=-1)
         p = self._probabilities(logits)
@@ -143,11 +144,14 @@ class Poly(Selector):
 
     def add_tasks(self, n_tasks: int) -> None:
         """Freeze the logits of all tasks so far and append fresh ones, which train, for `n_tasks` more."""
-        old = torch.cat([self.old_logits, self.logits.detach()])
+        old = self._all_logits().detach()
         self.old_logits = old
         self.logits = nn.Parameter(_fresh_logits(n_tasks, self.sizes).to(old))
         self.sizes = replace(self.sizes, n_tasks=len(old) + n_tasks)
         self.options = {**self.options, "old_tasks": len(old)}
+
+    def _all_logits(self) -> Tensor:
+        return self.logits if self.old_logits is None else torch.cat([self.old_logits, self.logits])
 
     def _probabilities(self, logits: Tensor) -> Tensor:
         if self.sampling == "relaxed_bernoulli" and self.training:

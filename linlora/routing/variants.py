@@ -17,7 +17,7 @@ def make_selector(described: Mapping[str, Any], variants: Sequence[type[Selector
     """The selector of a `Selector.description`; `variants` are classes beside linlora's own.
 
     >>> make_selector(Uniform(Sizes(n_tasks=1, n_skills=4, n_heads=1, in_features=8)).description())
-    Uniform(4 skills in 1 heads)
+    Uniform(4 skills in 1 head)
     """
     known = {**VARIANTS, **{variant.variant: variant for variant in variants}}
     if described["variant"] not in known:

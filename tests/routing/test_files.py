@@ -69,7 +69,7 @@ def test_the_file_holds_the_adapter_alone(tmp_path):
     routed = routed_model()
     routed.save_pretrained(tmp_path)
     tensors = load_file(tmp_path / FILE)
-    assert {name.rsplit(".", 1)[-1] for name in tensors} == {"lora_A", "lora_B", "logits", "old_logits"}
+    assert {name.rsplit(".", 1)[-1] for name in tensors} == {"lora_A", "lora_B", "logits"}
     assert os.listdir(tmp_path) == [FILE]
 
 

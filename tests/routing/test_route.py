@@ -4,6 +4,7 @@ import copy
 import inspect
 import itertools
 
+import accelerate
 import pytest
 import torch
 from routed_models import TARGETS, fill, routed_model, rows_of, task_alone
@@ -43,6 +44,22 @@ def test_fresh_inventories_keep_the_function_and_only_they_train(batch):
     assert pointers <= {p.data_ptr() for p in routed.parameters()}
     trained = {n.rsplit(".", 1)[-1] for n, p in routed.named_parameters() if p.requires_grad}
     assert trained == {"lora_A", "lora_B", "logits"}
+
+
+def test_all_linear_is_all_but_the_head():
+    names = {layer.layer_name for layer in routed_model("llama", target_modules="all-linear").layers}
+    assert len(names) == 2 * 7
+    assert "lm_head" not in names
+
+
+def test_accelerate_saves_and_loads_it(tmp_path, batch, ids):
+    accelerator = accelerate.Accelerator(cpu=True)
+    model = accelerator.prepare(routed_model(dtype=torch.float32))
+    expected = model(**batch, task_ids=ids).logits
+    accelerator.save_state(tmp_path)
+    fill(model, seed=7)
+    accelerator.load_state(tmp_path)
+    torch.testing.assert_close(model(**batch, task_ids=ids).logits, expected)
 
 
 def test_private_shared_and_uniform_are_one_word(ids, batch):
