@@ -10,14 +10,14 @@
 //   * what all lanes of a warp do together (mma, ldmatrix, shuffle):   collective("name", mine, compute)
 //   * whatever waits for something to become true:                     wait_until(predicate, "what", number)
 //   * atomics and flags:                                               yield() before and after the plain C++ access
-//   * shared memory, by 32-bit address:                                shared_read, shared_write -> checked host
-//   pointer
+//   * shared memory, by 32-bit address:                                shared_read, shared_write (checked pointers)
 //   * shared memory, asynchronously: from issue to completion          begin_/end_shared_write, begin_/end_shared_read
 //   * global memory:                                                   check_global(pointer, bytes, Access) first
 //   * ordering, for the race detector:                                 release(clock) where a warp signals,
 //                                                                      acquire(clock) where another has seen it
 //   * state of a primitive: thread_state<T>(), warp_state<T>(), block_state<T>() (a T of its own for each, made when
 //     first asked for), e.g. the copies in flight of a thread, the mbarriers of a block
+//   * the count of bank conflicts:                                     count_access(address, bytes)
 //   * anything that the PTX ISA calls undefined:                       fail("what was wrong", ...)
 // emulator/ptx.h is the example to follow. An asynchronous effect should happen as late as the ISA allows, or as early:
 // lucky() tosses a coin for this under a random schedule and says no at seed 0.
