@@ -94,8 +94,8 @@ def refusal(dtype: torch.dtype | None, rank: int, dropout: bool) -> str | None:
 
     >>> refusal(torch.bfloat16, 16, dropout=False) is None
     True
-    >>> refusal(torch.float32, 16, dropout=False)
-    'its kernels take float16 and bfloat16, got float32: cast, use torch.autocast, or use the 'triton' backend'
+    >>> print(refusal(torch.bfloat16, 16, dropout=True))
+    its kernels have no dropout: use the 'triton' backend, or lora_dropout=0
     """
     if dtype is not None and dtype not in _DTYPES:
         got = str(dtype).removeprefix("torch.")
