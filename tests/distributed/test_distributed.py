@@ -15,6 +15,7 @@ import numpy as np
 import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.distributed.checkpoint.state_dict import set_state_dict
 
 import linlora
@@ -139,7 +140,7 @@ def test_what_replaces_parameters_is_refused_on_a_sharded_model(launched, action
 
 
 @pytest.mark.parametrize("scope", SCOPES)
-def test_hf_trainer_in_two_processes_trains_as_in_one_and_one_resumes_its_checkpoint(launched, tmp_path, scope):
+def test_hf_trainer_in_two_processes_trains_and_saves_as_in_one(launched, tmp_path, scope):
     directory, found = launched
     whole = trainer_of(scope, str(tmp_path), 16)
     whole.train()
@@ -147,6 +148,16 @@ def test_hf_trainer_in_two_processes_trains_as_in_one_and_one_resumes_its_checkp
     vector = TaskVector.from_model(whole.model)
     together = TaskVector.load(directory / f"trainer-{scope}.safetensors")
     assert (together - vector).norm() < 1e-4 * vector.norm()
-    resumed = trainer_of(scope, str(tmp_path / "resumed"), 16)
-    resumed.train(resume_from_checkpoint=str(directory / f"trainer-{scope}" / "checkpoint-2"))
-    np.testing.assert_allclose(logged_losses(resumed)[2:], found["trainer"][scope][2:], rtol=1e-4)
+    for checkpoint in ("checkpoint-2", "checkpoint-4"):
+        theirs, ours = (
+            saved_vector(folder / checkpoint, scope) for folder in (directory / f"trainer-{scope}", tmp_path)
+        )
+        assert ours.norm() > 0
+        assert (theirs - ours).norm() < 1e-4 * ours.norm()
+
+
+def saved_vector(checkpoint, scope):
+    """The vector of a Trainer's checkpoint, loaded by PEFT into a linearized model."""
+    model = linearized("bert", scope, "trained")
+    peft.set_peft_model_state_dict(model, load_file(checkpoint / "adapter_model.safetensors"))
+    return TaskVector.from_model(model)

@@ -48,7 +48,7 @@ def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: dict[str, Te
 
 
 def trainer_of(scope: str, directory: str, rows_per_process: int) -> Trainer:
-    """A Trainer of four steps on 16 rows each, over all processes; it saves in the middle."""
+    """A Trainer of four steps on 16 rows each, over all processes; it saves every two."""
     tokens = np.random.default_rng(0).integers(1, 64, (48, 7))
     rows = Dataset.from_dict({"input_ids": tokens.tolist(), "labels": (tokens[:, 0] % 3).tolist()})
     arguments = TrainingArguments(
