@@ -10,7 +10,7 @@ MISTAKES = (
     "none", "no wait", "no fence", "no barrier", "one arrival too many", "too few bytes", "misaligned",
     "leaves at once", "overwrites", "reads at once",
 )  # fmt: skip
-seeds = pytest.mark.parametrize("seed", [0, 1, 2, 3])
+seeds = pytest.mark.parametrize("seed", [0, 1, 2])
 
 
 @pytest.fixture(scope="module")

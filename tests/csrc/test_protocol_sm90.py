@@ -47,14 +47,14 @@ def assert_identical(outputs, expected):
 
 @pytest.mark.parametrize("streams", [1, 2], ids=["one-stream", "two-streams"])
 def test_outputs_are_bit_identical_under_every_schedule(workspace, make_problem, assert_right, streams):
-    problem = make_problem(300, 264, 72, 40, streams=streams)
+    problem = make_problem(300, 136, 72, 40, streams=streams)
     expected = workspace(problem).launch(problem)
     assert_right(problem, expected)
-    for clusters, seed in [(1, 1), (2, 0), (2, 2), (3, 3), (4, 4), (5, 0), (5, 5)]:
+    for clusters, seed in [(1, 1), (2, 2), (3, 3), (4, 4), (5, 0), (5, 5)]:
         assert_identical(workspace(problem).launch(problem, clusters, seed=seed), expected)
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize(("clusters", "resident"), [(4, 1), (5, 2)])
 def test_progress_does_not_depend_on_how_many_clusters_are_resident(
     workspace, make_problem, assert_right, clusters, resident, seed
@@ -64,10 +64,10 @@ def test_progress_does_not_depend_on_how_many_clusters_are_resident(
 
 
 def test_launches_follow_one_another_in_one_workspace(workspace, make_problem, assert_right):
-    large = make_problem(300, 264, 136, 70, streams=2)
+    large = make_problem(300, 136, 136, 70, streams=2)
     shared = workspace(large)
     others = [
-        make_problem(300, 264, 136, 70, streams=2),
+        make_problem(300, 136, 136, 70, streams=2),
         make_problem(100, 136, 72, 8, form="short"),
         make_problem(200, 72, 136, 33, transposed=True),
         make_problem(150, 136, 40, 8, streams=2, tangent=False, form="short"),
