@@ -56,14 +56,13 @@ class RoutedLayer(nn.Module):
         stream: at model scope, the stream of the model.
     """
 
+    base_layer: Any
     stream: Stream | None
 
     def __init__(self, name: str, base_layer: nn.Module, context: Context, sizes: LayerSizes) -> None:
         super().__init__()
         self.layer_name, self.base_layer, self.context, self.stream = name, base_layer, context, None
         self.sizes = sizes
-
-    base_layer: Any
 
     @property
     def weight(self) -> Tensor:
