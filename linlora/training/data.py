@@ -83,7 +83,8 @@ def _load(data: Data, split: str) -> Any:
     except datasets.data_files.EmptyDatasetError as error:
         raise ValueError(f"{_source(data, split)} has no rows: {error}") from error
     except ValueError as error:  # an unknown split or configuration: the message lists those there are
-        raise ValueError(f"{_source(data, split)}: {error}") from error
+        hint = "; name one, or hold rows out of train (validation: 0.1)" if "Unknown split" in str(error) else ""
+        raise ValueError(f"{_source(data, split)}: {str(error).rstrip('.')}{hint}") from error
 
 
 def _load_file(path: str, split: str) -> Any:

@@ -100,18 +100,20 @@ def process_group(settings: Settings) -> PartialState:
     return PartialState()
 
 
-def _fit(trainer: TaskTrainer, checkpoint: str | None) -> float:
-    """Train; the mean loss of the steps that were done here."""
+def _fit(trainer: TaskTrainer, checkpoint: str | None) -> float | None:
+    """Train; the last loss that was logged, the mean over `logging_steps`. None if there were fewer steps."""
     try:
-        loss = float(trainer.train(resume_from_checkpoint=checkpoint).training_loss)
+        trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.progress.close()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    loss = float(losses[-1]) if losses else None
     trained = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]
     broken = [name for name, parameter in trained if not whole(parameter.detach()).isfinite().all()]
-    if broken or math.isnan(loss):
-        where = f", NaN or infinity in {broken[0]}" if broken else ""
+    if broken or (loss is not None and not math.isfinite(loss)):
+        where = f"NaN or infinity in {broken[0]}" if broken else f"loss {loss}"
         raise ValueError(
-            f"the training of {trainer.task.settings.name} diverged (loss {loss:g}{where}); choose a smaller "
+            f"the training of {trainer.task.settings.name} diverged ({where}); choose a smaller "
             "training.learning_rate, or bf16 in place of fp16, and start over with --fresh"
         )
     return loss

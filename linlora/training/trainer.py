@@ -17,11 +17,10 @@ from linlora.training.evaluation import evaluate
 from linlora.training.settings import Settings
 from linlora.training.task import Task
 
-# What a run does unless its settings say otherwise; ratios are of all steps.
+# What a run does unless its settings say otherwise.
 _DEFAULTS: dict[str, Any] = {
-    "save_steps": 0.1,
     "save_total_limit": 1,
-    "logging_steps": 0.02,
+    "logging_nan_inf_filter": False,  # a loss that is not finite shows, and is an error in the end
     "report_to": "none",
     "ddp_find_unused_parameters": False,  # every adapter takes part in every step
 }
@@ -31,6 +30,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     """The TrainingArguments of a run. Where there is no accelerator they say so, which lets `torchrun` use gloo."""
     own = {"output_dir": settings.out, "seed": settings.seed, "remove_unused_columns": False, "disable_tqdm": True}
     defaults = {"use_cpu": not torch.accelerator.is_available(), **_DEFAULTS}
+    defaults["save_steps"], defaults["logging_steps"] = _every(0.1, settings), _every(0.02, settings)
     try:
         arguments = TrainingArguments(**{**defaults, **settings.training, **own})
     except (TypeError, ValueError, ImportError) as error:
@@ -41,6 +41,12 @@ def training_arguments(settings: Settings) -> TrainingArguments:
             f"{arguments.n_gpu} -m linlora.cli train ...), or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
     return arguments
+
+
+def _every(share: float, settings: Settings) -> float:
+    """A share of all steps: in steps where their number is set, as the share it is where epochs are."""
+    steps = settings.training.get("max_steps", 0)
+    return max(1, round(share * steps)) if steps > 0 else share
 
 
 class TaskTrainer(Trainer):

@@ -116,4 +116,18 @@ def prototypes(settings: Settings, names: Sequence[str]) -> Tensor:
             pooled = clip.text_model(**tokens.to(device)).pooler_output
             embeddings.append(nn.functional.normalize(clip.text_projection(pooled).float(), dim=-1))
         per_class = torch.cat(embeddings).unflatten(0, (len(names), len(settings.templates)))
-        return (nn.functional.normalize(per_class.mean(1), dim=-1) * clip.logit_scale.exp().float()).cpu()
+        found = nn.functional.normalize(per_class.mean(1), dim=-1)
+    _check_distinct(found, names)
+    return (found * clip.logit_scale.detach().exp().float()).cpu()
+
+
+def _check_distinct(found: Tensor, names: Sequence[str]) -> None:
+    """Raise a ValueError for two classes of one prototype."""
+    _, group = found.unique(dim=0, return_inverse=True)
+    for i, first in enumerate(group.tolist()):
+        if first in group[:i].tolist():
+            same = names[group[:i].tolist().index(first)]
+            raise ValueError(
+                f"the text tower gives the classes '{same}' and '{names[i]}' one prototype: its tokenizer cannot tell "
+                "their names apart; set class_names"
+            )

@@ -18,7 +18,7 @@ logging.set_verbosity_error()
 
 WORDS = [
     "good", "bad", "fine", "poor", "film", "food", "day", "red", "blue", "is", "it", "not", "the", "a", "photo", "of",
-    "yes", "no", "0.0", "1.0", "2.0", "?",
+    "yes", "no", "0", "1", "2", ".", "?",
 ]  # fmt: skip
 SPECIAL = ["<pad>", "</s>", "<unk>", "<s>"]
 CPU = {"use_cpu": not torch.cuda.is_available()}
@@ -29,7 +29,7 @@ def save_tokenizer(folder, template):
     """A tokenizer of whole words; `template` places the special tokens: "<s> $A </s>"."""
     vocabulary = {word: i for i, word in enumerate([*SPECIAL, *WORDS])}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer.post_processor = processors.TemplateProcessing(
         single=template, pair=f"{template} $B </s>", special_tokens=[(name, i) for i, name in enumerate(SPECIAL)]
     )

@@ -74,6 +74,11 @@ def test_zero_shot_needs_names_for_its_classes(settings, tmp_path, image_folder)
         task.inputs([{"image": "red.png"}])
 
 
+def test_classes_that_the_text_tower_cannot_tell_apart_are_refused(settings):
+    with pytest.raises(ValueError, match="the classes 'azure' and 'scarlet' one prototype"):
+        _ = load_task(settings("zero-shot", class_names=("azure", "scarlet"))).head  # both unknown to the tokenizer
+
+
 def test_a_suite_scores_each_task_with_its_own_head(runs):
     tasks = {run.settings.name: load_task(run.settings) for run in runs}
     suite = Suite(tasks, runs[0].vector, {run.settings.name: run.head for run in runs})

@@ -77,7 +77,7 @@ def test_prompts_and_answers_of_glue(name, checkpoints, monkeypatch):
 def test_classes_and_templates_of_clip(name, checkpoints, monkeypatch):
     settings = recipe(EXAMPLES / "clip/clip.yaml", [name], {"model": checkpoints["clip"]})[name]
     picture = Picture.fromarray(np.zeros((8, 8, 3), np.uint8))
-    features = Features({"image": Image(), "label": ClassLabel(names=["a_b", "c", "d"])})
+    features = Features({"image": Image(), "label": ClassLabel(names=["red_film", "blue", "day"])})
     rows = Dataset.from_dict({"image": [picture] * 30, "label": [0, 1, 2] * 10}, features=features)
     monkeypatch.setattr("datasets.load_dataset", lambda path, config, split: rows)
     task = load_task(settings)
