@@ -9,7 +9,7 @@ from linlora.quickstart.progress import Costs, image_cost
 from linlora.quickstart.routing.methods import INVENTORIES, METHODS
 from linlora.quickstart.routing.settings import RoutingSettings
 
-_PASSES_OF_FIT = 48  # of `fit_routing`: three Gauss–Newton steps of fifteen iterations
+_PASSES_OF_FIT = 10  # of `fit_routing`: one for each label that a question may have
 
 
 @dataclass(frozen=True)
