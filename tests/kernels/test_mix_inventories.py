@@ -39,7 +39,7 @@ def test_mixing_and_its_adjoint(device, size):
 def test_the_tables_of_a_models_layers_are_made_once(device):
     plan_of.cache_clear()
     lists = tuple(zip(*(layer(*size, device) for size in SIZES), strict=True))
-    for _ in range(3):
+    for _ in range(2):
         mix_inventories(*map(list, lists))
     assert plan_of.cache_info().misses == 1
 
