@@ -157,7 +157,7 @@ def ninja_file(tools: Toolchain, architectures: tuple[str, ...], objects: Path) 
         "  depfile = $out.d",
         "  deps = gcc",
         "rule link",
-        f"  command = $nvcc -shared -cudart static $in -o $out {_words(f'-L{tools.torch}/lib')} "
+        f"  command = $nvcc -shared --no-device-link -cudart static $in -o $out {_words(f'-L{tools.torch}/lib')} "
         "-Xlinker --no-as-needed -ltorch",
     ]
     made = []
