@@ -22,7 +22,6 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from linlora.mixed_batches import mixed_batch
 from linlora.ops import dual
@@ -48,7 +47,7 @@ class Factors(NamedTuple):
 
 
 class FusedLoraLinear(PeftLoraLinear):
-    """A PEFT LoRA linear layer, plain or linearized, that runs on the fused op. Made by `fuse_layer`."""
+    """A PEFT LoRA linear layer, plain or linearized, that runs on the fused op. Made by `linlora.conversion`."""
 
     adapter_layer_names = (*PeftLoraLinear.adapter_layer_names, "lora_dA", "lora_dB")
     other_param_names = (*PeftLoraLinear.other_param_names, "states")  # what PEFT clears when it deletes an adapter
@@ -71,15 +70,17 @@ class FusedLoraLinear(PeftLoraLinear):
             return self.base_layer(x)
         if self.stream is not None:
             return self._both_streams(x, active)
-        base, weight = self.base_layer, self.matrix
+        factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
+        p = self._dropout_p(active) if self.training else 0.0
+        return self._one_stream(x, factors, p, torch.randint(2**31, (), device=x.device) if p > 0.0 else None)
+
+    def _one_stream(self, x: Tensor, factors: Factors, p: float, seed: Tensor | None) -> Tensor:
+        """Layer scope, and plain LoRA: primal + tangent."""
+        weight = self.matrix
         x = autocast_input(x)
         if x.shape[-1] != weight.shape[1] or x.device != weight.device or x.dtype != weight.dtype:
             self._check_input(x, weight)
-        factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
-        p = self._dropout_p(active) if self.training else 0.0
-        if p == 0.0:
-            return unchecked(x, weight, base.bias, *factors)
-        return unchecked(x, weight, base.bias, *factors, p, torch.randint(2**31, (), device=x.device))
+        return unchecked(x, weight, self.base_layer.bias, *factors, p, seed)
 
     @property
     def matrix(self) -> Tensor:
@@ -97,10 +98,8 @@ class FusedLoraLinear(PeftLoraLinear):
                 f"layer '{self.layer_name}': adapter {plain} is not linearized, the model is (model scope); activate a "
                 "linearized adapter, or delinearize the model and linearize it again with all its adapters"
             )
-        base, weight = self.base_layer, self.matrix
         x, x_tangent = (x.primal, x.tangent) if isinstance(x, DualTensor) else (x, None)
-        self._check_input(autocast_input(x), weight)
-        if torch.is_grad_enabled() and (weight.requires_grad or (base.bias is not None and base.bias.requires_grad)):
+        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.base_layer.parameters()):
             raise ValueError(
                 f"layer '{self.layer_name}': its base weight asks for a gradient, but model scope linearizes in the "
                 "adapter alone; freeze it with requires_grad_(False)"
@@ -108,9 +107,15 @@ class FusedLoraLinear(PeftLoraLinear):
         factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
         p = self._dropout_p(active) if self.training else 0.0
         seed = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
-        y, y_tangent = dual.lora_linear(x, x_tangent, weight, base.bias, *factors, p, seed)
+        y, y_tangent = self._two_streams(x, x_tangent, factors, p, seed)
         assert self.stream is not None
         return y if self.stream.output == "primal" else DualTensor(y, y_tangent, self.stream)
+
+    def _two_streams(
+        self, x: Tensor, x_tangent: Tensor | None, factors: Factors, p: float, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        self._check_input(autocast_input(x), self.matrix)
+        return dual.lora_linear(x, x_tangent, self.matrix, self.base_layer.bias, *factors, p, seed)
 
     def factors(self, adapter: str) -> Factors:
         """The factors of one adapter. Those of the linearization point take no gradient: nothing may move the point."""
@@ -265,42 +270,3 @@ def fused_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoraLinear]]:
     for module in model.modules():
         if isinstance(module, FusedLoraLinear):
             yield module.layer_name, module
-
-
-def fuse_layer(layer: PeftLoraLinear, name: str) -> FusedLoraLinear:
-    """Turn a PEFT LoRA linear layer into a FusedLoraLinear, in place, with every adapter plain."""
-    if not isinstance(layer, FusedLoraLinear):
-        layer.__class__ = FusedLoraLinear
-        layer.lora_dA, layer.lora_dB = nn.ParameterDict(), nn.ParameterDict()
-        layer.states, layer.stream, layer.folds = {}, None, []
-    layer.layer_name = name
-    for adapter in layer.lora_A:
-        layer.states.setdefault(adapter, "plain")
-    return layer
-
-
-def unfuse_layer(layer: FusedLoraLinear) -> None:
-    """Turn a FusedLoraLinear back into the PEFT layer it was, in place; the adapters must be plain."""
-    for attribute in ("lora_dA", "lora_dB", "states", "stream", "folds", "layer_name"):
-        delattr(layer, attribute)
-    layer.__class__ = PeftLoraLinear
-
-
-def unsupported(layer: Any) -> str | None:
-    """Why a PEFT LoRA layer cannot run on the fused op, or None. The generic class is matched exactly on purpose:
-    a subclass is a variant whose forward we do not know."""
-    if isinstance(layer, FusedLoraLinear):
-        return None
-    if type(layer) is not PeftLoraLinear:
-        return f"it is a {type(layer).__module__}.{type(layer).__name__}; only LoRA over nn.Linear and Conv1D is fused"
-    base = layer.base_layer
-    if type(base) not in (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D):
-        return f"its base layer is a {type(base).__name__}; only nn.Linear and transformers' Conv1D are fused"
-    if getattr(layer, "lora_variant", None):
-        names = sorted({type(variant).__name__ for variant in layer.lora_variant.values()})
-        return f"its adapters use the variant {', '.join(names)} (DoRA, aLoRA, ...); only vanilla LoRA is linearized"
-    if any(getattr(layer, "use_dora", {}).values()):
-        return "its adapters use DoRA; only vanilla LoRA is linearized"
-    if any(layer.lora_bias.values()):
-        return "its adapters use lora_bias=True; create them with lora_bias=False"
-    return None

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import Linear as PeftLoraLinear
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from linlora.files import CorruptFileError
@@ -333,7 +333,7 @@ def _adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
     layers = [
         (path.removeprefix("base_model.model."), module)
         for path, module in model.named_modules()
-        if isinstance(module, PeftLoraLinear) and adapter in module.lora_A
+        if isinstance(module, LoraLayer) and adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)
     ]
     if not layers:
         raise ValueError(f"the model has no LoRA layer with an adapter '{adapter}'")

@@ -48,11 +48,39 @@ class FusedGeluTanh(Fused):
         return PendingActivation(x, "gelu_tanh")
 
 
+class FusedQuantizedLinear(Fused):
+    """A linear layer quantized by bitsandbytes or torchao: y = base(x), y_t = base(x_t) without its bias."""
+
+    @staticmethod
+    def both_streams(module: Any, x: DualTensor) -> DualTensor:
+        return DualTensor(module(x.primal), linear_part(module, x.tangent), x.stream)
+
+
+def linear_part(module: nn.Module, x: Tensor) -> Tensor:
+    """An affine module without its bias, as a constant to autograd; to subtract the bias afterwards would round."""
+    bias = module._parameters.get("bias")
+    module._parameters["bias"] = None
+    try:
+        with torch.no_grad():
+            return module(x)
+    finally:
+        module._parameters["bias"] = bias
+
+
+def quantized_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer quantized by bitsandbytes or torchao."""
+    if type(module).__name__ in ("Linear8bitLt", "Linear4bit"):
+        return type(module).__module__.startswith("bitsandbytes.")
+    return isinstance(module, nn.Linear) and type(module.weight.data).__module__.startswith("torchao.")
+
+
 def fuse_modules(model: nn.Module) -> list[str]:
     """Fuse, in place, every module this file knows; returns their names."""
     fused = []
     for name, module in model.named_modules():
         mixin = _mixin(module)
+        if name.endswith(".base_layer"):  # its LoRA layer takes the stream
+            continue
         if mixin is not None and not isinstance(module, Fused) and _agrees(module, mixin):
             module.__class__ = _class(mixin, type(module))  # type: ignore[arg-type]
             fused.append(name)
@@ -66,6 +94,8 @@ def unfuse_modules(model: nn.Module) -> None:
 
 
 def _mixin(module: nn.Module) -> type[Fused] | None:
+    if quantized_linear(module):
+        return FusedQuantizedLinear
     name = type(module).__name__
     if name.endswith("RMSNorm") or name == "T5LayerNorm":
         return FusedRMSNorm if hasattr(module, "weight") and hasattr(module, "variance_epsilon") else None
@@ -78,7 +108,9 @@ def _class(mixin: Any, base: Any) -> Any:
 
 
 def _agrees(module: Any, mixin: type[Fused]) -> bool:
-    """Whether the op computes the module's function."""
+    """Whether the op computes the module's function; a module that is called itself, on both streams, does."""
+    if mixin is FusedQuantizedLinear:
+        return True
     weight = getattr(module, "weight", None)
     like = torch.empty(0) if weight is None else weight
     generator = torch.Generator().manual_seed(0)
