@@ -76,7 +76,7 @@ def grouped_lora_linear(
     """
     x = autocast_input(x)
     check_grouped_lora_linear(
-        x, weight, bias, A, B, groups.n_groups, groups.rows, A0, B0, None, dropout_p, seed
+        x, weight, bias, A, B, groups, A0, B0, None, dropout_p, seed
     )  # fmt: skip
     return unchecked(x, weight, bias, A, B, groups, scaling, A0, B0, dropout_p, seed)
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 import torch
 from torch import Tensor
 
 from linlora.ops.checks import autocast_enabled, check_lora_linear
 from linlora.ops.transforms import transform_active
+
+if TYPE_CHECKING:
+    from linlora.ops.grouping import Groups
 
 _OP = "routed_lora_linear"
 
@@ -105,8 +108,7 @@ def check_grouped_lora_linear(
     bias: Tensor | None,
     A: Tensor | None,
     B: Tensor,
-    n_groups: int,
-    rows: int,
+    groups: Groups,
     A0: Tensor | None,
     B0: Tensor | None,
     x_tangent: Tensor | None,
@@ -120,12 +122,14 @@ def check_grouped_lora_linear(
     n, k = weight.shape
     if B.dim() != 3 or (A is not None and A.dim() != 3):
         _refuse(f"mixed factors A (T, K, r) and B (T, r, N) are expected, got {_shapes(A=A, B=B)}", op)
-    rank = B.shape[1]
+    rank, n_groups = B.shape[1], groups.n_groups
     if tuple(B.shape) != (n_groups, rank, n) or (A is not None and tuple(A.shape) != (n_groups, k, rank)):
         wanted = f"A ({n_groups}, {k}, {rank}) and B ({n_groups}, {rank}, {n})"
         _refuse(f"{wanted} are expected for {n_groups} groups, got {_shapes(A=A, B=B)}", op)
-    if x.numel() != rows * k:
-        _refuse(f"the groups are of {rows} rows, x has {x.numel() // max(k, 1)}: {_shapes(x=x)}", op)
+    if x.numel() != groups.rows * k:
+        _refuse(f"the groups are of {groups.rows} rows, x has {x.numel() // max(k, 1)}: {_shapes(x=x)}", op)
+    if groups.ids.device != x.device:
+        _refuse(f"the groups' ids are on {groups.ids.device}, x on {x.device}: move the task ids", op)
     _check_frozen(op, x, weight, bias, A, B, rank, A0, B0, x_tangent, dropout_p, seed)
 
 

@@ -48,7 +48,7 @@ def grouped_lora_linear(
     x = autocast_input(x)
     x_tangent = None if x_tangent is None else autocast_input(x_tangent)
     check_grouped_lora_linear(
-        x, weight, bias, A, B, groups.n_groups, groups.rows, A0, B0, x_tangent, dropout_p, seed
+        x, weight, bias, A, B, groups, A0, B0, x_tangent, dropout_p, seed
     )  # fmt: skip
     backend = backends.select(x.device, "routed_lora_linear")
     return _GroupedLoraLinear.apply(

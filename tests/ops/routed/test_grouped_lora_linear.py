@@ -177,6 +177,13 @@ def test_triton_repeats_to_the_bit(device):
         assert torch.equal(one, other)
 
 
+def test_groups_on_another_device_are_refused(device):
+    arguments = make_grouped(device=device)
+    groups = Groups.of(arguments.pop("task_ids").to("meta"), 5, 24)
+    with pytest.raises(ValueError, match=r"the groups' ids are on meta, x on .*: move the task ids"):
+        functional.grouped_lora_linear(**arguments, groups=groups)
+
+
 def test_groups_of_another_batch_are_refused(device):
     arguments = make_grouped(device=device)
     groups = Groups.of(arguments.pop("task_ids"), 5, 8)
