@@ -31,7 +31,7 @@ def inspect(
         table = _layers(stored)
         console = Console(soft_wrap=True)
         console.print(_summary(stored), highlight=False, markup=False)
-        console.width = max(console.width, console.measure(table).maximum)  # no name is cut short
+        console.width = max(console.width, Console(width=1000).measure(table).maximum)  # no name is cut short
         console.print(table)
 
 

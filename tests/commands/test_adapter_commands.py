@@ -1,0 +1,153 @@
+"""linlora fuse, inspect, export and merge, as they are typed."""
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import BertForSequenceClassification
+from typer.testing import CliRunner
+
+import linlora
+from linlora import TaskVector, formats
+from linlora.cli import app
+from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
+
+
+@pytest.fixture
+def run(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+
+    def runner(line):
+        result = CliRunner().invoke(app, line.split())
+        return result.exit_code, " ".join(result.output.split())
+
+    return runner
+
+
+@pytest.fixture
+def vectors(tmp_path):
+    made = []
+    for index in range(3):
+        model = tiny_model("bert", trained=True)
+        linlora.linearize(model)
+        randomize(model, 10 + index, ("lora_dA", "lora_dB"))
+        made.append(TaskVector.from_model(model))
+        made[-1].save(tmp_path / f"{index}.safetensors")
+    linlora.export(model, tmp_path / "adapter")  # the last one
+    tiny_base("bert").save_pretrained(tmp_path / "base")
+    return made
+
+
+def logits(model):
+    return model(**tiny_batch("bert")).logits.detach()
+
+
+def test_from_vectors_to_a_merged_model(run, vectors, tmp_path):
+    """fuse, inspect, export, merge: each says what the next one is, and the numbers are those of the library."""
+    status, output = run("fuse 0.safetensors 1.safetensors adapter --method ties --keep 0.3 --out fused.safetensors")
+    assert status == 0
+    assert "fused.safetensors: ties of 3 vectors of scope 'layer', 11 layers" in output
+    assert "next: linlora inspect fused.safetensors" in output
+    fused = linlora.fuse(vectors, "ties", keep=0.3)
+    assert (TaskVector.load("fused.safetensors") - fused).norm() == 0.0
+
+    status, output = run("inspect fused.safetensors")
+    assert status == 0
+    for words in ("task vector", "scope layer", fused.point_hash[:16], "3,072 in 11 layers, float32, all finite"):
+        assert words in output
+    assert "bert.encoder.layer.0.attention.output.dense 32 → 32 4 2 " in output
+
+    status, output = run("export fused.safetensors --base base --out exported")
+    assert status == 0
+    assert "exported: 11 layers, rank 8; base model base" in output
+    expected = logits(PeftModel.from_pretrained(tiny_base("bert"), "exported"))
+
+    status, output = run("merge base fused.safetensors --out merged")
+    assert status == 0
+    assert "merged: 11 of 41 tensors folded" in output
+    merged = BertForSequenceClassification.from_pretrained("merged").eval()
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "keywords"),
+    [
+        ("--method average", {"method": "average"}),
+        ("--scaling 0.5", {"scaling": 0.5}),
+        ("--scaling=0.5,-1,2", {"scaling": [0.5, -1.0, 2.0]}),
+        ("--method negation --scaling 0.25", {"method": "negation", "scaling": 0.25}),
+        ("--method dare --drop 0.5 --seed 7", {"method": "dare", "drop": 0.5, "seed": 7}),
+        ("--method dare --combine ties --keep 0.5", {"method": "dare", "combine": "ties", "keep": 0.5}),
+    ],
+)
+def test_options_of_every_method(run, vectors, options, keywords):
+    status, _ = run(f"fuse 0.safetensors 1.safetensors 2.safetensors --out f.safetensors {options}")
+    assert status == 0
+    assert (TaskVector.load("f.safetensors") - linlora.fuse(vectors, **keywords)).norm() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("fuse 0.safetensors --out f --method ties --density 1", "ties takes no option 'density'; its options are"),
+        ("fuse 0.safetensors --out f --method magic", "unknown method 'magic'; choose one of average"),
+        ("fuse 0.safetensors --out f --method lorahub", "lorahub needs a model and data, which files do not hold"),
+        ("fuse 0.safetensors --out f --scaling nan", "task_arithmetic: scaling has to be finite, got nan"),
+        ("fuse 0.safetensors --out f --scaling much", "scaling has to be finite, got much"),
+        ("fuse 0.safetensors --out f --method ties --keep all", "ties: keep has to be a finite number, got 'all'"),
+        ("fuse 0.safetensors --out f --scaling 1,2", "2 scalings for 1 vectors; pass one each, or one"),
+        ("fuse 0.safetensors --out f --method ties --keep", "option --keep has no value"),
+        ("fuse 0.safetensors --out f --scaling 1 1.safetensors", "unexpected '1.safetensors': vectors come first"),
+        ("fuse 0.safetensors nothing.safetensors --out f", "nothing.safetensors: no such file or folder"),
+        ("fuse 0.safetensors other.safetensors --out f", "0.safetensors and other.safetensors: the vectors start from"),
+        ("fuse 0.safetensors plain --out f", "a vector of scope 'layer' and one of scope 'lora' do not add"),
+        ("fuse 0.safetensors base --out f", "base: a whole model, not an adapter of one"),
+        ("inspect cut.safetensors", "cut.safetensors: not a whole safetensors file"),
+        ("inspect altered.safetensors", "does not match its checksum; the file was altered"),
+        ("inspect base/config.json", "not an adapter; a .safetensors file or the folder of an adapter is expected"),
+        ("export 0.safetensors --base llama --out f", "no weight for 11 of 11 adapted layers"),
+        ("export scope.safetensors --out f", "has the function of a network linearized as a whole (scope 'model')"),
+        ("merge llama 0.safetensors --out f", "no weight for 11 of 11 adapted layers"),
+        ("merge base 0.safetensors --out base", "base exists already; choose another folder"),
+        ("merge someone/model 0.safetensors --out f", "no such folder; a model of the Hugging Face hub has to be"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_done_is_one_line_and_writes_nothing(run, vectors, tmp_path, line, message):
+    other = tiny_model("bert", trained=True, seed=4)
+    other.save_pretrained("plain")
+    linlora.linearize(other)
+    TaskVector.from_model(other).save("other.safetensors")
+    vectors[0].cast("model").save("scope.safetensors")
+    tiny_base("llama").save_pretrained("llama")
+    whole = (tmp_path / "0.safetensors").read_bytes()
+    (tmp_path / "cut.safetensors").write_bytes(whole[:-9])
+    (tmp_path / "altered.safetensors").write_bytes(whole[:-2] + bytes([whole[-2] ^ 1]) + whole[-1:])
+    before = sorted(tmp_path.rglob("*"))
+    status, output = run(line)
+    assert status == 2
+    assert output.startswith("error: ")
+    assert message in output
+    assert "Traceback" not in output
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_plain_adapters_are_fused_with_a_word_on_cross_terms_and_heads(run, tmp_path):
+    for name, seed in (("a", 1), ("b", 2)):
+        tiny_model("bert", trained=True, seed=seed, modules_to_save=["classifier"]).save_pretrained(tmp_path / name)
+    status, output = run("fuse a b --out f.safetensors --scaling 0.5")
+    assert status == 0
+    assert "their product has the cross terms B_i A_j" in output
+    assert "note: not fused, trained beside the adapters: classifier.bias, classifier.weight" in output
+    expected = linlora.fuse([formats.read("a"), formats.read("b")], scaling=0.5)
+    assert (TaskVector.load("f.safetensors") - expected).norm() == 0.0
+    status, output = run("inspect a")
+    assert status == 0
+    assert "PEFT LoRA adapter" in output
+    assert "beside it classifier.bias, classifier.weight" in output
+    assert "start zero" in output
+
+
+def test_inspect_of_a_vector_without_its_point(run, vectors):
+    vectors[0].save("hash.safetensors", include_point=False)
+    status, output = run("inspect hash.safetensors")
+    assert status == 0
+    assert "start not in the file, its hash alone" in output
