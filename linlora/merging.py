@@ -7,6 +7,7 @@ by the kernel. The folder appears under its name when it is whole.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 import tempfile
@@ -116,7 +117,7 @@ class _Plan:
                     f"'{name}' was trained beside {self.replacements[key][0]} and beside {adapter.path}, and a model "
                     "has one; merge one of the adapters, or remove the head from one"
                 )
-            self.replacements[key] = (adapter.path, lambda name=name: adapter.extras[name])
+            self.replacements[key] = (adapter.path, functools.partial(adapter.extras.__getitem__, name))
 
     def write(self, file: TensorFile, key: str, out: FileIO) -> None:
         """The tensor of a key in the merged model."""

@@ -14,7 +14,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -65,7 +65,7 @@ class TensorFile:
                 pass
         except (SafetensorError, OSError) as error:
             raise CorruptFileError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
-        self._file: BinaryIO = open(self.path, "rb")  # noqa: SIM115
+        self._file = open(self.path, "rb")  # noqa: SIM115
         self.size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._file.read(8), "little")
         parsed: dict[str, Any] = json.loads(self._file.read(length))
@@ -231,4 +231,4 @@ def _header(like: Mapping[str, Tensor], checksums: Mapping[str, str], metadata: 
 
 def memory(tensor: Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -33,10 +33,10 @@ def open_peft_adapter(folder: Path) -> Stored:
         StoredTensors(deltas, lambda name: read(names[name])), {}, point_hash({}), scalings(deltas, config, folder),
         "lora", config.get("base_model_name_or_path") or None,
     )  # fmt: skip
-    notes = ("its training started from an adapter that is not in these files; the vector starts from zero",)
+    notes = ["its training started from an adapter that is not in these files; the vector starts from zero"]
     if not (folder / TENSOR_FILE).is_file():
-        notes += (f"{PICKLE_FILE} is a pickle; its tensors are read, no code in it is run",)
-    return Stored(folder, "PEFT LoRA adapter", vector, parameters(extras, like, read), config, notes)
+        notes.append(f"{PICKLE_FILE} is a pickle; its tensors are read, no code in it is run")
+    return Stored(folder, "PEFT LoRA adapter", vector, parameters(extras, like, read), config, tuple(notes))
 
 
 def read_config(folder: Path) -> dict[str, Any]:

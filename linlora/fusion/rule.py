@@ -76,9 +76,12 @@ def _by_vector(vectors: Iterable[TaskVector], rule: Rule[Any]) -> TaskVector:
     assert first is not None
     rule.close(count)
     rule.survey(states.values())
-    return replace(
-        first, deltas={name: rule.result(states.pop(name)).to(delta.dtype) for name, delta in first.deltas.items()}
-    )
+    deltas = {}
+    for name, like in first.deltas.items():
+        result = rule.result(states.pop(name))
+        assert result is not None
+        deltas[name] = result.to(like.dtype)
+    return replace(first, deltas=deltas)
 
 
 def _by_tensor(vectors: Sequence[TaskVector], rule: Rule[Any]) -> TaskVector:
