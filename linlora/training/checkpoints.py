@@ -58,8 +58,8 @@ def load_model(settings: Settings, kind: Any, **options: Any) -> tuple[Any, tupl
 
 
 def refuse_new(settings: Settings, new: Sequence[str], trained: Sequence[str] = (), remedy: str = "") -> None:
-    """Raise a ValueError for weights that the checkpoint lacks, outside the modules that are trained."""
-    random = [name for name in new if not any(name.startswith(f"{module}.") for module in trained)]
+    """Raise a ValueError for weights that the checkpoint lacks, outside the modules that are trained as a whole."""
+    random = [name for name in new if not any(f".{module}." in f".{name}" for module in trained)]
     if random:
         more = f" and {len(random) - 3} more" if len(random) > 3 else ""
         raise ValueError(f"model '{settings.model}' lacks {', '.join(random[:3])}{more}, which would be random{remedy}")

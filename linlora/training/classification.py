@@ -59,7 +59,8 @@ class Classification(Task):
         settings, trained = self.settings, self.settings.head == "trained"
         model, new = load_model(settings, self._auto, **(self._head_options() if trained else {}))
         if trained:
-            refuse_new(settings, new, self.head_modules(model))
+            beside = settings.lora.get("modules_to_save") or ()
+            refuse_new(settings, new, (*self.head_modules(model), *beside), "; name it in lora.modules_to_save")
         else:
             refuse_new(settings, new, remedy=": it has no trained head; set head: trained")
         if model.config.num_labels != self.class_count:

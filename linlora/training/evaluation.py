@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from linlora.fusion.search import bar
 from linlora.products import evaluating
@@ -37,10 +39,13 @@ def evaluate(
     size = int(arguments.get("per_device_eval_batch_size", 0) or arguments["per_device_train_batch_size"])
     device = next(model.parameters()).device
     predicted: list[Any] = []
-    mine = _share(count)
+    mine: Any = _share(count)
+    batches: Any = DataLoader(
+        mine, size, collate_fn=functools.partial(_inputs, task, rows),
+        num_workers=int(arguments.get("dataloader_num_workers", 0)),
+    )  # fmt: skip
     with evaluating(model), torch.no_grad(), arithmetic(task, device):
-        for start in bar(range(0, len(mine), size), f"evaluating {task.settings.name}", progress):
-            inputs = task.inputs([rows[i] for i in mine[start : start + size]])
+        for inputs in bar(batches, f"evaluating {task.settings.name}", progress):
             predicted += task.predict(model, on_device(inputs, device))
     by_row = dict(zip(mine, predicted, strict=True))
     if _processes() > 1:
@@ -64,6 +69,10 @@ def arithmetic(task: Task, device: torch.device) -> Iterator[None]:
     dtype = torch.bfloat16 if arguments.get("bf16") else torch.float16 if arguments.get("fp16") else None
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         yield
+
+
+def _inputs(task: Task, rows: Any, indices: Sequence[int]) -> dict[str, Any]:
+    return task.inputs([rows[i] for i in indices])
 
 
 def _share(count: int) -> list[int]:
