@@ -109,8 +109,9 @@ class TensorFile:
         while start < stop:
             try:
                 copied = os.copy_file_range(source, out, stop - start, offset_src=start)
-            except OSError:  # between file systems, or one without it
-                copied = os.write(out, os.pread(source, min(_CHUNK, stop - start), start))
+            except (OSError, AttributeError):  # between file systems, or on a system without it
+                self._file.seek(start)
+                copied = os.write(out, self._file.read(min(_CHUNK, stop - start)))
             if not copied:
                 raise CorruptFileError(f"{self.path}: cut short; the file was truncated meanwhile")
             start += copied
@@ -180,7 +181,7 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file beside its place and rename it there; one tensor at a time is asked for and held."""
-    like = shapes(tensors)
+    like = dict(sorted(shapes(tensors).items(), key=lambda item: -item[1].element_size()))  # so each starts aligned
     checksums = dict.fromkeys(like, "0" * 8)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,3 +25,22 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     with pytest.raises(AttributeError):
         tensor_files.save_tensors(tmp_path / "t.safetensors", {"t": "not a tensor"}, {})
     assert not list(tmp_path.iterdir())
+
+
+def test_tensors_of_several_dtypes_start_aligned(tmp_path):
+    """An odd number of bfloat16 before a float64 would leave that at an address it cannot be read from."""
+    tensors = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(2, dtype=torch.float64), "c": torch.ones(1)}
+    tensor_files.save_tensors(tmp_path / "t.safetensors", tensors, {})
+    with tensor_files.TensorFile(tmp_path / "t.safetensors") as file:
+        assert all(file.entries[name].start % tensor.element_size() == 0 for name, tensor in tensors.items())
+    loaded, _ = tensor_files.load_tensors(tmp_path / "t.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_bytes_are_copied_also_where_the_kernel_cannot(tmp_path, monkeypatch):
+    tensor_files.save_tensors(tmp_path / "t.safetensors", {"t": torch.randn(1000)}, {})
+    monkeypatch.setattr(tensor_files, "_CHUNK", 300)
+    monkeypatch.delattr(tensor_files.os, "copy_file_range")
+    with tensor_files.TensorFile(tmp_path / "t.safetensors") as file, open(tmp_path / "copy", "wb", buffering=0) as out:
+        file.copy(0, file.size, out.fileno())
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "t.safetensors").read_bytes()

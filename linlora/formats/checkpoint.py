@@ -86,7 +86,7 @@ class Checkpoint:
         """
         found = {name: name for name in names}
         if any(name not in self.home for name in names):
-            found.update(names_in_files(self.folder, names) if self.config.get("model_type") else {})
+            found.update(names_in_files(self.folder, names) if self.config else {})
         if not any(key in self.home for key in found.values()):
             shift = self._shift(found[names[0]])
             found = {name: shift(key) for name, key in found.items()}

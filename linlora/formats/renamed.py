@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import torch
@@ -14,7 +15,8 @@ def names_in_files(folder: Path, names: list[str]) -> dict[str, str]:
     """The name in a checkpoint of each parameter of a model, as this version of transformers would save it.
 
     The model of the folder's `config.json` is built without memory, on the meta device. A parameter that is saved in
-    another form than a tensor of its own (several in one) is left out.
+    another form than a tensor of its own (several in one) is left out, and so are all where transformers does not know
+    the model.
 
     >>> import linlora
     >>> linlora.testing.tiny_base("vit").config.save_pretrained("base")
@@ -22,6 +24,8 @@ def names_in_files(folder: Path, names: list[str]) -> dict[str, str]:
     >>> len(names_in_files(Path("base"), names)) == len(names)
     True
     """
+    if json.loads((folder / "config.json").read_text()).get("model_type") not in transformers.CONFIG_MAPPING:
+        return {}
     config = transformers.AutoConfig.from_pretrained(folder)
     architecture = getattr(transformers, (config.architectures or [""])[0], None)
     with torch.device("meta"):
