@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -42,15 +43,15 @@ def train_inventory(experiment: RoutingExperiment, inventory: str, seed: int) ->
 def new_inventory(experiment: RoutingExperiment, inventory: str, seed: int) -> RoutedModel:
     """An untrained inventory on every linear layer of the backbone: one shared skill, Poly (Q = 1) or MHR."""
     settings = experiment.settings
-    kind = {
+    kinds: dict[str, dict[str, Any]] = {
         "shared": {"variant": "shared"},
         "poly": {"variant": "poly", "n_skills": settings.skills},
         "mhr": {"variant": "poly", "n_skills": settings.skills, "n_heads": settings.heads},
-    }[inventory]
+    }
     torch.manual_seed(seed)
     return route(
         experiment.reader(), len(experiment.trained), rank=settings.rank, alpha=settings.alpha,
-        target_modules=_ENCODER, **kind,
+        target_modules=_ENCODER, **kinds[inventory],
     )  # fmt: skip
 
 
