@@ -19,6 +19,7 @@ app = typer.Typer(
     help="Linearized LoRA fine-tuning at the cost of plain LoRA.",
     no_args_is_help=True,
     pretty_exceptions_show_locals=False,
+    rich_markup_mode="markdown",  # paragraphs flow
 )
 app.command()(info)
 app.command()(quickstart)

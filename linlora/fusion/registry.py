@@ -31,9 +31,10 @@ def fuse(vectors: Iterable[TaskVector], method: str = "task_arithmetic", **optio
     """Fuse task vectors by one of `linlora.fusion.METHODS`; the options are the method's keyword arguments.
 
     Args:
-        vectors: task vectors of one scope, set of layers and linearization point, in a list or from a generator that
-            loads one after the other. Methods that go through them once hold one of them at a time; what each holds
-            beside it is in its docstring.
+        vectors: task vectors of one scope, set of layers and linearization point: in a list; from a generator that
+            loads one after the other, of which those methods that go through them once hold one at a time, and beside
+            it what their docstrings say; or left in files, a list of `TaskVector.open`. Then the result is lazy, each
+            of its tensors computed when it is asked for, and `save` streams: a few tensors are in memory.
         method: "average", "task_arithmetic", "ties", "dare", "negation", "lorahub" or "adamerging".
 
     Returns: a TaskVector of the same point, dtypes and scope; sums are accumulated in float32 (float64 for float64
