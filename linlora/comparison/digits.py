@@ -89,8 +89,7 @@ class DigitTasks:
             losses.append(float(cross_entropy(self.logits(model, (name, few.images)), few.labels)))
         return sum(losses) / len(losses)
 
-    def unlabeled(self) -> Sequence[Sequence[tuple[str, Tensor]]]:
-        size = self.options.adamerging_batch
+    def unlabeled(self, size: int) -> Sequence[Sequence[tuple[str, Tensor]]]:
         return [
             [(name, images) for images in self.experiment.splits[name]["validation"].images.split(size)]
             for name in self.names

@@ -16,6 +16,8 @@ from linlora.comparison.tasks import Tasks
 from linlora.fusion import disentanglement, predictor, search
 from linlora.task_vector import TaskVector
 
+_MAP_BATCH = 64  # inputs at a time
+
 
 def fuse_control(
     control: Control, base: nn.Module, vectors: Sequence[TaskVector], tasks: Tasks, options: Options, seed: int
@@ -45,7 +47,7 @@ def _fused(method: str, at: Space, tasks: Tasks, options: Options, seed: int) ->
         at.put(vector)
         return tasks.scores(at.model, split)
 
-    build = functools.partial(linlora.fuse, at.vectors, method, **_data(method, at, tasks))
+    build = functools.partial(linlora.fuse, at.vectors, method, **_data(method, at, tasks, options))
     choices = options.choices(method, seed)
     chosen, curve = dict(choices[0]), []
     if len(choices) > 1:
@@ -55,7 +57,7 @@ def _fused(method: str, at: Space, tasks: Tasks, options: Options, seed: int) ->
     return {"options": chosen, "validation": curve, "test": score(build(**chosen), "test")}
 
 
-def _data(method: str, at: Space, tasks: Tasks) -> dict[str, Any]:
+def _data(method: str, at: Space, tasks: Tasks, options: Options) -> dict[str, Any]:
     """What a method wants to see of the tasks."""
     if method == "lorahub":
 
@@ -65,7 +67,8 @@ def _data(method: str, at: Space, tasks: Tasks) -> dict[str, Any]:
 
         return {"objective": objective, "progress": False}
     if method == "adamerging":
-        return {"model": at.model, "inputs": tasks.unlabeled(), "logits": tasks.logits, "progress": False}
+        inputs = tasks.unlabeled(options.adamerging_batch)
+        return {"model": at.model, "inputs": inputs, "logits": tasks.logits, "progress": False}
     return {}
 
 
@@ -106,7 +109,7 @@ def map_control(
 ) -> dict[str, Any]:
     """The disentanglement error of the first two tasks over λ1 × λ2, on validation inputs."""
     at = space(control, base, vectors, "average", tasks.trained_modules)
-    inputs = [list(of_task) for of_task in list(tasks.unlabeled())[:2]]
+    inputs = [list(of_task) for of_task in tasks.unlabeled(_MAP_BATCH)[:2]]
     predict = predictor(at.model, inputs, tasks.logits)
     first, second = at.vectors[:2]
     found = disentanglement(first, second, predict, options.map_scalings, progress=False)

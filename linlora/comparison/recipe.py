@@ -30,7 +30,7 @@ from linlora.training.adapted import read_point
 from linlora.training.evaluation import arithmetic, on_device
 from linlora.training.suite import Batches
 
-_UNLABELED_BATCHES = 8  # of each task: what AdaMerging goes through again and again, and the maps are drawn of
+_UNLABELED_ROWS = 256  # of each task: what AdaMerging goes through again and again, and the maps are drawn of
 
 
 def compare_recipe(
@@ -118,9 +118,8 @@ class RecipeTasks:
                 losses.append(float(_loss(model, task, few, device)))
         return statistics.fmean(losses)
 
-    def unlabeled(self) -> Sequence[Iterable[Any]]:
-        size = self.options.adamerging_batch
-        return [Batches(name, task, "validation", size, size * _UNLABELED_BATCHES) for name, task in self.tasks.items()]
+    def unlabeled(self, size: int) -> Sequence[Iterable[Any]]:
+        return [Batches(name, task, "validation", size, _UNLABELED_ROWS) for name, task in self.tasks.items()]
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         task, device = self._enter(model, batch["task"]), next(model.parameters()).device

@@ -27,8 +27,8 @@ class Tasks(Protocol):
         """The mean loss over tasks on a few labelled validation examples of each."""
         ...
 
-    def unlabeled(self) -> Sequence[Iterable[Any]]:
-        """For each task its validation inputs in batches, without labels, as often as one goes through them."""
+    def unlabeled(self, size: int) -> Sequence[Iterable[Any]]:
+        """For each task its validation inputs in batches of a size, without labels, as often as one asks for them."""
         ...
 
     def logits(self, model: nn.Module, batch: Any) -> Tensor:
