@@ -40,7 +40,10 @@ def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
     'BertForSequenceClassification'
     """
     if not isinstance(model, PeftModel):
-        raise TypeError(f"merge takes a PeftModel, got {type(model).__name__}")
+        raise TypeError(
+            f"merge takes a PeftModel, got {type(model).__name__}; a task of a routed model folds by "
+            "linlora.routing.merge_task"
+        )
     if is_sharded(model):
         raise ValueError(
             "merge: the weights are sharded (FSDP2), and no process holds them whole; linlora.export the adapter and "
@@ -87,6 +90,11 @@ def export(
     """
     if isinstance(source, TaskVector):
         return export_stored(Stored(Path(directory), "task vector", source), directory, base)
+    if not isinstance(source, PeftModel):
+        raise TypeError(
+            f"export takes a PeftModel or a TaskVector, got {type(source).__name__}; a task of a routed model is "
+            "exported by linlora.routing.export_task"
+        )
     adapter = _one_adapter(source, adapter)
     vector = TaskVector.from_model(source, adapter)
     if vector.scope == "model":

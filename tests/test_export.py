@@ -147,3 +147,10 @@ def test_merge_refuses_nan_and_leaves_the_model_whole():
     assert torch.equal(layer.weight, weight)
     with pytest.raises(TypeError, match="PeftModel"):
         linlora.merge(tiny_base("bert"))
+
+
+@pytest.mark.parametrize("function", ["export", "merge"])
+def test_a_model_of_another_kind_is_refused_with_what_serves_a_routed_one(function, tmp_path):
+    routed = linlora.routing.route(linlora.testing.tiny_base("bert"), n_tasks=2, target_modules=["query"])
+    with pytest.raises(TypeError, match=rf"{function} takes a PeftModel.*linlora\.routing\.{function}_task"):
+        getattr(linlora, function)(routed, *([tmp_path] if function == "export" else []))
