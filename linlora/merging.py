@@ -24,7 +24,7 @@ from linlora import formats
 from linlora.files import install_file
 from linlora.folding import factors_of
 from linlora.formats.checkpoint import Checkpoint, WrongBaseError
-from linlora.tensor_files import TensorFile, finite, memory, shapes
+from linlora.tensor_files import TensorFile, finite, memory, shapes, write
 from linlora.weights import Update, blocks, folded
 
 _WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".gguf", ".pt", ".pth", ".ckpt", ".ot")
@@ -122,7 +122,7 @@ class _Plan:
     def write(self, file: TensorFile, key: str, out: FileIO) -> None:
         """The tensor of a key in the merged model."""
         if key in self.replacements:
-            _write(out, self.replacements[key][1]().to(file.like(key).dtype).contiguous())
+            write(out, memory(self.replacements[key][1]().to(file.like(key).dtype).contiguous()))
             return
         like = file.like(key)
         if not like.is_floating_point() or like.element_size() == 1:
@@ -134,11 +134,12 @@ class _Plan:
         A, B = torch.cat([update.A for update in updates]), torch.cat([update.B for update in updates], dim=1)
         wide = torch.promote_types(A.dtype, like.dtype)
         update = Update(A.to(wide), B.to(wide), updates[0].transposed)
+        may_overflow = like.dtype == torch.float16 or float(update.A.norm() * update.B.norm()) > 1e30
         for rows in blocks(like.shape):
             block = folded(file.read_rows(key, rows), update, rows)
-            if not finite(block):
+            if may_overflow and not finite(block):
                 raise ValueError(f"'{key}': W + ΔW is not finite in {like.dtype}; a smaller scaling is needed")
-            _write(out, block)
+            write(out, memory(block))
 
 
 def _reader(adapter: formats.Stored, layer: str, transposed: bool) -> Callable[[], Update]:
@@ -161,12 +162,6 @@ def _write_shard(file: TensorFile, plan: _Plan, path: Path) -> None:
                 done = entry.stop
         file.copy(done, file.size, out.fileno())
     install_file(path, path)
-
-
-def _write(out: FileIO, tensor: Tensor) -> None:
-    rest = memory(tensor)
-    while rest:
-        rest = rest[out.write(rest) :]
 
 
 def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:

@@ -13,6 +13,7 @@ import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,8 @@ DTYPES = {
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _CHECKSUMS = "checksums"
-_CHUNK = 2**24
+_CHUNK = 2**18
+"""Bytes written at once. Writes of 2 MiB take five times the CPU time on Linux 6.18, which looks for pages as large."""
 
 
 @dataclass(frozen=True)
@@ -187,14 +189,14 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with open(handle, "wb") as file:
-            file.write(_header(like, checksums, metadata))
+        with open(handle, "wb", buffering=0) as file:
+            write(file, _header(like, checksums, metadata))
             for name in like:
                 buffer = memory(tensors[name].detach().to("cpu").contiguous())
                 checksums[name] = f"{zlib.crc32(buffer):08x}"
-                file.write(buffer)
+                write(file, buffer)
             file.seek(0)
-            file.write(_header(like, checksums, metadata))
+            write(file, _header(like, checksums, metadata))
         install_file(temporary, path)
     finally:
         Path(temporary).unlink(missing_ok=True)
@@ -228,6 +230,13 @@ def _header(like: Mapping[str, Tensor], checksums: Mapping[str, str], metadata: 
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned, as the format asks
     return len(text).to_bytes(8, "little") + text
+
+
+def write(file: FileIO, content: bytes | memoryview) -> None:
+    """Write all of a buffer to a file that is not buffered."""
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest[:_CHUNK]) :]
 
 
 def memory(tensor: Tensor) -> memoryview:
