@@ -21,7 +21,7 @@ struct Launch {
 
 // Waits until `writers` have counted themselves, and counts itself; the last of `readers` leaves zero behind.
 __device__ __forceinline__ void observe(uint32_t* flag, uint32_t writers, uint32_t readers) {
-  wait_at_least(flag, writers);
+  wait_count(flag, writers);
   fence_async_global();  // what they wrote is read by TMA
   if (count(flag) == writers + readers - 1) reset(flag);
 }

@@ -160,10 +160,12 @@ __device__ __forceinline__ void store_for_tma(void* address, Value value) {
 
 // ---- flags in global memory
 
-// Counts at `flag`, after everything that the thread has seen happen.
+// Counts at `flag`, after everything that the thread has seen happen; who waits for the count sees it too.
 __device__ __forceinline__ void count_release(uint32_t* flag) {
   asm volatile("red.release.gpu.global.add.u32 [%0], 1;" ::"l"(flag) : "memory");
 }
+
+__device__ __forceinline__ void wait_count(const uint32_t* flag, uint32_t writers) { wait_at_least(flag, writers); }
 
 __device__ __forceinline__ uint32_t count(uint32_t* counter) { return atomicAdd(counter, 1u); }
 __device__ __forceinline__ void reset(uint32_t* counter) { atomicExch(counter, 0u); }

@@ -5,8 +5,6 @@
 #pragma once
 
 #include <deque>
-#include <map>
-#include <unordered_map>
 #include <utility>
 
 #include "ptx.h"
@@ -27,6 +25,39 @@ struct Clusters {
 
 inline int cta_of_thread() { return static_cast<int>(threadIdx.x) / Clusters::current().threads; }
 
+inline int warp_of_cluster() { return static_cast<int>(threadIdx.x) / kWarpSize; }
+
+// What the thread's warp knows; the warp's own time is that of what it did last.
+inline Clock knowledge() {
+  Clock clock;
+  release(clock);
+  return clock;
+}
+
+// A CTA's shared memory goes when its last thread does: not before all that the other CTA does to it.
+struct Exits {
+  int exited[2] = {};  // threads
+  Clock reached[2];    // by the warps of the other CTA
+
+  void reach(int cta) {
+    if (exited[cta] == Clusters::current().threads)
+      fail("reaches into the shared memory of CTA %d, which is gone", cta);
+    const int warp = warp_of_cluster();
+    reached[cta].times[warp] = knowledge().times[warp];
+  }
+
+  void exit() {
+    const int cta = cta_of_thread();
+    if (++exited[cta] < Clusters::current().threads) return;
+    const Clock known = knowledge();
+    for (int warp = 0; warp < kMaxWarps; ++warp) {
+      if (reached[cta].times[warp] > known.times[warp]) {
+        fail("exits while warp %d of the cluster may still reach into its shared memory", warp);
+      }
+    }
+  }
+};
+
 // Where the machine has what the thread calls `address`.
 inline uint32_t in_machine(uint32_t address, uint32_t bytes) {
   const Clusters& clusters = Clusters::current();
@@ -34,7 +65,9 @@ inline uint32_t in_machine(uint32_t address, uint32_t bytes) {
   if (offset < kSharedBase || offset + bytes > kSharedBase + clusters.shared_bytes || named > 2) {
     fail("%u bytes at shared address %#x are outside of the CTA's %u bytes", bytes, address, clusters.shared_bytes);
   }
-  return offset + (named == 0 ? cta_of_thread() : named - 1) * clusters.stride;
+  const int own = cta_of_thread(), cta = named == 0 ? own : static_cast<int>(named) - 1;
+  if (cta != own) block_state<Exits>().reach(cta);
+  return offset + cta * clusters.stride;
 }
 
 // What the asynchronous engine has to do, in any order.
@@ -57,74 +90,18 @@ struct Engine {
   }
 };
 
-// ---- what threads have written, and TMA must not read before a fence between the proxies
-
-// Addresses of words -> the number of the writer's fence; kUnfenced before it.
-class GenericWrites {
- public:
-  static constexpr int64_t kUnfenced = INT64_MAX;
-
-  // Of all clusters: global memory.
-  static GenericWrites& global() {
-    static thread_local GenericWrites writes;
-    return writes;
-  }
-
-  void write(uintptr_t address, size_t bytes, std::vector<uintptr_t>& of_thread) {
-    for (size_t word = 0; word < bytes; word += 4) {
-      fences_[address + word] = kUnfenced;
-      of_thread.push_back(address + word);
-    }
-  }
-
-  // By the writer, or by the reader: returns the number of the fence.
-  int64_t fence(std::vector<uintptr_t>& of_thread) {
-    ++last_;
-    for (uintptr_t word : of_thread) fences_[word] = last_;
-    of_thread.clear();
-    return last_;
-  }
-
-  // Is there a fence of the writer, and one of the reader after it?
-  void check(uintptr_t address, size_t bytes, int64_t fence_of_reader, const char* what) const {
-    if (fences_.empty()) return;
-    for (uintptr_t word = address & ~uintptr_t{3}; word < address + bytes; word += 4) {
-      const auto found = fences_.find(word);
-      if (found == fences_.end()) continue;
-      if (found->second == kUnfenced) fail("%s reads what a thread wrote without a fence.proxy.async after it", what);
-      if (found->second >= fence_of_reader) {
-        fail("%s reads what a thread wrote, without a fence.proxy.async of its own after the writer's", what);
-      }
-    }
-  }
-
-  void clear() {
-    fences_.clear();
-    last_ = 0;
-  }
-
- private:
-  std::unordered_map<uintptr_t, int64_t> fences_;
-  int64_t last_ = 0;
-};
-
-struct ThreadWrites {
-  std::vector<uintptr_t> global, shared;
-  int64_t last_fence = 0;  // between the proxies of global memory
-};
-
 template <class Kernel>
 bool run_clusters(int clusters, int threads, size_t shared_bytes, const Kernel& kernel) {
   Clusters& shape = Clusters::current();
   shape.threads = threads;
   shape.shared_bytes = static_cast<uint32_t>(shared_bytes);
   shape.stride = static_cast<uint32_t>((shared_bytes + 1023) / 1024 * 1024);
-  GenericWrites::global().clear();
   return run(dim3{static_cast<unsigned>(clusters)}, dim3{static_cast<unsigned>(2 * threads + kWarpSize)},
              2 * shape.stride, [&kernel, threads] {
                Engine& engine = block_state<Engine>();
                if (static_cast<int>(threadIdx.x) < 2 * threads) {
                  kernel();
+                 block_state<Exits>().exit();
                  ++engine.finished;
                } else if (static_cast<int>(threadIdx.x) == 2 * threads) {
                  engine.run();

@@ -1,7 +1,7 @@
 // The primitives of ptx_sm90.cuh on the host, after the PTX ISA.
 #pragma once
 
-#include "cluster_sm90.h"
+#include "proxies_sm90.h"
 
 namespace linlora {
 namespace emulator {
@@ -89,8 +89,8 @@ inline void load_box(uint32_t destination, const sm90::TensorMap& map, uint32_t 
   };
   for_rows(map, column, row, layer, [](int64_t, const char* source, int64_t, int64_t count) {
     check_global(source, count, Access::kRead);
-    GenericWrites::global().check(reinterpret_cast<uintptr_t>(source), count, thread_state<ThreadWrites>().last_fence,
-                                  "TMA");
+    const int64_t last_fence = thread_state<ThreadWrites>().last_fence;
+    GenericWrites::global().check(reinterpret_cast<uintptr_t>(source), count, last_fence);
   });
   const bool early = lucky();
   if (early) read();
@@ -128,6 +128,8 @@ cudaError_t launch_clusters(void (*kernel)(Parameters...), int clusters, int thr
       emulator::fail("exits without waiting for its stores: TMA may still read its shared memory");
     }
   };
+  emulator::GenericWrites::global().clear();
+  emulator::publications().clear();
   return emulator::run_clusters(clusters, threads, shared_bytes, thread) ? cudaSuccess : cudaErrorLaunchFailure;
 }
 
@@ -196,7 +198,7 @@ inline void tma_load_both(uint32_t destination, const TensorMap* map, uint32_t b
 inline void tma_store(const TensorMap* map, uint32_t source, int column, int row) {
   emulator::check_box(source);
   const uint32_t bytes = static_cast<uint32_t>(map->box_rows()) * 128, place = emulator::in_machine(source, bytes);
-  emulator::block_state<emulator::GenericWrites>().check(place, bytes, INT64_MAX - 1, "a store of TMA");
+  emulator::block_state<emulator::GenericWrites>().check_fence(place, bytes);
   emulator::for_rows(*map, column, row, 0, [](int64_t, const char* destination, int64_t, int64_t count) {
     emulator::check_global(destination, count, emulator::Access::kWrite);
   });
@@ -248,7 +250,14 @@ void store_for_tma(void* address, Value value) {
                                           emulator::thread_state<emulator::ThreadWrites>().global);
 }
 
-inline void count_release(uint32_t* flag) { atomicAdd(flag, 1u); }
+inline void count_release(uint32_t* flag) {
+  emulator::publish(flag);
+  atomicAdd(flag, 1u);
+}
+inline void wait_count(const uint32_t* flag, uint32_t writers) {
+  wait_at_least(flag, writers);
+  emulator::learn_from(flag);
+}
 inline uint32_t count(uint32_t* counter) { return atomicAdd(counter, 1u); }
 inline void reset(uint32_t* counter) { atomicExch(counter, 0u); }
 
