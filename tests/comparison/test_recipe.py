@@ -76,6 +76,14 @@ def console():
     return Console(file=io.StringIO(), width=100)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _uncollected():
+    """accelerate collects garbage after every training: seconds each, in a process that holds as much as pytest's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate.utils.memory.gc.collect", lambda: 0)
+        yield
+
+
 @pytest.fixture(scope="module")
 def finished(place):
     out = place / "run"
