@@ -1,8 +1,8 @@
 """Adapters merged into a base model from file to file: the model is never built, a block of rows is in memory.
 
 The shards of the base are gone through in the order of their bytes. Of an adapted weight a block of rows is read,
-W + Σ ΔW is summed in float32 and rounded once (linlora.weights), and written; everything between two weights is copied
-by the kernel. The folder appears under its name when it is whole.
+W + Σ ΔW is summed in float32 and rounded once (linlora.weights), and handed to a second thread, which writes it;
+everything between two weights is copied by the kernel. The folder appears under its name when it is whole.
 """
 
 from __future__ import annotations
@@ -11,11 +11,13 @@ import functools
 import os
 import shutil
 import tempfile
-from collections import defaultdict
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
-from io import FileIO
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -75,8 +77,9 @@ def merge_files(
     staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         _copy_beside(checkpoint, staging)
-        for name in progress(list(checkpoint.files)):
-            _write_shard(checkpoint.files[name], plan, staging / name)
+        with _one_thread(), _Queue() as queue:
+            for name in progress(list(checkpoint.files)):
+                _write_shard(checkpoint.files[name], plan, staging / name, queue)
         os.chmod(staging, 0o755)
         os.replace(staging, out)
     finally:
@@ -119,10 +122,10 @@ class _Plan:
                 )
             self.replacements[key] = (adapter.path, functools.partial(adapter.extras.__getitem__, name))
 
-    def write(self, file: TensorFile, key: str, out: FileIO) -> None:
-        """The tensor of a key in the merged model."""
+    def merged(self, file: TensorFile, key: str) -> Iterator[Tensor]:
+        """The tensor of a key in the merged model, in blocks of rows."""
         if key in self.replacements:
-            write(out, memory(self.replacements[key][1]().to(file.like(key).dtype).contiguous()))
+            yield self.replacements[key][1]().to(file.like(key).dtype).contiguous()
             return
         like = file.like(key)
         if not like.is_floating_point() or like.element_size() == 1:
@@ -139,7 +142,7 @@ class _Plan:
             block = folded(file.read_rows(key, rows), update, rows)
             if may_overflow and not finite(block):
                 raise ValueError(f"'{key}': W + ΔW is not finite in {like.dtype}; a smaller scaling is needed")
-            write(out, memory(block))
+            yield block
 
 
 def _reader(adapter: formats.Stored, layer: str, transposed: bool) -> Callable[[], Update]:
@@ -150,18 +153,49 @@ def _reader(adapter: formats.Stored, layer: str, transposed: bool) -> Callable[[
     return read
 
 
-def _write_shard(file: TensorFile, plan: _Plan, path: Path) -> None:
+def _write_shard(file: TensorFile, plan: _Plan, path: Path, queue: _Queue) -> None:
     """The shard with its adapted tensors changed: the same header, the same places."""
     changed = plan.folds.keys() | plan.replacements.keys()
-    with open(path, "wb", buffering=0) as out:
-        done = 0
-        for name, entry in sorted(file.entries.items(), key=lambda item: item[1].start):
-            if name in changed:
-                file.copy(done, entry.start, out.fileno())
-                plan.write(file, name, out)
-                done = entry.stop
-        file.copy(done, file.size, out.fileno())
-    install_file(path, path)
+    out = open(path, "wb", buffering=0)  # noqa: SIM115  (closed in the queue)
+    done = 0
+    for name, entry in sorted(file.entries.items(), key=lambda item: item[1].start):
+        if name in changed:
+            queue.put(file.copy, done, entry.start, out.fileno())
+            for block in plan.merged(file, name):
+                queue.put(write, out, memory(block))
+            done = entry.stop
+    queue.put(file.copy, done, file.size, out.fileno())
+    queue.put(out.close)
+    queue.put(install_file, path, path)
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """One thread of PyTorch's: a block keeps it busy for a millisecond, and the other core is the writing thread's."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+class _Queue:
+    """Jobs for a second thread, in their order; a few wait at most. What one raises, `put` or the end raises."""
+
+    def __enter__(self) -> _Queue:
+        self.thread, self.waiting = ThreadPoolExecutor(1), deque[Future[None]]()
+        return self
+
+    def put(self, job: Callable[..., None], *arguments: Any) -> None:
+        self.waiting.append(self.thread.submit(job, *arguments))
+        while len(self.waiting) > 3:
+            self.waiting.popleft().result()
+
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
+        self.thread.shutdown(cancel_futures=error is not None)
+        while self.waiting and error is None:
+            self.waiting.popleft().result()
 
 
 def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:
