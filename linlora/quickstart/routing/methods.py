@@ -28,16 +28,21 @@ class Method:
     learning_rate: float = 0.0
 
 
+# Learning rates by the mean accuracy on validation images of the held-out tasks, seed 0, with 16 and 64 images; the
+# linearized forms have that of their plain one.
+#     LoRA      2e-3 0.672, 5e-3 0.708, 1e-2 0.683        Poly-z    0.1 0.670, 0.5 0.669
+#     MHR-μ     2e-3 0.730, 5e-3 0.694                    MHR-z     0.1 0.680, 0.5 0.699
+# The shared skill, Poly and MHR have that of MHR-μ.
 METHODS: dict[str, Method] = {
-    "zero": Method("MHR, mean of the skills, no training", "mhr", "nothing"),
-    "lora": Method("LoRA from scratch", None, "adapter", None, 1e-2),
-    "lora-layer": Method("LoRA from scratch, layer scope", None, "adapter", "layer", 1e-2),
-    "lora-model": Method("LoRA from scratch, model scope", None, "adapter", "model", 1e-2),
-    "shared": Method("shared skill, fine-tuned", "shared", "adapter", None, 2e-3),
-    "poly-z": Method("Poly-z", "poly", "logits", None, 0.5),
+    "zero": Method("MHR, mean of the skills", "mhr", "nothing"),
+    "lora": Method("LoRA", None, "adapter", None, 5e-3),
+    "lora-layer": Method("LoRA, layer scope", None, "adapter", "layer", 5e-3),
+    "lora-model": Method("LoRA, model scope", None, "adapter", "model", 5e-3),
+    "shared": Method("shared skill", "shared", "adapter", None, 2e-3),
+    "poly-z": Method("Poly-z", "poly", "logits", None, 0.1),
     "mhr-z": Method("MHR-z", "mhr", "logits", None, 0.5),
     "mhr-z-layer": Method("MHR-z, layer scope", "mhr", "logits", "layer", 0.5),
-    "mhr-z-model": Method("MHR-z, model scope, convex fit", "mhr", "weights", "model"),
+    "mhr-z-model": Method("MHR-z, model scope", "mhr", "weights", "model"),
     "poly": Method("Poly", "poly", "all", None, 2e-3),
     "mhr": Method("MHR", "mhr", "all", None, 2e-3),
     "mhr-mu": Method("MHR-μ", "mhr", "adapter", None, 2e-3),
