@@ -60,6 +60,7 @@ def train(
     adapter for stock PEFT, the task vector, a trained head, the scores and the settings.
     """
     with user_errors(interrupted="interrupted; run the same command again to continue"):
+        from accelerate import PartialState
         from rich.console import Console
 
         from linlora.training import recipe as settings_of
@@ -73,6 +74,7 @@ def train(
         runs = [train_task(settings, fresh, console) for settings in tasks.values()]
         console.print(report.trained(runs))
         console.print(report.what_next(runs), highlight=False, markup=False, soft_wrap=True)
+        PartialState().destroy_process_group()  # of torchrun: none of its threads runs on while the interpreter ends
 
 
 def _given(flags: dict[str, Any]) -> list[tuple[str, Any]]:
