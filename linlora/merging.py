@@ -1,8 +1,9 @@
 """Adapters merged into a base model from file to file: the model is never built, a block of rows is in memory.
 
 The shards of the base are gone through in the order of their bytes. Of an adapted weight a block of rows is read,
-W + Σ ΔW is summed in float32 and rounded once (linlora.weights), and handed to a second thread, which writes it;
-everything between two weights is copied by the kernel. The folder appears under its name when it is whole.
+W + Σ ΔW is summed in float32 and rounded once (linlora.weights), and handed to a second thread, which writes it; a
+third flushes it to the disk. Everything between two weights is copied by the kernel. The folder appears under its
+name when it is whole.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ from linlora.tensor_files import TensorFile, finite, memory, shapes, write
 from linlora.weights import Update, blocks, folded
 
 _WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".gguf", ".pt", ".pth", ".ckpt", ".ot")
+_FLUSH = 2**27
+"""Bytes after which what is written goes to the disk, beside the work; all of it at the end would be waited for."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +80,9 @@ def merge_files(
     staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
     try:
         _copy_beside(checkpoint, staging)
-        with _one_thread(), _Queue() as queue:
+        with _one_thread(), _Queue() as flushing, _Queue(3) as writing:
             for name in progress(list(checkpoint.files)):
-                _write_shard(checkpoint.files[name], plan, staging / name, queue)
+                _write_shard(checkpoint.files[name], plan, staging / name, writing, flushing)
         os.chmod(staging, 0o755)
         os.replace(staging, out)
     finally:
@@ -153,20 +156,22 @@ def _reader(adapter: formats.Stored, layer: str, transposed: bool) -> Callable[[
     return read
 
 
-def _write_shard(file: TensorFile, plan: _Plan, path: Path, queue: _Queue) -> None:
+def _write_shard(file: TensorFile, plan: _Plan, path: Path, writing: _Queue, flushing: _Queue) -> None:
     """The shard with its adapted tensors changed: the same header, the same places."""
     changed = plan.folds.keys() | plan.replacements.keys()
-    out = open(path, "wb", buffering=0)  # noqa: SIM115  (closed in the queue)
+    out = open(path, "wb", buffering=0)  # noqa: SIM115  (closed by the flushing thread)
     done = 0
     for name, entry in sorted(file.entries.items(), key=lambda item: item[1].start):
         if name in changed:
-            queue.put(file.copy, done, entry.start, out.fileno())
+            writing.put(file.copy, done, entry.start, out.fileno())
             for block in plan.merged(file, name):
-                queue.put(write, out, memory(block))
+                writing.put(write, out, memory(block))
+            if entry.stop // _FLUSH > done // _FLUSH:
+                writing.put(flushing.put, os.fsync, out.fileno())
             done = entry.stop
-    queue.put(file.copy, done, file.size, out.fileno())
-    queue.put(out.close)
-    queue.put(install_file, path, path)
+    writing.put(file.copy, done, file.size, out.fileno())
+    writing.put(flushing.put, out.close)
+    writing.put(flushing.put, install_file, path, path)
 
 
 @contextmanager
@@ -181,7 +186,10 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Queue:
-    """Jobs for a second thread, in their order; a few wait at most. What one raises, `put` or the end raises."""
+    """Jobs for another thread, in their order; what one raises, `put` or the end raises."""
+
+    def __init__(self, waiting: int | None = None) -> None:
+        self.limit = waiting
 
     def __enter__(self) -> _Queue:
         self.thread, self.waiting = ThreadPoolExecutor(1), deque[Future[None]]()
@@ -189,7 +197,7 @@ class _Queue:
 
     def put(self, job: Callable[..., None], *arguments: Any) -> None:
         self.waiting.append(self.thread.submit(job, *arguments))
-        while len(self.waiting) > 3:
+        while self.limit is not None and len(self.waiting) > self.limit:
             self.waiting.popleft().result()
 
     def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
