@@ -77,6 +77,7 @@ class TensorFile:
             for name, e in parsed.items()
         }
         self._checksums: dict[str, str] = json.loads(self.metadata.pop(_CHECKSUMS, "{}"))
+        self._unchecked = set(self.entries)
         self.has_checksums = self.entries.keys() <= self._checksums.keys()
 
     def like(self, name: str) -> Tensor:
@@ -84,17 +85,16 @@ class TensorFile:
         return torch.empty(self.entries[name].shape, dtype=self._dtype(name), device="meta")
 
     def read(self, name: str) -> Tensor:
-        """The tensor, on the CPU. Raises CorruptFileError where it holds NaN or infinity or fails its checksum."""
+        """The tensor, on the CPU. Raises CorruptFileError where it holds NaN or infinity or fails its checksum.
+
+        Both are looked at when it is read for the first time; the file that is open stays as it is.
+        """
         entry = self.entries[name]
         tensor = torch.empty(entry.shape, dtype=self._dtype(name))
-        buffer = memory(tensor)
-        self._fill(buffer, entry.start, name)
-        if name in self._checksums and f"{zlib.crc32(buffer):08x}" != self._checksums[name]:
-            raise CorruptFileError(f"{self.path}: tensor '{name}' does not match its checksum; the file was altered")
-        if not finite(tensor):
-            raise CorruptFileError(
-                f"{self.path}: tensor '{name}' holds NaN or infinity; the run that wrote it diverged"
-            )
+        self._fill(memory(tensor), entry.start, name)
+        if name in self._unchecked:
+            self._check(name, tensor)
+            self._unchecked.remove(name)
         return tensor
 
     def read_rows(self, name: str, rows: slice) -> Tensor:
@@ -126,6 +126,14 @@ class TensorFile:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def _check(self, name: str, tensor: Tensor) -> None:
+        if name in self._checksums and f"{zlib.crc32(memory(tensor)):08x}" != self._checksums[name]:
+            raise CorruptFileError(f"{self.path}: tensor '{name}' does not match its checksum; the file was altered")
+        if not finite(tensor):
+            raise CorruptFileError(
+                f"{self.path}: tensor '{name}' holds NaN or infinity; the run that wrote it diverged"
+            )
 
     def _fill(self, buffer: memoryview, start: int, name: str) -> None:
         self._file.seek(start)
