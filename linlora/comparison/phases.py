@@ -115,8 +115,9 @@ class ComparisonCosts:
         validation = (1 + searched + negations) * len(indices["validation"])
         test = (1 + len(options.methods) + self._tasks) * len(indices["test"])
         few = options.lorahub_budget * options.lorahub_examples
-        steps = options.adamerging_steps * options.adamerging_batch * image_cost(family, of_step=True)
-        return self._tasks * (image_cost(family) * (validation + test + few) + steps)
+        steps = options.adamerging_steps * len(options.choices("adamerging", seed))
+        adamerging = steps * options.adamerging_batch * image_cost(family, of_step=True)
+        return self._tasks * (image_cost(family) * (validation + test + few) + adamerging)
 
     def map(self, start: Start, control: Control) -> int:
         n, validation = len(self.settings.options.map_scalings), len(load_digits().indices["validation"])

@@ -36,9 +36,11 @@ class Options:
     # of each task, labelled: LoraHub's objective is the loss on these. Its paper has 5 for one new task.
     lorahub_examples: int = 16
     lorahub_budget: int = 40
-    # Adam moves a coefficient by at most steps x learning rate: 0.5, as with the published 500 x 1e-3.
+    # A coefficient for each task and one for each layer of it. Adam moves one by at most steps x learning rate: 0.05,
+    # or the 0.5 of the published 500 x 1e-3, which start from 0.3.
+    adamerging_initial: tuple[float, ...] = (0.1, 0.3)
+    adamerging_learning_rates: tuple[float, ...] = (1e-3, 1e-2)
     adamerging_steps: int = 50
-    adamerging_learning_rate: float = 1e-2
     adamerging_batch: int = 16
     # forgetting: the largest of these that keeps 95 % of the score of the other tasks
     negation_scalings: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
@@ -50,9 +52,9 @@ class Options:
         unknown = [method for method in self.methods if method not in METHODS]
         if unknown or not self.methods:
             raise ValueError(f"methods: choose from {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}")
-        for name in ("scalings", "ties_keep", "ties_scalings", "dare_drop", "dare_scalings", "negation_scalings"):
-            if not getattr(self, name):
-                raise ValueError(f"{name}: there has to be a value to try")
+        for searched in fields(self):
+            if getattr(self, searched.name) == ():
+                raise ValueError(f"{searched.name}: there has to be a value to try")
 
     @classmethod
     def of(cls, methods: Sequence[str] = (), assignments: Sequence[str] = ()) -> Options:
@@ -63,8 +65,8 @@ class Options:
         >>> Options.of([], ["ties_kep=[0.1]"])
         Traceback (most recent call last):
         ValueError: --set: unknown key 'ties_kep'; did you mean 'ties_keep'? The keys are scalings, ties_keep, \
-ties_scalings, dare_drop, dare_scalings, lorahub_examples, lorahub_budget, adamerging_steps, \
-adamerging_learning_rate, adamerging_batch, negation_scalings, negation_keeps, map_scalings
+ties_scalings, dare_drop, dare_scalings, lorahub_examples, lorahub_budget, adamerging_initial, \
+adamerging_learning_rates, adamerging_steps, adamerging_batch, negation_scalings, negation_keeps, map_scalings
         """
         known = [f.name for f in fields(cls) if f.name != "methods"]
         given: dict[str, Any] = {"methods": tuple(methods)} if methods else {}
@@ -86,7 +88,12 @@ adamerging_learning_rate, adamerging_batch, negation_scalings, negation_keeps, m
             "ties": grid(keep=self.ties_keep, scaling=self.ties_scalings),
             "dare": grid(drop=self.dare_drop, scaling=self.dare_scalings, seed=[seed]),
             "lorahub": [{"budget": self.lorahub_budget, "seed": seed}],
-            "adamerging": [{"steps": self.adamerging_steps, "learning_rate": self.adamerging_learning_rate}],
+            "adamerging": grid(
+                level=["task", "layer"],
+                initial=self.adamerging_initial,
+                learning_rate=self.adamerging_learning_rates,
+                steps=[self.adamerging_steps],
+            ),
         }
         return choices[method]
 

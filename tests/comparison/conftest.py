@@ -17,7 +17,8 @@ MINIATURE = Settings(
     ),
     Options(
         scalings=(0.0, 0.5, 1.0), ties_keep=(0.5,), ties_scalings=(0.5, 1.0), dare_drop=(0.5,), dare_scalings=(0.3,),
-        lorahub_budget=3, adamerging_steps=2, negation_scalings=(0.5, 1.0), map_scalings=(0.0, 1.0),
+        lorahub_budget=3, adamerging_initial=(0.3,), adamerging_steps=2, negation_scalings=(0.5, 1.0),
+        map_scalings=(0.0, 1.0),
     ),
     warmup_steps=5,
 )  # fmt: skip

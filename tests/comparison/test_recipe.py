@@ -26,7 +26,8 @@ from linlora.training import Run, adapt, evaluate, load_task, set_head
 WORDS = ["<pad>", "<unk>", "good", "bad", "red", "blue", "film", "day", "is", "the"]
 OPTIONS = Options(
     methods=("average", "ties", "adamerging", "lorahub"), ties_keep=(0.5,), ties_scalings=(0.5, 1.0), lorahub_budget=2,
-    lorahub_examples=4, adamerging_steps=1, adamerging_batch=4, negation_scalings=(1.0,), map_scalings=(0.0, 1.0),
+    lorahub_examples=4, adamerging_initial=(0.3,), adamerging_steps=1, adamerging_batch=4,
+    negation_scalings=(1.0,), map_scalings=(0.0, 1.0),
 )  # fmt: skip
 
 
