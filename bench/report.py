@@ -56,8 +56,8 @@ def _times(title: str, results: list[CaseResult], compiled_only: bool = False) -
 
 
 def _heading(provider: Provider, result: CaseResult) -> str:
-    if provider is FLOOR and result.case.kind in ("stream", "model"):
-        return "primal alone" if result.case.kind == "stream" else "frozen model"
+    if provider is FLOOR:
+        return {"stream": "primal alone", "model": "frozen model"}.get(result.case.kind, "frozen layer")
     return provider.label.replace(" compiled", "")
 
 
@@ -80,7 +80,7 @@ def _gains(results: list[CaseResult]) -> Table:
     for label in peers.values():
         table.add_column(f"vs {label}", justify="right")
     for label in memory_peers.values():
-        table.add_column(f"memory / {label}", justify="right")
+        table.add_column(f"mem / {label}", justify="right")
     with_roofline = any(o.roofline for result in results for o in result.outcomes.values())
     with_cublas = with_roofline and results[0].case.kind in ("layer", "routing")
     for column, shown in (("TFLOP/s", attention), ("% cuBLAS", with_cublas), ("% roof", with_roofline)):

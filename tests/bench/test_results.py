@@ -159,7 +159,7 @@ def test_the_report_gives_attention_and_model_scope_tables_of_their_own() -> Non
     text = console.export_text()
     assert "attention with tangents, forward: median ms" in text
     assert "training step, model scope: median ms" in text
-    for column in ("primal alone", "frozen model", "TFLOP/s", "vs jvp", "memory / jvp"):
+    for column in ("primal alone", "frozen model", "TFLOP/s", "vs jvp", "mem / jvp"):
         assert column in text
     assert "jvp_flash_attention: absent" in text
     (row,) = [line for line in text.splitlines() if "torch, model scope" in line and "tokens" in line]
