@@ -23,10 +23,10 @@ from linlora.comparison.fuse import fuse_control, map_control
 from linlora.comparison.settings import Options, Start
 from linlora.export import TASK_VECTOR_FILE
 from linlora.quickstart import Settings as QuickstartSettings
-from linlora.quickstart.artifacts import staged, write_json
 from linlora.quickstart.backbone import features
 from linlora.quickstart.experiment import Experiment
 from linlora.quickstart.train import accuracy, adapted, batches, training_steps
+from linlora.run_directory import staged, write_json
 from linlora.task_vector import TaskVector
 from linlora.training.adapted import freeze_A
 

@@ -22,8 +22,8 @@ from linlora.comparison.results import control_results
 from linlora.comparison.settings import START_NOTES, START_TITLES, Options
 from linlora.comparison.write import write_report
 from linlora.products import evaluating
-from linlora.quickstart.artifacts import is_whole, only_run_in, open_run_directory, read_json, staged, write_json
 from linlora.quickstart.results import environment
+from linlora.run_directory import is_whole, only_run_in, open_run_directory, read_json, staged, write_json
 from linlora.training import Run, Task, evaluate, load_task, recipe, set_head, train
 from linlora.training import Settings as TaskSettings
 from linlora.training.adapted import read_point

@@ -15,13 +15,13 @@ from linlora.comparison.phases import ComparisonCosts, controls_of, run_phases
 from linlora.comparison.results import control_results
 from linlora.comparison.settings import START_NOTES, START_TITLES, Start
 from linlora.comparison.write import write_report
-from linlora.quickstart.artifacts import only_run_in, open_run_directory, read_json
 from linlora.quickstart.experiment import Experiment, prepare
 from linlora.quickstart.progress import work_bar
 from linlora.quickstart.results import environment
 from linlora.quickstart.run import check_device
 from linlora.quickstart.surroundings import surroundings
 from linlora.quickstart.workers import crew_of
+from linlora.run_directory import only_run_in, open_run_directory, read_json
 
 
 def compare_digits(

@@ -12,7 +12,7 @@ from rich.console import Console
 from linlora.comparison.figures import draw_all
 from linlora.comparison.report import markdown, reading, tables
 from linlora.files import write_text
-from linlora.quickstart.artifacts import write_json
+from linlora.run_directory import write_json
 
 _OUTPUTS = {
     "results.json": "every number, by control, method, seed and task, with options, settings and environment",

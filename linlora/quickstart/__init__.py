@@ -6,8 +6,8 @@ that concerns one adapter or one fusion is a job, done by one of a few worker pr
 `run.py` first: it names the phases in order.
 """
 
-from linlora.quickstart.artifacts import DifferentSettingsError
 from linlora.quickstart.run import run
 from linlora.quickstart.settings import Settings
+from linlora.run_directory import DifferentSettingsError
 
 __all__ = ["DifferentSettingsError", "Settings", "run"]

@@ -11,13 +11,13 @@ from pathlib import Path
 from torch import nn
 from transformers import ViTModel
 
-from linlora.quickstart.artifacts import is_whole, read_json, staged, write_json
 from linlora.quickstart.backbone import fit_head, load_backbone, load_heads, pretrain, save_heads
 from linlora.quickstart.data import Digits, Split, SplitName, load_digits
 from linlora.quickstart.settings import Family, Settings
 from linlora.quickstart.surroundings import surroundings
 from linlora.quickstart.tasks import Task, select_tasks
 from linlora.quickstart.train import accuracy
+from linlora.run_directory import is_whole, read_json, staged, write_json
 
 BACKBONE_FILES = ("config.json", "model.safetensors", "heads.safetensors", "pretraining.json")
 

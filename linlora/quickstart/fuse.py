@@ -8,13 +8,13 @@ from typing import Any
 
 import linlora
 from linlora import TaskVector
-from linlora.quickstart.artifacts import is_whole, read_json, staged, write_json
 from linlora.quickstart.experiment import Experiment
 from linlora.quickstart.finetune import Runs, adapter_files, load_vectors, save_adapter
 from linlora.quickstart.progress import Costs, WorkBar
 from linlora.quickstart.settings import FAMILY_TITLES, Family
 from linlora.quickstart.train import adapted, of_family
 from linlora.quickstart.workers import Crew
+from linlora.run_directory import is_whole, read_json, staged, write_json
 
 SCORES_FILE = "scores.json"
 FUSED = ("average", "task_arithmetic")

@@ -25,8 +25,8 @@ from torch import Tensor
 
 from linlora.export import TASK_VECTOR_FILE
 from linlora.files import write_text
-from linlora.quickstart.artifacts import LOCK_FILE
-from linlora.quickstart.artifacts import only_run_in as locked
+from linlora.run_directory import LOCK_FILE
+from linlora.run_directory import only_run_in as locked
 from linlora.task_vector import TaskVector
 from linlora.tensor_files import load_tensors
 from linlora.training.head import HEAD_FILE

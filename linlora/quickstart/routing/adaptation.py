@@ -10,13 +10,13 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import linlora
-from linlora.quickstart.artifacts import is_whole, read_json, staged, write_json
 from linlora.quickstart.routing.experiment import RoutingExperiment, Rows, accuracy
 from linlora.quickstart.routing.inventories import load_inventory
 from linlora.quickstart.routing.methods import METHODS, Method
 from linlora.quickstart.routing.settings import RoutingSettings
 from linlora.quickstart.train import batches
 from linlora.routing import RoutedModel, add_task, collapse, fit_routing, mhr_mu, mhr_z
+from linlora.run_directory import is_whole, read_json, staged, write_json
 
 RECORD_FILE = "scores.json"
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from transformers import ViTModel
 
-from linlora.quickstart.artifacts import is_whole
 from linlora.quickstart.backbone import fit_head, load_backbone, load_heads, save_heads
 from linlora.quickstart.data import Digits, SplitName, load_digits
 from linlora.quickstart.experiment import prepare as prepare_quickstart
@@ -20,6 +19,7 @@ from linlora.quickstart.routing.reader import Reader
 from linlora.quickstart.routing.settings import RoutingSettings
 from linlora.quickstart.routing.tasks import DOMAINS, QUESTIONS, Pair, divide
 from linlora.quickstart.surroundings import surroundings
+from linlora.run_directory import is_whole
 
 HEADS_FILE = "questions.safetensors"
 

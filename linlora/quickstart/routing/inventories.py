@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.quickstart.artifacts import is_whole, read_json, staged, write_json
 from linlora.quickstart.routing.experiment import RoutingExperiment, Rows, accuracy
 from linlora.routing import RoutedModel, route
+from linlora.run_directory import is_whole, read_json, staged, write_json
 
 RECORD_FILE = "training.json"
 INVENTORY_FILE = "routed_model.safetensors"
