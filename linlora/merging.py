@@ -107,16 +107,13 @@ class _Plan:
         keys = checkpoint.keys([f"{layer}.weight" for layer in adapter.vector.scalings] + list(adapter.extras))
         for name, like in shapes(adapter.extras).items():
             key = keys[name]
-            if key not in checkpoint.home:
+            there = checkpoint.entry(key).shape if key in checkpoint.home else None
+            if there != tuple(like.shape):
                 raise WrongBaseError(
-                    f"'{name}' was trained beside the adapter {adapter.path}, and {checkpoint.folder} has no such "
-                    "tensor to replace (a head of its own?): build the model, load the adapter with PEFT and call "
+                    f"'{name}' {tuple(like.shape)} was trained beside the adapter {adapter.path}, and "
+                    f"{checkpoint.folder} has {'no such tensor' if there is None else f'one of {there}'} to replace (a "
+                    "head of its own?): build the model with this head, load the adapter with PEFT and call "
                     "linlora.merge(model).save_pretrained(folder)"
-                )
-            if checkpoint.entry(key).shape != tuple(like.shape):
-                raise WrongBaseError(
-                    f"'{name}' of the adapter {adapter.path} is {tuple(like.shape)}, that of {checkpoint.folder} "
-                    f"{checkpoint.entry(key).shape}: not the model the adapter was trained on"
                 )
             if key in self.replacements:
                 raise ValueError(

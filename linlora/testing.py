@@ -64,7 +64,7 @@ def tiny_base(architecture: str, seed: int = 0, **config_options: Any) -> nn.Mod
     config_name, model_name, options = _BASES[architecture]
     if architecture not in ("vit", "clip_vision"):
         options = {"vocab_size": 64, **options}
-    config = getattr(transformers, config_name)(**options, **config_options)
+    config = getattr(transformers, config_name)(**{**options, **config_options})
     return getattr(transformers, model_name)(config).eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
@@ -71,11 +72,14 @@ def lorahub_weights(
     space = nevergrad.p.Array(init=[0.0] * count, lower=[-bound] * count, upper=[bound] * count)
     space.random_state = np.random.RandomState(seed)
     optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
-    for _ in bar(range(budget), "lorahub", progress):
-        candidate = optimizer.ask()
-        weights = [float(weight) for weight in candidate.value]
-        cost = float(objective(weights)) + regularization * float(np.abs(weights).mean())
-        optimizer.tell(candidate, cost)
+    with warnings.catch_warnings():
+        # NGOpt asks COBYLA for a last step larger than its first; scipy says that it takes another
+        warnings.filterwarnings("ignore", "COBYLA: Invalid RHOEND", UserWarning)
+        for _ in bar(range(budget), "lorahub", progress):
+            candidate = optimizer.ask()
+            weights = [float(weight) for weight in candidate.value]
+            cost = float(objective(weights)) + regularization * float(np.abs(weights).mean())
+            optimizer.tell(candidate, cost)
     return [float(weight) for weight in optimizer.provide_recommendation().value]
 
 

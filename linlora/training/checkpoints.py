@@ -5,9 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 
 from linlora.training.settings import Settings
 
@@ -93,6 +96,13 @@ def check_kind(settings: Settings, config: Any, mapping: Any, what: str) -> None
 
 
 def _read(settings: Settings, kind: Any, what: str) -> Any:
+    if not Path(settings.model).exists():
+        try:
+            validate_repo_id(settings.model)
+        except HFValidationError as error:
+            raise ValueError(
+                f"model '{settings.model}': no such folder, and no name of the Hugging Face hub, OWNER/NAME"
+            ) from error
     revision = settings.model_options.get("revision")
     trust = settings.model_options.get("trust_remote_code", False)
     try:

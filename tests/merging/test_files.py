@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
@@ -175,8 +175,15 @@ class TestRefusals:
     def test_a_head_the_base_has_not(self, tmp_path):
         tiny_base("bert").bert.save_pretrained(tmp_path / "inner")
         tiny_model("bert", modules_to_save=["classifier"]).save_pretrained(tmp_path / "a")
-        message = r"'classifier.*' was trained beside the adapter .* has no such tensor"
+        message = r"'classifier.*' .* was trained beside the adapter .* has no such tensor"
         self.refused(tmp_path, tmp_path / "inner", tmp_path / "a", WrongBaseError, message)
+
+    def test_a_head_of_more_classes_than_that_of_the_base(self, tmp_path):
+        tiny_base("bert").save_pretrained(tmp_path / "base")
+        config = LoraConfig(target_modules=["query"], modules_to_save=["classifier"])
+        get_peft_model(tiny_base("bert", num_labels=5), config).save_pretrained(tmp_path / "a")
+        message = r"'classifier.*' \(5,.*\) was trained beside the adapter .* has one of \(3,.*linlora\.merge\(model\)"
+        self.refused(tmp_path, tmp_path / "base", tmp_path / "a", WrongBaseError, message)
 
     def test_model_scope(self, tmp_path, base):
         model = tiny_model("bert")

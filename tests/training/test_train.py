@@ -245,7 +245,7 @@ def test_a_frozen_head_is_the_checkpoints_and_is_not_trained(settings, checkpoin
         ("seq2seq", {"prompt": "no column"}, "name the columns of the data set in braces"),
         ("seq2seq", {"prompt": "{text"}, "prompt: "),
         ("seq2seq", {"metric": "pearson"}, "'pearson' is not one of classes"),
-        ("text", {"model": "./missing"}, r"model './missing': a configuration could not be read"),
+        ("text", {"model": "./missing"}, r"model './missing': no such folder, and no name of the Hugging"),
         ("text", {"training": {"learning_rate": "fast"}}, r"training\.learning_rate is a number, got 'fast'"),
         ("text", {"training": {"optim": "sgdd"}}, "training: .*sgdd"),
         ("text", {"model_options": {"colour": "red"}}, "model_options: "),
