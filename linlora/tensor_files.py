@@ -10,6 +10,7 @@ import json
 import math
 import os
 import tempfile
+import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -68,6 +69,7 @@ class TensorFile:
         except (SafetensorError, OSError) as error:
             raise CorruptFileError(f"{path}: not a whole safetensors file ({error}); it may be truncated") from error
         self._file = open(self.path, "rb")  # noqa: SIM115
+        self._reading = threading.Lock()  # the file has one position, and `copy` runs beside `read_rows`
         self.size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._file.read(8), "little")
         parsed: dict[str, Any] = json.loads(self._file.read(length))
@@ -94,7 +96,7 @@ class TensorFile:
         self._fill(memory(tensor), entry.start, name)
         if name in self._unchecked:
             self._check(name, tensor)
-            self._unchecked.remove(name)
+            self._unchecked.discard(name)
         return tensor
 
     def read_rows(self, name: str, rows: slice) -> Tensor:
@@ -112,8 +114,10 @@ class TensorFile:
             try:
                 copied = os.copy_file_range(source, out, stop - start, offset_src=start)
             except (OSError, AttributeError):  # between file systems, or on a system without it
-                self._file.seek(start)
-                copied = os.write(out, self._file.read(min(_CHUNK, stop - start)))
+                with self._reading:
+                    self._file.seek(start)
+                    content = self._file.read(min(_CHUNK, stop - start))
+                copied = os.write(out, content)
             if not copied:
                 raise CorruptFileError(f"{self.path}: cut short; the file was truncated meanwhile")
             start += copied
@@ -136,8 +140,10 @@ class TensorFile:
             )
 
     def _fill(self, buffer: memoryview, start: int, name: str) -> None:
-        self._file.seek(start)
-        if self._file.readinto(buffer) != len(buffer):
+        with self._reading:
+            self._file.seek(start)
+            filled = self._file.readinto(buffer)
+        if filled != len(buffer):
             raise CorruptFileError(f"{self.path}: tensor '{name}' is cut short; the file was truncated meanwhile")
 
     def _dtype(self, name: str) -> torch.dtype:

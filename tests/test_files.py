@@ -1,5 +1,8 @@
 """Files are whole or absent."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 
@@ -43,4 +46,31 @@ def test_bytes_are_copied_also_where_the_kernel_cannot(tmp_path, monkeypatch):
     monkeypatch.delattr(tensor_files.os, "copy_file_range")
     with tensor_files.TensorFile(tmp_path / "t.safetensors") as file, open(tmp_path / "copy", "wb", buffering=0) as out:
         file.copy(0, file.size, out.fileno())
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "t.safetensors").read_bytes()
+
+
+def test_bytes_are_copied_while_another_thread_reads(tmp_path, monkeypatch):
+    class Interrupted:
+        """A file whose position another thread may move as soon as it is set."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def seek(self, position):
+            self.file.seek(position)
+            time.sleep(1e-3)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    tensor_files.save_tensors(tmp_path / "t.safetensors", {"t": torch.arange(2**10).reshape(8, -1)}, {})
+    monkeypatch.setattr(tensor_files, "_CHUNK", 512)
+    monkeypatch.delattr(tensor_files.os, "copy_file_range")
+    file = tensor_files.TensorFile(tmp_path / "t.safetensors")
+    monkeypatch.setattr(file, "_file", Interrupted(file._file))
+    with open(tmp_path / "copy", "wb") as out, ThreadPoolExecutor(1) as thread:
+        copying = thread.submit(file.copy, 0, file.size, out.fileno())
+        while not copying.done():
+            assert file.read_rows("t", slice(1, 2))[0, 0] == 128
+        copying.result()
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "t.safetensors").read_bytes()
