@@ -33,7 +33,7 @@ def draw_scores(results: Mapping[str, Any], path: Path) -> None:
     starts = results["starts"].values()
     methods = list(next(iter(next(iter(starts))["controls"].values()))["methods"])
     figure = Figure(figsize=(1.6 + 1.6 * len(methods), 3.4 * len(starts)), layout="constrained")
-    panels = figure.subplots(len(starts), 1, sharex=True, squeeze=False)[:, 0]
+    panels = figure.subplots(len(starts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
     for axes, start in zip(panels, starts, strict=True):
         keys = list(start["controls"])
         for i, key in enumerate(keys):
