@@ -164,10 +164,15 @@ def linear_launch(case: Case) -> Launch:
 
 
 def grouped_cases(row: Row, architecture: int) -> Iterator[Case]:
-    """The variant with the most registers of each kernel. Words: adjoint, dropout."""
+    """The variant with the most registers of each kernel. Words: adjoint, dropout, short (no factor of a group's own).
+
+    The short shrink is another kernel, without the walk over groups.
+    """
     yield Case(
         architecture, row, row.size, _dtype(row), "adjoint dropout" if row.op == "grouped_lora_linear" else "dropout"
     )
+    if row.op == "grouped_shrink":
+        yield Case(architecture, row, row.size, _dtype(row), "short")
 
 
 def grouped_launch(case: Case) -> Launch:
@@ -178,6 +183,8 @@ def grouped_launch(case: Case) -> Launch:
     x, low, splits = _meta(dtype, M, K), _meta(dtype, M, rank), _meta(torch.float32, 1, M, rank)
     shrink, d_shrink = _meta(torch.float32, rank, K).t(), _meta(torch.float32, groups, K, rank)
     dropout = (0.1 if "dropout" in variant else 0.0, _meta(torch.int64))
+    if "short" in variant:
+        return launch_grouped_shrink(x, None, shrink, None, layout, splits, None, 0.0, None, config)
     if case.row.op == "grouped_shrink":
         return launch_grouped_shrink(x, x, shrink, d_shrink, layout, splits, splits, *dropout, config)
     expand, d_expand = _meta(torch.float32, rank, N), _meta(torch.float32, groups, rank, N)

@@ -36,6 +36,38 @@ from .tiles import dot, load_tile, matrix
 
 
 @triton.jit
+def add_products(
+    b_u,
+    b_v,
+    x,
+    x_tangent,
+    shrink,
+    d_shrink,
+    i_group,
+    o_m,
+    o_r,
+    first_column,
+    past_column,
+    dropout,
+    PRECISION: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """(u, v) + the products of the rows o_m, all of one group, over one part of K."""
+    for k in range(first_column, past_column, BLOCK_K):
+        o_k = k + tl.arange(0, BLOCK_K)
+        b_x = drop(load_tile(x, o_m, o_k), o_m, o_k, dropout)
+        if shrink is not None:
+            b_shrink = load_tile(shrink, o_k, o_r).to(b_x.dtype)
+            b_u = dot(b_x, b_shrink, b_u, PRECISION)
+            if x_tangent is not None:
+                b_x_tangent = drop(load_tile(x_tangent, o_m, o_k), o_m, o_k, dropout)
+                b_v = dot(b_x_tangent, b_shrink, b_v, PRECISION)
+        if d_shrink is not None:
+            b_v = dot(b_x, load_from(d_shrink, i_group, o_k, o_r).to(b_x.dtype), b_v, PRECISION)
+    return b_u, b_v
+
+
+@triton.jit
 def grouped_shrink_kernel(
     x,
     x_tangent,
@@ -62,25 +94,20 @@ def grouped_shrink_kernel(
 
     b_u = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     b_v = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    while place < end:
-        o_m = o_row
-        i_group = 0
-        past = end
-        if d_shrink is not None:
+    if d_shrink is None:  # the groups share all there is: no walk, which Triton 3.6 cannot compile around u alone
+        b_u, b_v = add_products(
+            b_u, b_v, x, x_tangent, shrink, None, 0, o_row, o_r, first_column, past_column, dropout,
+            PRECISION, BLOCK_K,
+        )  # fmt: skip
+    else:
+        while place < end:
             i_group, past = group_at(segments, place, end)
             o_m = tl.where((o_place >= place) & (o_place < past), o_row, x.rows)
-        for k in range(first_column, past_column, BLOCK_K):
-            o_k = k + tl.arange(0, BLOCK_K)
-            b_x = drop(load_tile(x, o_m, o_k), o_m, o_k, dropout)
-            if shrink is not None:
-                b_shrink = load_tile(shrink, o_k, o_r).to(b_x.dtype)
-                b_u = dot(b_x, b_shrink, b_u, PRECISION)
-                if x_tangent is not None:
-                    b_x_tangent = drop(load_tile(x_tangent, o_m, o_k), o_m, o_k, dropout)
-                    b_v = dot(b_x_tangent, b_shrink, b_v, PRECISION)
-            if d_shrink is not None:
-                b_v = dot(b_x, load_from(d_shrink, i_group, o_k, o_r).to(b_x.dtype), b_v, PRECISION)
-        place = past
+            b_u, b_v = add_products(
+                b_u, b_v, x, x_tangent, shrink, d_shrink, i_group, o_m, o_r, first_column, past_column, dropout,
+                PRECISION, BLOCK_K,
+            )  # fmt: skip
+            place = past
     if u is not None:
         store_to(u, b_u, i_split, o_row, o_r)
     if v is not None:
