@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -97,7 +98,7 @@ class TaskVector:
         base_model = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
         vector = cls(deltas, points, point_hash(points), scalings, scopes.pop(), base_model)
         if point is not None:
-            vector.check_same_point(point)
+            vector.check_same_point(replace(point, scalings=scalings))  # a point has none of its own
         return vector
 
     def save(self, path: str | os.PathLike, include_point: bool = True) -> None:
@@ -240,10 +241,16 @@ class TaskVector:
         return replace(self, deltas={n: operation(delta, other.deltas[n]) for n, delta in self.deltas.items()})
 
     def check_same_point(self, other: TaskVector) -> None:
-        """Raise a DifferentPointError unless the vectors have one scope, layers and point, and so may be added."""
+        """Raise a DifferentPointError unless the vectors have one scope, layers, scalings and point: then they add."""
         if self.scope != other.scope:
             raise DifferentPointError(f"a vector of scope '{self.scope}' and one of scope '{other.scope}' do not add")
         self.check_same_layers(other)
+        for name, scaling in self.scalings.items():
+            if not math.isclose(scaling, other.scalings[name], rel_tol=1e-6):
+                raise DifferentPointError(
+                    f"the LoRA scaling of layer '{name}' is {scaling:g} in one of the vectors and "
+                    f"{other.scalings[name]:g} in the other; train every task with one lora_alpha, r and use_rslora"
+                )
         if self.point_hash != other.point_hash:
             where = ""
             if self.point is not None and other.point is not None:

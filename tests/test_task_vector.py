@@ -158,6 +158,16 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"A0' is \(4, 32\) in the vector and \(2, 32\) in the model: their ranks"):
             linlora.linearize(model, point=VECTORS[0])
 
+    def test_different_scalings(self):
+        other = linearized(trained=True, lora_alpha=32)
+        v = TaskVector.from_model(other)
+        assert v.point_hash == VECTORS[0].point_hash
+        for combine in (lambda: v + VECTORS[0], lambda: linlora.fuse([v, VECTORS[0]]), lambda: VECTORS[0].cosine(v)):
+            with pytest.raises(linlora.DifferentPointError, match=r"scaling of layer '.*' is .*one lora_alpha"):
+                combine()
+        with pytest.raises(linlora.DifferentPointError, match="is 2 in one of the vectors and 8 in the other"):
+            linlora.apply(other, VECTORS[0])
+
     def test_equal_names_with_different_shapes(self):
         name = next(iter(VECTORS[0].deltas))
         cut = {**VECTORS[1].deltas, name: VECTORS[1].deltas[name][:2]}
