@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.library import custom_op
 
 from . import fakes
+from .counters import for_compiled_code
 from .factor_gradients import factor_gradients as _factor_gradients
 from .linearized_lora_linear import linearized_lora_linear as _linearized_lora_linear
 from .lora_linear import lora_linear as _lora_linear
@@ -32,9 +33,10 @@ def _linearized_lora_linear_op(
     adjoint: bool = False,
     save: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _linearized_lora_linear(
-        x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p, seed, adjoint, save
-    )
+    with for_compiled_code():
+        return _linearized_lora_linear(
+            x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p, seed, adjoint, save
+        )
 
 
 _linearized_lora_linear_op.register_fake(fakes.linearized_lora_linear)
@@ -75,7 +77,8 @@ def _factor_gradients_op(
     dropout_p: float = 0.0,
     seed: Optional[Tensor] = None,
 ) -> tuple[Tensor, Tensor]:
-    return _factor_gradients(p, g, q, x, scaling, out_dtype, dropout_p, seed)
+    with for_compiled_code():
+        return _factor_gradients(p, g, q, x, scaling, out_dtype, dropout_p, seed)
 
 
 @_factor_gradients_op.register_fake
