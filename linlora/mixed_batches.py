@@ -36,10 +36,10 @@ def mixed_batch(layer: FusedLoraLinear, x: Tensor, names: Sequence[str]) -> Tens
     asked = [name if name in layer.lora_A else BASE for name in names]
     distinct = sorted(set(asked))
     if layer.merged_adapters:
-        if distinct != sorted(layer.merged_adapters):
+        if distinct != layer.merged_adapters or len(distinct) > 1:
             raise ValueError(
-                f"layer '{layer.layer_name}': {layer.merged_adapters} are merged into the weight, adapter_names asks "
-                f"for {distinct}; call model.unmerge_adapter()"
+                f"layer '{layer.layer_name}': {layer.merged_adapters} are merged into the weight of all rows, "
+                f"adapter_names asks for {distinct}; call model.unmerge_adapter()"
             )
         return layer.base_layer(x)
     if distinct == [BASE] or not distinct:

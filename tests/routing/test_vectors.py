@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model
 from routed_models import rows_of
 
 import linlora
@@ -182,6 +182,17 @@ def test_merged_adapters_serve_rows_that_agree():
         layer(x, adapter_names=["default", "second"])
     model.unmerge_adapter()
     torch.testing.assert_close(model(**batch, adapter_names=["default"] * 3).logits, expected)
+
+
+def test_adapters_merged_together_serve_no_row_that_asks_for_one_of_them():
+    base = torch.nn.Sequential(torch.nn.Linear(6, 8))
+    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
+    model = get_peft_model(base, config, adapter_name="first")
+    model.add_adapter("second", config)
+    linlora.accelerate(model.eval())
+    model.merge_adapter(["first", "second"])
+    with pytest.raises(ValueError, match=r"\['first', 'second'\] are merged into the weight of all rows"):
+        model(torch.randn(2, 6), adapter_names=["first", "second"])
 
 
 def test_what_adapter_names_cannot_do_is_refused():
