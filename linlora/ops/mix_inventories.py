@@ -19,6 +19,7 @@ from torch import Tensor
 
 from linlora import backends
 from linlora.ops.aten.mixing import mix_inventories as composed
+from linlora.ops.checks import autocast_enabled
 from linlora.ops.routing_checks import check_inventories
 from linlora.ops.transforms import refuse_double_backward, transform_active
 
@@ -51,6 +52,9 @@ def mix_inventories(
     check_inventories(As, Bs, mixtures)
     if not Bs:
         return [], []
+    if autocast_enabled(Bs[0].device.type):  # of the layers' products, which cast the factors mixed here
+        with torch.autocast(Bs[0].device.type, enabled=False):
+            return mix_inventories(As, Bs, mixtures)
     if transform_active() or torch.compiler.is_compiling():
         return composed(As, Bs, mixtures)
     backend = backends.select(Bs[0].device, "routed_lora_linear")

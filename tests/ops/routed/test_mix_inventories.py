@@ -133,6 +133,17 @@ def test_layers_of_different_dtypes_and_no_layers_at_all(device, backend):
     assert [factor.dtype for factor in mixed_Bs] == [torch.float32] * 3
 
 
+def test_autocast_is_of_the_layers_not_of_what_is_mixed_for_them(device):
+    lists = inventories(device, torch.float32)
+    leaves = require_grad(lists)
+    expected = outputs(mix_inventories(*lists))
+    gradients = torch.autograd.grad(sum(t.sin().sum() for t in expected), leaves)
+    with torch.autocast(device, torch.bfloat16):
+        actual = outputs(mix_inventories(*lists))
+    torch.testing.assert_close(actual, expected)
+    torch.testing.assert_close(torch.autograd.grad(sum(t.sin().sum() for t in actual), leaves), gradients)
+
+
 def test_transforms_of_torch_func_and_compilation():
     layers = inventories("cpu")
 
