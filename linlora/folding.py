@@ -138,7 +138,8 @@ def folded_config(model: PeftModel, adapter: str) -> LoraConfig:
 def with_sizes(config: LoraConfig, sizes: dict[str, tuple[int, float]]) -> LoraConfig:
     """Give a LoraConfig the (rank, alpha) of every layer, the commonest as its own, and return it."""
     (config.r, config.lora_alpha), _ = Counter(sizes.values()).most_common(1)[0]
-    others = {re.escape(name): size for name, size in sizes.items() if size != (config.r, config.lora_alpha)}
+    # A key of PEFT's patterns also matches behind a dot, so '^' keeps 'fc' from being the 'fc' in a block.
+    others = {f"^{re.escape(name)}": size for name, size in sizes.items() if size != (config.r, config.lora_alpha)}
     config.rank_pattern = {name: rank for name, (rank, _) in others.items()}
     config.alpha_pattern = {name: alpha for name, (_, alpha) in others.items()}
     config.init_lora_weights = True

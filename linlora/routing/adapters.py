@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import tempfile
 from pathlib import Path
 
@@ -34,7 +35,10 @@ def task_weights(model: RoutedModel, task_id: int | None) -> dict[str, Tensor]:
     if len(model.routed_layers) < len(model.layers):
         raise ValueError("a mixture of dyadic experts weights them by the token: no single adapter has its function")
     if task_id is not None and not 0 <= task_id < max(model.n_tasks, 1):
-        raise ValueError(f"task id {task_id} is unknown: the ids of {model.n_tasks} tasks are 0 to {model.n_tasks - 1}")
+        known = f"the ids of {model.n_tasks} tasks are 0 to {model.n_tasks - 1}"
+        if model.n_tasks == 0:
+            known = "its weights depend on no task; pass 0, or None for the mean of the skills"
+        raise ValueError(f"task id {task_id} is unknown: {known}")
     weights = {}
     for layer in model.routed_layers:
         selector, sizes = layer.selector, layer.sizes
@@ -59,8 +63,8 @@ def export_task(model: RoutedModel, directory: str | os.PathLike, task_id: int |
     The factors are those of the mixture, of rank r, or of rank 2r where the model is linearized at B0 ≠ 0. Modules in
     modules_to_save go with them. Each file is replaced in one step.
 
-    Raises ValueError for a task the model does not know, weights that depend on the input, and at model scope, where no
-    LoRA adapter has the function.
+    Raises ValueError for a task the model does not know, weights that depend on the input, parameters of the base model
+    that train, and at model scope, where no LoRA adapter has the function.
 
     >>> import linlora, tempfile, peft
     >>> routed = linlora.routing.route(linlora.testing.tiny_base("bert"), 2, rank=4, target_modules=["query"])
@@ -70,6 +74,7 @@ def export_task(model: RoutedModel, directory: str | os.PathLike, task_id: int |
     PeftModel
     """
     _check_folds(model, "export_task")
+    _check_base_is_frozen(model)
     weights = task_weights(model, task_id)
     tensors: dict[str, Tensor] = {}
     for layer in model.routed_layers:
@@ -94,8 +99,8 @@ def export_task(model: RoutedModel, directory: str | os.PathLike, task_id: int |
 def merge_task(model: RoutedModel, task_id: int | None) -> nn.Module:
     """Fold one task (None: the mean of the skills) into the base weights and return the base model, as if trained.
 
-    W + ΔW is summed in fp32 and rounded once. In place: the routed model is used up. Raises as `export_task`, and for
-    NaN, leaving the model whole.
+    W + ΔW is summed in fp32 and rounded once. In place: the routed model is used up. Raises as `export_task`, for NaN,
+    and for a weight that another module shares (a tied embedding), leaving the model whole.
 
     >>> import linlora
     >>> routed = linlora.routing.route(linlora.testing.tiny_base("bert"), 2, rank=4, target_modules=["query"])
@@ -103,6 +108,7 @@ def merge_task(model: RoutedModel, task_id: int | None) -> nn.Module:
     'BertForSequenceClassification'
     """
     _check_folds(model, "merge_task")
+    _check_not_shared(model)
     weights = task_weights(model, task_id)
     merged = []
     for layer in model.routed_layers:
@@ -157,10 +163,15 @@ def _config(model: RoutedModel, doubled: bool) -> LoraConfig:
         rank = layer.sizes.rank * (2 if doubled and layer.state == "pair" else 1)
         sizes[layer.layer_name] = (rank, layer.sizes.scaling * rank)
     conv = any(isinstance(layer.base_layer, Conv1D) for layer in model.routed_layers)
+    ends = tuple(f".{name}" for name in sizes)
+    ambiguous = any(name.endswith(ends) and name not in sizes for name, _ in model.model.named_modules())
     config = LoraConfig(
-        target_modules=list(sizes), modules_to_save=list(model.modules_to_save) or None, fan_in_fan_out=conv,
+        # PEFT takes a name for all that end like it, a regular expression for what it matches in full.
+        target_modules="|".join(map(re.escape, sizes)) if ambiguous else list(sizes),
+        modules_to_save=list(model.modules_to_save) or None,
+        fan_in_fan_out=conv,
         lora_dropout=model.routed_layers[0].sizes.dropout,
-    )  # fmt: skip
+    )
     return with_sizes(config, sizes)
 
 
@@ -171,3 +182,26 @@ def _check_folds(model: RoutedModel, action: str) -> None:
             "runs through the whole network. Use collapse(model, task_id), or the layer-scope function: "
             "linlora.set_scope(model, 'layer')"
         )
+
+
+def _check_base_is_frozen(model: RoutedModel) -> None:
+    apart = tuple(f"{name}." for name in (*model.modules_to_save, *(layer.layer_name for layer in model.layers)))
+    own = [name for name, p in model.model.named_parameters() if p.requires_grad and not name.startswith(apart)]
+    if own:
+        raise ValueError(
+            f"export_task: {len(own)} parameters of the base model train, '{own[0]}' first, which the adapter would "
+            "not hold; name what trains beside the skills in modules_to_save"
+        )
+
+
+def _check_not_shared(model: RoutedModel) -> None:
+    owners: dict[int, list[str]] = {}
+    for name, parameter in model.model.named_parameters(remove_duplicate=False):
+        owners.setdefault(id(parameter), []).append(name.removesuffix(".weight").removesuffix(".base_layer"))
+    for layer in model.routed_layers:
+        others = [name for name in owners[id(layer.weight)] if name != layer.layer_name]
+        if others:
+            raise ValueError(
+                f"layer '{layer.layer_name}' shares its weight with '{others[0]}', which merging would change too: "
+                "leave it out of target_modules, or serve the task unmerged, export_task(model, directory, task_id)"
+            )

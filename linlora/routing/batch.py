@@ -118,6 +118,8 @@ def _checked_ids(task_ids: Tensor | Sequence[int] | None, n_tasks: int, examples
             "or mixture=, weights of your own"
         )
     ids = torch.as_tensor(task_ids)
+    if ids.numel() == 0:
+        ids = ids.long()  # an empty list makes floats
     if ids.dtype not in INTEGERS or ids.dim() not in (1, 2):
         raise ValueError(
             f"task_ids: integers (examples,), or (examples, length) for every token, are expected, got {ids.dtype} "

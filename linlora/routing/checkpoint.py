@@ -43,11 +43,13 @@ class Saved:
 
 
 def base_names(model: RoutedModel) -> set[str]:
-    """The names in the model's state dict of what belongs to the frozen base model."""
+    """The names in the model's state dict of what belongs to the base model and does not train."""
     own = tuple(f"model.{name}." for name in model.modules_to_save)
     inside = tuple(f"model.{layer.layer_name}." for layer in model.layers)
     frozen = tuple(f"model.{layer.layer_name}.base_layer." for layer in model.layers)
-    names = (name for name, _ in (*model.named_parameters(remove_duplicate=False), *model.named_buffers()))
+    parameters = model.named_parameters(remove_duplicate=False)
+    names = [name for name, parameter in parameters if not parameter.requires_grad]
+    names += [name for name, _ in model.named_buffers()]
     return {
         name
         for name in names
@@ -108,6 +110,8 @@ def restore(model: RoutedModel, saved: Saved, directory: str | os.PathLike) -> N
     for layer, (_, _, _, state) in zip(model.layers, saved.layers, strict=True):
         if state != "plain":
             cast(Any, layer).allocate_point(state)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in saved.trainable)
     wanted = model.state_dict()
     for name in sorted(wanted.keys() | saved.tensors.keys()):
         shapes = [tuple(tensors[name].shape) if name in tensors else None for tensors in (saved.tensors, wanted)]
@@ -119,7 +123,5 @@ def restore(model: RoutedModel, saved: Saved, directory: str | os.PathLike) -> N
     with torch.no_grad():
         for name, tensor in wanted.items():
             tensor.copy_(saved.tensors[name])
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in saved.trainable)
     if saved.scope is not None:
         model.set_scope(saved.scope)

@@ -8,6 +8,7 @@ hands that part the routing it had.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -52,12 +53,18 @@ class Routing:
         return self._groups[key]
 
 
-class Context:
-    """What the model and its layers share: the routing of the running batch, and whether adapters are off."""
+class Context(threading.local):
+    """What the model and its layers share: the routing of the running batch, and whether adapters are off.
+
+    Every thread has its own of both, so that threads may run batches through one model at the same time.
+    """
 
     def __init__(self) -> None:
         self.routing: Routing | None = None
         self.disabled = False
+
+    def __reduce__(self) -> tuple[type[Context], tuple]:
+        return Context, ()  # a copy of the model runs nothing yet
 
     @contextmanager
     def running(self, routing: Routing | None) -> Iterator[None]:

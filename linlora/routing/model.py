@@ -6,7 +6,7 @@ import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -126,7 +126,8 @@ class RoutedModel(nn.Module):
 
     def _examples(self, args: tuple, kwargs: dict) -> int | None:
         """The size of the batch, where it can be seen in the arguments."""
-        names = (getattr(self.model, "main_input_name", "input_ids"), "input_ids", "inputs", "inputs_embeds")
+        names = [getattr(self.model, "main_input_name", "input_ids"), "input_ids", "inputs", "inputs_embeds"]
+        names += [*list(inspect.signature(self.model.forward).parameters)[:1], "attention_mask", "decoder_input_ids"]
         candidates = [*args[:1], *(kwargs.get(name) for name in names)]
         return next((len(x) for x in candidates if isinstance(x, Tensor) and x.dim() > 0), None)
 
@@ -192,6 +193,12 @@ class RoutedModel(nn.Module):
     def report(self) -> RoutedReport:
         """What the model consists of and what of it trains; print it."""
         return report(self)
+
+    def _replicate_for_data_parallel(self) -> NoReturn:
+        raise RuntimeError(
+            "torch.nn.DataParallel does not split a routed model's task_ids and layers over devices: start one process "
+            "a device (torchrun, accelerate launch), or show this one a single device (CUDA_VISIBLE_DEVICES=0)"
+        )
 
     # -- checkpointing of activations -----------------------------------------------------------------------------
 

@@ -101,6 +101,18 @@ def test_a_state_dict_is_the_adapter_and_loads_strictly(batch, ids):
         other.load_state_dict({n: x for n, x in routed.state_dict().items() if "query.lora_A" not in n})
 
 
+def test_parameters_of_the_base_that_train_are_saved_too(tmp_path, batch, ids):
+    routed = routed_model(dtype=torch.float32)
+    for name, parameter in routed.named_parameters():
+        if "LayerNorm" in name:
+            torch.nn.init.normal_(parameter.requires_grad_(True))
+    routed.save_pretrained(tmp_path)
+    again = routing.RoutedModel.from_pretrained(tiny_base("bert"), tmp_path)
+    assert torch.equal(logits(again, **batch, task_ids=ids), logits(routed, **batch, task_ids=ids))
+    with pytest.raises(ValueError, match=r"base model train, .*LayerNorm.*modules_to_save"):
+        routing.export_task(routed, tmp_path, 1)
+
+
 class TestBrokenFiles:
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=f"{FILE}: no such file"):
@@ -159,6 +171,29 @@ def test_a_task_is_exported_with_its_head(tmp_path, batch):
     torch.testing.assert_close(logits(loaded, **batch), logits(routed, **batch, task_ids=[1] * 5))
 
 
+def test_an_exported_task_is_of_its_layers_alone(tmp_path):
+    def network():
+        torch.manual_seed(0)
+        block = torch.nn.ModuleDict({"fc": torch.nn.Linear(6, 6), "last": torch.nn.Linear(6, 6)})
+        network = torch.nn.ModuleDict({"fc": torch.nn.Linear(6, 6), "block": block})
+        network.forward = lambda x: block["last"](block["fc"](network["fc"](x).tanh()).tanh())
+        return network
+
+    x = torch.randn(3, 6)
+    for place, targets in enumerate([r"fc", ["fc", "last"]]):
+        routed = fill(routing.route(network(), 2, n_skills=2, rank=2, target_modules=targets))
+        for layer in routed.layers[1:]:
+            torch.nn.init.zeros_(layer.lora_B)  # linearized, the first layer has twice the rank of the others
+        linlora.linearize(routed)
+        expected = routed(x, task_ids=[1] * 3)
+        routing.export_task(routed, tmp_path / str(place), 1)
+        loaded = peft.PeftModel.from_pretrained(network(), tmp_path / str(place))
+        torch.testing.assert_close(loaded(x), expected)
+        adapted = [n for n, m in loaded.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+        assert len(adapted) == len(routed.layers)
+        torch.testing.assert_close(routing.collapse(routed, 1)(x), expected)
+
+
 @pytest.mark.parametrize("linearized", [False, True], ids=["plain", "linearized"])
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_a_merged_task_is_a_plain_model(architecture, linearized):
@@ -170,6 +205,14 @@ def test_a_merged_task_is_a_plain_model(architecture, linearized):
     assert type(merged) is type(tiny_base(architecture))
     assert not any("lora" in name for name, _ in merged.named_parameters())
     torch.testing.assert_close(logits(merged, **batch), expected)
+
+
+def test_a_weight_that_an_embedding_shares_is_not_merged():
+    base = tiny_base("gpt2")
+    assert base.lm_head.weight is base.transformer.wte.weight
+    routed = fill(routing.route(base, 2, n_skills=2, rank=2, target_modules=["lm_head"]))
+    with pytest.raises(ValueError, match=r"'lm_head' shares its weight with 'transformer.wte'"):
+        routing.merge_task(routed, 1)
 
 
 def test_nan_is_not_merged(batch, ids):

@@ -3,6 +3,8 @@
 import copy
 import inspect
 import itertools
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import accelerate
 import pytest
@@ -144,7 +146,28 @@ def test_torch_models_and_flat_inputs():
     for task in range(3):
         torch.testing.assert_close(y[ids == task], routed(x[ids == task], task_ids=ids[ids == task]))
     assert routed(x[:0], task_ids=ids[:0]).shape == (0, 2)
+    assert routed(x[:0], task_ids=[]).shape == (0, 2)
     assert routed(x[:1], task_ids=[1]).shape == (1, 2)
+
+
+def test_threads_run_batches_of_their_own(batch):
+    routed = routed_model()
+    every_ids = [torch.full((5,), task) for task in range(4)]
+    with torch.no_grad():
+        expected = [routed(**batch, task_ids=ids).logits for ids in every_ids]
+    both_are_inside = threading.Barrier(2)
+
+    def wait(*_):
+        both_are_inside.wait(60)
+
+    routed.layers[0].register_forward_pre_hook(wait)
+
+    @torch.no_grad()
+    def run(task):
+        return routed(**batch, task_ids=every_ids[task]).logits
+
+    with ThreadPoolExecutor(2) as pool:
+        torch.testing.assert_close(list(pool.map(run, [1, 3])), [expected[1], expected[3]])
 
 
 def test_it_compiles():
@@ -226,6 +249,23 @@ class TestRefusals:
     def test_task_ids_that_do_not_fit(self, task_ids, message, batch):
         with pytest.raises(ValueError, match=message):
             routed_model()(**batch, task_ids=task_ids)
+
+    def test_too_few_task_ids_for_inputs_given_by_name(self):
+        class Network(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.linear = nn.Linear(6, 6)
+
+            def forward(self, features):
+                return self.linear(features)
+
+        routed = routing.route(Network(), 3, rank=2, target_modules=["linear"])
+        with pytest.raises(ValueError, match="got 2 of them for a batch of 4 examples"):
+            routed(features=torch.randn(4, 6), task_ids=[0, 1])
+
+    def test_data_parallel(self):
+        with pytest.raises(RuntimeError, match=r"one process a device \(torchrun"):
+            routed_model()._replicate_for_data_parallel()  # what nn.DataParallel does first
 
     def test_calling_the_inner_model_says_what_to_call(self, batch):
         with pytest.raises(RuntimeError, match=r"layer 'bert.*': no batch is being routed. Call the routed model"):
