@@ -98,7 +98,8 @@ class FusedLoraLinear(PeftLoraLinear):
                 f"layer '{self.layer_name}': adapter {plain} is not linearized, the model is (model scope); activate a "
                 "linearized adapter, or delinearize the model and linearize it again with all its adapters"
             )
-        x, x_tangent = (x.primal, x.tangent) if isinstance(x, DualTensor) else (x, None)
+        assert self.stream is not None
+        x, x_tangent = self.stream.enter(x)
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.base_layer.parameters()):
             raise ValueError(
                 f"layer '{self.layer_name}': its base weight asks for a gradient, but model scope linearizes in the "
@@ -108,7 +109,6 @@ class FusedLoraLinear(PeftLoraLinear):
         p = self._dropout_p(active) if self.training else 0.0
         seed = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
         y, y_tangent = self._two_streams(x, x_tangent, factors, p, seed)
-        assert self.stream is not None
         return y if self.stream.output == "primal" else DualTensor(y, y_tangent, self.stream)
 
     def _two_streams(

@@ -300,6 +300,17 @@ def test_delinearize_and_a_copy_leave_nothing_behind():
     assert model.get_base_model()._forward_hooks
 
 
+@pytest.mark.parametrize("architecture", ["llama", "t5", "gpt2"])
+def test_a_model_is_pickled_whole(architecture, tmp_path):
+    model, batch = linearized(architecture), tiny_batch(architecture)
+    torch.save(model, tmp_path / "model.pt")
+    twin = torch.load(tmp_path / "model.pt", weights_only=False)
+    torch.testing.assert_close(twin(**batch)[0], model(**batch)[0])
+    linlora.delinearize(twin)
+    types = {name: type(module) for name, module in tiny_model(architecture, True).named_modules()}
+    assert {name: type(module) for name, module in twin.named_modules()} == types
+
+
 def test_disabled_adapters_give_the_base_model():
     model = linearized()
     with model.disable_adapter():
@@ -349,6 +360,15 @@ def test_a_base_weight_that_is_unfrozen_later_is_noticed():
     model.get_base_model().bert.encoder.layer[1].output.dense.base_layer.bias.requires_grad_(True)
     with pytest.raises(ValueError, match=r"layer 'bert.encoder.layer.1.output.dense': its base weight asks"):
         model(**tiny_batch("bert"))
+
+
+@pytest.mark.parametrize(("architecture", "norm"), [("bert", "output.LayerNorm"), ("llama", "input_layernorm")])
+def test_a_norm_that_is_unfrozen_later_is_noticed(architecture, norm):
+    model = linearized(architecture)
+    for name, module in model.named_modules():
+        module.requires_grad_(name.endswith(f"1.{norm}")) if "lora_" not in name else None
+    with pytest.raises(TangentError, match=rf"1\.{norm}.*freeze it"):
+        model(**tiny_batch(architecture))
 
 
 def test_a_wrong_input_names_layer_and_shape():

@@ -1,5 +1,7 @@
 """A model linearized as a whole trains, checkpoints, casts and generates as any model does."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -169,6 +171,17 @@ def test_generate_follows_the_linearized_logits(architecture, use_cache):
     length = generated.shape[1]
     ended = (row[:, :length] == 63).cumsum(1) > 0  # generate pads what follows the end
     torch.testing.assert_close(generated[~ended], row[:, :length][~ended])
+
+
+@pytest.mark.parametrize("prompt", ["with a graph", "copied"])
+def test_a_prompt_is_continued_from_its_cache(prompt):
+    model, tokens = linearized("llama").double(), tiny_batch("llama")["input_ids"]
+    with torch.set_grad_enabled(prompt == "with a graph"):
+        cache = model(input_ids=tokens[:, :5], use_cache=True).past_key_values
+    with torch.no_grad():
+        cache = cache if prompt == "with a graph" else copy.deepcopy(cache)
+        actual = model(input_ids=tokens[:, 5:], past_key_values=cache).logits
+        torch.testing.assert_close(actual, model(input_ids=tokens).logits[:, 5:])
 
 
 def test_a_static_cache_is_refused_with_the_remedy():

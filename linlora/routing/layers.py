@@ -200,7 +200,7 @@ class RoutedLoraLinear(RoutedLayer):
             refuse_inside_function(f"layer '{self.layer_name}'")
         assert self.stream is not None
         assert self.A0 is not None
-        x, x_tangent = (x.primal, x.tangent) if isinstance(x, DualTensor) else (x, None)
+        x, x_tangent = self.stream.enter(x)
         factors = routing.factors[self.layer_name]
         groups = routing.groups(self._lead(x, routing.places), x.device)
         y, y_tangent = dual.grouped_lora_linear(

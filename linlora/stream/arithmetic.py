@@ -21,8 +21,9 @@ def add(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @rule("__rsub__", "rsub")
 def subtract_from(func: Any, args: tuple, kwargs: dict) -> Any:
-    """b − a."""
-    return -add(torch.sub, args, kwargs)
+    """b − alpha a."""
+    a, b, alpha = (*args, *kwargs.values(), 1)[:3]
+    return -add(torch.sub, (a if alpha == 1 else alpha * a, b), {})
 
 
 def _signed(func: Any, a: Tensor | None, b: Tensor | None, kwargs: dict) -> Tensor | None:

@@ -26,7 +26,7 @@ def linear(func: Any, args: tuple, kwargs: dict) -> Any:
     x, weight, bias = _bound(_LINEAR, args, kwargs)
     if not isinstance(x, DualTensor) or x.tangent is None or any(duals((weight, bias))):
         return _forward_mode(func, args, kwargs)
-    _check_frozen(func, weight, bias)
+    check_frozen(func, weight, bias)
     return wrap(*dual.linear(x.primal, x.tangent, weight, bias), x.stream)
 
 
@@ -44,7 +44,7 @@ def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     x, shape, weight, bias, eps = _bound(_LAYER_NORM, args, kwargs)
     if len(shape) != 1 or any(duals((weight, bias))):
         return _forward_mode(func, args, kwargs)
-    _check_frozen(func, weight, bias)
+    check_frozen(func, weight, bias)
     return wrap(*dual.layer_norm(x.primal, x.tangent, weight, bias, eps), x.stream)
 
 
@@ -53,7 +53,7 @@ def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     x, shape, weight, eps = _bound(_RMS_NORM, args, kwargs)
     if len(shape) != 1 or any(duals(weight)):
         return _forward_mode(func, args, kwargs)
-    _check_frozen(func, weight)
+    check_frozen(func, weight)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
     return wrap(*dual.rms_norm(x.primal, x.tangent, weight, eps), x.stream)
 
@@ -84,7 +84,9 @@ class PendingActivation(DualTensor):
     @staticmethod
     def __new__(cls, gate: DualTensor, kind: Kind) -> PendingActivation:
         pending = Tensor._make_wrapper_subclass(cls, gate.shape, dtype=gate.dtype, device=gate.device)
-        pending.gate, pending.kind, pending.stream, pending.relatives = gate, kind, gate.stream, []
+        # a DualTensor of its own, which x += y does not rebind before this is computed
+        pending.gate = DualTensor(gate.primal, gate.tangent, gate.stream)
+        pending.kind, pending.stream, pending.relatives = kind, gate.stream, []
         pending.grad_enabled, pending.streams = torch.is_grad_enabled(), None
         return pending
 
@@ -181,7 +183,7 @@ def _forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:
     return DualTensor.rules[None](func, args, kwargs)
 
 
-def _check_frozen(func: Any, *parameters: Tensor | None) -> None:
+def check_frozen(func: Any, *parameters: Tensor | None) -> None:
     """A parameter that trains beside the adapter would not get the gradient of the tangent."""
     if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
         raise TangentError(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linlora.ops import dual
-from linlora.stream.fused import PendingActivation
+from linlora.stream.fused import PendingActivation, check_frozen
 from linlora.stream.tensor import DualTensor, Stream
 
 
@@ -25,6 +25,10 @@ class Fused(nn.Module):
             return self.both_streams(self, x)
         return super().forward(x, *args, **kwargs)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        """Pickled as its two parents: its class has no name to be found by."""
+        return _empty, type(self).__bases__, super().__reduce_ex__(2)[2]
+
     @staticmethod
     def both_streams(module: Any, x: DualTensor) -> DualTensor:
         raise NotImplementedError
@@ -35,6 +39,7 @@ class FusedRMSNorm(Fused):
 
     @staticmethod
     def both_streams(module: Any, x: DualTensor) -> DualTensor:
+        check_frozen(None, module.weight)
         y, y_tangent = dual.rms_norm(x.primal, x.tangent, module.weight, module.variance_epsilon)
         dtype = torch.promote_types(x.dtype, module.weight.dtype)
         return DualTensor(y.to(dtype), y_tangent.to(dtype), x.stream)
@@ -105,6 +110,11 @@ def _mixin(module: nn.Module) -> type[Fused] | None:
 @functools.cache
 def _class(mixin: Any, base: Any) -> Any:
     return type(base.__name__, (mixin, base), {"__module__": base.__module__})
+
+
+def _empty(mixin: Any, base: Any) -> Any:
+    fused = _class(mixin, base)
+    return fused.__new__(fused)
 
 
 def _agrees(module: Any, mixin: type[Fused]) -> bool:

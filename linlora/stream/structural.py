@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from linlora.stream.tensor import DualTensor, TangentError, duals, primals, rela
 _VIEWS = (
     "view", "reshape", "flatten", "unflatten", "transpose", "swapaxes", "permute", "movedim", "squeeze", "unsqueeze",
     "expand", "expand_as", "view_as", "reshape_as", "narrow", "select", "chunk", "split", "split_with_sizes",
-    "tensor_split", "unbind", "__getitem__", "diagonal", "t", "T", "mT", "contiguous", "to", "type", "type_as",
+    "tensor_split", "unbind", "__getitem__", "diagonal", "t", "T", "mT", "contiguous", "to", "type_as",
     "float", "double", "half", "bfloat16", "unfold",
 )  # fmt: skip
 _LINEAR_MAPS = (
@@ -36,7 +37,7 @@ _COMPARISONS = (
 )  # fmt: skip
 _VALUES = (
     "__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy", "__array__", "equal",
-    "allclose", "is_nonzero", "data", "untyped_storage", "data_ptr", "backward",
+    "allclose", "is_nonzero", "data", "untyped_storage", "data_ptr", "backward", "__reduce_ex__", "__dlpack__",
 )  # fmt: skip
 
 
@@ -66,6 +67,21 @@ def _map(func: Any, args: tuple, kwargs: dict, view: bool) -> Any:
             y_tangent = func(x.tangent, *rest, **primals(kwargs))
     result = wrap(y, y_tangent, x.stream)
     return relate(x, result) if view else result
+
+
+@rule("type")
+def type_of(func: Any, args: tuple, kwargs: dict) -> Any:
+    """x.type(dtype) is a view; x.type() a name."""
+    return view(func, args, kwargs) if len(args) + len(kwargs) > 1 else metadata(func, args, kwargs)
+
+
+@rule("__deepcopy__")
+def deep_copy(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Both streams, of the key-value cache of a prompt that several continuations start from."""
+    x, memo = args
+    if id(x) not in memo:
+        memo[id(x)] = DualTensor(copy.deepcopy(x.primal, memo), copy.deepcopy(x.tangent, memo), x.stream)
+    return memo[id(x)]
 
 
 @rule("__iter__")
@@ -113,6 +129,8 @@ def choose(func: Any, args: tuple, kwargs: dict) -> Any:
     """where(condition, a, b); as a method, condition.where is a.where(condition, b)."""
     if func is Tensor.where:
         args = (args[1], args[0], *args[2:])
+    if len(args) == 1:
+        return comparison(func, args, kwargs)
     condition, a, b = args
     y = torch.where(primals(condition), primals(a), primals(b))
     tangents = [t.tangent if isinstance(t, DualTensor) else None for t in (a, b)]

@@ -26,11 +26,21 @@ class Stream:
         fallbacks: the functions that ran without a rule (linlora.stream.fallback).
         output: what the model returns: "value", F = f + J δ; "both", DualTensors; "primal", f alone, with no tangent
             ever started. Users see "value", `linlora.functional.jvp` and `vjp` ask for the others.
+        recorded: whether autograd was on where the stream began, at the first adapter of the latest forward pass. Then
+            what the model does under torch.no_grad() is a constant; else the whole pass is under it, and is not.
     """
 
     def __init__(self) -> None:
         self.fallbacks: dict[tuple[str, str], Any] = {}
         self.output: Literal["value", "both", "primal"] = "value"
+        self.recorded = True
+
+    def enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """(primal, tangent) of the input of an adapter; where that is plain, the stream begins."""
+        if isinstance(x, DualTensor):
+            return x.primal, x.tangent
+        self.recorded = torch.is_grad_enabled()
+        return x, None
 
     @contextmanager
     def returning(self, output: Literal["both", "primal"]) -> Iterator[None]:
@@ -81,7 +91,9 @@ class DualTensor(Tensor):
     @torch.compiler.disable  # a compiled model runs eagerly where both streams flow
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled() and any(dual.has_graph for dual in duals((args, kwargs))):
+        if not torch.is_grad_enabled() and any(
+            dual.has_graph and dual.stream.recorded for dual in duals((args, kwargs))
+        ):
             refuse_inside_function(where(func))
             return func(*primals(args), **primals(kwargs))  # under torch.no_grad() results are constants: no tangent
         if kwargs.get("out") is not None:
@@ -210,8 +222,11 @@ def rebind(target: Any, result: Any, func: Any) -> DualTensor:
     if result.shape != target.shape:
         raise TangentError(f"{where(func)}: in-place result {tuple(result.shape)} in {tuple(target.shape)}")
     dtype = target.primal.dtype
-    target.primal = result.primal.to(dtype)
-    target.tangent = None if result.tangent is None else result.tangent.to(dtype)
+    if isinstance(result, DualTensor):
+        primal, tangent = result.primal, result.tangent
+    else:  # a constant function: x.round_()
+        primal, tangent = result, torch.zeros_like(result) if result.is_floating_point() else None
+    target.primal, target.tangent = primal.to(dtype), None if tangent is None else tangent.to(dtype)
     return target
 
 

@@ -126,14 +126,29 @@ def test_evaluation_without_a_graph_keeps_the_tangent():
         assert isinstance(x * 2.0, DualTensor)
 
 
+def test_a_pass_without_a_graph_keeps_the_tangents_of_an_earlier_one_with_a_graph():
+    x = dual()
+    with torch.no_grad():
+        x.stream.enter(torch.zeros(1))
+        assert isinstance(torch.cat([x, x]), DualTensor)
+
+
 def test_metadata_needs_no_rule_and_no_computation():
     x = dual(3, 4)
     assert (x.shape, x.size(0), x.dim(), x.ndim, len(x), x.numel()) == ((3, 4), 3, 2, 2, 3, 12)
     assert (x.dtype, x.device.type, x.requires_grad, x.is_floating_point()) == (torch.float32, "cpu", True, True)
     assert x.stride() == (4, 1)
+    assert x.type() == "torch.FloatTensor"
     assert "tangent" in repr(x)
     assert {x: 1}[x] == 1
     assert not x.stream.fallbacks
+
+
+def test_a_constant_function_in_place_leaves_a_zero_tangent():
+    x = dual() * 1.0
+    x.round_()
+    assert not x.tangent.any()
+    assert torch.equal(x.primal, x.primal.round())
 
 
 def test_integers_follow_without_a_tangent():
@@ -142,6 +157,7 @@ def test_integers_follow_without_a_tangent():
     assert isinstance(mask, DualTensor)
     assert mask.tangent is None
     assert x.argmax(-1).tangent is None
+    assert all(index.tangent is None for index in torch.where(x > 0))
     assert type(mask.float()) is torch.Tensor  # a constant
     assert type(torch.zeros_like(x)) is torch.Tensor
 

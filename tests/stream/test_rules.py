@@ -13,6 +13,13 @@ WEIGHT = torch.linspace(-1.0, 1.0, 30, dtype=torch.float64).view(5, 6)
 MASK = (torch.arange(72) % 3 == 0).view(S)
 CAUSAL = torch.ones(4, 4, dtype=torch.bool).tril()
 
+
+def activated_before_in_place(x):
+    opened = F.relu(x)
+    x += 1.0
+    return opened + x
+
+
 ONE = {
     "view": lambda x: x.view(3, 24),
     "reshape": lambda x: torch.reshape(x, (12, 6)),
@@ -44,6 +51,8 @@ ONE = {
     "sub": lambda x: 1.0 - x - PLAIN,
     "sub from plain": lambda x: PLAIN - x,
     "subtract alpha": lambda x: torch.sub(PLAIN, x, alpha=3),
+    "rsub alpha": lambda x: torch.rsub(x, PLAIN, alpha=3) + torch.rsub(PLAIN, x, alpha=0.5) + torch.rsub(x, 2.0),
+    "activation before in-place": lambda x: activated_before_in_place(x * 1.0),
     "neg": lambda x: -x,
     "mul": lambda x: 2.0 * x * PLAIN,
     "broadcast mul": lambda x: x * PLAIN[:1, :, :1],
