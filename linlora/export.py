@@ -26,6 +26,9 @@ from linlora.sharding import is_sharded, writes
 from linlora.task_vector import TaskVector, _one_adapter
 from linlora.tensor_files import save_tensors
 
+_KEPT = ("task_type", "fan_in_fan_out", "modules_to_save", "bias", "trainable_token_indices")
+"""Of an adapter's configuration, what is not of its factors."""
+
 
 def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
     """Fold the active (or the named) adapters into the base weights and return the plain transformers model.
@@ -132,8 +135,11 @@ def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.P
         tensors[f"base_model.model.{layer}.lora_A.weight"] = A
         tensors[f"base_model.model.{layer}.lora_B.weight"] = B
         sizes[layer] = (len(A), scaling * len(A))
-    tensors.update({f"base_model.model.{name}": tensor for name, tensor in extras.items()})
-    kept = {key: config[key] for key in ("task_type", "fan_in_fan_out", "modules_to_save") if config.get(key)}
+    for name, tensor in extras.items():
+        layer, _, parameter = name.rpartition(".")
+        name = f"{layer}.base_layer.{parameter}" if layer in sizes else name  # the bias of an adapted layer
+        tensors[f"base_model.model.{name}"] = tensor
+    kept = {key: config[key] for key in _KEPT if config.get(key)}
     lora = LoraConfig(target_modules=list(sizes), inference_mode=True, base_model_name_or_path=base_model, **kept)
     with _staging(directory) as staging:
         with_sizes(lora, sizes).save_pretrained(str(staging))

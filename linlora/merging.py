@@ -61,8 +61,9 @@ def merge_files(
         out: the folder to write; it must not exist, or be empty.
         progress: goes through the names of the shards.
 
-    Raises, and writes nothing: FileExistsError; WrongBaseError where base and adapter do not fit; ValueError for a
-    quantized base, a vector of scope "model", one without its point, weights that overflow; CorruptFileError.
+    Raises, and writes nothing: FileExistsError; WrongBaseError where base and adapter do not fit; ValueError for no
+    adapter, a quantized base, a vector of scope "model", one without its point, weights that overflow;
+    CorruptFileError.
 
     >>> import linlora
     >>> model = linlora.testing.tiny_model("bert", trained=True)
@@ -71,9 +72,11 @@ def merge_files(
     >>> merge_files("base", ["adapter"], "merged").folded
     11
     """
-    out = Path(out)
-    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
-        raise FileExistsError(f"{out} exists already; choose another folder, or remove it")
+    if not adapters:
+        raise ValueError("merge: no adapters were given")
+    folder, out = Path(out), Path(out).resolve()  # the folder a link names is replaced, not the link
+    if out == Path.cwd() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise FileExistsError(f"{folder} exists already; choose another folder, or remove it")
     checkpoint = Checkpoint(Path(base))
     plan = _Plan(checkpoint, [formats.open(path) for path in adapters])
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -88,20 +91,27 @@ def merge_files(
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     nbytes = sum(e.stop - e.start for file in checkpoint.files.values() for e in file.entries.values())
-    return Merged(out, len(plan.folds), len(plan.replacements), len(checkpoint.home), nbytes)
+    return Merged(folder, len(plan.folds), len(plan.replacements), len(checkpoint.home), nbytes)
 
 
 class _Plan:
     """What becomes of each tensor of the base."""
 
     def __init__(self, checkpoint: Checkpoint, adapters: Sequence[formats.Stored]) -> None:
-        self.folds: dict[str, list[Callable[[], Update]]] = defaultdict(list)
+        self.folds: dict[str, list[tuple[Path, Callable[[], Update]]]] = defaultdict(list)
         self.replacements: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
         for adapter in adapters:
             placed = checkpoint.place(adapter.layer_sizes())
             for layer, (key, transposed) in placed.items():
-                self.folds[key].append(_reader(adapter, layer, transposed))
+                self.folds[key].append((adapter.path, _reader(adapter, layer, transposed)))
             self._replace(checkpoint, adapter)
+        for key in self.folds.keys() & self.replacements.keys():
+            own = self.replacements[key][0]  # with a LoRA of an output embedding PEFT saves the weight it is added to
+            if other := next((path for path, _ in self.folds[key] if path != own), None):
+                raise ValueError(
+                    f"'{key}' was trained as a whole beside {own}, and {other} changes it; merge one of the adapters, "
+                    "or train both alike"
+                )
 
     def _replace(self, checkpoint: Checkpoint, adapter: formats.Stored) -> None:
         keys = checkpoint.keys([f"{layer}.weight" for layer in adapter.vector.scalings] + list(adapter.extras))
@@ -124,22 +134,28 @@ class _Plan:
 
     def merged(self, file: TensorFile, key: str) -> Iterator[Tensor]:
         """The tensor of a key in the merged model, in blocks of rows."""
-        if key in self.replacements:
-            yield self.replacements[key][1]().to(file.like(key).dtype).contiguous()
-            return
         like = file.like(key)
+        read_rows: Callable[[slice], Tensor] = functools.partial(file.read_rows, key)
+        if key in self.replacements:
+            replacement = self.replacements[key][1]().to(like.dtype).contiguous()
+            if not finite(replacement):
+                raise ValueError(f"'{key}', trained beside {self.replacements[key][0]}, is not finite in {like.dtype}")
+            if key not in self.folds:
+                yield replacement
+                return
+            read_rows = replacement.__getitem__
         if not like.is_floating_point() or like.element_size() == 1:
             raise ValueError(
                 f"'{key}' is {like.dtype}: a quantized weight, in whose rounding ΔW would be lost; merge into the "
                 "original weights"
             )
-        updates = [read() for read in self.folds[key]]
+        updates = [read() for _, read in self.folds[key]]
         A, B = torch.cat([update.A for update in updates]), torch.cat([update.B for update in updates], dim=1)
         wide = torch.promote_types(A.dtype, like.dtype)
         update = Update(A.to(wide), B.to(wide), updates[0].transposed)
         may_overflow = like.dtype == torch.float16 or float(update.A.norm() * update.B.norm()) > 1e30
         for rows in blocks(like.shape):
-            block = folded(file.read_rows(key, rows), update, rows)
+            block = folded(read_rows(rows), update, rows)
             if may_overflow and not finite(block):
                 raise ValueError(f"'{key}': W + ΔW is not finite in {like.dtype}; a smaller scaling is needed")
             yield block

@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 import linlora
 from linlora import TaskVector, formats
+from linlora.export import export_stored
 from linlora.formats.checkpoint import WrongBaseError
 from linlora.testing import ARCHITECTURES, randomize, tiny_base, tiny_batch, tiny_model
 
@@ -80,6 +81,21 @@ def test_a_bfloat16_vector_loses_nothing(tmp_path):
     dB, B0 = vector.deltas[f"{layer}.dB"].float(), vector.point[f"{layer}.B0"].float()
     assert (A.dtype, B.dtype) == (torch.bfloat16, torch.float32)
     assert torch.equal(B, torch.cat([B0 + dB, B0], dim=1))
+
+
+@pytest.mark.parametrize(
+    ("trained", "options"), [("bias", {"bias": "all"}), ("tokens", {"trainable_token_indices": [1, 2]})]
+)
+def test_biases_and_tokens_trained_beside_an_adapter_are_taken_over(tmp_path, trained, options):
+    model = tiny_model("bert", trained=True, target_modules=["query"], **options)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and trained in name:
+                parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "p")
+    export_stored(formats.open(tmp_path / "p"), tmp_path / "a")
+    before, after = (PeftModel.from_pretrained(tiny_base("bert"), tmp_path / folder) for folder in "pa")
+    torch.testing.assert_close(linlora.merge(after).state_dict(), linlora.merge(before).state_dict())
 
 
 def test_a_head_and_the_task_type_are_taken_over(tmp_path):

@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import linlora
-from linlora import TaskVector, weights
+from linlora import TaskVector, formats, weights
 from linlora.formats.checkpoint import WrongBaseError
 from linlora.merging import merge_files
 from linlora.testing import randomize, relative_error, tiny_base, tiny_batch, tiny_model
@@ -109,6 +110,23 @@ def test_a_head_trained_beside_the_adapter_replaces_the_base_s(tmp_path, base):
     torch.testing.assert_close(loaded(**batch).logits, model(**batch).logits, rtol=1e-4, atol=1e-5)
     with pytest.raises(ValueError, match=r"'classifier.*' was trained beside .*, and a model has one; merge one"):
         merge_files(base, [tmp_path / "a", tmp_path / "a"], tmp_path / "twice")
+
+
+def test_an_adapted_output_embedding_is_added_to_the_weight_peft_saves_with_it(tmp_path):
+    def untied():
+        torch.manual_seed(0)
+        return LlamaForCausalLM(
+            LlamaConfig.from_dict({**tiny_base("llama").config.to_dict(), "tie_word_embeddings": False})
+        )
+
+    untied().save_pretrained(tmp_path / "base")
+    model = get_peft_model(untied(), LoraConfig(r=4, target_modules=["q_proj", "lm_head"]))
+    randomize(model, 3)
+    model.save_pretrained(tmp_path / "a")
+    assert list(formats.open(tmp_path / "a").extras) == ["lm_head.weight"]
+    merge_files(tmp_path / "base", [tmp_path / "a"], tmp_path / "out")
+    expected = linlora.merge(model).state_dict()
+    torch.testing.assert_close(everything(tmp_path / "out"), dict(expected), rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("change", ["prefix in the base", "prefix in the adapter"])
@@ -213,6 +231,27 @@ class TestRefusals:
         huge.save(vector)
         self.refused(tmp_path, base, vector, ValueError, "W \\+ ΔW is not finite in torch.float16")
 
+    def test_a_head_that_overflows(self, tmp_path):
+        base = save_base(tmp_path, dtype=torch.float16)
+        model = tiny_model("bert", modules_to_save=["classifier"])
+        with torch.no_grad():
+            model.base_model.model.classifier.modules_to_save["default"].weight.fill_(1e6)
+        model.save_pretrained(tmp_path / "a")
+        message = "'classifier.weight', trained beside .*, is not finite in torch.float16"
+        self.refused(tmp_path, base, tmp_path / "a", ValueError, message)
+
+    def test_a_weight_that_one_adapter_changes_and_another_replaces(self, tmp_path, base):
+        tiny_model("bert", target_modules=["query", "classifier"]).save_pretrained(tmp_path / "a")
+        tiny_model("bert", modules_to_save=["classifier"]).save_pretrained(tmp_path / "b")
+        with pytest.raises(
+            ValueError, match=r"'classifier.weight' was trained as a whole beside .*b, and .*a changes it"
+        ):
+            merge_files(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
+    def test_no_adapter(self, tmp_path, base):
+        with pytest.raises(ValueError, match="no adapters were given"):
+            merge_files(base, [], tmp_path / "out")
+
     def test_pickled_missing_and_damaged_bases(self, tmp_path, base, vector):
         whole = (base / "model.safetensors").read_bytes()
         (base / "model.safetensors").write_bytes(whole[:-5])
@@ -228,10 +267,18 @@ class TestRefusals:
         (base / "model.safetensors.index.json").write_text(json.dumps(index))
         self.refused(tmp_path, base, vector, linlora.CorruptFileError, r"the shard model-1.safetensors is missing")
 
-    def test_a_folder_that_exists(self, tmp_path, base, vector):
+    def test_a_folder_that_exists(self, tmp_path, base, vector, monkeypatch):
         (tmp_path / "out").mkdir()
         merge_files(base, [vector], tmp_path / "out")  # empty: fine
         self.refused(tmp_path, base, vector, FileExistsError, "exists already; choose another folder")
+        (tmp_path / "empty").mkdir()
+        (tmp_path / "link").symlink_to("empty")
+        merge_files(base, [vector], tmp_path / "link")
+        assert everything(tmp_path / "empty")
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")  # to replace it would leave the shell in a folder that is gone
+        with pytest.raises(FileExistsError):
+            merge_files(base, [vector], ".")
 
     def test_an_interrupted_merge_leaves_nothing(self, tmp_path, base, vector, monkeypatch):
         import linlora.merging
