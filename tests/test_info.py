@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from linlora import cli, evidence
+from linlora import bench, cli, evidence
 from linlora.ops.cuda import library
 
 
@@ -21,7 +21,9 @@ def info(monkeypatch):
     evidence.entries.cache_clear()
 
 
-def test_kernels_that_are_not_built_say_why_and_what_to_do(info):
+def test_kernels_that_are_not_built_say_why_and_what_to_do(info, tmp_path, monkeypatch):
+    monkeypatch.setattr(bench, "__path__", [str(tmp_path)])  # no results, whatever the checkout holds
+    evidence.entries.cache_clear()
     text = info()
     assert "CUDA kernels: not built: nvcc is not on the PATH; `make cuda` in a checkout" in text
     assert "not built; not yet run on a GPU" in text
@@ -33,8 +35,6 @@ def test_a_library_of_other_sources_is_said_to_be_stale(info):
 
 
 def test_the_table_names_the_gpus_that_have_executed_a_kernel(info, tmp_path, monkeypatch):
-    from linlora import bench
-
     entry = {
         "op": "lora_linear", "backend": "triton", "shape": "large", "dtype": "bfloat16", "dropout": False,
         "correct": False, "speedup_over_torch": 0.0, "max_rank": 16, "cases": 1,

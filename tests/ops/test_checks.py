@@ -5,6 +5,7 @@ import torch
 
 import linlora
 from linlora import functional
+from linlora.ops.cuda import library
 
 BAD = {
     "wrong-features": (
@@ -43,7 +44,9 @@ def test_tangent_has_to_be_like_x():
         functional.lora_linear(torch.randn(3, 11), torch.randn(7, 11), None, *factors, 1.0, torch.randn(2, 11))
 
 
-def test_unknown_and_unavailable_backends():
+def test_unknown_and_unavailable_backends(monkeypatch):
+    monkeypatch.setattr(library, "status", lambda: {"built": False, "reason": "nvcc is not there"})
+    monkeypatch.setattr(library, "obstacle", library.obstacle.__wrapped__)  # remembers nothing
     with pytest.raises(ValueError, match="unknown backend 'cutlass': choose"), linlora.use_backend("cutlass"):
         pass
     with pytest.raises(linlora.BackendUnavailableError, match="no CUDA kernels"), linlora.use_backend("cuda"):
