@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from linlora.modules import FusedLoraLinear
+from linlora.modules import FusedLoraLinear, has_hooks, not_vanilla
 from linlora.quantized import QuantizedLoraLinear, quantized
 
 
@@ -51,11 +51,6 @@ def unsupported(layer: Any) -> str | None:
     plain = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
     if not quantized(layer) and type(base) not in plain:
         return f"its base layer is a {type(base).__name__}; only nn.Linear and transformers' Conv1D are fused"
-    if getattr(layer, "lora_variant", None):
-        names = sorted({type(variant).__name__ for variant in layer.lora_variant.values()})
-        return f"its adapters use the variant {', '.join(names)} (DoRA, aLoRA, ...); only vanilla LoRA is linearized"
-    if any(getattr(layer, "use_dora", {}).values()):
-        return "its adapters use DoRA; only vanilla LoRA is linearized"
-    if any(layer.lora_bias.values()):
-        return "its adapters use lora_bias=True; create them with lora_bias=False"
-    return None
+    if not quantized(layer) and has_hooks(base):
+        return "its base layer has hooks, which the fused product would skip; register them on the LoRA layer around it"
+    return not_vanilla(layer)

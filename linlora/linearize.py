@@ -221,6 +221,8 @@ def delinearize(model: PeftModel | Linearizable) -> PeftModel:
     leave_model_scope(model)
     for _, layer in layers:
         for adapter, state in layer.states.items():
+            if state == "plain":
+                continue
             A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             trainable = B.requires_grad
             if state == "pair":

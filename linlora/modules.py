@@ -76,6 +76,7 @@ class FusedLoraLinear(PeftLoraLinear):
 
     def _one_stream(self, x: Tensor, factors: Factors, p: float, seed: Tensor | None) -> Tensor:
         """Layer scope, and plain LoRA: primal + tangent."""
+        self._check_hooks()
         weight = self.matrix
         x = autocast_input(x)
         if x.shape[-1] != weight.shape[1] or x.device != weight.device or x.dtype != weight.dtype:
@@ -114,6 +115,7 @@ class FusedLoraLinear(PeftLoraLinear):
     def _two_streams(
         self, x: Tensor, x_tangent: Tensor | None, factors: Factors, p: float, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
+        self._check_hooks()
         self._check_input(autocast_input(x), self.matrix)
         return dual.lora_linear(x, x_tangent, self.matrix, self.base_layer.bias, *factors, p, seed)
 
@@ -198,6 +200,18 @@ class FusedLoraLinear(PeftLoraLinear):
             "linlora.set_scope(model, 'layer')"
         )
 
+    def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's, to add an adapter: a plain one. Raises ValueError, and adds nothing, where it is not vanilla LoRA."""
+        super().update_layer(adapter_name, *args, **kwargs)
+        why = not_vanilla(self)
+        if why is not None:
+            self.delete_adapter(adapter_name)
+            self.lora_variant.pop(adapter_name, None)  # which PEFT 0.18 keeps
+            raise ValueError(
+                f"layer '{self.layer_name}': adapter '{adapter_name}' cannot be added to a fused layer: {why}. Add it "
+                "as vanilla LoRA, or linlora.delinearize the model first"
+            )
+
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
         super().set_adapter(adapter_names, *args, **kwargs)
         self._freeze_point()
@@ -220,11 +234,19 @@ class FusedLoraLinear(PeftLoraLinear):
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.pop("adapter_names", None)
         if names is not None and not (args or kwargs or self._disable_adapters):
+            self._check_hooks()
             self._check_input(autocast_input(x), self.matrix)
             return mixed_batch(self, x, names)
         if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
         raise ValueError(f"layer '{self.layer_name}': unexpected arguments {args or list(kwargs)} beside the input")
+
+    def _check_hooks(self) -> None:
+        if has_hooks(self.base_layer):
+            raise ValueError(
+                f"layer '{self.layer_name}': its base layer has hooks, which the fused product would skip; register "
+                "them on the LoRA layer around it, or take the layer out of target_modules"
+            )
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
         if x.shape[-1] != weight.shape[1]:
@@ -263,6 +285,27 @@ class FusedLoraLinear(PeftLoraLinear):
                 "give them one dropout, or train one at a time with model.set_adapter(name)"
             )
         return ps.pop()
+
+
+def has_hooks(base: nn.Module) -> bool:
+    """Whether calling a base layer does more than its product. The fused product reads its weight, it never calls it."""
+    return bool(base._forward_pre_hooks or base._forward_hooks or base._backward_hooks)
+
+
+def not_vanilla(layer: Any) -> str | None:
+    """Why the adapters of a PEFT LoRA layer are not the B A x that is fused, or None."""
+    adapters = list(layer.lora_A)  # PEFT may keep the options of an adapter that was deleted
+    variants = {type(layer.lora_variant[name]).__name__ for name in adapters if name in layer.lora_variant}
+    if variants:
+        return (
+            f"its adapters use the variant {', '.join(sorted(variants))} (DoRA, aLoRA, ...); only vanilla LoRA is "
+            "linearized"
+        )
+    if any(layer.use_dora.get(name) for name in adapters):
+        return "its adapters use DoRA; only vanilla LoRA is linearized"
+    if any(layer.lora_bias.get(name) for name in adapters):
+        return "its adapters use lora_bias=True; create them with lora_bias=False"
+    return None
 
 
 def fused_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoraLinear]]:

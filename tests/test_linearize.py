@@ -126,6 +126,16 @@ def test_an_adapter_added_later_is_plain_lora():
     assert {n.split("lora_")[1][0] for n, p in model.named_parameters() if p.requires_grad} == {"A", "B"}
 
 
+@pytest.mark.parametrize("options", [{"use_dora": True}, {"lora_bias": True}], ids=["dora", "lora_bias"])
+def test_an_adapter_that_is_not_vanilla_is_refused_later_too(options):
+    model = mlp()
+    linlora.linearize(model)
+    with pytest.raises(ValueError, match=r"layer '0': adapter 'later' cannot be added .*(DoRA|lora_bias=True)"):
+        model.add_adapter("later", LoraConfig(r=2, target_modules=["0", "2"], **options))
+    assert not any("later" in name for name in model.state_dict())
+    model.add_adapter("later", LoraConfig(r=2, target_modules=["0", "2"]))
+
+
 def test_a_deleted_adapter_is_gone_everywhere(tmp_path):
     model = tiny_model("bert", trained=True)
     model.add_adapter("second", LoraConfig(r=3, target_modules=["query"]))
@@ -166,6 +176,15 @@ def test_delinearize_gives_the_peft_model_back():
     ]
     torch.testing.assert_close(logits(model), linearized)  # B0 = 0: the same function
     torch.testing.assert_close(logits(model), logits(stock))
+
+
+def test_delinearize_leaves_what_trains_of_a_plain_adapter_alone():
+    model = tiny_model("bert")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_B" in name)
+    linlora.accelerate(model)
+    linlora.delinearize(model)
+    assert {n.split("lora_")[1][0] for n, p in model.named_parameters() if p.requires_grad} == {"B"}
 
 
 def test_delinearize_of_a_trained_adapter_gives_point_plus_delta():
@@ -242,6 +261,19 @@ class TestRefusals:
         with pytest.raises(linlora.UnsupportedLayerError, match=r"(?s)'embedding': .*Embedding.*'conv': .*Conv2d"):
             linlora.linearize(model)
         assert not any(isinstance(m, FusedLoraLinear) for m in model.modules())  # refused whole, not half done
+
+    def test_hooks_of_a_base_layer_would_be_skipped(self):
+        model = mlp()
+        hook = model.base_model.model[2].base_layer.register_forward_hook(lambda module, args, output: 0 * output)
+        with pytest.raises(linlora.UnsupportedLayerError, match="'2': its base layer has hooks"):
+            linlora.linearize(model)
+        hook.remove()
+        linlora.linearize(model)
+        model.base_model.model[2].base_layer.register_forward_pre_hook(lambda module, args: None)
+        with pytest.raises(ValueError, match="layer '2': its base layer has hooks"):
+            model(torch.randn(2, 6))
+        with model.disable_adapter():
+            model(torch.randn(2, 6))
 
     def test_linearizing_twice(self):
         model = tiny_model()
