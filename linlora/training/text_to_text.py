@@ -106,7 +106,12 @@ class TextToText(Task):
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         """Of the first token of the answer, over the vocabulary."""
         if self.causal:
-            return model(**inputs).logits[:, -1]
+            lengths = inputs["attention_mask"].sum(1)  # padded behind instead: models count positions from the start
+            turned = {
+                name: torch.stack([row.roll(int(n)) for row, n in zip(tokens, lengths, strict=True)])
+                for name, tokens in inputs.items()
+            }
+            return model(**turned).logits[torch.arange(len(lengths), device=lengths.device), lengths - 1]
         start = torch.full_like(inputs["input_ids"][:, :1], self.config.decoder_start_token_id)
         return model(**inputs, decoder_input_ids=start).logits[:, -1]
 

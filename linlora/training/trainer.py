@@ -23,13 +23,21 @@ _DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,  # a loss that is not finite shows, and is an error in the end
     "report_to": "none",
     "ddp_find_unused_parameters": False,  # every adapter takes part in every step
+    "metric_for_best_model": "score",  # what an evaluation returns; there is no eval_loss
 }
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:
     """The TrainingArguments of a run. Where there is no accelerator they say so, which lets `torchrun` use gloo."""
-    own = {"output_dir": settings.out, "seed": settings.seed, "remove_unused_columns": False, "disable_tqdm": True}
+    own: dict[str, Any] = {
+        "output_dir": settings.out,
+        "seed": settings.seed,
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+    }
     defaults = {"use_cpu": not torch.accelerator.is_available(), **_DEFAULTS}
+    if settings.training.get("lr_scheduler_type") == "reduce_lr_on_plateau":  # torch's is for a loss
+        own["lr_scheduler_kwargs"] = {"mode": "max", **(settings.training.get("lr_scheduler_kwargs") or {})}
     defaults["save_steps"], defaults["logging_steps"] = _every(0.1, settings), _every(0.02, settings)
     try:
         arguments = TrainingArguments(**{**defaults, **settings.training, **own})

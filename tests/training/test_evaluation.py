@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 
 import linlora
 from linlora.training import Data, Suite, adapt, evaluate, load_task, train
@@ -38,9 +39,20 @@ def test_scores_are_those_of_the_rows_one_by_one(settings):
     assert evaluate(model, task, "test", limit=5)["rows"] == 5
 
 
-def test_prototypes_are_the_normalised_means_of_the_texts(settings, checkpoints):
-    import transformers
+def test_logits_of_a_causal_model_are_those_of_the_prompts_one_by_one(settings, checkpoints, tmp_path):
+    """Also where it counts positions from the start of a row: prompts of a batch are padded at their start."""
+    transformers.AutoTokenizer.from_pretrained(checkpoints["llama"]).save_pretrained(tmp_path / "gpt2")
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(vocab_size=64, **sizes)).save_pretrained(tmp_path / "gpt2")
+    task = load_task(settings("causal", model=str(tmp_path / "gpt2"), lora={"target_modules": ["c_attn"]}))
+    model = adapt(task).model.eval()
+    rows = [{"text": text, "label": 0} for text in ("a good film", "bad", "good and good and good")]
+    with torch.no_grad():
+        one_by_one = [task.logits(model, task.inputs([row])) for row in rows]
+        torch.testing.assert_close(task.logits(model, task.inputs(rows)), torch.cat(one_by_one), rtol=1e-4, atol=1e-4)
 
+
+def test_prototypes_are_the_normalised_means_of_the_texts(settings, checkpoints):
     task = load_task(settings("zero-shot"))
     clip = transformers.AutoModel.from_pretrained(checkpoints["clip"])
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints["clip"])

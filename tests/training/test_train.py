@@ -11,7 +11,7 @@ import transformers
 import linlora
 from linlora.testing import relative_error
 from linlora.training import Data, Run, adapt, evaluate, load_task, set_head, train
-from linlora.training.trainer import TaskTrainer
+from linlora.training.trainer import TaskTrainer, training_arguments
 
 BASES = {
     "text": transformers.AutoModelForSequenceClassification,
@@ -221,6 +221,26 @@ def test_evaluation_while_training_is_that_of_the_task(settings):
     logged = [entry["eval_score"] for entry in json.loads(state.read_text())["log_history"] if "eval_score" in entry]
     assert len(logged) == 2
     assert run.metrics["validation"]["score"] == max(logged)
+
+
+def test_the_best_checkpoint_is_the_one_that_scores_highest(settings, monkeypatch):
+    scores = iter([0.5, 0.7, 0.6])
+    monkeypatch.setattr("linlora.training.trainer.evaluate", lambda *_, **__: {"score": next(scores)})
+    best = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
+    run = train(settings("text", training={**best, "max_steps": 3, "save_total_limit": 3, "learning_rate": 3e-2}))
+    saved = peft.utils.load_peft_weights(str(run.folder / "checkpoint-2"))
+    for name, dB in run.vector.deltas.items():
+        layer = name.removesuffix(".dB")
+        assert torch.equal(dB, saved[f"base_model.model.{layer}.lora_B.weight"])
+
+
+def test_a_plateau_is_one_of_scores_that_stop_to_rise(settings):
+    def mode(**training):
+        plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", **training}
+        return training_arguments(settings("text", training=plateau)).lr_scheduler_kwargs
+
+    assert mode() == {"mode": "max"}
+    assert mode(lr_scheduler_kwargs={"patience": 2}) == {"mode": "max", "patience": 2}
 
 
 def test_a_frozen_head_is_the_checkpoints_and_is_not_trained(settings, checkpoints, review_files):
