@@ -34,7 +34,7 @@ def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
     """Fold the active (or the named) adapters into the base weights and return the plain transformers model.
 
     W + ΔW is summed in fp32 and rounded to W's dtype once. In place, like PEFT's `merge_and_unload`: the PeftModel is
-    used up. Raises ValueError, leaving the model whole, when an adapter holds NaN.
+    used up. Raises ValueError, leaving the model whole, when an adapter holds NaN or does not exist.
 
     >>> import linlora
     >>> model = linlora.testing.tiny_model("bert")
@@ -52,6 +52,9 @@ def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
             "merge: the weights are sharded (FSDP2), and no process holds them whole; linlora.export the adapter and "
             "merge it in one process"
         )
+    unknown = sorted(set(adapters or ()) - set(model.peft_config))
+    if unknown:
+        raise ValueError(f"merge: no adapter {unknown}; the model has {sorted(model.peft_config)}")
     accelerate(model)  # plain layers merge by the same fp32 rule; linearized ones stay as they are
     for name, layer in fused_layers(model):
         for adapter in adapters or layer.active_adapters:

@@ -152,14 +152,19 @@ def has_folded_factors(model: PeftModel) -> bool:
 
 
 def save_folded_factors(model: PeftModel) -> None:
-    """Make `model.save_pretrained` write the exact stock factors; nothing to do where PEFT's own are exact."""
+    """Make `model.save_pretrained` write the exact stock factors; nothing to do where PEFT's own are exact.
+
+    PEFT's `add_weighted_adapter`, which combines its own, is refused there.
+    """
     if has_folded_factors(model):
         model.__dict__["save_pretrained"] = functools.partial(_save_pretrained, model)
+        model.base_model.__dict__["add_weighted_adapter"] = functools.partial(_add_weighted_adapter, model.base_model)
 
 
 def save_plain_factors(model: PeftModel) -> None:
     """Undo `save_folded_factors`."""
     model.__dict__.pop("save_pretrained", None)
+    model.base_model.__dict__.pop("add_weighted_adapter", None)
 
 
 def _save_pretrained(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
@@ -169,8 +174,27 @@ def _save_pretrained(model: PeftModel, save_directory: str, *args: Any, **kwargs
         type(model).save_pretrained(model, save_directory, *args, state_dict=state_dict, **kwargs)
 
 
+def _add_weighted_adapter(
+    tuner: Any, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd",
+    *args: Any, **kwargs: Any,
+) -> None:  # fmt: skip
+    """PEFT's, where it is of the ΔW of the adapters; its other combinations are of lora_A and lora_B alone."""
+    fused = [layer for layer in tuner.modules() if isinstance(layer, FusedLoraLinear)]
+    pairs = [name for name in adapters if any(layer.states.get(name) == "pair" for layer in fused)]
+    if pairs and (len(adapters) == 1 or not combination_type.endswith("svd")):
+        raise ValueError(
+            f"add_weighted_adapter: '{combination_type}' of {len(adapters)} adapters combines lora_A and "
+            f"lora_B, which of {pairs} are the linearization point without what training changed. Combine the task "
+            "vectors, linlora.fuse([TaskVector.from_model(model, name), ...]), or two adapters and more by 'svd'"
+        )
+    type(tuner).add_weighted_adapter(tuner, adapters, weights, adapter_name, combination_type, *args, **kwargs)
+
+
 def accept_folded_factors(layer: FusedLoraLinear) -> None:
-    """Let `layer.load_state_dict` take (A', B') of twice its rank: a saved linearized adapter, resumed."""
+    """Let `layer.load_state_dict` take (A', B') of twice its rank: a saved linearized adapter, resumed.
+
+    A plain adapter of its own rank is taken with its function as well, as a point that nothing has moved from yet.
+    """
     if not hasattr(layer, _HOOK):
         setattr(layer, _HOOK, layer.register_load_state_dict_pre_hook(_unfold))
 
@@ -185,8 +209,13 @@ def refuse_folded_factors(layer: FusedLoraLinear) -> None:
 def _unfold(layer: FusedLoraLinear, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
         a, b = f"{prefix}lora_A.{adapter}.weight", f"{prefix}lora_B.{adapter}.weight"
+        d_a, d_b = f"{prefix}lora_dA.{adapter}", f"{prefix}lora_dB.{adapter}"
+        if a not in state_dict or b not in state_dict or d_a in state_dict:
+            continue
         r = layer.r[adapter]
-        if a in state_dict and b in state_dict and state_dict[a].shape[0] == 2 * r:
+        if state_dict[a].shape[0] == 2 * r:
             A0, dA = state_dict[a].split(r)
             B, B0 = state_dict[b].split(r, dim=1)
-            state_dict.update({a: A0, b: B0, f"{prefix}lora_dA.{adapter}": dA, f"{prefix}lora_dB.{adapter}": B - B0})
+            state_dict.update({a: A0, b: B0, d_a: dA, d_b: B - B0})
+        elif state_dict[a].shape[0] == r:
+            state_dict.update({d_a: torch.zeros_like(state_dict[a]), d_b: torch.zeros_like(state_dict[b])})

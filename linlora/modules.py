@@ -288,7 +288,7 @@ class FusedLoraLinear(PeftLoraLinear):
 
 
 def has_hooks(base: nn.Module) -> bool:
-    """Whether calling a base layer does more than its product. The fused product reads its weight, it never calls it."""
+    """Whether calling a base layer does more than its product, which the fused product is taken of without a call."""
     return bool(base._forward_pre_hooks or base._forward_hooks or base._backward_hooks)
 
 

@@ -50,6 +50,33 @@ def test_save_pretrained_writes_the_same_and_a_linearized_model_resumes_from_it(
     assert names[0] == names[1]
 
 
+def test_a_plain_adapter_loaded_over_a_linearized_one_has_its_function(tmp_path):
+    plain = tiny_model("bert", trained=True)
+    plain.save_pretrained(tmp_path)
+    model = tiny_model("bert")
+    randomize(model, 4)
+    linlora.linearize(model)
+    randomize(model, 5, ("lora_dA", "lora_dB"))
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    torch.testing.assert_close(logits(model), logits(plain))
+    assert linlora.TaskVector.from_model(model).norm() == 0.0
+
+
+def test_weighted_adapters_of_peft_are_exact_or_refused():
+    model = linearized(trained=True, lora_alpha=4)  # PEFT 0.18 applies the scaling twice
+    model.add_adapter("second", LoraConfig(r=4, lora_alpha=4, target_modules=["query"]))
+    model.set_adapter("default")
+    expected = logits(model)
+    for names, combination in ((["default", "second"], "cat"), (["default", "second"], "linear"), (["default"], "svd")):
+        with pytest.raises(ValueError, match=r"\['default'\] are the linearization point"):
+            model.add_weighted_adapter(names, [1.0] * len(names), "both", combination_type=combination)
+    model.add_weighted_adapter(["default", "second"], [1.0, 1.0], "both", combination_type="svd", svd_rank=8)
+    model.set_adapter("both")
+    torch.testing.assert_close(logits(model), expected, rtol=1e-4, atol=1e-5)
+    model.set_adapter("default")
+    linlora.delinearize(model).add_weighted_adapter(["default"], [1.0], "again", combination_type="linear")
+
+
 @pytest.mark.parametrize("trained", [False, True], ids=["B0=0", "B0!=0"])
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_merged_model_is_plain_and_gives_the_same_logits(architecture, trained):
@@ -135,6 +162,11 @@ def test_a_killed_export_leaves_the_previous_adapter_whole(tmp_path, monkeypatch
         linlora.export(model, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert model.peft_config["default"].r == 4
+
+
+def test_merge_names_an_adapter_that_is_not_there():
+    with pytest.raises(ValueError, match=r"no adapter \['typo'\]; the model has \['default'\]"):
+        linlora.merge(linearized(), ["typo"])
 
 
 def test_merge_refuses_nan_and_leaves_the_model_whole():
