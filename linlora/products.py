@@ -81,7 +81,8 @@ def both_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, T
 def main_output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     if "labels" in inputs:
         raise ValueError("the products are of the network's output, not of its loss: leave 'labels' out of the inputs")
-    return model(**inputs)[0]
+    output = model(**inputs)
+    return output if isinstance(output, Tensor) else output[0]
 
 
 @contextmanager

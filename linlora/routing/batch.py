@@ -61,6 +61,7 @@ def route_weights(layers: Sequence[RoutedLoraLinear], mixture: Tensor, examples:
     if not layers:
         raise ValueError("mixture: this model has no inventory that weights could mix")
     device = layers[0].weight.device
+    mixture = torch.as_tensor(mixture)
     if mixture.dim() not in (2, 3, 4) or not mixture.is_floating_point():
         _refuse_mixture(mixture, "floats (examples, S), (examples, Q, S) or (examples, length, Q, S) are expected")
     if examples is not None and len(mixture) != examples:

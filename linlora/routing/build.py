@@ -60,7 +60,7 @@ def route(
     Returns: a RoutedModel, to be called with task_ids. `print(routed.report())` says what was done.
 
     Raises ValueError for targets that match nothing (it lists the linear layers), a Q that does not divide a layer
-    (it names it), unknown variants, granularities and options; TypeError for a layer that is not linear.
+    (it names it), unknown variants and granularities; TypeError for unknown options and a layer that is not linear.
 
     >>> import torch, linlora
     >>> base, batch = linlora.testing.tiny_base("bert"), linlora.testing.tiny_batch("bert")
@@ -84,6 +84,8 @@ def route(
         raise ValueError(
             f"n_tasks, n_skills, n_heads and rank are at least 1, got {n_tasks}, {n_skills}, {n_heads} and {rank}"
         )
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout is a probability below 1, got {dropout}")
     if selector is None and options:
         raise TypeError(f"variant 'mode' takes no option {sorted(options)}")
     saved = _modules_to_save(model, modules_to_save)

@@ -21,7 +21,7 @@ def convert(model: PeftModel, linearized: bool = False) -> RoutedModel:
     Checkpoints of PEFT are read by PEFT: ``convert(PeftModel.from_pretrained(base, directory, is_trainable=True))``.
 
     Args:
-        model: a PeftModel with one active Poly adapter.
+        model: a PeftModel with one adapter, an active Poly adapter.
         linearized: linearize it, at layer scope, at the mean of each inventory. (`linlora.linearize(routed, "model")`
             does so at model scope.)
 
@@ -39,8 +39,11 @@ def convert(model: PeftModel, linearized: bool = False) -> RoutedModel:
             f"{type(getattr(model, 'base_model', None)).__name__}; routing of other models starts with "
             "linlora.routing.route"
         )
-    if len(model.active_adapters) != 1:
-        raise ValueError(f"convert takes one active adapter, got {model.active_adapters}; activate one, set_adapter")
+    if len(model.peft_config) != 1 or model.active_adapters != list(model.peft_config):
+        raise ValueError(
+            f"convert takes one adapter, which is active, got {list(model.peft_config)}, active {model.active_adapters}"
+            "; the others would be lost: take them off a copy, model.delete_adapter(name)"
+        )
     (adapter,) = model.active_adapters
     layers = {
         name.removeprefix("base_model.model."): module

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from linlora.products import at_point
+from linlora.products import at_point, main_output
 from linlora.routing.adapters import task_weights
 from linlora.routing.model import RoutedModel
 from linlora.routing.scope import scope_of
@@ -128,7 +128,8 @@ def _affine(model: RoutedModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Tens
     try:
         model.set_selectors(dict(tables))
         with at_point(model) as stream, torch.enable_grad(), stream.returning("primal"):
-            F = model(**inputs, task_ids=torch.arange(len(main), device=main.device))[0].flatten(1)
+            each = torch.arange(len(main), device=main.device)
+            F = main_output(model, {**inputs, "task_ids": each}).flatten(1)
         leaves = [table.table for table in tables.values()]
         rows = [
             torch.cat(
@@ -225,4 +226,4 @@ def _labels(batches: Sequence[Mapping[str, Any]], F: Tensor, loss: str) -> Tenso
             f"fit_routing: {loss} loss takes {kind} {tuple(expected)} for these outputs, got {labels.dtype} "
             f"{tuple(labels.shape)}"
         )
-    return labels
+    return labels if loss == "squared" else labels.long()

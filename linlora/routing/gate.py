@@ -17,6 +17,8 @@ class Gate(Selector):
         λ = b + V h                 hidden = 0
         λ = b + V ReLU(U h + c)     hidden > 0
 
+    Its tokens are those the layer sees: padding counts, and a step of cached generation sees the last one alone.
+
     b is `start` at first (their 0.3) and V zero, so that training begins at task arithmetic.
 
     >>> import torch

@@ -128,7 +128,8 @@ class RoutedModel(nn.Module):
         """The size of the batch, where it can be seen in the arguments."""
         names = [getattr(self.model, "main_input_name", "input_ids"), "input_ids", "inputs", "inputs_embeds"]
         names += [*list(inspect.signature(self.model.forward).parameters)[:1], "attention_mask", "decoder_input_ids"]
-        candidates = [*args[:1], *(kwargs.get(name) for name in names)]
+        encoded = kwargs.get("encoder_outputs")
+        candidates = [*args[:1], *(kwargs.get(name) for name in names), encoded[0] if encoded else None]
         return next((len(x) for x in candidates if isinstance(x, Tensor) and x.dim() > 0), None)
 
     @contextmanager

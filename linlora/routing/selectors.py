@@ -208,6 +208,9 @@ class Uniform(Selector):
     variant = "uniform"
     reads = "nothing"
 
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__(sizes)
+
     def weights(self, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
         return (self.unit / self.sizes.n_skills).expand(len(rows), self.sizes.n_heads, self.sizes.n_skills)
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from routed_models import TARGETS, folded, mixed_by_hand, poly_weights, routed_model, rows_of
+from routed_models import TARGETS, fill, folded, mixed_by_hand, poly_weights, routed_model, rows_of
 from scipy.optimize import minimize
 
 import linlora
@@ -280,6 +280,18 @@ def test_a_new_task_leaves_the_old_ones_as_they_are(batch, ids):
         ValueError, match=r"add_task: weights \(4, 3\) for the selector 'bert.*' are expected, got none"
     ):
         routing.add_task(routed, {})
+
+
+def test_a_network_whose_output_is_a_tensor_is_fitted():
+    base = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 3)).double()
+    routed = fill(routing.route(base, 2, n_skills=3, rank=2, target_modules=["0"]))
+    routed.linearize("model")
+    x, labels = torch.randn(9, 6, dtype=torch.float64), torch.randint(3, (9,), dtype=torch.int32)
+    solution = routing.fit_routing(routed, [{"input": x, "labels": labels}])
+    task = routing.add_task(routed, solution.weights)
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(routed(x, task_ids=[task] * 9), labels.long())
+    assert float(loss) == pytest.approx(solution.loss)
 
 
 def test_what_cannot_be_fitted_is_refused(batch):

@@ -158,6 +158,15 @@ class TestRefusals:
         with pytest.raises(TypeError, match="got BertForSequenceClassification"):
             routing.convert(tiny_base("bert"))
 
+    def test_several_adapters(self):
+        config = peft.PolyConfig(n_tasks=2, n_skills=2, target_modules=["query"])
+        model = peft.get_peft_model(tiny_base("bert"), config)
+        model.add_adapter("second", config)
+        with pytest.raises(ValueError, match=r"got \['default', 'second'\], active \['default'\]; the others would be"):
+            routing.convert(model)
+        model.delete_adapter("second")
+        assert routing.convert(model).n_tasks == 2
+
     def test_heads_that_do_not_divide(self):
         model = peft.get_peft_model(
             tiny_base("bert"), peft.PolyConfig(n_tasks=2, n_skills=2, n_splits=5, target_modules=["query"])

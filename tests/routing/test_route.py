@@ -220,6 +220,7 @@ class TestRefusals:
             ({"rank": 0}, "at least 1"),
             ({"sampling": "gumbel"}, "unknown sampling 'gumbel'"),
             ({"l2_norm": True, "shared_skill": True}, "l2_norm"),
+            ({"dropout": 1.5}, "dropout is a probability below 1, got 1.5"),
             ({"modules_to_save": ["head"]}, "no module 'head'; it has bert, dropout, classifier"),
             ({"variant": "gate", "granularity": "block", "target_modules": ["dense"]}, "48 inputs and shares"),
         ],
@@ -228,6 +229,11 @@ class TestRefusals:
     def test_options_that_do_not_fit(self, options, message):
         with pytest.raises(ValueError, match=message):
             routing.route(tiny_base("bert"), 2, **{"target_modules": ["query"], **options})
+
+    @pytest.mark.parametrize("variant", ["poly", "shared", "uniform", "adamix", "table", "gate", "mode"])
+    def test_options_that_a_variant_does_not_have(self, variant):
+        with pytest.raises(TypeError, match="temperature"):
+            routing.route(tiny_base("bert"), 2, target_modules=["query"], variant=variant, temperature=2.0)
 
     def test_targets_are_asked_for_where_peft_has_none(self):
         with pytest.raises(ValueError, match=r"pass target_modules=\[...\] of: 0, 1"):

@@ -14,6 +14,7 @@ from routed_models import fill, routed_model, rows_of
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import Trainer, TrainingArguments
+from transformers.modeling_outputs import BaseModelOutput
 
 import linlora
 from linlora import routing
@@ -57,6 +58,9 @@ def test_generation_checks_the_ids_too():
     routed = routed_model("t5")
     with pytest.raises(ValueError, match="got 1 of them for a batch of 3"):
         routed.generate(input_ids=tiny_batch("t5", 3)["input_ids"], task_ids=[0])
+    encoded = BaseModelOutput(torch.randn(4, 5, routed.config.d_model, dtype=torch.float64))
+    with pytest.raises(ValueError, match="got 2 of them for a batch of 4"):
+        routed.generate(encoder_outputs=encoded, task_ids=[0, 1])
     with pytest.raises(ValueError, match="task_ids are missing"):
         routed.generate(input_ids=tiny_batch("t5", 3)["input_ids"])
 

@@ -110,6 +110,10 @@ def test_weights_of_the_caller_per_example(batch, ids):
         routed(**batch, mixture=shared_by_heads).logits,
         routed(**batch, mixture=shared_by_heads.unsqueeze(1).expand(-1, 4, -1)).logits,
     )
+    halves = [[0.5, 0.5, 0.0]] * 5
+    torch.testing.assert_close(
+        routed(**batch, mixture=halves).logits, routed(**batch, mixture=torch.tensor(halves)).logits
+    )
 
 
 def test_gradients_reach_the_weights_of_the_caller(batch):
