@@ -53,4 +53,4 @@ def unsupported(layer: Any) -> str | None:
         return f"its base layer is a {type(base).__name__}; only nn.Linear and transformers' Conv1D are fused"
     if not quantized(layer) and has_hooks(base):
         return "its base layer has hooks, which the fused product would skip; register them on the LoRA layer around it"
-    return not_vanilla(layer)
+    return not_vanilla(layer, list(layer.lora_A))  # PEFT may keep the options of an adapter that was deleted

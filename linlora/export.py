@@ -102,8 +102,9 @@ def export(
             "exported by linlora.routing.export_task"
         )
     adapter = _one_adapter(source, adapter)
-    vector = TaskVector.from_model(source, adapter)
-    if vector.scope == "model":
+    linearized = any(layer.states.get(adapter, "plain") != "plain" for _, layer in fused_layers(source))
+    vector = TaskVector.from_model(source, adapter) if linearized else None
+    if vector is not None and vector.scope == "model":
         raise ValueError(
             "export: no LoRA adapter has the function of a model linearized at model scope. Save its task vector, "
             "TaskVector.from_model(model).save(path), or export the layer-scope function: "
@@ -115,7 +116,7 @@ def export(
     with _staging(directory) as staging:
         with folded_configs(source):
             type(source).save_pretrained(source, str(staging), selected_adapters=[adapter], state_dict=state_dict)
-        if vector.scope == "layer":
+        if vector is not None:
             vector.save(staging / TASK_VECTOR_FILE)
 
 

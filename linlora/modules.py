@@ -184,6 +184,7 @@ class FusedLoraLinear(PeftLoraLinear):
             fold_into(base.weight.data, self._update(names))
         return base
 
+    @torch.no_grad()
     def _update(self, adapters: list[str]) -> Update:
         """The sum of the ΔW of some adapters."""
         if self.stream is not None:
@@ -203,7 +204,7 @@ class FusedLoraLinear(PeftLoraLinear):
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, to add an adapter: a plain one. Raises ValueError, and adds nothing, where it is not vanilla LoRA."""
         super().update_layer(adapter_name, *args, **kwargs)
-        why = not_vanilla(self)
+        why = not_vanilla(self, [adapter_name])
         if why is not None:
             self.delete_adapter(adapter_name)
             self.lora_variant.pop(adapter_name, None)  # which PEFT 0.18 keeps
@@ -292,9 +293,8 @@ def has_hooks(base: nn.Module) -> bool:
     return bool(base._forward_pre_hooks or base._forward_hooks or base._backward_hooks)
 
 
-def not_vanilla(layer: Any) -> str | None:
-    """Why the adapters of a PEFT LoRA layer are not the B A x that is fused, or None."""
-    adapters = list(layer.lora_A)  # PEFT may keep the options of an adapter that was deleted
+def not_vanilla(layer: Any, adapters: Sequence[str]) -> str | None:
+    """Why these adapters of a PEFT LoRA layer are not the B A x that is fused, or None."""
     variants = {type(layer.lora_variant[name]).__name__ for name in adapters if name in layer.lora_variant}
     if variants:
         return (

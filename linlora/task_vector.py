@@ -20,6 +20,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from linlora.files import CorruptFileError
+from linlora.modules import not_vanilla
 from linlora.sharding import sharded_like, whole
 from linlora.tensor_files import StoredTensors, TensorFile, finite, save_tensors, shapes
 
@@ -36,7 +37,7 @@ class TaskVector:
     """The change of one adapter from its linearization point.
 
     Attributes:
-        deltas: '<layer>.dA' (r, K) and '<layer>.dB' (N, r); no dA where B0 = 0, where it has no effect.
+        deltas: '<layer>.dA' (r, K) and '<layer>.dB' (N, r); linearized, no dA where B0 = 0: it has no effect there.
         point: '<layer>.A0' and '<layer>.B0', absent where zero; None if the vector was saved with the hash alone.
         point_hash: SHA-256 of the point's values.
         scalings: the LoRA scaling of each layer.
@@ -64,6 +65,8 @@ class TaskVector:
 
         A plain LoRA adapter has no linearization point of its own: pass as `point` the vector read before training
         (without one, its current values are the point and the vector is zero).
+
+        Raises ValueError for an adapter that is more than A and B of linear layers.
         """
         adapter = _one_adapter(model, adapter)
         deltas: dict[str, Tensor] = {}
@@ -337,11 +340,19 @@ def point_name(name: str) -> str:
 
 
 def _adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
-    layers = [
+    layers: list[tuple[str, Any]] = [
         (path.removeprefix("base_model.model."), module)
         for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.lora_A and isinstance(module.lora_A[adapter], nn.Linear)
+        if isinstance(module, LoraLayer) and adapter in module.r
     ]
+    for name, layer in layers:
+        linear = adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear)
+        why = not_vanilla(layer, [adapter]) if linear else f"it is a {type(layer).__module__}.{type(layer).__name__}"
+        if why is not None:
+            raise ValueError(
+                f"adapter '{adapter}' has no task vector, which would lose a part of layer '{name}': {why}. Vectors are "
+                "of vanilla LoRA on linear layers; PEFT's save_pretrained keeps this adapter"
+            )
     if not layers:
         raise ValueError(f"the model has no LoRA layer with an adapter '{adapter}'")
     return layers

@@ -8,11 +8,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 import linlora
 from linlora import TaskVector
-from linlora.testing import randomize, tiny_batch, tiny_model
+from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
 
 finite = st.floats(-3, 3)
 
@@ -111,6 +112,26 @@ def test_plain_lora_vectors_need_their_start_and_apply_by_factors():
     torch.testing.assert_close(other(**tiny_batch("bert")).logits, expected, rtol=1e-4, atol=1e-5)
     linlora.apply(other, 0.0 * trained)
     assert TaskVector.from_model(other, point=start).norm() == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"target_modules": ["query", "word_embeddings"]}, "word_embeddings': it is a .*Embedding"),
+        ({"use_dora": True}, "query': .*DoRA"),
+        ({"lora_bias": True}, "query': .*lora_bias=True"),
+    ],
+    ids=["embedding", "dora", "lora_bias"],
+)
+def test_an_adapter_that_is_more_than_A_and_B_has_no_vector_and_is_exported_whole(options, reason, tmp_path):
+    model, batch = tiny_model("bert", **options), tiny_batch("bert")
+    with pytest.raises(ValueError, match=rf"has no task vector, which would lose .*{reason}"):
+        TaskVector.from_model(model)
+    for name, parameter in model.named_parameters():
+        parameter.data += 0.1 * ("lora_" in name)
+    linlora.export(model, tmp_path)
+    stock = PeftModel.from_pretrained(tiny_base("bert"), tmp_path)
+    torch.testing.assert_close(stock(**batch)[0], model(**batch)[0])
 
 
 def test_a_vector_from_zero_needs_no_point_in_its_file_and_sets_the_factors(tmp_path):
