@@ -68,10 +68,10 @@ def stacked(
     """
     dtype = torch.promote_types(torch.promote_types(A0.dtype, dB.dtype), torch.float32)
     dtype = dtype if like is None else torch.promote_types(dtype, like.dtype)
-    A0, dB = A0.detach().to(dtype), dB.detach().to(dtype)
+    A0, dB = A0.to(dtype), dB.to(dtype)
     if B0 is None or dA is None:
         return A0, scaling * dB
-    B0, dA = B0.detach().to(dtype), dA.detach().to(dtype)
+    B0, dA = B0.to(dtype), dA.to(dtype)
     return torch.cat([A0, dA]), scaling * torch.cat([B0 + dB, B0], dim=1)
 
 

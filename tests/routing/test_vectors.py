@@ -153,9 +153,16 @@ def test_every_row_has_the_adapter_it_names(architecture, linearize):
 def test_stock_peft_computes_the_same():
     model, batch = model_with_adapters("bert", linearize=False), tiny_batch("bert", 4)
     names = ["default", "second", "second", "__base__"]
+    factors = {n: p.requires_grad_(True) for n, p in model.named_parameters() if "lora_" in n}
     y = model(**batch, adapter_names=names).logits
+    gradients = torch.autograd.grad(y.sin().sum(), factors.values())
     stock = linlora.delinearize(model)
-    torch.testing.assert_close(stock(**batch, adapter_names=names).logits, y, rtol=1e-4, atol=1e-5)
+    expected = stock(**batch, adapter_names=names).logits
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    for name, gradient, of_stock in zip(
+        factors, gradients, torch.autograd.grad(expected.sin().sum(), factors.values()), strict=True
+    ):
+        torch.testing.assert_close(gradient, of_stock, rtol=1e-3, atol=1e-5, msg=name)
 
 
 def test_beams_keep_the_adapter_of_their_row():
