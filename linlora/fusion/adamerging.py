@@ -18,7 +18,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from linlora.fusion.checks import check_number, checked
+from linlora.fusion.checks import check_count, check_number, checked
 from linlora.fusion.inference import Logits, main_logits
 from linlora.fusion.rule import wide
 from linlora.fusion.search import bar
@@ -81,6 +81,9 @@ def coefficients(
     """The λ of `adamerging`: (1, vectors) for level "task", (layers, vectors) in the vectors' order of layers else."""
     check_number("adamerging", "initial", initial)
     check_number("adamerging", "learning_rate", learning_rate)
+    check_count("adamerging", "steps", steps)
+    if not 0.0 <= initial <= 1.0:
+        raise ValueError(f"adamerging: initial is a λ, at least 0 and at most 1, got {initial}")
     if level not in ("task", "layer"):
         raise ValueError(f"adamerging: unknown level {level!r}; choose 'task' or 'layer'")
     if not inputs:

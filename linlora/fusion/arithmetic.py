@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor
 
-from linlora.fusion.checks import check_finite, check_number
+from linlora.fusion.checks import check_finite, check_number, plain
 from linlora.fusion.rule import Rule, fused, zeros
 from linlora.task_vector import TaskVector
 
@@ -63,7 +63,8 @@ class WeightedSum(Rule[Tensor]):
     def __init__(self, method: str, scaling: float | Sequence[float] = PUBLISHED_SCALING, mean: bool = False) -> None:
         check_finite(method, "scaling", scaling)
         self.method = method
-        self.weights = float(scaling) if isinstance(scaling, (int, float)) else [float(weight) for weight in scaling]
+        scaling = plain(scaling)
+        self.weights = [float(w) for w in scaling] if isinstance(scaling, Iterable) else float(scaling)
         self.mean = mean
         self.count = 0
 

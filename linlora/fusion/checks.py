@@ -6,6 +6,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from numbers import Integral, Real
 from typing import Any
 
 from linlora.task_vector import TaskVector
@@ -68,12 +69,29 @@ def required(function: Callable[..., TaskVector]) -> list[str]:
 
 def check_finite(method: str, name: str, value: float | Sequence[float]) -> None:
     """Raise a ValueError unless a number, or every number of a sequence, is finite."""
-    values = [value] if isinstance(value, (int, float, str)) else value
+    value = plain(value)
+    values = value if isinstance(value, Iterable) and not isinstance(value, str) else [value]
     if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in values):
         raise ValueError(f"{method}: {name} has to be finite, got {value}")
 
 
+def plain(value: Any) -> Any:
+    """Numbers of NumPy and torch, one or several, as Python's.
+
+    >>> import numpy
+    >>> plain(numpy.float64(0.5)), plain(numpy.arange(2)), plain(0.3)
+    (0.5, [0, 1], 0.3)
+    """
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
 def check_number(method: str, name: str, value: float) -> None:
     """Raise a ValueError unless a value is one finite number."""
-    if not isinstance(value, (int, float)) or not math.isfinite(value):
+    if not isinstance(value, Real) or not math.isfinite(value):
         raise ValueError(f"{method}: {name} has to be a finite number, got {value!r}")
+
+
+def check_count(method: str, name: str, value: int) -> None:
+    """Raise a ValueError unless a value is a whole number above 0."""
+    if not isinstance(value, Integral) or value < 1:
+        raise ValueError(f"{method}: {name} has to be a whole number, at least 1, got {value!r}")

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from linlora.fusion.arithmetic import task_arithmetic
-from linlora.fusion.checks import check_number, checked
+from linlora.fusion.checks import check_count, check_number, checked
 from linlora.fusion.search import bar
 from linlora.task_vector import TaskVector
 
@@ -67,19 +67,25 @@ def lorahub_weights(
     nevergrad = _nevergrad()
     check_number("lorahub", "regularization", regularization)
     check_number("lorahub", "bound", bound)
-    if budget < 1 or bound <= 0.0:
-        raise ValueError(f"lorahub: budget has to be at least 1 and bound above 0, got {budget} and {bound}")
+    check_count("lorahub", "budget", budget)
+    if bound <= 0.0:
+        raise ValueError(f"lorahub: bound has to be above 0, got {bound}")
     space = nevergrad.p.Array(init=[0.0] * count, lower=[-bound] * count, upper=[bound] * count)
     space.random_state = np.random.RandomState(seed)
     optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
     with warnings.catch_warnings():
         # NGOpt asks COBYLA for a last step larger than its first; scipy says that it takes another
         warnings.filterwarnings("ignore", "COBYLA: Invalid RHOEND", UserWarning)
+        costs = []
         for _ in bar(range(budget), "lorahub", progress):
             candidate = optimizer.ask()
             weights = [float(weight) for weight in candidate.value]
-            cost = float(objective(weights)) + regularization * float(np.abs(weights).mean())
-            optimizer.tell(candidate, cost)
+            costs.append(float(objective(weights)) + regularization * float(np.abs(weights).mean()))
+            optimizer.tell(candidate, costs[-1])
+    if not np.isfinite(costs).any():
+        raise ValueError(
+            f"lorahub: the objective was never finite in {budget} calls; the vectors or the model diverged"
+        )
     return [float(weight) for weight in optimizer.provide_recommendation().value]
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from linlora.fusion.checks import checked
 from linlora.task_vector import TaskVector
-from linlora.tensor_files import StoredTensors, shapes
+from linlora.tensor_files import StoredTensors, finite, shapes
 
 State = TypeVar("State")
 
@@ -80,7 +80,7 @@ def _by_vector(vectors: Iterable[TaskVector], rule: Rule[Any]) -> TaskVector:
     for name, like in first.deltas.items():
         result = rule.result(states.pop(name))
         assert result is not None
-        deltas[name] = result.to(like.dtype)
+        deltas[name] = _rounded(result, like, name)
     return replace(first, deltas=deltas)
 
 
@@ -103,9 +103,17 @@ def _by_tensor(vectors: Sequence[TaskVector], rule: Rule[Any]) -> TaskVector:
             rule.survey(map(state, like))
             result = rule.result(made)
         assert result is not None
-        return result.to(like[name].dtype)
+        return _rounded(result, like[name], name)
 
     return replace(vectors[0], deltas=StoredTensors(like, read))
+
+
+def _rounded(result: Tensor, like: Tensor, name: str) -> Tensor:
+    """A fused tensor in the dtype of the vectors."""
+    rounded = result.to(like.dtype)
+    if like.dtype == torch.float16 and finite(result) and not finite(rounded):  # the one that ends at 65504
+        raise ValueError(f"fuse: '{name}' overflows in torch.float16; a smaller scaling is needed")
+    return rounded
 
 
 def mapped(vector: TaskVector, change: Callable[[str, Tensor], Tensor]) -> TaskVector:

@@ -165,6 +165,8 @@ class TestRefusals:
             ({"inputs": [iter(TASKS[0])]}, "no unlabeled batch of task 0, or no second pass"),
             ({"level": "tensor"}, "unknown level 'tensor'; choose 'task' or 'layer'"),
             ({"initial": float("nan")}, "initial has to be a finite number"),
+            ({"initial": 1.5}, "initial is a λ, at least 0 and at most 1, got 1.5"),
+            ({"steps": 2.5}, "steps has to be a whole number, at least 1, got 2.5"),
             ({"learning_rate": float("inf")}, "learning_rate has to be a finite number"),
             ({"logits": lambda model, batch: model(**batch).logits * float("nan")}, "the entropy of task 0 is nan"),
         ],

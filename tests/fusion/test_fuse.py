@@ -3,6 +3,7 @@
 import weakref
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,6 +28,21 @@ def test_task_arithmetic_with_one_scaling_and_with_one_each(vectors, flat):
     torch.testing.assert_close(flat(linlora.fuse(vectors)), 0.3 * (a + b + c), rtol=1e-6, atol=1e-7)
     each = linlora.fuse(vectors, scaling=[1, -2, 0.5])
     torch.testing.assert_close(flat(each), a - 2 * b + 0.5 * c, rtol=1e-6, atol=1e-7)
+
+
+def test_scalings_may_be_numbers_of_numpy_and_torch(made, flat):
+    vectors = made([1.0, 2.0], [3.0, -2.0])
+    for one in (np.float32(0.5), torch.tensor(0.5)):
+        assert flat(linlora.fuse(vectors, scaling=one)).tolist() == [2.0, 0.0]
+    for each in (np.array([1, -2]), torch.tensor([1.0, -2.0])):
+        assert flat(linlora.fuse(vectors, scaling=each)).tolist() == [-5.0, 6.0]
+
+
+def test_a_sum_that_overflows_in_half_precision_is_refused(made):
+    half = [replace(v, deltas={n: d.half() for n, d in v.deltas.items()}) for v in made([4e4, 1.0], [4e4, 1.0])]
+    assert linlora.fuse(half, "average").deltas["q.dB"].dtype == torch.float16
+    with pytest.raises(ValueError, match=r"fuse: 'q.dB' overflows in torch\.float16; a smaller scaling"):
+        linlora.fuse(half, scaling=1.0)
 
 
 def test_negation(vectors, flat):
@@ -152,7 +168,9 @@ class TestRefusals:
             ("ties", {"keep": 20}, "keep is the fraction of values kept, above 0 and at most 1, got 20"),
             ("dare", {"drop": 1.0}, "drop is a probability, at least 0 and below 1"),
             ("dare", {"scaling": float("nan")}, "dare: scaling has to be finite"),
-            ("lorahub", {"objective": float, "budget": 0}, "budget has to be at least 1"),
+            ("lorahub", {"objective": float, "budget": 0}, "budget has to be a whole number, at least 1"),
+            ("lorahub", {"objective": float, "budget": 2.5}, "budget has to be a whole number, at least 1, got 2.5"),
+            ("task_arithmetic", {"scaling": None}, "task_arithmetic: scaling has to be finite, got None"),
             ("lorahub", {"objective": float, "bound": float("nan")}, "lorahub: bound has to be a finite number"),
         ],
     )  # fmt: skip

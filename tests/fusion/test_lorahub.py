@@ -38,6 +38,14 @@ def test_a_constant_objective_is_decided_by_the_regularization():
     assert lorahub_weights(3, lambda weights: 1.0) == pytest.approx([0.0] * 3, abs=1e-3)
 
 
+@pytest.mark.filterwarnings("ignore:Clipping very high value")
+def test_an_objective_that_is_never_finite_is_an_error():
+    with pytest.raises(ValueError, match="the objective was never finite in 5 calls"):
+        lorahub_weights(2, lambda weights: float("nan"), budget=5)
+    cost = lambda weights: float("nan") if weights[0] > 0.5 else (weights[0] - 0.4) ** 2  # noqa: E731
+    assert lorahub_weights(1, cost, regularization=0.0) == pytest.approx([0.4], abs=1e-2)
+
+
 def test_the_seed_decides_and_nothing_global_is_seeded():
     def cost(weights):
         return sum(np.cos(9 * np.array(weights)) + np.array(weights) ** 2)
