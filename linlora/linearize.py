@@ -113,8 +113,9 @@ def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: Task
     not, and (dA, dB) zero and trainable. Activations between layers stay nonlinear, and the result is a LoRA adapter.
 
     Model scope (its equation 4): the whole network is linearized, ``F(δ) = f(x; φ0) + J(x; φ0) δ`` with δ all (dA, dB).
-    Two streams flow through the network; outputs and the loss (also with `labels`) are those of F. It stays two
-    streams: it does not fold into weights.
+    Two streams flow through the network; outputs and the loss (also with `labels`) are those of F, and so are gradients
+    with respect to δ. Those with respect to the inputs are of f(x; φ0) alone. It stays two streams: it does not fold
+    into weights.
 
     The function of the model is unchanged until it is trained. No weight is copied; every adapter of the model is
     linearized, each at its own point; `modules_to_save` are trained as they are, at model scope on top of F.

@@ -350,8 +350,8 @@ def _adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
         why = not_vanilla(layer, [adapter]) if linear else f"it is a {type(layer).__module__}.{type(layer).__name__}"
         if why is not None:
             raise ValueError(
-                f"adapter '{adapter}' has no task vector, which would lose a part of layer '{name}': {why}. Vectors are "
-                "of vanilla LoRA on linear layers; PEFT's save_pretrained keeps this adapter"
+                f"adapter '{adapter}' has no task vector, which would lose a part of layer '{name}': {why}. A vector "
+                "holds vanilla LoRA on linear layers; PEFT's save_pretrained keeps this adapter"
             )
     if not layers:
         raise ValueError(f"the model has no LoRA layer with an adapter '{adapter}'")
