@@ -19,7 +19,7 @@ from linlora.folding import factors_of, folded_configs, folded_state_dict, with_
 from linlora.formats import Stored
 from linlora.formats.checkpoint import Checkpoint
 from linlora.formats.opening import TASK_VECTOR_FILE
-from linlora.formats.peft_adapter import CONFIG_FILE, TENSOR_FILE
+from linlora.formats.peft_adapter import CONFIG_FILE, TENSOR_FILE, refuse_changed_base
 from linlora.linearize import accelerate
 from linlora.modules import fused_layers
 from linlora.sharding import is_sharded, writes
@@ -110,6 +110,8 @@ def export(
             "TaskVector.from_model(model).save(path), or export the layer-scope function: "
             "linlora.set_scope(model, 'layer')"
         )
+    if any(fused_layers(source)):  # PEFT's own adapter says how it was initialized, and is loaded so
+        refuse_changed_base(source.peft_config[adapter].init_lora_weights, f"export: adapter '{adapter}'")
     state_dict = folded_state_dict(source)
     if not writes(source):
         return
@@ -123,6 +125,7 @@ def export(
 def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.PathLike | None = None) -> None:
     """`export` of what lies in a file or folder: the vector, and what was trained beside it."""
     vector = stored.vector
+    refuse_changed_base(stored.config.get("init_lora_weights"), str(stored.path))
     config, extras, base_model = dict(stored.config), stored.extras, vector.base_model
     if base is not None and (Path(base) / CONFIG_FILE).is_file():
         like = formats.open(base)

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def fuse(
     vectors: Annotated[list[str], typer.Argument(help="Task vectors or adapter folders; then options of the method.")],
-    out: Annotated[Path, typer.Option(help="The task vector to write.")],
+    out: Annotated[Path, typer.Option(help="The task vector to write, a .safetensors file.")],
     method: Annotated[str, typer.Option(help="average, task_arithmetic, ties, dare or negation.")] = "task_arithmetic",
 ) -> None:
     """Fuse adapters into one: linlora fuse A B C --method ties --keep 0.2 --out fused.safetensors
@@ -36,6 +36,8 @@ def fuse(
                 f"{method} needs a model and data, which files do not hold: linlora.fuse(vectors, {method!r}, ...) in "
                 f"Python. From files: {', '.join(FROM_VECTORS)}"
             )
+        if out.suffix != ".safetensors":
+            raise ValueError(f"--out {out}: a task vector is written to a .safetensors file")
         first = next((i for i, argument in enumerate(vectors) if argument.startswith("--")), len(vectors))
         stored = [formats.open(path) for path in vectors[:first]]
         _check_that_they_add(stored)

@@ -20,6 +20,7 @@ from linlora.tensor_files import StoredTensors, TensorFile
 
 CONFIG_FILE, TENSOR_FILE, PICKLE_FILE = "adapter_config.json", "adapter_model.safetensors", "adapter_model.bin"
 _DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8  # LoraConfig's, for configs that leave them out
+_CHANGE_THE_BASE = ("pissa", "corda", "olora", "loftq", "lora_ga")
 
 
 def open_peft_adapter(folder: Path) -> Stored:
@@ -56,6 +57,26 @@ def read_config(folder: Path) -> dict[str, Any]:
     if config.get("use_dora"):
         raise CorruptFileError(f"{path}: a DoRA adapter; its magnitudes are not linear in (A, B), so it has no vector")
     return config
+
+
+def refuse_changed_base(init_lora_weights: Any, what: str) -> None:
+    """Raise a ValueError for an initialization that takes the adapter's start out of the base weights, as PiSSA does.
+
+    The adapter is then of weights that are in no file: added to the original ones it is another function.
+
+    >>> refuse_changed_base("gaussian", "adapter")
+    >>> refuse_changed_base("pissa_niter_4", "adapter")
+    Traceback (most recent call last):
+    ValueError: adapter: init_lora_weights 'pissa_niter_4' changes the base weights, and the adapter is of the changed \
+ones; merge it in its own model (linlora.merge), or convert it to an adapter of the original weights by PEFT's \
+save_pretrained(..., path_initial_model_for_weight_conversion=START)
+    """
+    if isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_CHANGE_THE_BASE):
+        raise ValueError(
+            f"{what}: init_lora_weights '{init_lora_weights}' changes the base weights, and the adapter is of the "
+            "changed ones; merge it in its own model (linlora.merge), or convert it to an adapter of the original "
+            "weights by PEFT's save_pretrained(..., path_initial_model_for_weight_conversion=START)"
+        )
 
 
 def split(like: Mapping[str, Tensor], folder: Path) -> tuple[dict[str, keys.Factor], list[str]]:

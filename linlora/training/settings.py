@@ -250,6 +250,8 @@ def _check_keys(where: str, content: Mapping[str, Any], kind: type) -> None:
 def _checked_lora(options: Mapping[str, Any]) -> dict[str, Any]:
     from peft import LoraConfig
 
+    from linlora.formats.peft_adapter import refuse_changed_base
+
     options = _plain("lora", options)
     known = [f.name for f in fields(LoraConfig)]
     for key in options:
@@ -258,6 +260,7 @@ def _checked_lora(options: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("task_type", "inference_mode", "base_model_name_or_path"):
         if key in options:
             raise ValueError(f"lora.{key} follows from the other settings; leave it out")
+    refuse_changed_base(options.get("init_lora_weights"), "lora")
     rank = options.get("r", _RANK)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"lora.r, the rank, is a whole number above 0, got {rank!r}")

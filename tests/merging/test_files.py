@@ -11,6 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import linlora
 from linlora import TaskVector, formats, weights
+from linlora.export import export_stored
 from linlora.formats.checkpoint import WrongBaseError
 from linlora.merging import merge_files
 from linlora.testing import randomize, relative_error, tiny_base, tiny_batch, tiny_model
@@ -247,6 +248,21 @@ class TestRefusals:
             ValueError, match=r"'classifier.weight' was trained as a whole beside .*b, and .*a changes it"
         ):
             merge_files(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
+
+    @pytest.mark.parametrize("init", ["pissa", "olora"])
+    def test_an_adapter_of_base_weights_that_its_start_changed(self, tmp_path, base, init):
+        def model():
+            return get_peft_model(tiny_base("bert"), LoraConfig(target_modules=["query"], init_lora_weights=init))
+
+        model().save_pretrained(tmp_path / "a")
+        message = f"init_lora_weights '{init}' changes the base weights"
+        self.refused(tmp_path, base, tmp_path / "a", ValueError, message)
+        with pytest.raises(ValueError, match=message):
+            export_stored(formats.open(tmp_path / "a"), tmp_path / "b")
+        linearized = model()
+        linlora.linearize(linearized)
+        with pytest.raises(ValueError, match=message):
+            linlora.export(linearized, tmp_path / "b")
 
     def test_no_adapter(self, tmp_path, base):
         with pytest.raises(ValueError, match="no adapters were given"):
