@@ -1,6 +1,8 @@
 """`linlora train` and `linlora eval` as they are typed."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from typer.testing import CliRunner
 from linlora import cli
 from linlora.training import Run, Settings, plain_yaml
 
+README = Path(__file__).parents[2] / "README.md"
 LORA = {"r": 4, "target_modules": ["q_proj", "v_proj"]}
 
 
@@ -33,6 +36,16 @@ def recipe(checkpoints, review_files, tmp_path):
     path = tmp_path / "both.yaml"
     path.write_text(plain_yaml.dump(content))
     return path
+
+
+def test_the_command_of_the_readme_trains_on_one_file_of_rows(run, checkpoints):
+    (command,) = re.findall(r"^linlora (train --model (?:.*\\\n)*.*)$", README.read_text(), flags=re.M)
+    row = json.dumps({"question": "the film is good ?", "answer": "yes"})
+    Path("qa.jsonl").write_text(f"{row}\n" * 20)
+    small = {"google/flan-t5-base": checkpoints["t5"], "1000": "1"}
+    result = run(*(small.get(word, word) for word in shlex.split(command.replace("\\\n", ""))))
+    assert result.exit_code == 0, result.output
+    assert "rows: 18 train, 2 validation" in result.output
 
 
 def test_a_recipe_trains_scores_and_fuses(run, recipe):
