@@ -29,7 +29,7 @@ class _RunByDefault(TyperGroup):
 app = typer.Typer(
     name="bench",
     cls=_RunByDefault,
-    help="Measure linlora against torch.func.jvp, PEFT LoRA and the frozen layer. Alone, it runs the default suite.",
+    help="Measure linlora against torch.func, PEFT and the frozen layer. Alone it is 'run': the default suite.",
 )
 
 _Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU if not given.")]
@@ -78,7 +78,13 @@ def run(
             done = len(made.results) + len(made.not_run)
             progress.update(bar, completed=done, description=chosen[min(done, len(chosen) - 1)].layer)
 
-        made = run_cases(suite, chosen, measured, place, seconds, after_case)
+        try:
+            made = run_cases(suite, chosen, measured, place, seconds, after_case)
+        except KeyboardInterrupt:
+            progress.stop()
+            kept = f"{file} has the cases measured before" if file.exists() else "no case was measured yet"
+            typer.echo(f"interrupted; {kept}", err=True)
+            raise typer.Exit(130) from None
     console = wide_console()
     print_run(made, console)
     console.print(f"\nSaved {file}. Plot it: linlora bench plot {file}", highlight=False, soft_wrap=True)

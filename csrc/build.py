@@ -131,11 +131,11 @@ def toolchain() -> Toolchain:
     if ninja is None:
         missing.append("ninja is not there (pip install ninja)")
     if torch is None:
-        missing.append("torch is not installed in this environment, or without its headers (pip install torch)")
+        missing.append("torch with its headers is not there (pip install torch, linlora with --no-build-isolation)")
     elif (version := _torch_version(torch)) < _TARGET_TORCH:
         missing.append(f"torch {'.'.join(map(str, version))} is older than {'.'.join(map(str, _TARGET_TORCH))}")
     if nvcc is None or ninja is None or torch is None or missing:
-        raise CannotBuildError("; ".join(missing) + ". Then `make cuda`, or install again")
+        raise CannotBuildError("; ".join(missing))
     return Toolchain(nvcc, ninja, str(torch))
 
 

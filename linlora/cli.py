@@ -36,7 +36,7 @@ def main() -> None:
     """Entry point of the `linlora` command."""
     from linlora.bench.cli import app as bench
 
-    app.add_typer(bench, name="bench", help="Benchmark linlora against torch.func, PEFT and the frozen layer.")
+    app.add_typer(bench, name="bench")
     app()
 
 

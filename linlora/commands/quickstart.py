@@ -26,7 +26,7 @@ def quickstart(
         typer.Option("--routing", help="Instead: train inventories of skills on 24 tasks and adapt to 6 new ones."),
     ] = False,
 ) -> None:
-    """Train, fuse and compare plain and linearized LoRA adapters on handwritten digits (about four minutes)."""
+    """Train, fuse and compare plain and linearized LoRA adapters on handwritten digits (about three minutes)."""
     from linlora import quickstart as job
     from linlora.quickstart import routing as routing_job
 

@@ -30,7 +30,7 @@ def train(
     data: Annotated[str | None, typer.Option(help="Data set: hub id, folder, or csv/tsv/json/jsonl/parquet.")] = None,
     config: Annotated[str | None, typer.Option(help="Configuration of a data set of the hub.")] = None,
     train: Annotated[str | None, typer.Option(help="Split (or file) to train on.")] = None,
-    validation: Annotated[str | None, typer.Option(help="Split, file, or fraction or number of train rows.")] = None,
+    validation: Annotated[str | None, typer.Option(help="Split, file, or rows of train: 0.1 is a tenth.")] = None,
     test: Annotated[str | None, typer.Option(help="Split or file to test on.")] = None,
     text: Annotated[list[str] | None, typer.Option(help="Column of a text to classify (twice for pairs).")] = None,
     image: Annotated[str | None, typer.Option(help="Column of the images.")] = None,

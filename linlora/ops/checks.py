@@ -40,7 +40,7 @@ def check_lora_linear(
     n, k = weight.shape
     r = A0.shape[0]
     if x.shape[-1] != k:
-        _refuse(op, f"x has {x.shape[-1]} features in its last dimension, weight {_shapes(weight=weight)} takes {k}")
+        _refuse(op, f"x has {x.shape[-1]} features in its last dimension, {_shapes(weight=weight)} takes {k}")
     if A0.shape[1] != k or dB.shape != (n, r):
         _refuse(op, f"factors A0 ({r}, {k}) and dB ({n}, {r}) are expected, got {_shapes(A0=A0, dB=dB)}")
     if B0 is not None:

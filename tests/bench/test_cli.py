@@ -65,6 +65,16 @@ def test_a_gpu_that_is_not_there_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     assert "no CUDA GPU" in outcome.output
 
 
+def test_a_run_that_is_interrupted_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("linlora.bench.runner.run", interrupt)
+    outcome = invoke(*QUICK, "--out", str(tmp_path))
+    assert outcome.exit_code == 130
+    assert "interrupted; no case was measured yet" in outcome.output
+
+
 def test_the_pytest_benchmark_suite_runs() -> None:
     suite = Path(__file__).parents[2] / "bench" / "test_layer.py"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-disable", str(suite)]

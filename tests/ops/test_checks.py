@@ -10,7 +10,7 @@ from linlora.ops.cuda import library
 BAD = {
     "wrong-features": (
         dict(x=torch.randn(3, 5)),
-        "5 features in its last dimension, weight weight \\(7, 11\\) takes 11",
+        "5 features in its last dimension, weight \\(7, 11\\) takes 11",
     ),
     "scalar-x": (dict(x=torch.tensor(1.0)), "x \\(\\.\\.\\., K\\)"),
     "rank-mismatch": (dict(dB=torch.randn(7, 4)), "dB \\(7, 3\\) are expected, got .*dB \\(7, 4\\)"),
