@@ -58,10 +58,11 @@ def solve(
         steps: Gauss–Newton steps; one is enough for squared loss.
         iterations: of conjugate gradient in each step.
 
-    Returns: a Solution; `linlora.apply(model, solution.vector)` puts it into the model. `steps * (iterations + 1)`
-        passes, and the outputs of all rows in memory.
+    Returns: a Solution; `linlora.apply(model, solution.vector)` puts it into the model. At most
+        `steps * (iterations + 1)` passes, fewer where conjugate gradient converges; the outputs of all rows in memory.
 
-    Raises ValueError for a model of another scope, no batches, labels that are missing or do not fit.
+    Raises ValueError for a model of another scope, no batches, labels that are missing or do not fit, a ridge that is
+        not positive.
 
     >>> import linlora
     >>> model, batch = linlora.testing.tiny_model("bert"), linlora.testing.tiny_batch("bert")
@@ -70,6 +71,8 @@ def solve(
     >>> solution.losses[-1] < solution.losses[0]
     True
     """
+    if ridge <= 0.0:
+        raise ValueError(f"solve: ridge is positive, got {ridge}")
     problem = _Problem(model, batches, loss)
     start = TaskVector.from_model(model)
     with at_point(model) as stream, trainable(problem.parameters):
@@ -86,7 +89,7 @@ def solve(
             delta, outputs = delta + t * step, [F + t * dF for F, dF in zip(outputs, outputs_step, strict=True)]
             losses.append(problem.loss(outputs))
     deltas = {name: tensor.cpu() for name, tensor in problem.unflat(delta).items()}
-    return Solution(TaskVector(**{**vars(start), "deltas": deltas}), tuple(losses), steps * (iterations + 1))
+    return Solution(TaskVector(**{**vars(start), "deltas": deltas}), tuple(losses), problem.passes)
 
 
 class _Problem:
@@ -102,6 +105,7 @@ class _Problem:
         self.labels: list[Tensor] = [batch["labels"] for batch in batches]
         self.parameters = delta_parameters(model)
         self.rows = sum(labels.shape[0] for labels in self.labels)
+        self.passes = 0
 
     def outputs(self, delta: Tensor) -> list[Tensor]:
         """F(δ) of every batch."""
@@ -186,6 +190,7 @@ class _Problem:
         """Σ Jᵀ g over the batches, with forward(i) = (f, g)."""
         leaves = list(self.parameters.values())
         total: Any = 0.0
+        self.passes += 1
         with torch.enable_grad():
             for i in range(len(self.inputs)):
                 f, g = forward(i)

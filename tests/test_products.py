@@ -104,7 +104,7 @@ def test_solve_reaches_the_minimum_of_the_squared_loss():
     found = torch.cat([d.flatten() for d in solution.vector.deltas.values()])
     torch.testing.assert_close(found, exact, rtol=1e-6, atol=1e-8)
     assert (solution.vector - origin).norm() > 0
-    assert solution.passes == 2 * 13
+    assert 10 <= solution.passes < 2 * 13  # of 9 outputs conjugate gradient is done after 9 iterations
 
 
 def test_solve_lowers_the_logistic_loss_at_every_step_and_says_what_the_model_then_has():
@@ -123,6 +123,8 @@ def test_solve_names_what_does_not_fit():
         solve(model, [batch])
     with pytest.raises(ValueError, match="non-empty"):
         solve(model, [])
+    with pytest.raises(ValueError, match=r"ridge is positive, got -1\.0"):
+        solve(model, [{**batch, "labels": torch.tensor([0, 1, 2])}], ridge=-1.0)
     with pytest.raises(ValueError, match="unknown loss 'hinge'"):
         solve(model, [{**batch, "labels": torch.tensor([0, 1, 2])}], "hinge")
     with pytest.raises(ValueError, match=r"floats \(3, 3\) are expected"):
