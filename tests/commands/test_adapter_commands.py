@@ -99,7 +99,7 @@ def test_options_of_every_method(run, vectors, options, keywords):
         ("fuse 0.safetensors --out f.safetensors --method ties --keep", "option --keep has no value"),
         ("fuse 0.safetensors --out f.safetensors --scaling 1 1.safetensors", "unexpected '1.safetensors': vectors"),
         ("fuse 0.safetensors nothing.safetensors --out f.safetensors", "nothing.safetensors: no such file or folder"),
-        ("fuse 0.safetensors other.safetensors --out f.safetensors", "0.safetensors and other.safetensors: the vectors"),
+        ("fuse 0.safetensors other.safetensors --out f.safetensors", "0.safetensors and other.safetensors: the"),
         ("fuse 0.safetensors plain --out f.safetensors", "a vector of scope 'layer' and one of scope 'lora' do"),
         ("fuse 0.safetensors base --out f.safetensors", "base: a whole model, not an adapter of one"),
         ("inspect cut.safetensors", "cut.safetensors: not a whole safetensors file"),
