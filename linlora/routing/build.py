@@ -17,7 +17,7 @@ from linlora.routing.model import Inventory, RoutedModel
 from linlora.routing.selectors import Selector, Sizes
 from linlora.routing.variants import VARIANTS
 
-LINEAR = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
+LINEAR = (nn.Linear, Conv1D)  # by type: nn.MultiheadAttention reads the weight of its out_proj and never calls it
 
 
 def route(

@@ -34,6 +34,9 @@ class RoutedModel(nn.Module):
     It takes the place of the base model, whose attributes it has, and is called as that is, with `task_ids=` or
     `mixture=` in addition. Its state dict is what was added and what trains, not the frozen base.
 
+    The HF Trainer finds the labels that are called so; others, as of question answering, it is told:
+    TrainingArguments(label_names=["start_positions", "end_positions"]).
+
     Args:
         model: the base model; its layers are replaced, in place, and its parameters frozen.
         layers: the inventory of every layer that gets one, by the layer's name.
@@ -63,8 +66,12 @@ class RoutedModel(nn.Module):
                 made.append(RoutedLoraLinear(name, base_layer, self.context, selectors[selector], sizes))
         model.requires_grad_(False)
         for layer in made:
-            parent, _, attribute = layer.layer_name.rpartition(".")
-            setattr(model.get_submodule(parent), attribute, layer.train(model.training))
+            name, _, attribute = layer.layer_name.rpartition(".")
+            parent = model.get_submodule(name)
+            setattr(parent, attribute, layer.train(model.training))
+            if isinstance(parent, nn.TransformerEncoderLayer):
+                # In eval mode it computes with the weights of its layers without calling them, unless they have hooks.
+                layer.register_forward_pre_hook(_be_called)
         self.layers: tuple[RoutedLayer, ...] = tuple(made)
         for name in modules_to_save:
             model.get_submodule(name).requires_grad_(True)
@@ -292,6 +299,10 @@ class _SignedForward:
         ]
         at = len(parameters) - sum(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         return inspect.Signature([*parameters[:at], *own, *parameters[at:]])
+
+
+def _be_called(*_: Any) -> None:
+    """A hook that changes nothing."""
 
 
 def _drop_base(model: RoutedModel, state_dict: dict[str, Any], prefix: str, _: Any) -> None:

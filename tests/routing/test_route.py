@@ -150,6 +150,18 @@ def test_torch_models_and_flat_inputs():
     assert routed(x[:1], task_ids=[1]).shape == (1, 2)
 
 
+def test_a_layer_of_torch_transformers_calls_its_routed_layers_in_eval_mode():
+    base = nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).double()
+    routed = fill(routing.route(base, 3, rank=2, target_modules="all-linear")).eval()
+    assert [layer.layer_name for layer in routed.layers] == ["linear1", "linear2"]  # out_proj is never called
+    x, ids = torch.randn(3, 5, 16, dtype=torch.float64), [0, 2, 1]
+    y = routed(x, task_ids=ids)
+    for row, task in enumerate(ids):
+        torch.testing.assert_close(y[row : row + 1], task_alone(routed, task, src=x[row : row + 1])[None])
+    with pytest.raises(TypeError, match=r"layer 'self_attn.out_proj' is a NonDynamicallyQuantizableLinear"):
+        routing.route(nn.TransformerEncoderLayer(16, 2, 32), 3, target_modules=["out_proj"])
+
+
 def test_threads_run_batches_of_their_own(batch):
     routed = routed_model()
     every_ids = [torch.full((5,), task) for task in range(4)]
