@@ -86,8 +86,8 @@ def lora_cases(row: Row, architecture: int) -> Iterator[Case]:
 
     Words: pair, short, adjoint, dropout, fp32-factors, untangled. A row is compiled at its rank and, where that takes
     more than one block of ranks, at a single full block, which is a kernel without the loop over blocks. These ranks
-    stand for all smaller ones, the pair form for the short one (less of everything) except on the rows of large
-    shapes, and bf16 for fp16 except there.
+    stand for the smaller ones (of which some spill a little: see `configs`), the pair form for the short one (less of
+    everything) except on the rows of large shapes, and bf16 for fp16 except there.
     """
     dtype, dropout = _dtype(row), " dropout" if row.dropout else ""
     one_block = min(row.size, row.config.block_r)

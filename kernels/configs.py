@@ -13,8 +13,11 @@ A row holds for sizes up to its `size`; the first row that fits, from the top, i
     attention, attention_backward                       the larger head size of q and v
 
 No row spills registers or needs more shared memory than its architectures have: `python -m linlora.kernels.aot`
-compiles every one of them and checks. Architecture 80 stands for every GPU from sm_80 on that is neither sm_90 nor
-sm_100, hence its rows keep to the 99 KiB of shared memory that the smallest of those (sm_86, sm_89, sm_120) offer.
+compiles every one of them and checks, at the rank of the row and at a full block of ranks. Smaller ranks and odd sides
+are other code, and some of it spills, for sm_90 by Triton 3.6: 32 bytes at rank 16 in the small recompute row, 144 at
+ranks 4 and 8 in the large row of flags (none in its loop over W), 1248 at odd sides in the medium row of linear.
+Architecture 80 stands for every GPU from sm_80 on that is neither sm_90 nor sm_100, hence its rows keep to the 99 KiB
+of shared memory that the smallest of those (sm_86, sm_89, sm_120) offer.
 """
 
 from __future__ import annotations
