@@ -24,7 +24,8 @@ def load_split(data: Data, split: str, columns: Iterable[str]) -> Any:
 
     Rows held out of train for validation are drawn at random, the same ones for every seed, and are not in train.
 
-    Raises ValueError: no such split or column, with those there are, or no row; FileNotFoundError: no such file.
+    Raises ValueError: no such split or column, with those there are, no row, or an empty cell; FileNotFoundError: no
+    such file.
     """
     if split not in SPLITS:
         raise ValueError(f"unknown split '{split}'; choose one of {', '.join(SPLITS)}")
@@ -104,6 +105,12 @@ def _check_columns(rows: Any, columns: Iterable[str], data: Data, split: str) ->
             f"the {split} split, {_source(data, str(getattr(data, split)))}, has no column "
             f"{', '.join(map(repr, missing))}; its columns are {', '.join(rows.column_names)}"
         )
+    for column in columns:
+        if empty := rows.data.column(column).null_count:
+            raise ValueError(
+                f"column '{column}' of {_source(data, str(getattr(data, split)))} is empty in {empty} rows; fill it "
+                "in, or leave these rows out"
+            )
 
 
 def _source(data: Data, split: Any) -> str:

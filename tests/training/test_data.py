@@ -85,6 +85,15 @@ def test_a_file_without_rows_is_refused(tmp_path):
         load_split(Data(str(tmp_path / "rows.csv")), "train", ["text"])
 
 
+@pytest.mark.parametrize("column", ["text", "label"])
+def test_empty_cells_are_refused(tmp_path, column):
+    """They would be read as the word None."""
+    rows = [{"text": "good", "label": "yes"}, {"text": "bad", "label": "no", column: None}]
+    Dataset.from_list(rows).to_csv(tmp_path / "rows.csv")
+    with pytest.raises(ValueError, match=rf"column '{column}' of 'train' of .*rows.csv is empty in 1 rows"):
+        load_split(Data(str(tmp_path / "rows.csv")), "train", ["text", "label"])
+
+
 def test_a_broken_file_is_named(tmp_path):
     path = tmp_path / "rows.json"
     path.write_text('{"text": "a", "label": ')
