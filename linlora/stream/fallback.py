@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from linlora.stream.tensor import (
     DualTensor,
     TangentError,
+    differentiable,
     duals,
     function_name,
     module_name,
@@ -67,7 +68,7 @@ def forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:
     leaves, shape = tree_flatten(y)
     if not any(isinstance(leaf, Tensor) for leaf in leaves):
         return y
-    if not any(isinstance(leaf, Tensor) and leaf.is_floating_point() for leaf in leaves):
+    if not any(differentiable(leaf) for leaf in leaves):
         return wrap(y, None, first.stream)
     with _counted(func, first), _replayed(random, first.device):
         tangents = _tangents(func, flat, structure)
@@ -94,10 +95,7 @@ def _tangents(func: Any, flat: list[Any], structure: Any) -> list[Tensor | None]
                 f"{where(func)}: PyTorch cannot differentiate it in forward mode ({error}); replace it by other torch "
                 "functions, or use scope='layer'"
             ) from error
-        return [
-            forward_ad.unpack_dual(leaf).tangent if isinstance(leaf, Tensor) and leaf.is_floating_point() else None
-            for leaf in tree_flatten(y)[0]
-        ]
+        return [forward_ad.unpack_dual(leaf).tangent if differentiable(leaf) else None for leaf in tree_flatten(y)[0]]
 
 
 def _dual(leaf: Any) -> Any:

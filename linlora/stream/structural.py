@@ -14,7 +14,7 @@ _VIEWS = (
     "view", "reshape", "flatten", "unflatten", "transpose", "swapaxes", "permute", "movedim", "squeeze", "unsqueeze",
     "expand", "expand_as", "view_as", "reshape_as", "narrow", "select", "chunk", "split", "split_with_sizes",
     "tensor_split", "unbind", "__getitem__", "diagonal", "t", "T", "mT", "contiguous", "to", "type_as",
-    "float", "double", "half", "bfloat16", "unfold",
+    "float", "double", "half", "bfloat16", "unfold", "view_as_complex", "view_as_real",
 )  # fmt: skip
 _LINEAR_MAPS = (
     "neg", "__neg__", "negative", "positive", "sum", "mean", "cumsum", "roll", "flip", "repeat", "repeat_interleave",

@@ -139,10 +139,10 @@ def named(name: str) -> list[Any]:
 def wrap(primal: Any, tangent: Any, stream: Stream) -> Any:
     """DualTensors of a primal and a tangent result, which are tensors or equal (named) tuples or lists of them.
 
-    A floating-point result without a tangent is a constant, a plain tensor.
+    A real or complex result without a tangent is a constant, a plain tensor.
     """
     if isinstance(primal, Tensor):
-        if not primal.is_floating_point():
+        if not differentiable(primal):
             tangent = None
         elif tangent is None:
             return primal
@@ -150,6 +150,11 @@ def wrap(primal: Any, tangent: Any, stream: Stream) -> Any:
     tangents = tangent or [None] * len(primal)
     parts = [wrap(p, t, stream) for p, t in zip(primal, tangents, strict=True)]
     return type(primal)(parts) if type(primal) in (tuple, list) else type(primal)(*parts)
+
+
+def differentiable(x: Any) -> bool:
+    """Whether something is a tensor of real or complex numbers, not of integers or booleans."""
+    return isinstance(x, Tensor) and (x.is_floating_point() or x.is_complex())
 
 
 def duals(tree: Any) -> Iterator[DualTensor]:
@@ -225,7 +230,7 @@ def rebind(target: Any, result: Any, func: Any) -> DualTensor:
     if isinstance(result, DualTensor):
         primal, tangent = result.primal, result.tangent
     else:  # a constant function: x.round_()
-        primal, tangent = result, torch.zeros_like(result) if result.is_floating_point() else None
+        primal, tangent = result, torch.zeros_like(result) if differentiable(result) else None
     target.primal, target.tangent = primal.to(dtype), None if tangent is None else tangent.to(dtype)
     return target
 

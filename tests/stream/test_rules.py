@@ -11,6 +11,7 @@ S = (3, 4, 6)
 PLAIN = torch.linspace(0.5, 2.0, 72, dtype=torch.float64).view(S)
 WEIGHT = torch.linspace(-1.0, 1.0, 30, dtype=torch.float64).view(5, 6)
 MASK = (torch.arange(72) % 3 == 0).view(S)
+ROTATION = torch.polar(torch.ones(3, dtype=torch.float64), torch.arange(3, dtype=torch.float64))
 CAUSAL = torch.ones(4, 4, dtype=torch.bool).tril()
 
 
@@ -53,6 +54,7 @@ ONE = {
     "subtract alpha": lambda x: torch.sub(PLAIN, x, alpha=3),
     "rsub alpha": lambda x: torch.rsub(x, PLAIN, alpha=3) + torch.rsub(PLAIN, x, alpha=0.5) + torch.rsub(x, 2.0),
     "activation before in-place": lambda x: activated_before_in_place(x * 1.0),
+    "complex rotation": lambda x: torch.view_as_real(torch.view_as_complex(x.view(3, 4, 3, 2)) * ROTATION).flatten(-2),
     "neg": lambda x: -x,
     "mul": lambda x: 2.0 * x * PLAIN,
     "broadcast mul": lambda x: x * PLAIN[:1, :, :1],
