@@ -9,7 +9,7 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from linlora.modules import FusedLoraLinear, has_hooks, not_vanilla
+from linlora.modules import FusedLoraLinear, not_vanilla
 from linlora.quantized import QuantizedLoraLinear, quantized
 
 
@@ -51,6 +51,4 @@ def unsupported(layer: Any) -> str | None:
     plain = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
     if not quantized(layer) and type(base) not in plain:
         return f"its base layer is a {type(base).__name__}; only nn.Linear and transformers' Conv1D are fused"
-    if not quantized(layer) and has_hooks(base):
-        return "its base layer has hooks, which the fused product would skip; register them on the LoRA layer around it"
     return not_vanilla(layer, list(layer.lora_A))  # PEFT may keep the options of an adapter that was deleted

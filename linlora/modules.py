@@ -26,7 +26,9 @@ from torch import Tensor, nn
 from linlora.mixed_batches import mixed_batch
 from linlora.ops import dual
 from linlora.ops.checks import autocast_enabled, autocast_input
+from linlora.ops.dual.low_rank_update import low_rank_update as dual_low_rank_update
 from linlora.ops.linearized_lora_linear import unchecked
+from linlora.ops.low_rank_update import low_rank_update
 from linlora.stream import DualTensor, Stream
 from linlora.stream.tensor import refuse_inside_function
 from linlora.tensor_files import finite
@@ -76,7 +78,8 @@ class FusedLoraLinear(PeftLoraLinear):
 
     def _one_stream(self, x: Tensor, factors: Factors, p: float, seed: Tensor | None) -> Tensor:
         """Layer scope, and plain LoRA: primal + tangent."""
-        self._check_hooks()
+        if has_hooks(self.base_layer):
+            return low_rank_update(self._called_base(x), autocast_input(x), *factors, p, seed)
         weight = self.matrix
         x = autocast_input(x)
         if x.shape[-1] != weight.shape[1] or x.device != weight.device or x.dtype != weight.dtype:
@@ -115,9 +118,22 @@ class FusedLoraLinear(PeftLoraLinear):
     def _two_streams(
         self, x: Tensor, x_tangent: Tensor | None, factors: Factors, p: float, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        self._check_hooks()
         self._check_input(autocast_input(x), self.matrix)
-        return dual.lora_linear(x, x_tangent, self.matrix, self.base_layer.bias, *factors, p, seed)
+        if not has_hooks(self.base_layer):
+            return dual.lora_linear(x, x_tangent, self.matrix, self.base_layer.bias, *factors, p, seed)
+        assert self.stream is not None
+        y = self._called_base(x if x_tangent is None else DualTensor(x, x_tangent, self.stream))
+        y, y_tangent = (y.primal, y.tangent) if isinstance(y, DualTensor) else (y, None)
+        x_tangent = None if x_tangent is None else autocast_input(x_tangent)
+        return dual_low_rank_update(y, y_tangent, autocast_input(x), x_tangent, *factors, p, seed)
+
+    def _called_base(self, x: Tensor) -> Tensor:
+        """The base layer's output where hooks belong to it; the fused product reads its weight and never calls it."""
+        warnings.warn(
+            f"layer '{self.layer_name}': its base layer has hooks, so it is called and the update added, not fused",
+            stacklevel=2,
+        )
+        return self.base_layer(x)
 
     def factors(self, adapter: str) -> Factors:
         """The factors of one adapter. Those of the linearization point take no gradient: nothing may move the point."""
@@ -235,19 +251,16 @@ class FusedLoraLinear(PeftLoraLinear):
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         names = kwargs.pop("adapter_names", None)
         if names is not None and not (args or kwargs or self._disable_adapters):
-            self._check_hooks()
+            if has_hooks(self.base_layer):
+                raise ValueError(
+                    f"layer '{self.layer_name}': its base layer has hooks, which adapter_names (adapters in one "
+                    "batch) would skip; register them on the LoRA layer around it"
+                )
             self._check_input(autocast_input(x), self.matrix)
             return mixed_batch(self, x, names)
         if self._disable_adapters or self.merged_adapters:
             return super().forward(x, *args, **kwargs)
         raise ValueError(f"layer '{self.layer_name}': unexpected arguments {args or list(kwargs)} beside the input")
-
-    def _check_hooks(self) -> None:
-        if has_hooks(self.base_layer):
-            raise ValueError(
-                f"layer '{self.layer_name}': its base layer has hooks, which the fused product would skip; register "
-                "them on the LoRA layer around it, or take the layer out of target_modules"
-            )
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
         if x.shape[-1] != weight.shape[1]:
@@ -289,7 +302,7 @@ class FusedLoraLinear(PeftLoraLinear):
 
 
 def has_hooks(base: nn.Module) -> bool:
-    """Whether calling a base layer does more than its product, which the fused product is taken of without a call."""
+    """Whether calling a base layer does more than its product."""
     return bool(base._forward_pre_hooks or base._forward_hooks or base._backward_hooks)
 
 
