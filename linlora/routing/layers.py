@@ -210,17 +210,20 @@ class RoutedLoraLinear(RoutedLayer):
         return y if self.stream.output == "primal" else DualTensor(y, y_tangent, self.stream)
 
     def _lead(self, x: Tensor, places: Tensor) -> tuple[int, ...]:
-        """The leading dimensions of x, which hold the examples (or their copies, one after another) in order."""
+        """The leading dimensions of x, the first of which holds the examples (or copies of each in succession)."""
         lead = tuple(x.shape[:-1])
         examples = places.shape[0]
         if places.dim() == 2:
             fits = lead[:2] == tuple(places.shape)
         else:
             fits = len(lead) > 0 and (lead[0] % examples == 0 if examples else lead[0] == 0)
+            if examples > 1 and len(lead) > 1 and lead[0] != examples and 0 < x.stride(0) < x.stride(1):
+                fits = lead[1] == 1  # not a view (length, examples, K) of (examples, length, K), as Longformer takes
         if not fits:
             raise ValueError(
                 f"layer '{self.layer_name}': the routing is of {tuple(places.shape)} "
-                f"{'examples' if places.dim() == 1 else 'tokens'}, which an input {tuple(x.shape)} does not consist of"
+                f"{'examples' if places.dim() == 1 else 'tokens'}, which an input {tuple(x.shape)} does not consist of "
+                "along its first dimension; leave the layer out of target_modules"
             )
         return lead
 

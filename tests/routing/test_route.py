@@ -11,6 +11,7 @@ import pytest
 import torch
 from routed_models import TARGETS, fill, routed_model, rows_of, task_alone
 from torch import nn
+from transformers import LongformerConfig, LongformerModel
 
 import linlora
 from linlora import routing
@@ -160,6 +161,22 @@ def test_a_layer_of_torch_transformers_calls_its_routed_layers_in_eval_mode():
         torch.testing.assert_close(y[row : row + 1], task_alone(routed, task, src=x[row : row + 1])[None])
     with pytest.raises(TypeError, match=r"layer 'self_attn.out_proj' is a NonDynamicallyQuantizableLinear"):
         routing.route(nn.TransformerEncoderLayer(16, 2, 32), 3, target_modules=["out_proj"])
+
+
+def test_layers_that_see_time_first_are_refused():
+    config = LongformerConfig(
+        vocab_size=64, hidden_size=32, num_hidden_layers=1, num_attention_heads=4, intermediate_size=32,
+        attention_window=4,
+    )  # fmt: skip
+    tokens = torch.randint(2, 64, (2, 8))
+    routed = routing.route(LongformerModel(config), 3, n_skills=2, rank=2, target_modules=["query"])
+    with pytest.raises(
+        ValueError, match=r"query': the routing is of \(2,\) examples, which an input \(8, 2, 32\) does"
+    ):
+        routed(tokens, task_ids=[0, 2])
+    routed = fill(routing.route(routed.unload(), 3, n_skills=2, rank=2, target_modules=["dense"])).eval()
+    alone = [routed(tokens[row : row + 1], task_ids=[task])[0] for row, task in enumerate([0, 2])]
+    torch.testing.assert_close(routed(tokens, task_ids=[0, 2])[0], torch.cat(alone))
 
 
 def test_threads_run_batches_of_their_own(batch):
