@@ -116,9 +116,12 @@ class TextToText(Task):
         return model(**inputs, decoder_input_ids=start).logits[:, -1]
 
     def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Any]:
-        options = {"max_new_tokens": self.settings.max_new_tokens, "do_sample": False, "num_beams": 1}
+        options: dict[str, Any] = {"max_new_tokens": self.settings.max_new_tokens, "do_sample": False, "num_beams": 1}
         options["synced_gpus"] = is_sharded(model)  # then every process has to take as many steps
         generator: Any = model
+        own = generator.generation_config.eos_token_id  # answers are trained to end by the tokenizer's
+        ends = {self.tokenizer.eos_token_id, *(own if isinstance(own, list) else [own])} - {None}
+        options["eos_token_id"] = sorted(ends) or None
         tokens = generator.generate(**inputs, **options, pad_token_id=self.tokenizer.pad_token_id)
         if self.causal:
             tokens = tokens[:, inputs["input_ids"].shape[1] :]

@@ -52,6 +52,21 @@ def test_logits_of_a_causal_model_are_those_of_the_prompts_one_by_one(settings, 
         torch.testing.assert_close(task.logits(model, task.inputs(rows)), torch.cat(one_by_one), rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+@pytest.mark.parametrize("own", [None, 5, [5, 6]])
+def test_an_answer_ends_where_it_was_trained_to_end_whatever_ends_the_checkpoint_knows(
+    settings, monkeypatch, kind, own
+):
+    task = load_task(settings(kind))
+    model = adapt(task).model
+    base = model.get_base_model()
+    base.generation_config.eos_token_id = own
+    asked, generate = [], base.generate
+    monkeypatch.setattr(base, "generate", lambda **options: asked.append(options) or generate(**options))
+    assert len(task.predict(model, task.inputs([{"text": "good", "label": 0}]))) == 1
+    assert asked[0]["eos_token_id"] == sorted({task.tokenizer.eos_token_id} | set([own] if own == 5 else own or []))
+
+
 def test_prototypes_are_the_normalised_means_of_the_texts(settings, checkpoints):
     task = load_task(settings("zero-shot"))
     clip = transformers.AutoModel.from_pretrained(checkpoints["clip"])
