@@ -129,12 +129,12 @@ def choose(func: Any, args: tuple, kwargs: dict) -> Any:
     """where(condition, a, b); as a method, condition.where is a.where(condition, b)."""
     if func is Tensor.where:
         args = (args[1], args[0], *args[2:])
-    if len(args) == 1:
+    if len(args) + len(kwargs) == 1:
         return comparison(func, args, kwargs)
-    condition, a, b = args
+    condition, a, b = (*args, *kwargs.values())
     y = torch.where(primals(condition), primals(a), primals(b))
     tangents = [t.tangent if isinstance(t, DualTensor) else None for t in (a, b)]
-    stream = next(duals(args)).stream
+    stream = next(duals((condition, a, b))).stream
     if all(t is None for t in tangents):
         return wrap(y, None, stream)
     with torch.no_grad():

@@ -98,6 +98,7 @@ class DualTensor(Tensor):
             return func(*primals(args), **primals(kwargs))  # under torch.no_grad() results are constants: no tangent
         if kwargs.get("out") is not None:
             raise TangentError(f"{where(func)}: out= is not supported on a tensor that carries a tangent")
+        args, kwargs = _by_position(args, kwargs)
         rule = cls.rules.get(func) or cls.rules[None]
         if kwargs.get("inplace"):
             return rebind(args[0], rule(func, args, {**kwargs, "inplace": False}), func)
@@ -134,6 +135,21 @@ def named(name: str) -> list[Any]:
         elif namespace is Tensor and target is not None:
             found.append(target.__get__)  # a property
     return found
+
+
+def _by_position(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """torch.add(x, other=y) as torch.add(x, y): rules find the tensors they map by position."""
+    if not kwargs or "condition" in kwargs or (_NAMES_OF_FIRST.isdisjoint(kwargs) and "other" not in kwargs):
+        return args, kwargs
+    kwargs = dict(kwargs)
+    for name in () if args else _NAMES_OF_FIRST & kwargs.keys():
+        args = (kwargs.pop(name),)
+    if len(args) == 1 and "other" in kwargs and "input" not in kwargs:
+        args = (*args, kwargs.pop("other"))
+    return args, kwargs
+
+
+_NAMES_OF_FIRST = {"input", "tensors"}
 
 
 def wrap(primal: Any, tangent: Any, stream: Stream) -> Any:
@@ -219,7 +235,8 @@ def rebind(target: Any, result: Any, func: Any) -> DualTensor:
             f"{where(func)}: writes a value that carries a tangent into a tensor that has none; "
             "build the tensor with torch.cat, torch.stack or torch.where instead (of caches, use the dynamic one)"
         )
-    if any((other := relative()) is not None and other is not target for relative in target.relatives):
+    others = [relative() for relative in target.relatives]
+    if any(other is not None and other is not target and other is not result for other in others):
         raise TangentError(
             f"{where(func)}: in-place on a view (or on a tensor that has views) would not reach the other tensors of "
             "this memory; write x = x + y in place of x += y, or use scope='layer'"

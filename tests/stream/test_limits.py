@@ -96,6 +96,15 @@ def test_in_place_is_fine_once_the_views_are_gone():
     torch.testing.assert_close(x.primal, expected)
 
 
+def test_a_function_without_a_rule_runs_in_place_too():
+    x = dual() * 1.0
+    expected, moving = x.primal.clamp(min=0.1), x.primal > 0.1
+    tangent = x.tangent * moving
+    assert x.clamp_(min=0.1) is x
+    torch.testing.assert_close(x.primal, expected)
+    torch.testing.assert_close(x.tangent, tangent)
+
+
 @pytest.mark.parametrize("name", REFUSED)
 def test_the_error_names_the_module_and_the_reason(name):
     function, reason = REFUSED[name]

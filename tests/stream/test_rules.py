@@ -54,6 +54,8 @@ ONE = {
     "subtract alpha": lambda x: torch.sub(PLAIN, x, alpha=3),
     "rsub alpha": lambda x: torch.rsub(x, PLAIN, alpha=3) + torch.rsub(PLAIN, x, alpha=0.5) + torch.rsub(x, 2.0),
     "activation before in-place": lambda x: activated_before_in_place(x * 1.0),
+    "by name": lambda x: torch.cat(tensors=[torch.add(input=x, other=x, alpha=2), torch.mul(x, other=PLAIN)], dim=1),
+    "one by name": lambda x: torch.where(MASK, input=torch.tanh(input=x), other=torch.transpose(x, dim0=0, dim1=0)),
     "complex rotation": lambda x: torch.view_as_real(torch.view_as_complex(x.view(3, 4, 3, 2)) * ROTATION).flatten(-2),
     "neg": lambda x: -x,
     "mul": lambda x: 2.0 * x * PLAIN,
