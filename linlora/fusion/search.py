@@ -74,7 +74,8 @@ def search(
     curve = []
     for choice in bar(tried, description, progress):
         result = score(build(**choice))
-        scores = tuple(float(s) for s in result) if isinstance(result, Sequence) else (float(result),)
+        many = isinstance(result, Sequence) or getattr(result, "ndim", 0) > 0  # or an array of numpy or torch
+        scores = tuple(float(s) for s in result) if many else (float(result),)  # type: ignore[union-attr, arg-type]
         if not scores:
             raise ValueError(f"search: the score of {choice} holds no number")
         curve.append(Point(choice, scores))

@@ -2,7 +2,9 @@
 
 import functools
 
+import numpy as np
 import pytest
+import torch
 
 import linlora
 from linlora.fusion import grid, search
@@ -34,6 +36,12 @@ def test_several_tasks_are_averaged_and_kept():
     assert found.options == {"scaling": 0.5}
     assert found.score == pytest.approx(0.7)
     assert [point.scores for point in found.curve] == [(0.2, 0.2), (0.9, 0.5), (0.8, 0.5)]
+
+
+@pytest.mark.parametrize("array", [np.array, torch.tensor])
+def test_scores_may_be_an_array(array):
+    found = scored({0.0: array([0.25, 0.5]), 0.5: array(0.5)})
+    assert [point.scores for point in found.curve] == [(0.25, 0.5), (0.5,)]
 
 
 def test_of_equal_scores_the_first_tried_wins():
