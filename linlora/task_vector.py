@@ -82,10 +82,8 @@ class TaskVector:
                 points[f"{name}.A0"], deltas[f"{name}.dB"] = _copy(A), _copy(B)
             elif state == "pair":
                 points[f"{name}.A0"], points[f"{name}.B0"] = _copy(A), _copy(B)
-                deltas[f"{name}.dA"], deltas[f"{name}.dB"] = (
-                    _copy(layer.lora_dA[adapter]),
-                    _copy(layer.lora_dB[adapter]),
-                )
+                deltas[f"{name}.dA"] = _copy(layer.lora_dA[adapter])
+                deltas[f"{name}.dB"] = _copy(layer.lora_dB[adapter])
             else:
                 for kind, factor in (("A", A), ("B", B)):
                     current, start = _copy(factor), f"{name}.{kind}0"
@@ -140,8 +138,7 @@ class TaskVector:
         >>> TaskVector.from_model(model).save("vector.safetensors")
         >>> linlora.fuse([TaskVector.open("vector.safetensors")] * 8, "ties").save("fused.safetensors")
         """
-        file = TensorFile(path)
-        metadata = file.metadata
+        metadata = (file := TensorFile(path)).metadata
         if metadata.get("format") != FORMAT:
             raise CorruptFileError(f"{path}: not a task vector (no '{FORMAT}' in its metadata)")
         if metadata.get("format_version") != FORMAT_VERSION:
@@ -149,14 +146,20 @@ class TaskVector:
                 f"{path}: format version {metadata.get('format_version')}, this linlora reads {FORMAT_VERSION}; "
                 "update linlora"
             )
-        missing = [key for key in ("scope", "point_hash", "scalings", "base_model") if key not in metadata]
-        if missing:
+        if missing := [key for key in ("scope", "point_hash", "scalings", "base_model") if key not in metadata]:
             raise CorruptFileError(f"{path}: its metadata has no {_some(missing)}; the file was altered")
         deltas = {name: file.like(name) for name in file.entries if name.endswith((".dA", ".dB"))}
         point = {name: file.like(name) for name in file.entries if name not in deltas}
+        try:
+            scalings = {layer: float(scaling) for layer, scaling in json.loads(metadata["scalings"]).items()}
+        except (ValueError, AttributeError, TypeError):
+            scalings = {}
+        layers = {name.rpartition(".")[0] for name in deltas}
+        if scalings.keys() != layers or metadata["scope"] not in ("lora", "layer", "model"):
+            raise CorruptFileError(f"{path}: its metadata does not fit its tensors; the file was altered")
         vector = cls(
             StoredTensors(deltas, file.read), StoredTensors(point, file.read), metadata["point_hash"],
-            json.loads(metadata["scalings"]), metadata["scope"], metadata["base_model"] or None,
+            scalings, metadata["scope"], metadata["base_model"] or None,
         )  # fmt: skip
         if not point and vector.point_hash != point_hash({}):
             return replace(vector, point=None)

@@ -78,7 +78,10 @@ class TensorFile:
             name: Entry(e["dtype"], tuple(e["shape"]), *(8 + length + offset for offset in e["data_offsets"]))
             for name, e in parsed.items()
         }
-        self._checksums: dict[str, str] = json.loads(self.metadata.pop(_CHECKSUMS, "{}"))
+        try:
+            self._checksums: dict[str, str] = dict(json.loads(self.metadata.pop(_CHECKSUMS, "{}")))
+        except (ValueError, TypeError):  # another program's
+            self._checksums = {}
         self._unchecked = set(self.entries)
         self.has_checksums = self.entries.keys() <= self._checksums.keys()
 

@@ -9,10 +9,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import PeftModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import linlora
 from linlora import TaskVector
+from linlora.tensor_files import TensorFile
 from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
 
 finite = st.floats(-3, 3)
@@ -281,6 +283,20 @@ class TestFiles:
         save_file(load_file(path), path, {"format": "linlora.task_vector", "format_version": "1", "scope": "layer"})
         with pytest.raises(linlora.CorruptFileError, match="its metadata has no point_hash, scalings, base_model"):
             TaskVector.load(path)
+
+    @pytest.mark.parametrize(
+        "altered", [{"scalings": "{"}, {"scalings": "[1]"}, {"scalings": '{"x": 1.0}'}, {"scope": "network"}]
+    )
+    def test_metadata_that_does_not_fit(self, path, altered):
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata()
+        save_file(load_file(path), path, {**metadata, **altered})
+        with pytest.raises(linlora.CorruptFileError, match="its metadata does not fit its tensors"):
+            TaskVector.load(path)
+
+    def test_checksums_of_another_program_are_none(self, path):
+        save_file(load_file(path), path, {"checksums": "sha256 of something"})
+        assert not TensorFile(path).has_checksums
 
     def test_a_vector_left_in_its_file_reads_what_was_there_when_it_was_opened(self, path):
         stored = TaskVector.open(path)
