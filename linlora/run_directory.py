@@ -23,24 +23,34 @@ class DifferentSettingsError(ValueError):
 def open_run_directory(out: Path, fingerprint: dict[str, Any], fresh: bool, job: str) -> None:
     """Create a run directory, or accept one of the same settings to continue. Raises DifferentSettingsError.
 
-    A directory with content but without `settings.json` was not made here and is never written to, nor emptied.
+    A directory with content whose `settings.json` does not name the job was not made by it, and is never written to,
+    nor emptied.
     """
     settings_file = out / SETTINGS_FILE
-    if out.exists() and not settings_file.exists() and any(out.iterdir()):
+    before = _settings(settings_file)
+    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not empty and before.get("job") != job:
         raise FileExistsError(f"{out} is not empty and not a {job} run; choose another --out")
-    if fresh and settings_file.exists():
+    if fresh and before:
         shutil.rmtree(out)
-    fingerprint = json.loads(json.dumps(fingerprint))  # tuples become lists, as in the file
-    if settings_file.exists():
-        before = json.loads(settings_file.read_text())
-        different = sorted(key for key in before.keys() | fingerprint.keys() if before.get(key) != fingerprint.get(key))
-        if different:
-            changes = "; ".join(f"{key}: {before.get(key)} there, {fingerprint.get(key)} now" for key in different)
-            raise DifferentSettingsError(
-                f"{out} holds a run with different settings ({changes}); choose another --out, or start over with "
-                "--fresh"
-            )
-    write_text(settings_file, json.dumps(fingerprint, indent=2))
+        before = {}
+    now = json.loads(json.dumps({"job": job, **fingerprint}))  # tuples become lists, as in the file
+    different = sorted(key for key in before.keys() | now.keys() if before and before.get(key) != now.get(key))
+    if different:
+        changes = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in different)
+        raise DifferentSettingsError(
+            f"{out} holds a run with different settings ({changes}); choose another --out, or start over with --fresh"
+        )
+    write_text(settings_file, json.dumps(now, indent=2))
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What a settings file holds; nothing, if it is not there or not one of ours."""
+    try:
+        content = json.loads(file.read_text())
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}
 
 
 @contextmanager

@@ -84,6 +84,7 @@ def check_folder(settings: Settings, fresh: bool = False) -> None:
     if folder.exists() and not file.exists() and not (folder.is_dir() and _is_empty(folder)):
         raise FileExistsError(f"{folder} is not empty and not a run of linlora train; choose another --out")
     if fresh and file.exists():
+        Settings.from_yaml(file)  # raises for another program's
         shutil.rmtree(folder)
     if file.exists() and (differences := Settings.from_yaml(file).differences(settings)):
         raise ValueError(

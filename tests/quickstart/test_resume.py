@@ -118,11 +118,12 @@ def test_a_second_process_in_the_same_directory_is_refused(copied, trained, mini
 
 
 @pytest.mark.parametrize("fresh", [False, True])
-def test_a_directory_of_something_else_is_left_alone(tmp_path, miniature, console, fresh):
-    (tmp_path / "thesis.txt").write_text("precious")
+@pytest.mark.parametrize("file", ["thesis.txt", "settings.json"])
+def test_a_directory_of_something_else_is_left_alone(tmp_path, miniature, console, file, fresh):
+    (tmp_path / file).write_text('{"editor": "precious"}')
     with pytest.raises(FileExistsError, match="not a quickstart run"):
         run(tmp_path, seeds=1, fresh=fresh, settings=miniature, console=console, processes=1)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == [file]
 
 
 def test_interrupted_pretraining_ends_as_the_uninterrupted_one(tmp_path, miniature, monkeypatch):

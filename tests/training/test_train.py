@@ -144,6 +144,10 @@ def test_a_folder_of_other_settings_or_of_something_else_is_left_alone(settings,
         with pytest.raises(FileExistsError, match="not a run of linlora train"):
             train(settings("causal", out=str(folder)), fresh=fresh)
     assert [path.name for path in folder.iterdir()] == ["chapter.tex"]
+    (folder / "settings.yaml").write_text("editor: precious\n")
+    with pytest.raises(ValueError, match=r"settings\.yaml"):
+        train(settings("causal", out=str(folder)), fresh=True)
+    assert len(list(folder.iterdir())) == 2
 
 
 def test_settings_that_fail_leave_nothing_behind(settings, tmp_path):
