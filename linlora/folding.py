@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
+from linlora.formats.peft_adapter import changes_base
 from linlora.modules import FusedLoraLinear
 from linlora.sharding import whole
 from linlora.task_vector import TaskVector
@@ -131,8 +133,13 @@ def folded_config(model: PeftModel, adapter: str) -> LoraConfig:
                 rank,
                 layer.scaling[adapter] * (rank**0.5 if config.use_rslora else rank),
             )
-    # where no layer of this adapter is fused, the config fits as it is
-    return with_sizes(config, sizes) if sizes else config
+    if not sizes:  # no layer of this adapter is fused: the config fits as it is
+        return config
+    start = config.init_lora_weights
+    with_sizes(config, sizes)
+    if changes_base(start):
+        config.init_lora_weights = start  # linlora's readers refuse it by this
+    return config
 
 
 def with_sizes(config: LoraConfig, sizes: dict[str, tuple[int, float]]) -> LoraConfig:
@@ -169,6 +176,14 @@ def save_plain_factors(model: PeftModel) -> None:
 
 def _save_pretrained(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
     """`PeftModel.save_pretrained` of a linearized model: the exact stock factors and the config that fits them."""
+    for name, config in model.peft_config.items():
+        if changes_base(config.init_lora_weights):
+            warnings.warn(
+                f"save_pretrained: adapter '{name}' was started by '{config.init_lora_weights}', which changed the "
+                "base weights, and the files hold factors for the changed ones: they resume this training, and are no "
+                "adapter of the original model. linlora.merge(model) gives the whole model",
+                stacklevel=2,
+            )
     state_dict = folded_state_dict(model, kwargs.pop("state_dict", None))
     with folded_configs(model):
         type(model).save_pretrained(model, save_directory, *args, state_dict=state_dict, **kwargs)

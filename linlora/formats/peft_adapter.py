@@ -59,6 +59,15 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def changes_base(init_lora_weights: Any) -> bool:
+    """Whether an initialization takes the adapter's start out of the base weights.
+
+    >>> changes_base("pissa_niter_4"), changes_base("gaussian"), changes_base(True)
+    (True, False, False)
+    """
+    return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_CHANGE_THE_BASE)
+
+
 def refuse_changed_base(init_lora_weights: Any, what: str) -> None:
     """Raise a ValueError for an initialization that takes the adapter's start out of the base weights, as PiSSA does.
 
@@ -71,7 +80,7 @@ def refuse_changed_base(init_lora_weights: Any, what: str) -> None:
 ones; merge it in its own model (linlora.merge), or convert it to an adapter of the original weights by PEFT's \
 save_pretrained(..., path_initial_model_for_weight_conversion=START)
     """
-    if isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_CHANGE_THE_BASE):
+    if changes_base(init_lora_weights):
         raise ValueError(
             f"{what}: init_lora_weights '{init_lora_weights}' changes the base weights, and the adapter is of the "
             "changed ones; merge it in its own model (linlora.merge), or convert it to an adapter of the original "

@@ -263,6 +263,14 @@ class TestRefusals:
         linlora.linearize(linearized)
         with pytest.raises(ValueError, match=message):
             linlora.export(linearized, tmp_path / "b")
+        randomize(linearized, 3, ("lora_dA", "lora_dB"))
+        with pytest.warns(UserWarning, match=f"started by '{init}', which changed the base weights"):
+            linearized.save_pretrained(tmp_path / "c")
+        self.refused(tmp_path, base, tmp_path / "c", ValueError, message)
+        batch, resumed = tiny_batch("bert"), model()
+        linlora.linearize(resumed)
+        resumed.load_adapter(tmp_path / "c", "default")
+        torch.testing.assert_close(resumed(**batch).logits, linearized(**batch).logits)
 
     def test_no_adapter(self, tmp_path, base):
         with pytest.raises(ValueError, match="no adapters were given"):
