@@ -103,6 +103,11 @@ class _Plan:
         self.replacements: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
         for adapter in adapters:
             refuse_changed_base(adapter.config.get("init_lora_weights"), str(adapter.path))
+            if adapter.config.get("layer_replication"):
+                raise WrongBaseError(
+                    f"{adapter.path}: its layer_replication numbers the layers of a model in which some are repeated, "
+                    f"which {checkpoint.folder} does not hold; merge it in its own model (linlora.merge)"
+                )
             placed = checkpoint.place(adapter.layer_sizes())
             for layer, (key, transposed) in placed.items():
                 self.folds[key].append((adapter.path, _reader(adapter, layer, transposed)))

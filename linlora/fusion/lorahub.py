@@ -74,8 +74,8 @@ def lorahub_weights(
     space.random_state = np.random.RandomState(seed)
     optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
     with warnings.catch_warnings():
-        # NGOpt asks COBYLA for a last step larger than its first; scipy says that it takes another
-        warnings.filterwarnings("ignore", "COBYLA: Invalid RHOEND", UserWarning)
+        # NGOpt asks COBYLA for steps and numbers of calls that scipy replaces, and says so
+        warnings.filterwarnings("ignore", "COBYLA: Invalid", UserWarning)
         costs = []
         for _ in bar(range(budget), "lorahub", progress):
             candidate = optimizer.ask()

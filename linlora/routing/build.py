@@ -62,6 +62,11 @@ def route(
     Raises ValueError for targets that match nothing (it lists the linear layers), a Q that does not divide a layer
     (it names it), unknown variants and granularities; TypeError for unknown options and a layer that is not linear.
 
+    The rows of a layer belong to tasks by their order, so its inputs have to have the examples first, (examples, ...,
+    K), each as often as the others. Sizes that cannot be those are refused in the forward; a layer that sees time
+    first (XLNet's) or chosen tokens (experts of a mixture) cannot be told where its sizes happen to divide: leave it
+    out of target_modules.
+
     >>> import torch, linlora
     >>> base, batch = linlora.testing.tiny_base("bert"), linlora.testing.tiny_batch("bert")
     >>> routed = linlora.routing.route(base, n_tasks=5, n_heads=4, rank=4, target_modules=["query", "value"])

@@ -272,6 +272,12 @@ class TestRefusals:
         resumed.load_adapter(tmp_path / "c", "default")
         torch.testing.assert_close(resumed(**batch).logits, linearized(**batch).logits)
 
+    def test_an_adapter_of_repeated_layers(self, tmp_path, base):
+        tiny_model("bert").save_pretrained(tmp_path / "a")
+        file = tmp_path / "a" / "adapter_config.json"
+        file.write_text(json.dumps({**json.loads(file.read_text()), "layer_replication": [[0, 2], [1, 2]]}))
+        self.refused(tmp_path, base, tmp_path / "a", WrongBaseError, "its layer_replication numbers the layers")
+
     def test_no_adapter(self, tmp_path, base):
         with pytest.raises(ValueError, match="no adapters were given"):
             merge_files(base, [], tmp_path / "out")
