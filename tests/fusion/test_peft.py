@@ -17,6 +17,7 @@ from linlora.fusion.dare import thin
 from linlora.testing import randomize, tiny_model
 
 NAMES = ["one", "two", "three"]
+RESCALES = bool((peft.utils.merge_utils.random_pruning(torch.ones(64), 0.5, rescale=True) == 2.0).any())
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,7 @@ def test_ties(adapters, density):
     torch.testing.assert_close(ours, merged_by_peft(adapters, "ties", density=density))
 
 
+@pytest.mark.skipif(not RESCALES, reason="this PEFT's DARE does not rescale: it drops the result of the division")
 @pytest.mark.parametrize(
     ("combination_type", "options"),
     [
