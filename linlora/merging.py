@@ -206,10 +206,10 @@ def _one_thread() -> Iterator[None]:
 
 
 class _Queue:
-    """Jobs for another thread, in their order; what one raises, `put` or the end raises."""
+    """Jobs for another thread, in their order, `limit` at most waiting; what one raises, `put` or the end raises."""
 
-    def __init__(self, waiting: int | None = None) -> None:
-        self.limit = waiting
+    def __init__(self, limit: int | None = None) -> None:
+        self.limit = limit
 
     def __enter__(self) -> _Queue:
         self.thread, self.waiting = ThreadPoolExecutor(1), deque[Future[None]]()

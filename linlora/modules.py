@@ -303,7 +303,7 @@ class FusedLoraLinear(PeftLoraLinear):
 
 def has_hooks(base: nn.Module) -> bool:
     """Whether calling a base layer does more than its product."""
-    return bool(base._forward_pre_hooks or base._forward_hooks or base._backward_hooks)
+    return any((base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks))
 
 
 def not_vanilla(layer: Any, adapters: Sequence[str]) -> str | None:

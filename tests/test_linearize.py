@@ -199,6 +199,19 @@ def test_hooks_of_base_layers_run_as_in_peft(scope):
         model.eval()(x, adapter_names=["default"] * 5)
 
 
+@pytest.mark.filterwarnings("ignore:.*its base layer has hooks")
+@pytest.mark.parametrize("kind", ["register_full_backward_hook", "register_full_backward_pre_hook"])
+def test_backward_hooks_of_base_layers_run_or_are_refused(kind):
+    model, x, called = mlp(), torch.randn(5, 6), []
+    linlora.linearize(model)
+    getattr(model.base_model.model[2].base_layer, kind)(lambda *_: called.append(kind))
+    model(x).sum().backward()
+    assert called == [kind]
+    linlora.set_scope(model, "model")
+    with pytest.raises(RuntimeError, match="BackwardHookFunction"):
+        model(x)
+
+
 def test_delinearize_leaves_what_trains_of_a_plain_adapter_alone():
     model = tiny_model("bert")
     for name, parameter in model.named_parameters():

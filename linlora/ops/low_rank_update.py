@@ -1,4 +1,4 @@
-"""The low-rank part of a LoRA layer, added to the output of a base layer that computes its own: a quantized one.
+"""The low-rank part of a LoRA layer, added to what its base layer returns: a quantized one, or one with hooks.
 
     y + s [ u dBᵀ + c B0ᵀ ]        u = x' A0ᵀ    c = x' (A0 + dA)ᵀ
 
