@@ -9,8 +9,9 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from linlora.modules import FusedLoraLinear, not_vanilla
+from linlora.modules import FusedLoraLinear
 from linlora.quantized import QuantizedLoraLinear, quantized
+from linlora.vanilla import not_vanilla_layer
 
 
 def fuse_layer(layer: LoraLayer, name: str) -> FusedLoraLinear:
@@ -51,4 +52,4 @@ def unsupported(layer: Any) -> str | None:
     plain = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
     if not quantized(layer) and type(base) not in plain:
         return f"its base layer is a {type(base).__name__}; only nn.Linear and transformers' Conv1D are fused"
-    return not_vanilla(layer, list(layer.lora_A))  # PEFT may keep the options of an adapter that was deleted
+    return not_vanilla_layer(layer, list(layer.lora_A))  # PEFT may keep the options of an adapter that was deleted

@@ -17,17 +17,19 @@ from linlora import formats
 from linlora.files import install_file
 from linlora.folding import factors_of, folded_configs, folded_state_dict, with_sizes
 from linlora.formats import Stored
+from linlora.formats.adapter_config import CONFIG_FILE
 from linlora.formats.checkpoint import Checkpoint
 from linlora.formats.opening import TASK_VECTOR_FILE
-from linlora.formats.peft_adapter import CONFIG_FILE, TENSOR_FILE, refuse_changed_base
+from linlora.formats.peft_adapter import TENSOR_FILE
 from linlora.linearize import accelerate
 from linlora.modules import fused_layers
 from linlora.sharding import is_sharded, writes
 from linlora.task_vector import TaskVector, _one_adapter
 from linlora.tensor_files import save_tensors
+from linlora.vanilla import refuse_changed_base
 
 _KEPT = ("task_type", "fan_in_fan_out", "modules_to_save", "bias", "trainable_token_indices")
-"""Of an adapter's configuration, what is not of its factors."""
+"""Configuration keys that are copied unchanged."""
 
 
 def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
@@ -125,7 +127,6 @@ def export(
 def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.PathLike | None = None) -> None:
     """`export` of what lies in a file or folder: the vector, and what was trained beside it."""
     vector = stored.vector
-    refuse_changed_base(stored.config.get("init_lora_weights"), str(stored.path))
     config, extras, base_model = dict(stored.config), stored.extras, vector.base_model
     if base is not None and (Path(base) / CONFIG_FILE).is_file():
         like = formats.open(base)

@@ -2,13 +2,61 @@
 
 from __future__ import annotations
 
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+_LARGEST_JSON = 2**26
+"""Bytes; the index of a model of 100,000 tensors has a tenth."""
 
 
 class CorruptFileError(ValueError):
     """A file is truncated, foreign or holds values that cannot be meant; the message names file and tensor."""
+
+
+def read_json(path: str | os.PathLike) -> dict[str, Any]:
+    """The object in a JSON file, whoever wrote it. Raises FileNotFoundError, and CorruptFileError as `parse_json`."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such file")
+    if path.stat().st_size > _LARGEST_JSON:
+        raise CorruptFileError(f"{path}: a JSON file of {path.stat().st_size:,} bytes; {_LARGEST_JSON:,} are read")
+    return parse_json(path.read_bytes(), str(path))
+
+
+def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+    """The object in a JSON text. Raises CorruptFileError for what is no JSON object, nests too deep or repeats a key.
+
+    Args:
+        where: what the text is of, for the message.
+
+    >>> parse_json('{"r": 8}', "adapter_config.json")
+    {'r': 8}
+    >>> parse_json('{"r": 8, "r": 4}', "adapter_config.json")
+    Traceback (most recent call last):
+    linlora.files.CorruptFileError: adapter_config.json: not JSON (the key 'r' is there twice)
+    """
+    try:
+        content = json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=_without_repeats)
+    except RecursionError:
+        raise CorruptFileError(f"{where}: not JSON that can be meant: it nests too deep") from None
+    except ValueError as error:
+        raise CorruptFileError(f"{where}: not JSON ({error})") from error
+    if not isinstance(content, dict):
+        raise CorruptFileError(f"{where}: a JSON object is expected, got a {type(content).__name__}")
+    return content
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The last of two values of a key counts for some readers, the first for others."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        seen: set[str] = set()
+        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
+        raise ValueError(f"the key '{twice}' is there twice")
+    return content
 
 
 def write_text(path: str | os.PathLike, text: str) -> None:

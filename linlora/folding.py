@@ -25,10 +25,10 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from linlora.formats.peft_adapter import changes_base
 from linlora.modules import FusedLoraLinear
 from linlora.sharding import whole
 from linlora.task_vector import TaskVector
+from linlora.vanilla import changes_base
 from linlora.weights import Update, stacked
 
 _HOOK = "_folded_factors_hook"

@@ -19,6 +19,7 @@ from linlora.model_scope import check_model_scope, enter_model_scope, leave_mode
 from linlora.modules import FusedLoraLinear, fused_layers
 from linlora.quantized import QuantizedLoraLinear
 from linlora.sharding import is_sharded
+from linlora.vanilla import not_vanilla_config
 
 if TYPE_CHECKING:
     from linlora.stream import Stream
@@ -278,7 +279,11 @@ def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
             f"{type(model).__name__} has no LoRA layer. Linear layers LoraConfig(target_modules=[...]) could name: "
             f"{', '.join(candidates) or 'none'}"
         )
-    refused = [f"  '{name}': {why}" for name, layer in layers if (why := unsupported(layer)) is not None]
+    configs = getattr(model, "peft_config", {})
+    refused = [
+        f"  adapter '{name}': {why}" for name, c in configs.items() if (why := not_vanilla_config(c, True)) is not None
+    ]
+    refused += [f"  '{name}': {why}" for name, layer in layers if (why := unsupported(layer)) is not None]
     if refused:
         raise UnsupportedLayerError(
             "these LoRA layers cannot be linearized; leave them out of target_modules (or list them in "

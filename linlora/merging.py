@@ -27,7 +27,6 @@ from linlora import formats
 from linlora.files import install_file
 from linlora.folding import factors_of
 from linlora.formats.checkpoint import Checkpoint, WrongBaseError
-from linlora.formats.peft_adapter import refuse_changed_base
 from linlora.tensor_files import TensorFile, finite, memory, shapes, write
 from linlora.weights import Update, blocks, folded
 
@@ -102,12 +101,6 @@ class _Plan:
         self.folds: dict[str, list[tuple[Path, Callable[[], Update]]]] = defaultdict(list)
         self.replacements: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
         for adapter in adapters:
-            refuse_changed_base(adapter.config.get("init_lora_weights"), str(adapter.path))
-            if adapter.config.get("layer_replication"):
-                raise WrongBaseError(
-                    f"{adapter.path}: its layer_replication numbers the layers of a model in which some are repeated, "
-                    f"which {checkpoint.folder} does not hold; merge it in its own model (linlora.merge)"
-                )
             placed = checkpoint.place(adapter.layer_sizes())
             for layer, (key, transposed) in placed.items():
                 self.folds[key].append((adapter.path, _reader(adapter, layer, transposed)))

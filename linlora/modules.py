@@ -32,6 +32,7 @@ from linlora.ops.low_rank_update import low_rank_update
 from linlora.stream import DualTensor, Stream
 from linlora.stream.tensor import refuse_inside_function
 from linlora.tensor_files import finite
+from linlora.vanilla import not_vanilla_layer
 from linlora.weights import Fold, Update, fold_keeping, stacked, unfold
 from linlora.weights import fold as fold_into
 
@@ -220,7 +221,7 @@ class FusedLoraLinear(PeftLoraLinear):
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, to add an adapter: a plain one. Raises ValueError, and adds nothing, where it is not vanilla LoRA."""
         super().update_layer(adapter_name, *args, **kwargs)
-        why = not_vanilla(self, [adapter_name])
+        why = not_vanilla_layer(self, [adapter_name])
         if why is not None:
             self.delete_adapter(adapter_name)
             self.lora_variant.pop(adapter_name, None)  # which PEFT 0.18 keeps
@@ -304,21 +305,6 @@ class FusedLoraLinear(PeftLoraLinear):
 def has_hooks(base: nn.Module) -> bool:
     """Whether calling a base layer does more than its product."""
     return any((base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks))
-
-
-def not_vanilla(layer: Any, adapters: Sequence[str]) -> str | None:
-    """Why these adapters of a PEFT LoRA layer are not the B A x that is fused, or None."""
-    variants = {type(layer.lora_variant[name]).__name__ for name in adapters if name in layer.lora_variant}
-    if variants:
-        return (
-            f"its adapters use the variant {', '.join(sorted(variants))} (DoRA, aLoRA, ...); only vanilla LoRA is "
-            "linearized"
-        )
-    if any(layer.use_dora.get(name) for name in adapters):
-        return "its adapters use DoRA; only vanilla LoRA is linearized"
-    if any(layer.lora_bias.get(name) for name in adapters):
-        return "its adapters use lora_bias=True; create them with lora_bias=False"
-    return None
 
 
 def fused_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoraLinear]]:

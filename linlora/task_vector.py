@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import os
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,13 +20,17 @@ from peft import PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
-from linlora.files import CorruptFileError
-from linlora.modules import not_vanilla
+from linlora.files import CorruptFileError, parse_json
 from linlora.sharding import sharded_like, whole
 from linlora.tensor_files import StoredTensors, TensorFile, finite, save_tensors, shapes
+from linlora.vanilla import not_vanilla_config, not_vanilla_layer, usable_scaling
 
 FORMAT = "linlora.task_vector"
-FORMAT_VERSION = "1"
+FORMAT_VERSION = "2"
+_VERSIONS = ("1", FORMAT_VERSION)  # 1 had checksums of the tensors alone
+
+
+_PARTNERS = {"dA": "A0", "dB": "B0", "A0": "dA", "B0": "dB"}
 
 
 class DifferentPointError(ValueError):
@@ -108,6 +113,7 @@ class TaskVector:
         With `include_point=False` the point is stored as its hash only: smaller, and usable with a model that is at
         that point already.
         """
+        check_scalings(self.scalings, "save")
         parts = [self.deltas, (self.point or {}) if include_point else {}]
         home = {name: part for part in parts for name in part}
         like = {name: tensor for part in parts for name, tensor in shapes(part).items()}
@@ -141,25 +147,26 @@ class TaskVector:
         metadata = (file := TensorFile(path)).metadata
         if metadata.get("format") != FORMAT:
             raise CorruptFileError(f"{path}: not a task vector (no '{FORMAT}' in its metadata)")
-        if metadata.get("format_version") != FORMAT_VERSION:
+        version = metadata.get("format_version")
+        if version not in _VERSIONS:
             raise CorruptFileError(
-                f"{path}: format version {metadata.get('format_version')}, this linlora reads {FORMAT_VERSION}; "
-                "update linlora"
+                f"{path}: format version {version}, this linlora reads {', '.join(_VERSIONS)}; update linlora"
             )
+        if version != "1" and not file.has_checksum:
+            raise CorruptFileError(f"{path}: its metadata has no checksum; the file was altered")
         if missing := [key for key in ("scope", "point_hash", "scalings", "base_model") if key not in metadata]:
             raise CorruptFileError(f"{path}: its metadata has no {_some(missing)}; the file was altered")
         deltas = {name: file.like(name) for name in file.entries if name.endswith((".dA", ".dB"))}
         point = {name: file.like(name) for name in file.entries if name not in deltas}
-        try:
-            scalings = {layer: float(scaling) for layer, scaling in json.loads(metadata["scalings"]).items()}
-        except (ValueError, AttributeError, TypeError):
-            scalings = {}
+        scalings = parse_json(metadata["scalings"], f"{path}: its scalings")
+        check_scalings(scalings, str(path))
         layers = {name.rpartition(".")[0] for name in deltas}
         if scalings.keys() != layers or metadata["scope"] not in ("lora", "layer", "model"):
             raise CorruptFileError(f"{path}: its metadata does not fit its tensors; the file was altered")
+        _check_shapes(path, deltas, point)
         vector = cls(
             StoredTensors(deltas, file.read), StoredTensors(point, file.read), metadata["point_hash"],
-            scalings, metadata["scope"], metadata["base_model"] or None,
+            {layer: float(s) for layer, s in scalings.items()}, metadata["scope"], metadata["base_model"] or None,
         )  # fmt: skip
         if not point and vector.point_hash != point_hash({}):
             return replace(vector, point=None)
@@ -350,12 +357,18 @@ def _adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
     ]
     for name, layer in layers:
         linear = adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear)
-        why = not_vanilla(layer, [adapter]) if linear else f"it is a {type(layer).__module__}.{type(layer).__name__}"
+        why = (
+            not_vanilla_layer(layer, [adapter])
+            if linear
+            else f"it is a {type(layer).__module__}.{type(layer).__name__}"
+        )
         if why is not None:
             raise ValueError(
                 f"adapter '{adapter}' has no task vector, which would lose a part of layer '{name}': {why}. A vector "
                 "holds vanilla LoRA on linear layers; PEFT's save_pretrained keeps this adapter"
             )
+    if (why := not_vanilla_config(model.peft_config[adapter])) is not None:
+        raise ValueError(f"adapter '{adapter}' has no task vector: {why}. PEFT's save_pretrained keeps this adapter")
     if not layers:
         raise ValueError(f"the model has no LoRA layer with an adapter '{adapter}'")
     return layers
@@ -370,6 +383,33 @@ def _one_adapter(model: PeftModel, adapter: str | None) -> str:
     if names[0] not in model.peft_config:
         raise ValueError(f"no adapter '{names[0]}'; the model has {sorted(model.peft_config)}")
     return names[0]
+
+
+def check_scalings(scalings: Mapping[str, Any], where: str) -> None:
+    """Raise a CorruptFileError unless every scaling is a finite number of ordinary size."""
+    for layer, scaling in scalings.items():
+        if not usable_scaling(scaling):
+            raise CorruptFileError(
+                f"{where}: layer '{layer}' has the LoRA scaling {reprlib.repr(scaling)}, which cannot be meant"
+            )
+
+
+def _check_shapes(path: str | os.PathLike, deltas: Mapping[str, Tensor], point: Mapping[str, Tensor]) -> None:
+    """Raise a CorruptFileError unless the tensors of each layer are factors (r, K) and (N, r) that fit each other."""
+    tensors = {**deltas, **point}
+    for name, tensor in tensors.items():
+        layer, _, kind = name.rpartition(".")
+        if kind not in ("dA", "dB", "A0", "B0") or f"{layer}.dB" not in deltas or tensor.dim() != 2:
+            raise CorruptFileError(f"{path}: '{name}' {tuple(tensor.shape)} is no factor of a layer in it")
+        if not tensor.is_floating_point():
+            raise CorruptFileError(f"{path}: '{name}' is {tensor.dtype}; factors are of floating point")
+        like = tensors.get(f"{layer}.{_PARTNERS[kind]}", tensor)
+        rank = tensor.shape[0 if kind in ("dA", "A0") else 1]
+        if tensor.shape != like.shape or rank != deltas[f"{layer}.dB"].shape[1]:
+            raise CorruptFileError(
+                f"{path}: '{name}' {tuple(tensor.shape)} does not fit the other factors of its layer; the file was "
+                "altered"
+            )
 
 
 def _copy(tensor: Tensor) -> Tensor:

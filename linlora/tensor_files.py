@@ -1,11 +1,13 @@
-"""Safetensors files, read tensor by tensor and written tensor by tensor: what holds them in memory is the caller.
+"""Safetensors files: reads and writes one tensor at a time and keeps none.
 
 Files written here carry a CRC-32 of every tensor in their metadata, so that a value altered on the way is found by the
-name of its tensor. It finds accidents; who alters a file on purpose can alter its checksum too.
+name of its tensor, and a SHA-256 of the header, those and all other metadata included: nothing in the file is without
+a checksum. They find accidents; who alters a file on purpose can alter its checksums too.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -22,7 +24,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from linlora.files import CorruptFileError, install_file
+from linlora.files import CorruptFileError, install_file, parse_json
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -30,7 +32,7 @@ DTYPES = {
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "C64": torch.complex64,
 }  # fmt: skip
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
-_CHECKSUMS = "checksums"
+_CHECKSUMS, _HEADER_CHECKSUM = "checksums", "header_checksum"
 _CHUNK = 2**18
 """Bytes written at once. Writes of 2 MiB take five times the CPU time on Linux 6.18, which looks for pages as large."""
 
@@ -72,15 +74,21 @@ class TensorFile:
         self._reading = threading.Lock()  # the file has one position, and `copy` runs beside `read_rows`
         self.size = os.fstat(self._file.fileno()).st_size
         length = int.from_bytes(self._file.read(8), "little")
-        parsed: dict[str, Any] = json.loads(self._file.read(length))
+        parsed = parse_json(self._file.read(length), f"{path}: its header")
         self.metadata: dict[str, str] = parsed.pop("__metadata__", None) or {}
         self.entries = {
             name: Entry(e["dtype"], tuple(e["shape"]), *(8 + length + offset for offset in e["data_offsets"]))
             for name, e in parsed.items()
         }
+        checksum = self.metadata.pop(_HEADER_CHECKSUM, None)
+        self.has_checksum = checksum is not None
+        if self.has_checksum and checksum != _digest(
+            {n: (e.code, e.shape) for n, e in self.entries.items()}, self.metadata
+        ):
+            raise CorruptFileError(f"{path}: its header does not match its checksum; the file was altered")
         try:
-            self._checksums: dict[str, str] = dict(json.loads(self.metadata.pop(_CHECKSUMS, "{}")))
-        except (ValueError, TypeError):  # another program's
+            self._checksums: dict[str, str] = dict(parse_json(self.metadata.pop(_CHECKSUMS, "{}"), _CHECKSUMS))
+        except CorruptFileError:  # another program's
             self._checksums = {}
         self._unchecked = set(self.entries)
         self.has_checksums = self.entries.keys() <= self._checksums.keys()
@@ -239,7 +247,9 @@ def finite(tensor: Tensor) -> bool:
 
 
 def _header(like: Mapping[str, Tensor], checksums: Mapping[str, str], metadata: Mapping[str, str]) -> bytes:
-    entries: dict[str, Any] = {"__metadata__": {**metadata, _CHECKSUMS: json.dumps(checksums)}}
+    metadata = {**metadata, _CHECKSUMS: json.dumps(checksums)}
+    described = {name: (_CODES[tensor.dtype], tuple(tensor.shape)) for name, tensor in like.items()}
+    entries: dict[str, Any] = {"__metadata__": {**metadata, _HEADER_CHECKSUM: _digest(described, metadata)}}
     stop = 0
     for name, tensor in like.items():
         start, stop = stop, stop + tensor.numel() * tensor.element_size()
@@ -247,6 +257,12 @@ def _header(like: Mapping[str, Tensor], checksums: Mapping[str, str], metadata: 
     text = json.dumps(entries).encode()
     text += b" " * (-len(text) % 8)  # the data starts aligned, as the format asks
     return len(text).to_bytes(8, "little") + text
+
+
+def _digest(tensors: Mapping[str, tuple[str, tuple[int, ...]]], metadata: Mapping[str, str]) -> str:
+    """SHA-256 of what a header says, in whatever order and spelling."""
+    content = [sorted((name, code, list(shape)) for name, (code, shape) in tensors.items()), sorted(metadata.items())]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
 def write(file: FileIO, content: bytes | memoryview) -> None:

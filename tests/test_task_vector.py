@@ -227,14 +227,14 @@ class TestFiles:
         VECTORS[0].save(tmp_path / "v.safetensors")
         return tmp_path / "v.safetensors"
 
-    def altered(self, path, tensors=None, checksums=True, **metadata):
-        from safetensors import safe_open
-
+    def altered(self, path, tensors=None, without=(), **metadata):
         with safe_open(path, "pt") as file:
-            old = file.metadata()
-        if not checksums:
-            del old["checksums"]
+            old = {key: value for key, value in file.metadata().items() if key not in without}
         save_file({**load_file(path), **(tensors or {})}, path, {**old, **metadata})
+
+    def of_version_1(self, path, tensors=None, without=(), **metadata):
+        """A file as it was written before headers had a checksum."""
+        self.altered(path, tensors, ("header_checksum", *without), **{"format_version": "1", **metadata})
 
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"nothing\.safetensors: no such file"):
@@ -251,13 +251,13 @@ class TestFiles:
             TaskVector.load(path)
 
     def test_newer_format(self, path):
-        self.altered(path, format_version="9")
-        with pytest.raises(linlora.CorruptFileError, match="format version 9, this linlora reads 1; update"):
+        self.of_version_1(path, format_version="9")
+        with pytest.raises(linlora.CorruptFileError, match="format version 9, this linlora reads 1, 2; update"):
             TaskVector.load(path)
 
     def test_nan_is_refused_by_the_name_of_the_tensor(self, path):
         name = next(iter(VECTORS[0].deltas))
-        self.altered(path, {name: torch.full_like(VECTORS[0].deltas[name], float("nan"))}, checksums=False)
+        self.of_version_1(path, {name: torch.full_like(VECTORS[0].deltas[name], float("nan"))}, ("checksums",))
         with pytest.raises(linlora.CorruptFileError, match=f"tensor '{name}' holds NaN"):
             TaskVector.load(path)
 
@@ -275,7 +275,7 @@ class TestFiles:
 
     def test_an_altered_point_in_a_file_without_checksums(self, path):
         name = next(iter(VECTORS[0].point))
-        self.altered(path, {name: VECTORS[0].point[name] + 1.0}, checksums=False)
+        self.of_version_1(path, {name: VECTORS[0].point[name] + 1.0}, ("checksums",))
         with pytest.raises(linlora.CorruptFileError, match="does not match its hash"):
             TaskVector.load(path)
 
@@ -288,10 +288,45 @@ class TestFiles:
         "altered", [{"scalings": "{"}, {"scalings": "[1]"}, {"scalings": '{"x": 1.0}'}, {"scope": "network"}]
     )
     def test_metadata_that_does_not_fit(self, path, altered):
+        self.of_version_1(path, **altered)
+        with pytest.raises(linlora.CorruptFileError, match=r"its metadata does not fit its tensors|its scalings: "):
+            TaskVector.load(path)
+
+    def test_files_of_version_1_are_read(self, path):
+        self.of_version_1(path)
+        assert torch.equal(flat(TaskVector.load(path)), flat(VECTORS[0]))
+
+    @pytest.mark.parametrize("key", ["format_version", "scope", "point_hash", "scalings", "base_model", "checksums"])
+    def test_altered_metadata(self, path, key):
         with safe_open(path, "pt") as file:
-            metadata = file.metadata()
-        save_file(load_file(path), path, {**metadata, **altered})
-        with pytest.raises(linlora.CorruptFileError, match="its metadata does not fit its tensors"):
+            value = file.metadata()[key]
+        self.altered(path, **{key: value.replace("2", "1") if "2" in value else value + "1"})
+        with pytest.raises(linlora.CorruptFileError, match="its header does not match its checksum"):
+            TaskVector.load(path)
+        self.altered(path, without=("header_checksum",), format_version="2")
+        with pytest.raises(linlora.CorruptFileError, match="its metadata has no checksum"):
+            TaskVector.load(path)
+
+    @pytest.mark.parametrize("scaling", ["NaN", "Infinity", "1e300", "true", '"2.0"', "null"])
+    def test_a_scaling_that_cannot_be_meant_is_neither_read_nor_saved(self, path, scaling):
+        layers = VECTORS[0].scalings
+        self.of_version_1(path, scalings="{" + ", ".join(f'"{layer}": {scaling}' for layer in layers) + "}")
+        with pytest.raises(linlora.CorruptFileError, match=r"v\.safetensors: layer .* has the LoRA scaling"):
+            TaskVector.load(path)
+        value = json.loads(scaling)
+        with pytest.raises(ValueError, match="has the LoRA scaling"):
+            replace(VECTORS[0], scalings=dict.fromkeys(layers, value)).save(path)
+
+    @pytest.mark.parametrize("change", ["of integers", "of another rank", "without its layer"])
+    def test_tensors_that_are_no_factors(self, path, change):
+        name = next(iter(VECTORS[0].deltas))
+        wrong = {
+            "of integers": {name: VECTORS[0].deltas[name].int()},
+            "of another rank": {name: torch.ones(3, 3)},
+            "without its layer": {"x.A0": torch.ones(2, 2)},
+        }
+        self.of_version_1(path, wrong[change], ("checksums",))
+        with pytest.raises(linlora.CorruptFileError, match=r"factors? (of|are) "):
             TaskVector.load(path)
 
     def test_checksums_of_another_program_are_none(self, path):

@@ -27,7 +27,7 @@ def export(
     with user_errors():
         from linlora import formats
         from linlora.export import export_stored
-        from linlora.formats.peft_adapter import read_config
+        from linlora.formats.adapter_config import read_config
 
         stored = formats.open(vector)
         export_stored(stored, out, base)

@@ -9,17 +9,6 @@ _FACTOR = re.compile(
     r"(?P<layer>.+)\.lora_(?P<kind>[AB])(?:\.(?P<adapter>(?!weight$)[^.]+))?\.weight"  # .default. in state dicts
 )
 _PREFIXES = ("base_model.model.", "base_model.", "")
-_REFUSED = {
-    "lora_embedding_": "a LoRA of an embedding",
-    "lora_magnitude_vector": "DoRA",
-    "vera_lambda": "VeRA",
-    "hada_": "LoHa",
-    "lokr_": "LoKr",
-    "lora_E": "AdaLoRA",
-    "lora_mid": "a LoRA of a convolution",
-    "lora_down": "a LoRA of another library (kohya, diffusers)",
-    "lora_up": "a LoRA of another library (kohya, diffusers)",
-}
 
 
 class Factor(NamedTuple):
@@ -50,17 +39,6 @@ def in_base_model(key: str) -> str:
     """
     key = next(key.removeprefix(prefix) for prefix in _PREFIXES if key.startswith(prefix))
     return re.sub(r"\.modules_to_save(\.default(?=\.))?|\.base_layer(?=\.)", "", key)
-
-
-def refused(key: str) -> str | None:
-    """What kind of adapter a key belongs to that has no task vector here, or None.
-
-    >>> refused("base_model.model.q.lora_magnitude_vector")
-    'DoRA'
-    """
-    if ".lora_" in key and key.endswith(".bias"):
-        return "a LoRA with bias"
-    return next((what for part, what in _REFUSED.items() if part in key), None)
 
 
 def unused(key: str) -> bool:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from linlora.files import CorruptFileError
 from linlora.formats import keys
-from linlora.formats.peft_adapter import read_config, scalings
+from linlora.formats.adapter_config import read_config, scalings
 from linlora.formats.stored import Stored
 from linlora.task_vector import TaskVector, point_hash
 from linlora.tensor_files import TensorFile

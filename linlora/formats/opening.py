@@ -1,4 +1,4 @@
-"""What a path holds, found out, and its task vector."""
+"""Detects an adapter's format and opens it as a task vector."""
 
 from __future__ import annotations
 
@@ -10,16 +10,9 @@ from pathlib import Path
 from torch import Tensor
 
 from linlora.files import CorruptFileError
+from linlora.formats.adapter_config import CONFIG_FILE, read_config
 from linlora.formats.l_lora import LINEARIZED_FILE, open_l_lora
-from linlora.formats.peft_adapter import (
-    CONFIG_FILE,
-    PICKLE_FILE,
-    TENSOR_FILE,
-    open_peft_adapter,
-    parameters,
-    read_config,
-    split,
-)
+from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE, open_peft_adapter, parameters, split
 from linlora.formats.stored import Stored
 from linlora.task_vector import FORMAT, DifferentPointError, TaskVector, point_hash, point_name
 from linlora.tensor_files import TensorFile, shapes

@@ -250,7 +250,7 @@ def _check_keys(where: str, content: Mapping[str, Any], kind: type) -> None:
 def _checked_lora(options: Mapping[str, Any]) -> dict[str, Any]:
     from peft import LoraConfig
 
-    from linlora.formats.peft_adapter import refuse_changed_base
+    from linlora.vanilla import refuse_changed_base
 
     options = _plain("lora", options)
     known = [f.name for f in fields(LoraConfig)]

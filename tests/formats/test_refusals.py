@@ -55,9 +55,23 @@ def test_tensors_that_do_not_fit(folder, change, message):
     ("changes", "message"),
     [
         ({"r": 8}, r"gives layer 'bert.*' the rank 8, its tensors have rank 4; the two files are"),
-        ({"lora_alpha": float("nan")}, r"gives layer 'bert.*' the alpha nan"),
-        ({"peft_type": "IA3"}, r"adapter_config.json: a IA3 adapter; linlora reads LoRA"),
-        ({"use_dora": True}, "a DoRA adapter; its magnitudes are not linear"),
+        ({"r": 0}, r"r is 0; a rank of 1 or more"),
+        ({"r": True}, r"r is True; a rank of 1 or more"),
+        ({"r": "4"}, r"r is '4'; a rank of 1 or more"),
+        ({"lora_alpha": float("nan")}, r"lora_alpha is nan; a number of ordinary size"),
+        ({"lora_alpha": float("inf")}, r"lora_alpha is inf; a number"),
+        ({"lora_alpha": 10**400}, r"lora_alpha is 10+\.\.\.0+; a number"),
+        ({"lora_alpha": "8"}, r"lora_alpha is '8'; a number"),
+        ({"lora_alpha": True}, r"lora_alpha is True; a number"),
+        ({"use_rslora": "no"}, r"use_rslora is 'no'; true or false"),
+        ({"alpha_pattern": "abc"}, r"alpha_pattern is 'abc'; a table of numbers"),
+        ({"alpha_pattern": {"query": float("nan")}}, r"alpha_pattern is .*; a table of numbers"),
+        ({"alpha_pattern": {"(": 8}}, r"alpha_pattern: '\(' is no regular expression"),
+        ({"rank_pattern": {"query": False}}, r"rank_pattern is .*; a table of ranks"),
+        ({"rank_pattern": {"(" * 5000: 4}}, r"rank_pattern: '\(+' is no regular expression"),
+        ({"base_model_name_or_path": ["a"]}, r"base_model_name_or_path is \['a'\]; a name"),
+        ({"peft_type": "IA3"}, r"adapter_config.json: a 'IA3' adapter; linlora reads LoRA"),
+        ({"use_dora": True}, "use_dora is set: DoRA scales the rows"),
     ],
 )  # fmt: skip
 def test_configs_that_do_not_fit(folder, changes, message):
@@ -69,6 +83,15 @@ def test_configs_that_do_not_fit(folder, changes, message):
 def test_a_config_that_is_missing_or_broken(folder):
     (folder / "adapter_config.json").write_text("{'r': 4}")
     with pytest.raises(CorruptFileError, match=r"adapter_config.json: not JSON"):
+        formats.read(folder)
+    (folder / "adapter_config.json").write_text('{"r": 4, "r": 8}')
+    with pytest.raises(CorruptFileError, match=r"adapter_config.json: not JSON \(the key 'r' is there twice\)"):
+        formats.read(folder)
+    (folder / "adapter_config.json").write_text('{"r":' * 100_000)
+    with pytest.raises(CorruptFileError, match=r"adapter_config.json: .*it nests too deep"):
+        formats.read(folder)
+    (folder / "adapter_config.json").write_text("[4]")
+    with pytest.raises(CorruptFileError, match=r"adapter_config.json: a JSON object is expected, got a list"):
         formats.read(folder)
     (folder / "adapter_config.json").unlink()
     with pytest.raises(CorruptFileError, match=r"no adapter_config.json, so the scaling of the adapter is unknown"):
