@@ -115,8 +115,9 @@ def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: Task
 
     Model scope (its equation 4): the whole network is linearized, ``F(δ) = f(x; φ0) + J(x; φ0) δ`` with δ all (dA, dB).
     Two streams flow through the network; outputs and the loss (also with `labels`) are those of F, and so are gradients
-    with respect to δ. Those with respect to the inputs are of f(x; φ0) alone. It stays two streams: it does not fold
-    into weights.
+    with respect to δ. For inputs that ask for a gradient, backward raises. What the network's code and hooks `detach()`
+    goes on as a constant of f(x; φ0), and is F's to whoever keeps it. It stays two streams: it does not fold into
+    weights.
 
     The function of the model is unchanged until it is trained. No weight is copied; every adapter of the model is
     linearized, each at its own point; `modules_to_save` are trained as they are, at model scope on top of F.

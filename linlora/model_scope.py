@@ -21,7 +21,7 @@ def enter_model_scope(model: Any) -> tuple[str, ...]:
     stream = Stream()
     for module in _layers(model):
         module.stream = stream
-    head.attach(model)
+    head.attach(model, stream)
     return tuple(name.removeprefix("base_model.model.") for name in fuse_modules(model))
 
 

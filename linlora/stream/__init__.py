@@ -8,12 +8,14 @@
     fallback      every other function: forward-mode AD of that one function, counted
     modules       modules that are fused as a whole, because they reach the stream in pieces
     head          where a stream ends: the model's outputs and the modules trained beside the adapter
+    border        whether code runs in the network, in a hook of one of its modules, or outside
+    outside       what a tensor of the stream is there: F = f + J δ, a plain tensor
     sharded       through modules sharded by FSDP2, whose hooks follow autograd
 
 Inputs have no tangent. They stay plain tensors until the first adapter, whose layer returns the first DualTensor.
 """
 
-from linlora.stream import arithmetic, fallback, fused, in_place, structural  # noqa: F401  they register their rules
+from linlora.stream import arithmetic, fallback, fused, in_place, outside, structural  # noqa: F401  they register their rules
 from linlora.stream.tensor import DualTensor, Stream, TangentError, collapse
 
 __all__ = ["DualTensor", "Stream", "TangentError", "collapse"]

@@ -21,7 +21,7 @@ class Fused(nn.Module):
     """Mixed into the class of a module: a stream takes the op, a plain tensor the module's own forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        if isinstance(x, DualTensor) and not args and not kwargs:
+        if isinstance(x, DualTensor) and not x.constant and not args and not kwargs:
             return self.both_streams(self, x)
         return super().forward(x, *args, **kwargs)
 

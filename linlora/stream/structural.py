@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.stream.tensor import DualTensor, TangentError, duals, primals, relate, rule, where, wrap
+from linlora.stream.border import Place, place
+from linlora.stream.tensor import DualTensor, TangentError, collapse, duals, named, primals, relate, rule, where, wrap
 
 _VIEWS = (
     "view", "reshape", "flatten", "unflatten", "transpose", "swapaxes", "permute", "movedim", "squeeze", "unsqueeze",
     "expand", "expand_as", "view_as", "reshape_as", "narrow", "select", "chunk", "split", "split_with_sizes",
     "tensor_split", "unbind", "__getitem__", "diagonal", "t", "T", "mT", "contiguous", "to", "type_as",
-    "float", "double", "half", "bfloat16", "unfold", "view_as_complex", "view_as_real",
+    "float", "double", "half", "bfloat16", "cpu", "cuda", "unfold", "view_as_complex", "view_as_real",
 )  # fmt: skip
 _LINEAR_MAPS = (
     "neg", "__neg__", "negative", "positive", "sum", "mean", "cumsum", "roll", "flip", "repeat", "repeat_interleave",
@@ -28,7 +29,7 @@ _METADATA = (
 )  # fmt: skip
 _CONSTANTS = (
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "bernoulli",
-    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "detach", "sign", "floor", "ceil", "round",
+    "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "sign", "floor", "ceil", "round",
 )  # fmt: skip
 _COMPARISONS = (
     "eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "isnan", "isinf",
@@ -37,8 +38,16 @@ _COMPARISONS = (
 )  # fmt: skip
 _VALUES = (
     "__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy", "__array__", "equal",
-    "allclose", "is_nonzero", "data", "untyped_storage", "data_ptr", "backward", "__reduce_ex__", "__dlpack__",
+    "allclose", "is_nonzero", "untyped_storage", "data_ptr", "backward", "__reduce_ex__", "__dlpack__",
+    "__format__", "__complex__",
 )  # fmt: skip
+
+
+_COPIES = (
+    "roll", "flip", "repeat", "repeat_interleave", "tile", "gather", "index_select", "take_along_dim", "clone", "cat",
+    "concat", "concatenate", "stack", "hstack", "vstack", "__deepcopy__", "__iter__",
+)  # fmt: skip
+DualTensor.moves = {function for name in (*_VIEWS, *_COPIES) for function in named(name)}
 
 
 @rule(*_LINEAR_MAPS)
@@ -107,8 +116,16 @@ def comparison(func: Any, args: tuple, kwargs: dict) -> Any:
     return y if isinstance(y, bool) else wrap(y, None, next(duals((args, kwargs))).stream)
 
 
+@rule("detach", "data")
+def detached(func: Any, args: tuple, kwargs: dict) -> Any:
+    return DualTensor.constants(func, args, kwargs)
+
+
 @rule(*_VALUES)
 def value(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Python and NumPy get F in a hook. The network itself would compute with it as with a constant."""
+    if place(next(duals((args, kwargs))).stream) is Place.HOOK:
+        return func(*collapse(args), **collapse(kwargs))
     raise TangentError(
         f"{where(func)}: takes the values of a tensor that carries a tangent out of the stream (a branch on values, a "
         "conversion to Python or NumPy); a tangent cannot follow. Use scope='layer', or torch.where for the branch"

@@ -12,11 +12,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from linlora.ops.transforms import transform_active
+from linlora.stream import border
+from linlora.stream.errors import TangentError
+
 Rule = Callable[[Any, tuple, dict], Any]
-
-
-class TangentError(RuntimeError):
-    """The tangent of a function cannot be formed; the message names the module, the function and the remedy."""
 
 
 class Stream:
@@ -28,18 +28,29 @@ class Stream:
             ever started. Users see "value", `linlora.functional.jvp` and `vjp` ask for the others.
         recorded: whether autograd was on where the stream began, at the first adapter of the latest forward pass. Then
             what the model does under torch.no_grad() is a constant; else the whole pass is under it, and is not.
+        bordered: whether it is that of a network, outside of which its tensors are F (linlora.stream.outside).
     """
 
     def __init__(self) -> None:
         self.fallbacks: dict[tuple[str, str], Any] = {}
         self.output: Literal["value", "both", "primal"] = "value"
         self.recorded = True
+        self.bordered = False
 
     def enter(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """(primal, tangent) of the input of an adapter; where that is plain, the stream begins."""
-        if isinstance(x, DualTensor):
+        if transform_active():
+            raise TangentError(
+                f"{where()}: torch.func (grad, jvp, vjp, vmap) and forward-mode AD do not run over a model at model "
+                "scope, which forms its own tangents. Take gradients with loss.backward() or torch.autograd.grad, "
+                "products with the Jacobian by linlora.functional.jvp and vjp, or use scope='layer'"
+            )
+        if isinstance(x, DualTensor) and not x.constant:
             return x.primal, x.tangent
+        x = primals(x)
         self.recorded = torch.is_grad_enabled()
+        if x.requires_grad and self.recorded and self.output == "value":
+            x = border.without_input_gradient(x, self)
         return x, None
 
     @contextmanager
@@ -59,14 +70,25 @@ class DualTensor(Tensor):
 
     A float without a tangent is a plain tensor. A DualTensor has no storage of its own: code that bypasses
     `__torch_function__`, and would lose the tangent, raises.
+
+    Outside the network it is F = f + J δ to every function (linlora.stream.outside).
     """
 
     primal: Tensor
     tangent: Any  # a Tensor; None beside integers and booleans
     stream: Stream
     relatives: list[weakref.ref]  # the DualTensors that may share its memory: views of one another
+    value: Tensor | None = None  # F, once it was asked for outside the network
+    reduced: bool = False  # one number made of many: at the network's output, a loss (linlora.stream.losses)
+    constant: ClassVar[bool] = False  # whether it is a linlora.stream.outside.Constant
+    unknown = False  # whether F has no such tensor
 
     rules: ClassVar[dict[Any, Rule]] = {}
+    moves: ClassVar[set[Any]] = set()  # the functions that move elements and compute nothing
+    outside: ClassVar[Callable[..., Any]]  # a function outside the network,
+    constants: ClassVar[Callable[..., Any]]  # of constants alone,
+    mixed: ClassVar[Callable[..., Any]]  # of constants and others,
+    hooked: ClassVar[Callable[..., Any]]  # and in a hook (linlora.stream.outside)
 
     @staticmethod
     def __new__(cls, primal: Tensor, tangent: Tensor | None, stream: Stream) -> DualTensor:
@@ -77,6 +99,8 @@ class DualTensor(Tensor):
         return dual
 
     def __repr__(self) -> str:  # type: ignore[override]
+        if not border.inside(self.stream):
+            return repr(collapse(self))
         return f"DualTensor(primal={self.primal!r}, tangent={self.tangent!r})"
 
     def __hash__(self) -> int:
@@ -87,22 +111,36 @@ class DualTensor(Tensor):
         """Whether autograd records the primal."""
         return self.primal.requires_grad
 
+    def taken(self) -> Tensor:
+        """F, a plain tensor."""
+        return self.primal if self.tangent is None else self.primal + self.tangent
+
     @classmethod
     @torch.compiler.disable  # a compiled model runs eagerly where both streams flow
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        if not torch.is_grad_enabled() and any(
-            dual.has_graph and dual.stream.recorded for dual in duals((args, kwargs))
-        ):
+        found = list(duals((args, kwargs)))
+        if found and not border.inside(found[0].stream):
+            return cls.outside(func, args, kwargs)
+        if not torch.is_grad_enabled() and any(dual.has_graph and dual.stream.recorded for dual in found):
             refuse_inside_function(where(func))
-            return func(*primals(args), **primals(kwargs))  # under torch.no_grad() results are constants: no tangent
+            return cls.constants(func, args, kwargs)  # under torch.no_grad() results are constants: no tangent
+        if any(dual.constant for dual in found):
+            if all(dual.constant for dual in found):
+                return cls.constants(func, args, kwargs)
+            args, kwargs = cls.mixed(func, args, kwargs)
         if kwargs.get("out") is not None:
             raise TangentError(f"{where(func)}: out= is not supported on a tensor that carries a tangent")
         args, kwargs = _by_position(args, kwargs)
         rule = cls.rules.get(func) or cls.rules[None]
         if kwargs.get("inplace"):
-            return rebind(args[0], rule(func, args, {**kwargs, "inplace": False}), func)
-        return rule(func, args, kwargs)
+            result = rebind(args[0], rule(func, args, {**kwargs, "inplace": False}), func)
+        else:
+            result = rule(func, args, kwargs)
+        if isinstance(result, DualTensor):
+            result.reduced = _reduced(func, found, result)
+            return result
+        return cls.hooked(func, args, kwargs, result)
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
@@ -192,7 +230,7 @@ def collapse(tree: Any) -> Any:
 
     Its gradient is the primal's: J δ is a constant to autograd.
     """
-    return replace_duals(tree, _value)
+    return replace_duals(tree, DualTensor.taken)
 
 
 def replace_duals(tree: Any, leaf: Callable[[DualTensor], Tensor]) -> Any:
@@ -206,7 +244,11 @@ def replace_duals(tree: Any, leaf: Callable[[DualTensor], Tensor]) -> Any:
         for name, child in tree.items():
             replaced[name] = replace_duals(child, leaf)
         return replaced
-    children = [replace_duals(child, leaf) for child in tree]
+    return rebuilt(tree, [replace_duals(child, leaf) for child in tree])
+
+
+def rebuilt(tree: Any, children: list) -> Any:
+    """A tuple or list of the type of `tree`: a namedtuple takes its fields, torch.return_types a sequence."""
     return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
 
 
@@ -214,8 +256,14 @@ def _primal(dual: DualTensor) -> Tensor:
     return dual.primal
 
 
-def _value(dual: DualTensor) -> Tensor:
-    return dual.primal if dual.tangent is None else dual.primal + dual.tangent
+def _reduced(func: Any, found: list[DualTensor], result: DualTensor) -> bool:
+    """Whether a result is one number made of many: a sum or mean, say, or what is computed of such numbers alone."""
+    with torch._C.DisableTorchFunctionSubclass():
+        if result.numel() != 1:
+            return False
+        if result.dim() or func in DualTensor.moves:
+            return all(dual.reduced for dual in found)
+        return any(dual.reduced or dual.dim() for dual in found)
 
 
 def relate(x: DualTensor, views: Any) -> Any:
