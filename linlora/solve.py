@@ -1,21 +1,23 @@
-"""Fitting a model that is linear in its parameters, by second-order steps on Jacobian products.
+"""Fitting a model that is linear in its parameters, by Gauss–Newton steps on Jacobian products.
 
 With F(δ) = f(φ0) + J δ, the objective
 
     Φ(δ) = 1/n Σᵢ ℓ(Fᵢ(δ), yᵢ) + λ/2 ‖δ‖²
 
-is convex for squared loss (ℓ = ½ ‖F − y‖²) and for logistic loss (ℓ = −log softmax(F)_y). A Gauss–Newton step s solves
+is convex for squared loss (ℓ = ½ ‖F − y‖²) and for logistic loss (ℓ = −log softmax(F)_y). A step begins with the
+gradient of Φ and goes on with its products with the curvature, as conjugate gradient does:
 
-    (Jᵀ H J / n + λ) s = −∇Φ,          H = ∂²ℓ/∂F²          I, or diag(p) − p pᵀ with p = softmax(F)
+    q₁ = ∇Φ,  qₖ₊₁ = Jᵀ H J qₖ,          H = ∂²ℓ/∂F²          I, or diag(p) − p pᵀ with p = softmax(F)
 
-by conjugate gradient, one dual forward and one backward pass an iteration: what a pass of first-order training costs.
-For squared loss one step is the whole problem. Because F is affine, F(δ + t s) = F + t J s comes from what the
-iterations computed, and the line search over t costs no pass at all.
+One product is one dual forward and one backward pass, what a pass of first-order training costs, and brings J qₖ along.
+F is affine: with J q known, Φ is known on the span of all directions found so far, and a step ends at its exact minimum
+there, at no further pass. The directions are kept orthonormal. Conjugate gradient, which keeps none, loses what it has
+found to rounding, and to the next step what it found out about the last.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -40,29 +42,30 @@ class Solution:
 
 def solve(
     model: PeftModel,
-    batches: Sequence[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]],
     loss: Literal["squared", "logistic"] = "logistic",
     *,
     ridge: float = 1e-4,
-    steps: int = 3,
-    iterations: int = 15,
+    steps: int = 6,
+    iterations: int = 7,
 ) -> Solution:
     """Fit a model linearized at model scope to data, from where its adapter is now; the model is left unchanged.
 
     Args:
         model: a PeftModel linearized with scope="model".
-        batches: inputs with "labels", gone through several times. For squared loss the labels are floats shaped like
-            the main output; for logistic loss class indices (rows,) for an output of (rows, classes).
+        batches: inputs with "labels", kept in memory and gone through several times. For squared loss the labels are
+            floats shaped like the main output; for logistic loss class indices (rows,) of an output (rows, classes).
         loss: "squared" or "logistic".
         ridge: λ > 0 of the objective.
-        steps: Gauss–Newton steps; one is enough for squared loss.
-        iterations: of conjugate gradient in each step.
+        steps: gradients taken; one is enough for squared loss.
+        iterations: directions that follow from each of them.
 
     Returns: a Solution; `linlora.apply(model, solution.vector)` puts it into the model. At most
-        `steps * (iterations + 1)` passes, fewer where conjugate gradient converges; the outputs of all rows in memory.
+        `steps * (iterations + 1)` passes, fewer where a step has no direction left; in memory are the outputs of all
+        rows and `steps * iterations` directions, each as large as the adapter and those outputs.
 
-    Raises ValueError for a model of another scope, no batches, labels that are missing or do not fit, a ridge that is
-        not positive.
+    Raises ValueError for a model of another scope, no batches, labels that are missing or do not fit, outputs that are
+        not finite, a ridge that is not positive.
 
     >>> import linlora
     >>> model, batch = linlora.testing.tiny_model("bert"), linlora.testing.tiny_batch("bert")
@@ -71,7 +74,7 @@ def solve(
     >>> solution.losses[-1] < solution.losses[0]
     True
     """
-    if ridge <= 0.0:
+    if not ridge > 0.0:
         raise ValueError(f"solve: ridge is positive, got {ridge}")
     problem = _Problem(model, batches, loss)
     start = TaskVector.from_model(model)
@@ -80,13 +83,21 @@ def solve(
         with stream.returning("both"):
             outputs = problem.outputs(delta)
         losses = [problem.loss(outputs)]
+        span = _Span(problem, delta, outputs, ridge)
         for _ in range(steps):
             with stream.returning("primal"):
-                gradient = problem.pull(problem.gradient(outputs)) + ridge * delta
+                direction = problem.pull(problem.gradient(outputs)) + ridge * delta
+            found = len(span.basis)
             with stream.returning("both"):
-                step, outputs_step = problem.conjugate_gradient(outputs, gradient, ridge, iterations)
-            t = _line_search(problem, outputs, outputs_step, delta, step, ridge)
-            delta, outputs = delta + t * step, [F + t * dF for F, dF in zip(outputs, outputs_step, strict=True)]
+                for _ in range(iterations):
+                    q = span.new(direction)
+                    if q is None:
+                        break
+                    direction, image = problem.product(outputs, q)
+                    span.add(q, image)
+            if len(span.basis) == found:
+                break
+            delta, outputs = span.minimum()
             losses.append(problem.loss(outputs))
     deltas = {name: tensor.cpu() for name, tensor in problem.unflat(delta).items()}
     return Solution(TaskVector(**{**vars(start), "deltas": deltas}), tuple(losses), problem.passes)
@@ -95,10 +106,11 @@ def solve(
 class _Problem:
     """The data and the passes over it. Vectors of parameters are flat; of outputs, one tensor a batch."""
 
-    def __init__(self, model: PeftModel, batches: Sequence[Mapping[str, Any]], loss: str) -> None:
+    def __init__(self, model: PeftModel, batches: Iterable[Mapping[str, Any]], loss: str) -> None:
+        batches = list(batches)  # once: a loader that shuffles gives other rows the next time
         if loss not in ("squared", "logistic"):
             raise ValueError(f"solve: unknown loss {loss!r}; choose 'squared' or 'logistic'")
-        if not len(batches) or any("labels" not in batch for batch in batches):
+        if not batches or any("labels" not in batch for batch in batches):
             raise ValueError("solve: batches is a non-empty sequence of inputs that have 'labels'")
         self.model, self.squared = model, loss == "squared"
         self.inputs = [{name: x for name, x in batch.items() if name != "labels"} for batch in batches]
@@ -108,9 +120,9 @@ class _Problem:
         self.passes = 0
 
     def outputs(self, delta: Tensor) -> list[Tensor]:
-        """F(δ) of every batch."""
+        """F(δ) of every batch, in float64 as everything that is summed over directions."""
         with displaced(self.parameters, self.unflat(delta)), torch.no_grad():
-            outputs = [torch.add(*both_outputs(self.model, inputs)) for inputs in self.inputs]
+            outputs = [torch.add(*both_outputs(self.model, inputs)).double() for inputs in self.inputs]
         for F, labels in zip(outputs, self.labels, strict=True):
             expected = F.shape if self.squared else F.shape[:1]
             if labels.shape != expected or labels.is_floating_point() != self.squared:
@@ -118,6 +130,8 @@ class _Problem:
                     f"solve: labels of {'floats' if self.squared else 'class indices'} {tuple(expected)} are expected "
                     f"for outputs {tuple(F.shape)}, got {labels.dtype} {tuple(labels.shape)}"
                 )
+        if not all(F.isfinite().all() for F in outputs):
+            raise ValueError("solve: the model's outputs are not finite where its adapter is now")
         return outputs
 
     def loss(self, outputs: Sequence[Tensor]) -> float:
@@ -135,7 +149,7 @@ class _Problem:
         ]
 
     def curvature(self, F: Tensor, dF: Tensor) -> Tensor:
-        """H dF / n."""
+        """H dF / n, of one dF or of several in front."""
         if self.squared:
             return dF / self.rows
         p = F.softmax(-1)
@@ -157,27 +171,6 @@ class _Problem:
         with displaced(self.parameters, self.unflat(v)):
             return self._accumulate(at), directions
 
-    def conjugate_gradient(
-        self, outputs: Sequence[Tensor], gradient: Tensor, ridge: float, iterations: int
-    ) -> tuple[Tensor, list[Tensor]]:
-        """(s, J s) after some iterations of conjugate gradient on (Jᵀ H J / n + λ) s = −gradient."""
-        step, outputs_step = torch.zeros_like(gradient), [torch.zeros_like(F) for F in outputs]
-        residual = direction = -gradient
-        square = residual @ residual
-        solved = square * torch.finfo(square.dtype).eps ** 2  # what is left below it is rounding
-        for _ in range(iterations):
-            if square <= solved:
-                break
-            curved, dF = self.product(outputs, direction)
-            curved = curved + ridge * direction
-            rate = square / (direction @ curved)
-            step = step + rate * direction
-            outputs_step = [a + rate * b for a, b in zip(outputs_step, dF, strict=True)]
-            residual = residual - rate * curved
-            previous, square = square, residual @ residual
-            direction = residual + square / previous * direction
-        return step, outputs_step
-
     def flat(self, deltas: Mapping[str, Tensor]) -> Tensor:
         device = next(iter(self.parameters.values())).device
         return torch.cat([deltas[name].to(device).flatten() for name in self.parameters])
@@ -194,19 +187,64 @@ class _Problem:
         with torch.enable_grad():
             for i in range(len(self.inputs)):
                 f, g = forward(i)
-                gradients = torch.autograd.grad(f, leaves, g, allow_unused=True, materialize_grads=True)
+                gradients = torch.autograd.grad(f, leaves, g.to(f.dtype), allow_unused=True, materialize_grads=True)
                 total = total + torch.cat([gradient.flatten() for gradient in gradients])
         return total
 
 
-def _line_search(
-    problem: _Problem, outputs: list[Tensor], outputs_step: list[Tensor], delta: Tensor, step: Tensor, ridge: float
-) -> float:
-    """The largest t of 1, ½, ¼, ... that lowers the objective; 0 when none of them does."""
+class _Span:
+    """The orthonormal directions Q found so far, their images J Q, and Φ at δ0 + Q c as a function of c."""
 
-    def objective(t: float) -> float:
-        moved = [F + t * dF for F, dF in zip(outputs, outputs_step, strict=True)]
-        return problem.loss(moved) + 0.5 * ridge * float((delta + t * step).square().sum())
+    def __init__(self, problem: _Problem, delta: Tensor, outputs: Sequence[Tensor], ridge: float) -> None:
+        self.problem, self.delta, self.outputs, self.ridge = problem, delta, outputs, ridge
+        self.basis: list[Tensor] = []
+        self.images: list[Sequence[Tensor]] = []
+        self.coefficients = torch.zeros(0, dtype=torch.float64, device=delta.device)
+        self.rounding = 100.0 * torch.finfo(delta.dtype).eps
+        self.longest = 0.0
 
-    now = objective(0.0)
-    return next((t for t in (0.5**k for k in range(12)) if objective(t) < now), 0.0)
+    def new(self, v: Tensor) -> Tensor | None:
+        """The part of v orthogonal to the basis, of length 1; None where rounding alone is left."""
+        self.longest = max(self.longest, float(v.norm()))
+        scale = float(v.norm())
+        for q in self.basis * 2:  # once leaves rounding of the size of v
+            v = v - (q @ v) * q
+        left = float(v.norm())
+        return v / left if left > self.rounding * scale else None
+
+    def add(self, q: Tensor, image: Sequence[Tensor]) -> None:
+        self.basis.append(q)
+        self.images.append(image)
+
+    def minimum(self) -> tuple[Tensor, list[Tensor]]:
+        """(δ, F(δ)) where Φ is least: Newton's method in as many unknowns as there are directions."""
+        Q = torch.stack(self.basis)
+        JQ = [torch.stack(images).double() for images in zip(*self.images, strict=True)]
+        along = (Q @ self.delta).double()
+        c = torch.cat([self.coefficients, self.coefficients.new_zeros(len(Q) - len(self.coefficients))])
+
+        def at(c: Tensor) -> tuple[float, list[Tensor]]:
+            """Φ without its constant, F."""
+            outputs = [F + torch.tensordot(c, dF, 1) for F, dF in zip(self.outputs, JQ, strict=True)]
+            return self.problem.loss(outputs) + self.ridge * float(c @ (0.5 * c + along)), outputs
+
+        value, outputs = at(c)
+        for _ in range(100):
+            gradient = self.ridge * (c + along)
+            curvature = self.ridge * torch.eye(len(c), dtype=c.dtype, device=c.device)
+            for F, g, dF in zip(outputs, self.problem.gradient(outputs), JQ, strict=True):
+                gradient = gradient + dF.flatten(1) @ g.flatten()
+                curvature = curvature + dF.flatten(1) @ self.problem.curvature(F, dF).flatten(1).t()
+            step = -torch.linalg.pinv(curvature, hermitian=True) @ gradient
+            slope = float(gradient @ step)
+            if -slope <= 1e-12 * abs(value):
+                break
+            for t in (0.5**k for k in range(40)):
+                lower, there = at(c + t * step)
+                if lower <= value + 1e-4 * t * slope:
+                    break
+            else:
+                break
+            c, value, outputs = c + t * step, lower, there
+        self.coefficients = c
+        return self.delta + c.to(Q.dtype) @ Q, outputs

@@ -117,6 +117,40 @@ def test_solve_lowers_the_logistic_loss_at_every_step_and_says_what_the_model_th
     assert loss.item() == pytest.approx(solution.losses[-1], rel=1e-9)
 
 
+def test_solve_reaches_the_minimum_of_the_logistic_loss():
+    """There the gradient of the objective, taken through the model itself, vanishes."""
+    model, batch = linearized(), batch_of("bert")
+    ridge, labels = 1e-2, torch.tensor([0, 1, 2])
+    solution = solve(model, [{**batch, "labels": labels}], ridge=ridge, steps=20, iterations=5)
+    assert solution.passes < 20 * 6  # of 9 outputs there are 9 directions
+    linlora.apply(model, solution.vector)
+    parameters = delta_parameters(model)
+    cross_entropy(model(**batch).logits, labels).backward()
+    gradient = torch.cat([(p.grad + ridge * p).flatten() for p in parameters.values()])
+    of_loss = torch.cat([p.grad.flatten() for p in parameters.values()])
+    assert gradient.norm() < 1e-6 * of_loss.norm()
+
+
+def test_solve_goes_on_from_where_the_adapter_is():
+    """Once more from the minimum changes nothing, and the ridge counts from zero, not from there."""
+    model, batch = linearized(), [{**batch_of("bert"), "labels": torch.tensor([0, 1, 2])}]
+    first = solve(model, batch, ridge=1e-2, steps=8, iterations=6)
+    linlora.apply(model, first.vector)
+    again = solve(model, batch, ridge=1e-2)
+    assert again.losses[0] == pytest.approx(first.losses[-1])
+    assert (again.vector - first.vector).norm() < 1e-6 * first.vector.norm()
+
+
+def test_solve_asks_a_shuffling_loader_for_its_batches_once():
+    model, batch = linearized(), batch_of("bert")
+    rows = [{"input_ids": x, "labels": i} for i, x in enumerate(batch["input_ids"])]
+    loader = torch.utils.data.DataLoader(rows, batch_size=1, shuffle=True)
+    solution = solve(model, loader)
+    linlora.apply(model, solution.vector)
+    loss = cross_entropy(model(**batch).logits, torch.tensor([0, 1, 2]))
+    assert loss.item() == pytest.approx(solution.losses[-1], rel=1e-9)
+
+
 def test_solve_names_what_does_not_fit():
     model, batch = linearized(), batch_of("bert")
     with pytest.raises(ValueError, match="have 'labels'"):
@@ -129,50 +163,74 @@ def test_solve_names_what_does_not_fit():
         solve(model, [{**batch, "labels": torch.tensor([0, 1, 2])}], "hinge")
     with pytest.raises(ValueError, match=r"floats \(3, 3\) are expected"):
         solve(model, [{**batch, "labels": torch.tensor([0, 1, 2])}], "squared")
+    broken = linearized()
+    next(iter(delta_parameters(broken).values())).data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="outputs are not finite"):
+        solve(broken, [{**batch, "labels": torch.tensor([0, 1, 2])}])
 
 
-def digits(rows=128):
+ROWS, CLASSES, RIDGE = 64, 10, 1e-6
+
+
+def batches_of_digits():
     images, labels = load_digits(return_X_y=True)
-    pixels = torch.tensor(images[:rows], dtype=torch.float32).view(-1, 1, 8, 8) / 8.0 - 1.0
-    return [
-        {"pixel_values": pixels[i : i + 64], "labels": torch.tensor(labels[i : i + 64])} for i in range(0, rows, 64)
-    ]
+    pixels = torch.tensor(images[:ROWS], dtype=torch.float32).view(-1, 1, 8, 8) / 8.0 - 1.0
+    return list(zip(pixels.split(ROWS // 2), torch.tensor(labels[:ROWS]).split(ROWS // 2), strict=True))
 
 
-def small_vit():
-    torch.manual_seed(0)
+def random_classifier(seed):
+    """A random ViT, and its F as numbers: f(φ0) and J of every batch, taken row by row and class by class."""
+    torch.manual_seed(seed)
     config = ViTConfig(
-        image_size=8, patch_size=2, num_channels=1, hidden_size=48, num_hidden_layers=2, num_attention_heads=4,
-        intermediate_size=96, num_labels=10, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+        image_size=8, patch_size=2, num_channels=1, hidden_size=32, num_hidden_layers=1, num_attention_heads=4,
+        intermediate_size=64, num_labels=CLASSES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
         initializer_range=0.1,
     )  # fmt: skip
     model = get_peft_model(ViTForImageClassification(config), LoraConfig(r=8, target_modules="all-linear"))
     linlora.linearize(model, scope="model")
-    return model
+    outputs, rows = [], []
+    for image in torch.cat([pixels for pixels, _ in batches_of_digits()]).split(1):
+        output, pullback = vjp(model, {"pixel_values": image})
+        outputs.append(output)
+        rows += [torch.cat([d.flatten() for d in pullback(e).deltas.values()]) for e in torch.eye(CLASSES).split(1)]
+    J = torch.stack(rows).view(ROWS, CLASSES, -1)
+    return model, list(zip(torch.cat(outputs).split(ROWS // 2), J.split(ROWS // 2), strict=True))
 
 
-@pytest.mark.parametrize(("loss", "steps", "iterations"), [("logistic", 3, 15), ("squared", 1, 47)])
-def test_solve_beats_the_same_number_of_adamw_passes_on_handwritten_digits(loss, steps, iterations):
-    data = digits()
-    if loss == "squared":
-        data = [{**batch, "labels": one_hot(batch["labels"], 10).float()} for batch in data]
-    solution = solve(small_vit(), data, loss, ridge=1e-6, steps=steps, iterations=iterations)
-    assert solution.passes == 48
+def half_squared_distance(outputs, labels):
+    return 0.5 * (outputs - one_hot(labels, CLASSES)).square().sum(-1).mean()
 
-    def loss_of(model, batch):
-        logits = model(pixel_values=batch["pixel_values"]).logits
-        if loss == "logistic":
-            return cross_entropy(logits, batch["labels"])
-        return 0.5 * (logits - batch["labels"]).square().sum(-1).mean()
 
-    def adamw(rate):
-        model = small_vit()
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=rate, weight_decay=0.0)
-        for batch in data * solution.passes:
-            loss_of(model, batch).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        with torch.no_grad():
-            return sum(loss_of(model, batch).item() for batch in data) / len(data)
+def objective(loss_of, network, labels, delta):
+    losses = [loss_of(f + J @ delta, y) for (f, J), y in zip(network, labels, strict=True)]
+    return sum(losses) / len(losses) + 0.5 * RIDGE * delta.square().sum()
 
-    assert solution.losses[-1] < min(adamw(rate) for rate in (1e-2, 3e-2))
+
+def adamw(loss_of, network, labels, passes, rate):
+    """The objective after some passes of AdamW over the batches, a step each."""
+    delta = torch.zeros(network[0][1].shape[-1], requires_grad=True)
+    optimizer = torch.optim.AdamW([delta], lr=rate, weight_decay=0.0)
+    for batch, y in list(zip(network, labels, strict=True)) * passes:
+        optimizer.zero_grad()
+        objective(loss_of, [batch], [y], delta).backward()
+        optimizer.step()
+    return objective(loss_of, network, labels, delta).item()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_solve_leaves_half_of_what_as_many_passes_of_adamw_leave_at_their_best_rate(seed):
+    """Half is a margin that rounding does not take away: a tenth to 0.4 was measured, on five seeds."""
+    model, network = random_classifier(seed)
+    data = batches_of_digits()
+    labels = [y for _, y in data]
+    for loss, loss_of, steps, iterations in (
+        ("logistic", cross_entropy, 6, 7), ("squared", half_squared_distance, 1, 47),
+    ):  # fmt: skip
+        targets = labels if loss == "logistic" else [one_hot(y, CLASSES).float() for y in labels]
+        inputs = [{"pixel_values": x, "labels": y} for (x, _), y in zip(data, targets, strict=True)]
+        solution = solve(model, inputs, loss, ridge=RIDGE, steps=steps, iterations=iterations)
+        found = torch.cat([d.flatten() for d in solution.vector.deltas.values()])
+        assert solution.passes <= 48
+        left = objective(loss_of, network, labels, found).item()
+        assert left == pytest.approx(solution.losses[-1] + 0.5 * RIDGE * solution.vector.norm() ** 2, rel=1e-3)
+        assert left < 0.5 * min(adamw(loss_of, network, labels, 48, rate) for rate in (1e-2, 3e-2, 0.1, 0.3, 1.0))
