@@ -201,11 +201,9 @@ class _Span:
         self.images: list[Sequence[Tensor]] = []
         self.coefficients = torch.zeros(0, dtype=torch.float64, device=delta.device)
         self.rounding = 100.0 * torch.finfo(delta.dtype).eps
-        self.longest = 0.0
 
     def new(self, v: Tensor) -> Tensor | None:
         """The part of v orthogonal to the basis, of length 1; None where rounding alone is left."""
-        self.longest = max(self.longest, float(v.norm()))
         scale = float(v.norm())
         for q in self.basis * 2:  # once leaves rounding of the size of v
             v = v - (q @ v) * q
