@@ -66,10 +66,15 @@ def train(
         from linlora.training import recipe as settings_of
         from linlora.training import report
         from linlora.training import train as train_task
+        from linlora.training.folder import is_finished
         from linlora.training.recipe import assigned, nested
+        from linlora.training.train import checked_task
 
         overrides = nested([*_given(context.params), *assigned(set_ or [])])
         tasks = settings_of(recipe, task or [], overrides)
+        for settings in tasks.values() if len(tasks) > 1 else ():
+            if fresh or not is_finished(settings):
+                checked_task(settings)  # of all tasks before the first one trains
         console = Console(quiet=os.environ.get("RANK", "0") != "0")  # of torchrun
         runs = [train_task(settings, fresh, console) for settings in tasks.values()]
         console.print(report.trained(runs))

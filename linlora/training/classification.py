@@ -17,9 +17,9 @@ from linlora.training.checkpoints import (
     refuse_new,
     tokenizer_of,
 )
-from linlora.training.labels import classes_of, is_number
+from linlora.training.labels import check_labels, classes_of, is_number, number_of
 from linlora.training.settings import Settings
-from linlora.training.task import Row, Task, images_of
+from linlora.training.task import Row, Task, images_of, listed
 
 
 class Classification(Task):
@@ -41,7 +41,8 @@ class Classification(Task):
             self.processor = image_processor_of(settings)
         else:
             self.tokenizer = tokenizer_of(settings)
-        self.answer = "numbers" if is_number(train, data.label) else "classes"
+        check_labels(train, data.label)
+        self.answer = "numbers" if is_number(train, data.label) and not settings.class_names else "classes"
         self.classes = None if self.answer == "numbers" else classes_of(train, data.label, settings.class_names)
         if settings.head == "trained" and data.text:
             self.task_type = "SEQ_CLS"
@@ -98,7 +99,16 @@ class Classification(Task):
 
     def expected(self, row: Row) -> Any:
         value = row[self.settings.data.label]
-        return float(value) if self.classes is None else self.classes.index(value)
+        return number_of(value, self.settings.data.label) if self.classes is None else self.classes.index(value)
+
+    def labels_in_words(self) -> str:
+        if self.classes is not None:
+            return f"{self.class_count} classes, {listed(self.classes.names)}"
+        numbers = self.rows("train").unique(self.settings.data.label)
+        return (
+            f"numbers from {min(numbers)} to {max(numbers)}, predicted by one output; for classes write them without a "
+            "fraction, or set class_names"
+        )
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return model(**inputs).logits

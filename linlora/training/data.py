@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from linlora.training import tables
 from linlora.training.settings import Data
 
-_READERS: dict[str, tuple[str, dict[str, Any]]] = {
-    ".csv": ("csv", {}),
-    ".tsv": ("csv", {"sep": "\t"}),
-    ".json": ("json", {}),
-    ".jsonl": ("json", {}),
-    ".parquet": ("parquet", {}),
-}
 _HOLD_OUT_SEED = 0  # the same rows for every seed of training
 SPLITS = ("train", "validation", "test")
 
@@ -32,44 +27,66 @@ def load_split(data: Data, split: str, columns: Iterable[str]) -> Any:
     held_out = data.validation
     if split == "test" and data.test is None:
         raise ValueError("there is no test split: data.test is not set; choose the split 'validation', or set it")
+    columns = tuple(dict.fromkeys(columns))
     if isinstance(held_out, str) or split == "test":
-        rows = _load(data, str(getattr(data, split)))
-    else:
-        rows = _load(data, data.train)
-        if len(rows) < 2 or held_out >= len(rows):
-            raise ValueError(
-                f"data.validation holds out {held_out} rows, and {_source(data, data.train)} has {len(rows)}"
-            )
-        size = held_out if held_out < 1 else int(held_out)
-        both = rows.train_test_split(test_size=size, seed=_HOLD_OUT_SEED)
-        rows = both["train" if split == "train" else "test"]
-    _check_columns(rows, columns, data, split)
-    if not len(rows):
-        raise ValueError(f"the {split} split, {_source(data, getattr(data, split))}, has no rows")
-    return rows
+        return _load(data, str(getattr(data, split)), columns)
+    rows = _load(data, data.train, columns)
+    if len(rows) < 2 or held_out >= len(rows):
+        raise ValueError(f"data.validation holds out {held_out} rows, and {_source(data, data.train)} has {len(rows)}")
+    size = held_out if held_out < 1 else int(held_out)
+    both = rows.train_test_split(test_size=size, seed=_HOLD_OUT_SEED)
+    return both["train" if split == "train" else "test"]
 
 
 def is_file(path: str) -> bool:
     """Whether a path names a file of rows, by its ending."""
-    return Path(path).suffix.lower() in _READERS
+    return tables.ending(path) in (*tables.ENDINGS, ".parquet")
 
 
-def _load(data: Data, split: str) -> Any:
+def _load(data: Data, source: str, columns: Sequence[str]) -> Any:
+    """The rows of a split, of a slice of one ("train[:80%]") or of a file, checked."""
+    rows = _read(data, source, columns)
+    if not len(rows):
+        raise ValueError(f"{_source(data, source)} has no data: there are no rows")
+    _check_columns(rows, columns, _source(data, source))
+    return rows.select_columns(list(columns))
+
+
+def _read(data: Data, source: str, columns: Sequence[str]) -> Any:
+    path = data.path
+    if is_file(source):
+        return _of_files({"train": [source]}, "train", columns, data)
+    if path is None:
+        raise ValueError(f"data.path is missing, and '{source}' is not a csv, tsv, json, jsonl or parquet file")
+    if is_file(path):
+        return _of_files({"train": [path]}, source, columns, data)
+    folder = Path(path).expanduser()
+    if path.startswith((".", "/", "~")) and not folder.is_dir():
+        raise FileNotFoundError(f"data.path: there is no folder {path}")
+    with _errors_of_datasets(data, source):
+        files = _tables_in(folder, data.config) if folder.is_dir() else {}
+    return _of_files(files, source, columns, data) if files else _of_datasets(data, source)
+
+
+def _of_datasets(data: Data, source: str) -> Any:
+    """The rows of what `datasets` reads: a data set of the hub, a folder of images or of parquet files."""
+    import datasets
+
+    path = str(data.path)
+    with _errors_of_datasets(data, source):
+        return datasets.load_dataset(
+            str(Path(path).expanduser()) if path.startswith("~") else path, data.config, split=source
+        )
+
+
+@contextmanager
+def _errors_of_datasets(data: Data, source: str) -> Iterator[None]:
+    """Say in one line what `datasets` could not read."""
     import datasets
 
     path = data.path
     try:
-        if is_file(split):
-            return _load_file(split, "train")
-        if path is None:
-            raise ValueError(f"data.path is missing, and '{split}' is not a csv, tsv, json, jsonl or parquet file")
-        if is_file(path):
-            return _load_file(path, split)
-        if path.startswith((".", "/", "~")) and not Path(path).expanduser().is_dir():
-            raise FileNotFoundError(f"data.path: there is no folder {path}")
-        return datasets.load_dataset(
-            str(Path(path).expanduser()) if path.startswith("~") else path, data.config, split=split
-        )
+        yield
     except datasets.exceptions.DatasetNotFoundError as error:
         raise ValueError(
             f"data.path: '{path}' is no local file or folder and not found on the hub ({error})"
@@ -80,37 +97,92 @@ def _load(data: Data, split: str) -> Any:
         ) from error
     except datasets.exceptions.DatasetGenerationError as error:
         reason = error.__cause__ or error
-        raise ValueError(f"{_source(data, split)} could not be read: {reason}") from error
+        raise ValueError(f"{_source(data, source)} could not be read: {reason}") from error
     except datasets.data_files.EmptyDatasetError as error:
-        raise ValueError(f"{_source(data, split)} has no rows: {error}") from error
+        raise ValueError(f"{_source(data, source)} has no rows: {error}") from error
     except ValueError as error:  # an unknown split or configuration: the message lists those there are
         hint = "; name one, or hold rows out of train (validation: 0.1)" if "Unknown split" in str(error) else ""
-        raise ValueError(f"{_source(data, split)}: {str(error).rstrip('.')}{hint}") from error
+        raise ValueError(f"{_source(data, source)}: {str(error).rstrip('.')}{hint}") from error
 
 
-def _load_file(path: str, split: str) -> Any:
+def _tables_in(folder: Path, config: str | None) -> dict[str, list[str]]:
+    """The files of each split of a folder of csv, tsv, json or jsonl files; none where it is another data set."""
     import datasets
 
-    file = Path(path).expanduser()
-    if not file.is_file():
-        raise FileNotFoundError(f"data: there is no file {path}")
-    reader, options = _READERS[file.suffix.lower()]
-    return datasets.load_dataset(reader, data_files=str(file), split=split, **options)
+    builder = datasets.load_dataset_builder(str(folder), config)
+    files = builder.config.data_files or {}
+    names = [name for of_split in files.values() for name in of_split]
+    declared = builder.info.features is not None  # by the card of the data set, with the types of its columns
+    if declared or not names or not all(tables.ending(name) in tables.ENDINGS for name in names):
+        return {}
+    return {str(split): list(of_split) for split, of_split in files.items()}
 
 
-def _check_columns(rows: Any, columns: Iterable[str], data: Data, split: str) -> None:
-    missing = [column for column in columns if column not in rows.column_names]
+def _of_files(files: dict[str, list[str]], source: str, columns: Sequence[str], data: Data) -> Any:
+    """The rows of a split, or of a slice of one, where each split is some files."""
+    import datasets
+
+    named = {part.split("[")[0].strip() for part in source.split("+")}
+    parts = {split: _of_split(files[split], columns, data.label) for split in files if split in named}
+    sizes = {split: len(parts[split]) if split in parts else 0 for split in files}
+    with _errors_of_datasets(data, source):
+        chosen = datasets.ReadInstruction.from_spec(source).to_absolute(sizes)
+    return datasets.concatenate_datasets([parts[part.splitname].select(range(part.from_, part.to)) for part in chosen])
+
+
+def _of_split(files: Sequence[str], columns: Sequence[str], label: str) -> Any:
+    """The rows of one or more files, one after the other."""
+    import datasets
+
+    paths = [Path(name).expanduser() for name in files]
+    for name, path in zip(files, paths, strict=True):
+        if not path.is_file():
+            raise FileNotFoundError(f"data: there is no file {name}")
+    if tables.ending(paths[0]) == ".parquet":
+        source = ", ".join(files)
+        with _errors_of_datasets(Data(source), "train"):
+            return datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
+    cells: tables.Columns = {column: [] for column in columns}
+    for path in paths:
+        names, found = tables.read_columns(path, columns)
+        _check_names(names, columns, str(path))
+        for column in columns:
+            cells[column] += found[column]
+    source = str(paths[0]) if len(paths) == 1 else f"{paths[0]} to {paths[-1].name}"
+    as_text = tables.ending(paths[0]) in (".csv", ".tsv")
+    typed = {c: tables.typed_cells(source, cells[c], c, as_text, label=c == label) for c in columns}
+    try:
+        return datasets.Dataset.from_dict(typed)
+    except UnicodeError as error:
+        raise ValueError(f"{source} holds text that is not Unicode: {error}") from None
+
+
+def _check_names(names: Sequence[str], columns: Sequence[str], where: str) -> None:
+    missing = [column for column in columns if column not in names]
     if missing:
-        raise ValueError(
-            f"the {split} split, {_source(data, str(getattr(data, split)))}, has no column "
-            f"{', '.join(map(repr, missing))}; its columns are {', '.join(rows.column_names)}"
-        )
+        known = ", ".join(name if name == name.strip() and name else repr(name) for name in names)
+        raise ValueError(f"{where} has no column {', '.join(map(repr, missing))}; its columns are {known}")
+
+
+def _check_columns(rows: Any, columns: Sequence[str], where: str) -> None:
+    import pyarrow.compute as pc
+
+    _check_names(rows.column_names, columns, where)
     for column in columns:
-        if empty := rows.data.column(column).null_count:
+        cells = rows.data.column(column)  # of a table without an order of rows of its own
+        empty = cells.null_count
+        if str(getattr(rows.features[column], "dtype", "")).startswith(("float", "double")):
+            empty += pc.sum(pc.is_nan(cells)).as_py() or 0
+        if empty:
             raise ValueError(
-                f"column '{column}' of {_source(data, str(getattr(data, split)))} is empty in {empty} rows; fill it "
-                "in, or leave these rows out"
+                f"column '{column}' of {where} is empty in {empty} rows; fill it in, or leave these rows out"
             )
+
+
+def source_of(data: Data, split: str) -> str:
+    """Where the rows of "train", "validation" or "test" come from, in words."""
+    source = getattr(data, split)
+    return _source(data, source if isinstance(source, str) else data.train)
 
 
 def _source(data: Data, split: Any) -> str:

@@ -34,6 +34,7 @@ def evaluate(
         as fractions; "rows"; and for answers in words "unanswered", the fraction that gave none.
     """
     rows = task.rows(split)
+    task.check(split)
     count = len(rows) if limit is None else min(limit, len(rows))
     arguments = task.settings.training
     size = int(arguments.get("per_device_eval_batch_size", 0) or arguments["per_device_train_batch_size"])

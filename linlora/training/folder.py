@@ -93,6 +93,11 @@ def check_folder(settings: Settings, fresh: bool = False) -> None:
         )
 
 
+def is_finished(settings: Settings) -> bool:
+    """Whether the run of some settings is done."""
+    return (Path(settings.out) / METRICS_FILE).exists()
+
+
 def _is_empty(folder: Path) -> bool:
     return all(path.name == LOCK_FILE for path in folder.iterdir())
 

@@ -54,19 +54,23 @@ def judges(paths: Sequence[str | Path]) -> list[Judge]:
     return found
 
 
-def suite_of(tasks: Sequence[Judge], like: TaskVector) -> Suite:
-    """The suite of some judges, at the point of a vector."""
+def suite_of(tasks: Sequence[Judge], like: TaskVector, *splits: str) -> Suite:
+    """The suite of some judges, at the point of a vector; the labels of the splits it is for are checked first."""
     names = [judge.settings.name for judge in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two tasks are named '{twice[0]}'; give them different names in their settings")
     heads = {judge.settings.name: judge.run.head if judge.run is not None else None for judge in tasks}
-    return Suite({judge.settings.name: load_task(judge.settings) for judge in tasks}, like, heads)
+    loaded = {judge.settings.name: load_task(judge.settings) for judge in tasks}
+    for task in loaded.values():
+        for split in splits:
+            task.check(split)
+    return Suite(loaded, like, heads)
 
 
 def evaluate_vector(vector: TaskVector, tasks: Sequence[Judge], split: str) -> dict[str, Any]:
     """The scores of one vector on a split of some tasks."""
-    suite = suite_of(tasks, vector)
+    suite = suite_of(tasks, vector, split)
     return _result(suite, suite.scores(vector, split, progress=True), split)
 
 
@@ -97,7 +101,7 @@ def evaluate_fused(
     if method not in METHODS:
         raise ValueError(f"unknown method '{method}'; choose one of {', '.join(METHODS)}")
     check_options(method, METHODS[method], {**options, **dict.fromkeys(_PROVIDED.get(method, ()))})
-    suite = suite_of(tasks, vectors[0])
+    suite = suite_of(tasks, vectors[0], split, *(["validation"] if searched else []))
     build = functools.partial(fuse, list(vectors), method, **_data(method, suite))
     curve = None
     if searched:

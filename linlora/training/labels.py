@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,10 +30,10 @@ class Classes:
     column: str
 
     def index(self, value: Any) -> int:
-        try:
-            return self.values.index(value)
-        except ValueError:
-            pass
+        """The class of a value: of the one that is equal to it, else of the one that is written alike (1 and "1")."""
+        for key in (value, str(value)):
+            if isinstance(key, Hashable) and key in self._indices:
+                return self._indices[key]
         if value in (-1, None):
             raise ValueError(
                 f"column '{self.column}' holds {value!r}, as it does where labels are withheld; choose another split"
@@ -41,16 +43,35 @@ class Classes:
             f"column '{self.column}' holds {value!r}, which is none of the classes of the train split: {values}"
         )
 
+    @functools.cached_property
+    def _indices(self) -> dict[Any, int]:
+        written = {str(value): i for i, value in enumerate(self.values)}
+        return {**written, **{value: i for i, value in enumerate(self.values)}}
+
+
+def check_labels(rows: Any, column: str) -> None:
+    """Raise a ValueError for a column of lists, objects or images: a row has one label."""
+    from datasets import ClassLabel, Value
+
+    feature = rows.features[column]
+    if not isinstance(feature, (ClassLabel, Value)):
+        example = repr(rows[0][column])
+        raise ValueError(
+            f"column '{column}' holds {type(rows[0][column]).__name__} values, as in row 1, "
+            f"{example if len(example) <= 60 else example[:57] + '...'}; a label is one word or number"
+        )
+
 
 def is_number(rows: Any, column: str) -> bool:
-    """Whether a column of a data set holds numbers with a fraction, to be predicted as such."""
+    """Whether a column of a data set holds numbers with a fraction (also 1.0), to be predicted as such."""
     return str(getattr(rows.features[column], "dtype", "")).startswith(("float", "double"))
 
 
 def classes_of(rows: Any, column: str, names: Sequence[str] = ()) -> Classes:
     """The classes of a column: those it is declared with, or the values it holds, sorted.
 
-    `names` go before the names that follow from the column; there has to be one for each class.
+    `names` go before the names that follow from the column; there has to be one for each class. Where they are given,
+    the numbers 0.0, 1.0, ... are classes too.
     """
     from datasets import ClassLabel
 
@@ -74,11 +95,30 @@ def _values(rows: Any, column: str, names: Sequence[str]) -> tuple[Any, ...]:
     found = rows.unique(column)
     if None in found:
         raise ValueError(f"column '{column}' is empty in some rows of the train split")
-    odd = [value for value in found if not isinstance(value, (str, bool, int))]
+    if names:
+        found = [int(value) if isinstance(value, float) and value.is_integer() else value for value in found]
+    odd = [value for value in found if not isinstance(value, (str, bool, int)) or value == ""]
     if odd:
         raise ValueError(f"column '{column}' holds {odd[0]!r}; a class is a word or a whole number")
+    _refuse_alike(found, column)
     if names and all(isinstance(value, str) for value in found) and set(found) <= set(names):
         return tuple(names)  # texts that are the names themselves
     if names and all(isinstance(value, int) for value in found) and set(found) <= set(range(len(names))):
         return tuple(range(len(names)))  # a small train split need not hold every class
     return tuple(sorted(found))
+
+
+def _refuse_alike(found: Sequence[Any], column: str) -> None:
+    """Raise a ValueError for words that differ by the white space around them."""
+    seen: dict[str, str] = {}
+    for value in found:
+        other = seen.setdefault(str(value).strip(), str(value))
+        if other != str(value):
+            raise ValueError(f"column '{column}' holds {other!r} and {value!r}, which differ by white space alone")
+
+
+def number_of(value: Any, column: str) -> float:
+    """A label that is a number. Raises ValueError for infinity and NaN."""
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        raise ValueError(f"column '{column}' holds {value!r}, and its labels are numbers")
+    return float(value)

@@ -8,7 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from linlora.training.data import SPLITS, load_split
+from linlora.training.data import SPLITS, load_split, source_of
+from linlora.training.labels import check_labels
 from linlora.training.metrics import check_metric, class_scores, default_metric, number_scores, text_scores
 from linlora.training.settings import Settings
 
@@ -52,6 +53,21 @@ class Task(ABC):
             rows = load_split(self.settings.data, split, self.columns)
             self._splits[split] = rows.select_columns(list(dict.fromkeys(self.columns)))
         return self._splits[split]
+
+    def check(self, split: str) -> None:
+        """Raise a ValueError for labels of a split that this task cannot be trained or scored on."""
+        column = self.settings.data.label
+        labels = self.rows(split).select_columns([column])
+        try:
+            check_labels(labels, column)
+            for value in labels.unique(column):
+                self.expected({column: value})
+        except ValueError as error:
+            raise ValueError(f"the {split} split, {source_of(self.settings.data, split)}: {error}") from None
+
+    @abstractmethod
+    def labels_in_words(self) -> str:
+        """What the labels are taken for, for the introduction of a run."""
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -123,6 +139,15 @@ class Task(ABC):
         return self.loss(model(**inputs), batch["labels"])
 
 
+def listed(names: Sequence[Any]) -> str:
+    """The first of some values.
+
+    >>> listed(["no", "yes"]), listed(range(9))
+    ("'no', 'yes'", '0, 1, 2, 3, 4, ...')
+    """
+    return ", ".join(map(repr, names[:5])) + (", ..." if len(names) > 5 else "")
+
+
 def images_of(rows: Sequence[Row], column: str) -> list[Any]:
     """The images of some rows, in three channels."""
     try:
@@ -135,7 +160,7 @@ def images_of(rows: Sequence[Row], column: str) -> list[Any]:
 
 
 def load_task(settings: Settings) -> Task:
-    """The task of some settings, its train split checked: that its columns are there and its labels make sense."""
+    """The task of some settings. Its train split is read; `Task.check` checks the labels of a split."""
     from linlora.training.classification import Classification
     from linlora.training.text_to_text import TextToText
     from linlora.training.zero_shot import ZeroShot

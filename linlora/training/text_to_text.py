@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from linlora.sharding import is_sharded
 from linlora.training.answers import NO_NUMBER, match, number
 from linlora.training.checkpoints import check_kind, config_of, load_model, refuse_new, tokenizer_of
-from linlora.training.labels import Classes, classes_of, is_number
+from linlora.training.labels import Classes, check_labels, classes_of, is_number, number_of
 from linlora.training.settings import Settings
-from linlora.training.task import IGNORED, Row, Task
+from linlora.training.task import IGNORED, Row, Task, listed
 
 
 class TextToText(Task):
@@ -35,6 +35,7 @@ class TextToText(Task):
         self.task_type = "CAUSAL_LM" if self.causal else "SEQ_2_SEQ_LM"
         self.tokenizer = tokenizer_of(settings)
         train, label = self.rows("train"), settings.data.label
+        check_labels(train, label)
         self.classes: Classes | None = None
         if settings.answers or hasattr(train.features[label], "names"):
             self.answer, self.classes = "classes", classes_of(train, label, settings.answers)
@@ -71,7 +72,15 @@ class TextToText(Task):
         value = row[self.settings.data.label]
         if self.classes is not None:
             return self.classes.index(value)
-        return float(value) if self.answer == "numbers" else str(value)
+        return number_of(value, self.settings.data.label) if self.answer == "numbers" else str(value)
+
+    def labels_in_words(self) -> str:
+        if self.classes is not None:
+            return f"{self.class_count} classes, the words {listed(self.classes.names)}"
+        found = self.rows("train").unique(self.settings.data.label)
+        if self.answer == "numbers":
+            return f"numbers from {min(found)} to {max(found)}, written with one decimal"
+        return f"text, {listed(list(map(str, found)))}"
 
     def inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
         prompts = [self.prompt(row) for row in rows]

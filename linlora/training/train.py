@@ -21,11 +21,11 @@ from linlora.tensor_files import save_tensors
 from linlora.training.adapted import Adapted, adapt
 from linlora.training.evaluation import evaluate
 from linlora.training.folder import (
-    METRICS_FILE,
     POINT_FILE,
     SETTINGS_FILE,
     Run,
     check_folder,
+    is_finished,
     kept_point,
     last_checkpoint,
     only_run_in,
@@ -57,10 +57,10 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
         check_folder(settings, fresh)
     state.wait_for_everyone()
     folder = Path(settings.out)
-    if (folder / METRICS_FILE).exists():
+    if is_finished(settings):
         console.print(f"{settings.name}: found finished in {folder}", highlight=False)
         return Run.open(folder)
-    task = load_task(settings)
+    task = checked_task(settings)
     adapted = adapt(task, kept_point(settings))
     console.print(_introduction(task, adapted), highlight=False, markup=False, soft_wrap=True)
     with only_run_in(folder, state):
@@ -92,6 +92,14 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
             write_metrics(folder, metrics)
         state.wait_for_everyone()
     return Run(folder, settings, metrics)
+
+
+def checked_task(settings: Settings) -> Task:
+    """The task of some settings, with the labels of all its splits checked."""
+    task = load_task(settings)
+    for split in task.splits:
+        task.check(split)
+    return task
 
 
 def process_group(settings: Settings) -> PartialState:
@@ -136,8 +144,10 @@ def _write(model: Any, start: TaskVector, task: Task, state: PartialState) -> No
 def _introduction(task: Task, adapted: Adapted) -> str:
     settings = task.settings
     counts = ", ".join(f"{len(task.rows(split))} {split}" for split in task.splits)
-    classes = f", {task.class_count} classes" if task.answer == "classes" else ""
-    return f"{settings.name}: {settings.kind} with {settings.model}; rows: {counts}{classes}\n{adapted.report}"
+    return (
+        f"{settings.name}: {settings.kind} with {settings.model}; rows: {counts}\n"
+        f"labels: {task.labels_in_words()}\n{adapted.report}"
+    )
 
 
 def _environment(trainer: TaskTrainer) -> dict[str, Any]:

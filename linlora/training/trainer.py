@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import DistributedType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from linlora.training.adapted import freeze_A
 from linlora.training.evaluation import evaluate
@@ -48,6 +50,8 @@ def training_arguments(settings: Settings) -> TrainingArguments:
             f"one process sees {arguments.n_gpu} GPUs; start one for each (torchrun --nproc-per-node "
             f"{arguments.n_gpu} -m linlora.cli train ...), or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
+    if arguments.load_best_model_at_end and arguments.save_total_limit == 1:
+        arguments.save_total_limit = 2  # the best and the last one: without the last, the end of training is forgotten
     return arguments
 
 
@@ -88,10 +92,37 @@ class TaskTrainer(Trainer):
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return scores
 
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
+    ) -> tuple[int, int]:
+        """Where training begins: of a checkpoint that training ended with, behind the last epoch."""
+        begin = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
+        if checkpoint is None:
+            return begin
+        if self.args.load_best_model_at_end and self.state.best_global_step:
+            self.state.best_model_checkpoint = self._best_checkpoint(checkpoint)
+        return (epochs, 0) if training_ended(self.state) else begin
+
+    def _best_checkpoint(self, checkpoint: str) -> str:
+        """The best checkpoint so far, beside the last one: the folder of the run may have been renamed since."""
+        best = Path(checkpoint).parent / f"{PREFIX_CHECKPOINT_DIR}-{self.state.best_global_step}"
+        if not best.is_dir():
+            raise FileNotFoundError(
+                f"{best}, the best checkpoint so far, is missing, and {checkpoint} goes on from it; start over with "
+                "--fresh"
+            )
+        return str(best)
+
     def _load_from_checkpoint(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_checkpoint(*args, **kwargs)
         if self.task.settings.method == "lora-fa":  # PEFT lets all of an adapter train that it loads
             freeze_A(self.model)
+
+
+def training_ended(state: TrainerState) -> bool:
+    """Whether training was over when a checkpoint was written: all steps done, or stopped early by a callback."""
+    control = state.stateful_callbacks.get("TrainerControl", {})
+    return state.global_step >= state.max_steps or bool(control.get("args", {}).get("should_training_stop"))
 
 
 class ShowProgress(TrainerCallback):

@@ -17,9 +17,9 @@ import transformers
 from torch import Tensor, nn
 
 from linlora.training.checkpoints import config_of, image_processor_of, load_model, refuse_new, tokenizer_of
-from linlora.training.labels import classes_of
+from linlora.training.labels import check_labels, classes_of
 from linlora.training.settings import Settings
-from linlora.training.task import Row, Task, images_of
+from linlora.training.task import Row, Task, images_of, listed
 
 _TEXTS_AT_ONCE = 256
 
@@ -40,6 +40,7 @@ class ZeroShot(Task):
                 "text and an image tower"
             )
         self.processor = image_processor_of(settings)
+        check_labels(self.rows("train"), settings.data.label)
         self.classes = classes_of(self.rows("train"), settings.data.label, settings.class_names)
         numbered = not hasattr(self.rows("train").features[settings.data.label], "names")
         if numbered and not settings.class_names and not isinstance(self.classes.values[0], str):
@@ -81,6 +82,9 @@ class ZeroShot(Task):
 
     def expected(self, row: Row) -> int:
         return self.classes.index(row[self.settings.data.label])
+
+    def labels_in_words(self) -> str:
+        return f"{self.class_count} classes, {listed(self.classes.names)}"
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return self._logits(model(**inputs))

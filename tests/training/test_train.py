@@ -2,6 +2,9 @@
 
 import json
 import shutil
+import sys
+from dataclasses import replace
+from pathlib import Path
 
 import peft
 import pytest
@@ -108,6 +111,50 @@ def stop_after(save):
         raise KeyboardInterrupt
 
     return saved
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True, "max_steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("training", "moved"),
+    [
+        ({"save_steps": 1}, False),
+        ({"num_train_epochs": 0.7, "max_steps": -1, "save_strategy": "epoch"}, False),
+        ({"save_steps": 2, "gradient_accumulation_steps": 4, "max_steps": 2}, False),
+        ({**BEST, "save_total_limit": 1}, False),
+        ({**BEST, "save_total_limit": 1}, True),
+    ],
+    ids=["steps", "epochs", "accumulated", "best", "best in a renamed folder"],
+)
+def test_a_run_that_ended_training_trains_nothing_more(settings, tmp_path, monkeypatch, training, moved):
+    scores = iter([0.5, 0.7, 0.6])  # the second evaluation is the best
+    monkeypatch.setattr("linlora.training.trainer.evaluate", lambda *_, **__: {"score": next(scores)})
+    wanted = settings("text", training={"learning_rate": 3e-2, "lr_scheduler_type": "constant", **training})
+    trained = []
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["linlora.training.train"], "_write", killed_with(trained))
+        with pytest.raises(KeyboardInterrupt):
+            train(wanted)
+    if moved:
+        shutil.move(wanted.out, tmp_path / "moved")
+        wanted = wanted.changed(out=str(tmp_path / "moved"))
+    steps = []
+    monkeypatch.setattr(TaskTrainer, "training_step", lambda *_, **__: steps.append(1))
+    run = train(wanted)
+    assert not steps
+    assert torch.equal(stacked(run.vector), stacked(trained[0]))
+    assert run.metrics["continued_from"]
+
+
+def killed_with(trained):
+    """Ctrl-C when all is trained, before any of it is written."""
+
+    def killed(model, *_):
+        trained.append(linlora.TaskVector.from_model(model))
+        raise KeyboardInterrupt
+
+    return killed
 
 
 def test_a_checkpoint_that_was_cut_short_is_left_out(settings, monkeypatch):
@@ -230,8 +277,7 @@ def test_evaluation_while_training_is_that_of_the_task(settings):
 def test_the_best_checkpoint_is_the_one_that_scores_highest(settings, monkeypatch):
     scores = iter([0.5, 0.7, 0.6])
     monkeypatch.setattr("linlora.training.trainer.evaluate", lambda *_, **__: {"score": next(scores)})
-    best = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
-    run = train(settings("text", training={**best, "max_steps": 3, "save_total_limit": 3, "learning_rate": 3e-2}))
+    run = train(settings("text", training={**BEST, "save_total_limit": 3, "learning_rate": 3e-2}))
     saved = peft.utils.load_peft_weights(str(run.folder / "checkpoint-2"))
     for name, dB in run.vector.deltas.items():
         layer = name.removesuffix(".dB")
@@ -245,6 +291,27 @@ def test_a_plateau_is_one_of_scores_that_stop_to_rise(settings):
 
     assert mode() == {"mode": "max"}
     assert mode(lr_scheduler_kwargs={"patience": 2}) == {"mode": "max", "patience": 2}
+
+
+def test_labels_of_every_split_are_checked_before_the_first_step(settings, tmp_path):
+    (tmp_path / "test.csv").write_text("text,label\nthe film is good,1\nit is bad,7\n")
+    data = settings("text").data
+    wanted = settings("text", data=replace(data, test=str(tmp_path / "test.csv")))
+    with pytest.raises(
+        ValueError, match=r"the test split, .*test\.csv: column 'label' holds 7, which is none of .* 0, 1"
+    ):
+        train(wanted)
+    assert not Path(wanted.out).exists()
+
+
+def test_labels_with_a_fraction_say_what_they_become(settings, tmp_path, review_files):
+    def said(**changes):
+        task = load_task(settings("text", data=replace(settings("text").data, label="score"), **changes))
+        return task.answer, task.labels_in_words()
+
+    answer, words = said()
+    assert (answer, words.split(";")[0]) == ("numbers", "numbers from 0.0 to 2.0, predicted by one output")
+    assert said(class_names=("low", "middle", "high")) == ("classes", "3 classes, 'low', 'middle', 'high'")
 
 
 def test_a_frozen_head_is_the_checkpoints_and_is_not_trained(settings, checkpoints, review_files):
