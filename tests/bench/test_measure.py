@@ -26,8 +26,9 @@ class FakeJob:
 
 
 def test_the_clock_measures_a_sleep() -> None:
+    began = time.perf_counter()
     turn = WallClock(CPU).turn([FakeJob(lambda: time.sleep(0.01))], 2)
-    assert 0.01 <= turn.seconds < 0.1
+    assert 0.01 <= turn.seconds <= (time.perf_counter() - began) / 2  # two steps; a busy machine sleeps longer
 
 
 def test_providers_take_turns_and_every_one_begins_a_round() -> None:

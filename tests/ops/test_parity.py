@@ -127,7 +127,9 @@ def test_non_contiguous_inputs_and_cotangents(problem, running, tolerance, backe
     m=st.integers(0, 9), n=st.integers(1, 40), k=st.integers(1, 40), rank=st.integers(1, 9),
     form=st.sampled_from(["short", "pair"]), tangent=st.booleans(), bias=st.booleans(), p=st.sampled_from([0.0, 0.4]),
 )  # fmt: skip
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(
+    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+)
 def test_shapes_of_every_kind(check, problem, m, n, k, rank, form, tangent, bias, p):
     case = problem(shape=(m,), n=n, k=k, rank=rank, form=form, tangent=tangent, bias=bias, dropout_p=p)
     for backend in ("composed", "torch"):

@@ -41,7 +41,7 @@ def test_a_worker_writes_the_same_adapter_and_its_errors_arrive(tmp_path, finish
     assert all(torch.equal(here.deltas[name], there.deltas[name]) for name in here.deltas)
 
 
-def test_ctrl_c_ends_the_workers_too_and_a_later_call_goes_on(tmp_path, finished, miniature, console):
+def test_ctrl_c_ends_the_workers_too_and_a_later_call_goes_on(tmp_path, finished, miniature, console, patience):
     out = tmp_path / "run"
     shutil.copytree(finished[0], out)
     shutil.rmtree(out / "adapters")
@@ -56,7 +56,7 @@ def test_ctrl_c_ends_the_workers_too_and_a_later_call_goes_on(tmp_path, finished
         assert line, f"the run ended by itself:\n{printed}"
         printed += line
     os.killpg(main.pid, signal.SIGINT)  # as a terminal does, to every process
-    printed = main.communicate(timeout=60)[0]  # until no process holds the other end
+    printed = main.communicate(timeout=patience)[0]  # until no process holds the other end
     assert main.returncode != 0
     assert "SpawnProcess" not in printed, "the main process is interrupted; its workers end without a word"
 

@@ -143,12 +143,12 @@ def test_every_gradient_is_that_of_finite_differences(batch, ids):
 # -- processes --------------------------------------------------------------------------------------------------------
 
 
-def test_distributed_data_parallel_averages_over_processes_of_different_tasks(tmp_path):
+def test_distributed_data_parallel_averages_over_processes_of_different_tasks(tmp_path, patience):
     command = [sys.executable, Path(__file__).with_name("processes.py")]
     processes = [subprocess.Popen([*command, str(rank), tmp_path], stderr=subprocess.PIPE) for rank in range(2)]
     try:
         for process in processes:
-            _, error = process.communicate(timeout=300)
+            _, error = process.communicate(timeout=patience)
             assert process.returncode == 0, error.decode()
     finally:
         for process in processes:
