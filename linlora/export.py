@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from linlora import formats
@@ -24,6 +23,8 @@ from linlora.formats.peft_adapter import TENSOR_FILE
 from linlora.linearize import accelerate
 from linlora.modules import fused_layers
 from linlora.sharding import is_sharded, writes
+from linlora.sharing import refuse_shared
+from linlora.staging import unfinished_folder
 from linlora.task_vector import TaskVector, _one_adapter
 from linlora.tensor_files import save_tensors
 from linlora.vanilla import refuse_changed_base
@@ -36,7 +37,8 @@ def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
     """Fold the active (or the named) adapters into the base weights and return the plain transformers model.
 
     W + ΔW is summed in fp32 and rounded to W's dtype once. In place, like PEFT's `merge_and_unload`: the PeftModel is
-    used up. Raises ValueError, leaving the model whole, when an adapter holds NaN or does not exist.
+    used up. Raises ValueError, leaving the model whole, when an adapter holds NaN or does not exist, and for a weight
+    that another module shares (a tied embedding).
 
     >>> import linlora
     >>> model = linlora.testing.tiny_model("bert")
@@ -57,12 +59,21 @@ def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
     unknown = sorted(set(adapters or ()) - set(model.peft_config))
     if unknown:
         raise ValueError(f"merge: no adapter {unknown}; the model has {sorted(model.peft_config)}")
+    remedy = "Serve the adapter unmerged (linlora.export), or untie the weights of the base model first"
+    refuse_shared(model, _adapted(model, adapters), "merge", remedy)
     accelerate(model)  # plain layers merge by the same fp32 rule; linearized ones stay as they are
     for name, layer in fused_layers(model):
         for adapter in adapters or layer.active_adapters:
             if adapter in layer.lora_A and not layer.is_finite(adapter):
                 raise ValueError(f"layer '{name}': adapter '{adapter}' holds NaN or infinity; the model is unchanged")
     return model.merge_and_unload(adapter_names=adapters)
+
+
+def _adapted(model: PeftModel, adapters: list[str] | None) -> list[str]:
+    """The layers that some adapters (the active ones) are of, by their names in the base model."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+    names = set(adapters or model.active_adapters)
+    return [name.removeprefix("base_model.model.") for name, layer in layers if names & layer.r.keys()]
 
 
 def export(
@@ -167,12 +178,9 @@ def _staging(directory: str | os.PathLike) -> Iterator[Path]:
     """A folder to write to, whose files then go to the directory, each in one step; an error leaves that as it was."""
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=directory, prefix=".export."))
-    try:
+    with unfinished_folder(directory / "export") as staging:
         yield staging
         if not (staging / TASK_VECTOR_FILE).exists():
             (directory / TASK_VECTOR_FILE).unlink(missing_ok=True)  # of the adapter that was there
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
             install_file(file, directory / file.name)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)

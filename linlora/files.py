@@ -16,21 +16,25 @@ class CorruptFileError(ValueError):
     """A file is truncated, foreign or holds values that cannot be meant; the message names file and tensor."""
 
 
-def read_json(path: str | os.PathLike) -> dict[str, Any]:
-    """The object in a JSON file, whoever wrote it. Raises FileNotFoundError, and CorruptFileError as `parse_json`."""
+def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
+    """The object (or the list, by `kind`) in a JSON file, whoever wrote it.
+
+    Raises FileNotFoundError, and CorruptFileError as `parse_json`.
+    """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
     if path.stat().st_size > _LARGEST_JSON:
         raise CorruptFileError(f"{path}: a JSON file of {path.stat().st_size:,} bytes; {_LARGEST_JSON:,} are read")
-    return parse_json(path.read_bytes(), str(path))
+    return parse_json(path.read_bytes(), str(path), kind)
 
 
-def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
+def parse_json(text: str | bytes, where: str, kind: type = dict) -> Any:
     """The object in a JSON text. Raises CorruptFileError for what is no JSON object, nests too deep or repeats a key.
 
     Args:
         where: what the text is of, for the message.
+        kind: list, where that is expected in place of an object.
 
     >>> parse_json('{"r": 8}', "adapter_config.json")
     {'r': 8}
@@ -44,8 +48,9 @@ def parse_json(text: str | bytes, where: str) -> dict[str, Any]:
         raise CorruptFileError(f"{where}: not JSON that can be meant: it nests too deep") from None
     except ValueError as error:
         raise CorruptFileError(f"{where}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CorruptFileError(f"{where}: a JSON object is expected, got a {type(content).__name__}")
+    if not isinstance(content, kind):
+        what = "object" if kind is dict else "list"
+        raise CorruptFileError(f"{where}: a JSON {what} is expected, got a {type(content).__name__}")
     return content
 
 

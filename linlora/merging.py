@@ -11,7 +11,6 @@ from __future__ import annotations
 import functools
 import os
 import shutil
-import tempfile
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -26,24 +25,27 @@ from torch import Tensor
 from linlora import formats
 from linlora.files import install_file
 from linlora.folding import factors_of
-from linlora.formats.checkpoint import Checkpoint, WrongBaseError
+from linlora.formats.base_folder import beside_the_weights
+from linlora.formats.checkpoint import INDEX_FILE, Checkpoint, WrongBaseError
+from linlora.sharing import group_of
+from linlora.staging import unfinished_folder
 from linlora.tensor_files import TensorFile, finite, memory, shapes, write
-from linlora.weights import Update, blocks, folded
+from linlora.weights import BLOCK, Update, blocks, folded
 
-_WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".gguf", ".pt", ".pth", ".ckpt", ".ot")
 _FLUSH = 2**27
 """Bytes after which what is written goes to the disk, beside the work; all of it at the end would be waited for."""
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge_files` did."""
+    """What `merge_files` did. `left_out` names files of the base that are not in the merged folder."""
 
     folder: Path
     folded: int
     replaced: int
     tensors: int
     nbytes: int
+    left_out: tuple[str, ...] = ()
 
 
 def merge_files(
@@ -80,18 +82,21 @@ def merge_files(
     checkpoint = Checkpoint(Path(base))
     plan = _Plan(checkpoint, [formats.open(path) for path in adapters])
     out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(dir=out.parent, prefix=f".{out.name}."))
-    try:
-        _copy_beside(checkpoint, staging)
+    beside, left_out = beside_the_weights(checkpoint.folder, {*checkpoint.files, INDEX_FILE})
+    beside += [Path(INDEX_FILE)] if checkpoint.index is not None else []
+    with unfinished_folder(out) as staging:
+        for path in beside:
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.folder / path, staging / path)
         with _one_thread(), _Queue() as flushing, _Queue(3) as writing:
             for name in progress(list(checkpoint.files)):
                 _write_shard(checkpoint.files[name], plan, staging / name, writing, flushing)
         os.chmod(staging, 0o755)
         os.replace(staging, out)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
     nbytes = sum(e.stop - e.start for file in checkpoint.files.values() for e in file.entries.values())
-    return Merged(folder, len(plan.folds), len(plan.replacements), len(checkpoint.home), nbytes)
+    return Merged(
+        folder, len(plan.folds), len(plan.replacements), len(checkpoint.home), nbytes, tuple(map(str, left_out))
+    )
 
 
 class _Plan:
@@ -100,6 +105,7 @@ class _Plan:
     def __init__(self, checkpoint: Checkpoint, adapters: Sequence[formats.Stored]) -> None:
         self.folds: dict[str, list[tuple[Path, Callable[[], Update]]]] = defaultdict(list)
         self.replacements: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
+        self.groups: dict[str, set[str]] = {}
         for adapter in adapters:
             placed = checkpoint.place(adapter.layer_sizes())
             for layer, (key, transposed) in placed.items():
@@ -112,12 +118,16 @@ class _Plan:
                     f"'{key}' was trained as a whole beside {own}, and {other} changes it; merge one of the adapters, "
                     "or train both alike"
                 )
+        self._refuse_tied(checkpoint)
 
     def _replace(self, checkpoint: Checkpoint, adapter: formats.Stored) -> None:
         keys = checkpoint.keys([f"{layer}.weight" for layer in adapter.vector.scalings] + list(adapter.extras))
+        extras = {keys[name]: name for name in adapter.extras}
         for name, like in shapes(adapter.extras).items():
             key = keys[name]
             there = checkpoint.entry(key).shape if key in checkpoint.home else None
+            if there is None and self._is_copy_of_tied(checkpoint, adapter, key, extras):
+                continue
             if there != tuple(like.shape):
                 raise WrongBaseError(
                     f"'{name}' {tuple(like.shape)} was trained beside the adapter {adapter.path}, and "
@@ -125,12 +135,35 @@ class _Plan:
                     "head of its own?): build the model with this head, load the adapter with PEFT and call "
                     "linlora.merge(model).save_pretrained(folder)"
                 )
+            if _is_untouched(checkpoint.home[key], key, adapter.extras[name]):
+                continue  # PEFT saves the embeddings of the base beside an adapter of one
             if key in self.replacements:
                 raise ValueError(
                     f"'{name}' was trained beside {self.replacements[key][0]} and beside {adapter.path}, and a model "
                     "has one; merge one of the adapters, or remove the head from one"
                 )
             self.replacements[key] = (adapter.path, functools.partial(adapter.extras.__getitem__, name))
+            self.groups[key] = group_of(key, checkpoint.tied) & extras.keys() | {key}
+
+    def _is_copy_of_tied(
+        self, checkpoint: Checkpoint, adapter: formats.Stored, key: str, extras: dict[str, str]
+    ) -> bool:
+        """Whether a tensor the base has not is what the adapter holds for one that the model ties it to."""
+        twins = [twin for twin in group_of(key, checkpoint.tied) if twin in checkpoint.home and twin in extras]
+        return any(torch.equal(adapter.extras[extras[key]], adapter.extras[extras[twin]]) for twin in twins)
+
+    def _refuse_tied(self, checkpoint: Checkpoint) -> None:
+        """Refuse what would change a weight that the model shares; all its names may be given one new value."""
+        for key in self.folds.keys() | self.replacements.keys():
+            together = self.groups.get(key, {key}) if key not in self.folds else {key}
+            others = sorted(group_of(key, checkpoint.tied) - together)
+            if others:
+                path = self.folds[key][0][0] if key in self.folds else self.replacements[key][0]
+                raise WrongBaseError(
+                    f"'{key}' is changed by {path}, and in {checkpoint.folder} it is tied to '{others[0]}', which "
+                    "would change too; load the adapter with PEFT and save linlora.merge(model), or serve base and "
+                    "adapter unmerged"
+                )
 
     def merged(self, file: TensorFile, key: str) -> Iterator[Tensor]:
         """The tensor of a key in the merged model, in blocks of rows."""
@@ -153,12 +186,20 @@ class _Plan:
         A, B = torch.cat([update.A for update in updates]), torch.cat([update.B for update in updates], dim=1)
         wide = torch.promote_types(A.dtype, like.dtype)
         update = Update(A.to(wide), B.to(wide), updates[0].transposed)
-        may_overflow = like.dtype == torch.float16 or float(update.A.norm() * update.B.norm()) > 1e30
         for rows in blocks(like.shape):
-            block = folded(read_rows(rows), update, rows)
-            if may_overflow and not finite(block):
-                raise ValueError(f"'{key}': W + ΔW is not finite in {like.dtype}; a smaller scaling is needed")
-            yield block
+            try:
+                yield folded(read_rows(rows), update, rows)
+            except OverflowError as error:
+                raise ValueError(f"'{key}': {error}") from error
+
+
+def _is_untouched(file: TensorFile, key: str, tensor: Tensor) -> bool:
+    """Whether a tensor is the base's, rounded to its dtype."""
+    if tensor.dim() == 0:
+        return bool(file.read(key).to(tensor.dtype) == tensor)
+    height = max(1, tensor.shape[0] * BLOCK // max(1, tensor.numel()))
+    blocks = (slice(at, min(at + height, tensor.shape[0])) for at in range(0, tensor.shape[0], height))
+    return all(torch.equal(file.read_rows(key, rows).to(tensor.dtype), tensor[rows]) for rows in blocks)
 
 
 def _reader(adapter: formats.Stored, layer: str, transposed: bool) -> Callable[[], Update]:
@@ -217,13 +258,3 @@ class _Queue:
         self.thread.shutdown(cancel_futures=error is not None)
         while self.waiting and error is None:
             self.waiting.popleft().result()
-
-
-def _copy_beside(checkpoint: Checkpoint, folder: Path) -> None:
-    """Configuration, tokenizer and all else that is neither weights nor hidden."""
-    for source in sorted(checkpoint.folder.rglob("*")):
-        relative = source.relative_to(checkpoint.folder)
-        hidden = any(part.startswith(".") for part in relative.parts)
-        if source.is_file() and not hidden and source.suffix not in _WEIGHTS and ".bin.index" not in source.name:
-            (folder / relative).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(source, folder / relative)

@@ -11,7 +11,6 @@ import hashlib
 import json
 import math
 import os
-import tempfile
 import threading
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -25,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from linlora.files import CorruptFileError, install_file, parse_json
+from linlora.staging import unfinished_file
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -212,19 +212,15 @@ def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadat
     checksums = dict.fromkeys(like, "0" * 8)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with open(handle, "wb", buffering=0) as file:
-            write(file, _header(like, checksums, metadata))
-            for name in like:
-                buffer = memory(tensors[name].detach().to("cpu").contiguous())
-                checksums[name] = f"{zlib.crc32(buffer):08x}"
-                write(file, buffer)
-            file.seek(0)
-            write(file, _header(like, checksums, metadata))
+    with unfinished_file(path) as (file, temporary):
+        write(file, _header(like, checksums, metadata))
+        for name in like:
+            buffer = memory(tensors[name].detach().to("cpu").contiguous())
+            checksums[name] = f"{zlib.crc32(buffer):08x}"
+            write(file, buffer)
+        file.seek(0)
+        write(file, _header(like, checksums, metadata))
         install_file(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
 
 
 def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, str]]:

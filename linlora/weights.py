@@ -16,6 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from linlora.tensor_files import finite
+
 BLOCK = 2**20
 """Elements of a block: 4 MiB of float32. Larger ones fall out of the cache, smaller ones are launches."""
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
@@ -112,10 +114,15 @@ def fold(weight: Tensor, update: Update) -> None:
 def folded(block: Tensor, update: Update, rows: slice) -> Tensor:
     """round(W + ΔW) of some rows of a stored weight, which may lie elsewhere than in memory; `block` is left alone.
 
+    Raises OverflowError where the sum is not finite in the dtype of W.
+
     >>> folded(torch.ones(1, 2), Update(torch.ones(1, 2), torch.tensor([[0.0], [3.0]])), slice(1, 2)).tolist()
     [[4.0, 4.0]]
     """
-    return _sum(block, update, rows, 1.0)
+    total = _sum(block, update, rows, 1.0)
+    if not finite(total):
+        raise OverflowError(f"W + ΔW is not finite in {total.dtype}; a smaller scaling or a wider dtype is needed")
+    return total
 
 
 def blocks(shape: Sequence[int]) -> Iterator[slice]:

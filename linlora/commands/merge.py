@@ -36,4 +36,6 @@ def merge(
             f"{out}: {merged.folded} of {merged.tensors} tensors folded{replaced}; {merged.nbytes / 1e9:.2f} GB in "
             f"{seconds:.1f} s"
         )
+        if merged.left_out:
+            console.print(f"not copied, of the base alone: {', '.join(merged.left_out)}")
         console.print(f"next: AutoModel....from_pretrained({str(out)!r})")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
+import re
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
-from linlora.files import CorruptFileError
-from linlora.formats.renamed import names_in_files
+from torch import nn
+
+from linlora.files import CorruptFileError, read_json
+from linlora.formats.base_folder import inside, shard
+from linlora.formats.renamed import names_in_files, skeleton, tied_in_files
 from linlora.tensor_files import Entry, TensorFile
 
 SINGLE_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 """Model types whose linear layers are transformers' Conv1D, which stores its weight (K, N)."""
+
+_EMBEDDING = re.compile(r"(embed\w*|wte|shared)\.weight$")
 
 
 class WrongBaseError(ValueError):
@@ -41,15 +47,41 @@ class Checkpoint:
                 f"{folder}: no such folder; a model of the Hugging Face hub has to be downloaded first: "
                 "hf download OWNER/NAME --local-dir FOLDER"
             )
-        self.config = _json(folder / CONFIG_FILE) if (folder / CONFIG_FILE).is_file() else {}
-        if self.config.get("quantization_config"):
-            method = self.config["quantization_config"].get("quant_method", "unknown")
+        has_config = (folder / CONFIG_FILE).is_file()
+        self.config = read_json(inside(folder, folder / CONFIG_FILE)) if has_config else {}
+        if quantization := self.config.get("quantization_config"):
+            method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
             raise ValueError(
                 f"{folder}: the weights are quantized ({method}), and ΔW would be lost in their rounding. Serve base "
                 "and adapter unmerged, or merge into the original weights and quantize the result"
             )
+        self.index = read_json(inside(folder, folder / INDEX_FILE)) if (folder / INDEX_FILE).is_file() else None
         self.files = {name: TensorFile(folder / name) for name in self._shards()}
-        self.home = {key: file for file in self.files.values() for key in file.entries}
+        self.home: dict[str, TensorFile] = {}
+        for file in self.files.values():
+            for key in file.entries:
+                if self.home.setdefault(key, file) is not file:
+                    raise CorruptFileError(f"{folder}: '{key}' is in {self.home[key].path.name} and {file.path.name}")
+        if lost := [key for key in (self.index or {}).get("weight_map", {}) if key not in self.home]:
+            raise CorruptFileError(f"{folder / INDEX_FILE}: '{lost[0]}' is in none of its shards")
+
+    @cached_property
+    def skeleton(self) -> nn.Module | None:
+        """The model without its weights, where transformers knows it."""
+        return skeleton(self.folder) if self.config else None
+
+    @cached_property
+    def tied(self) -> list[list[str]]:
+        """Keys whose weights the model shares, in groups; those of them that are in no file are tied when it is loaded.
+
+        Of a model that transformers does not know, an embedding and the output embedding count as tied, unless its
+        configuration says that they are not, or both are there.
+        """
+        if self.skeleton is not None:
+            return tied_in_files(self.skeleton)
+        if self.config.get("tie_word_embeddings") is False or any(key.endswith("lm_head.weight") for key in self.home):
+            return []
+        return [[key, "the output embedding"] for key in self.home if _EMBEDDING.search(key)]
 
     def entry(self, key: str) -> Entry:
         return self.home[key].entries[key]
@@ -86,7 +118,7 @@ class Checkpoint:
         """
         found = {name: name for name in names}
         if any(name not in self.home for name in names):
-            found.update(names_in_files(self.folder, names) if self.config else {})
+            found.update(names_in_files(self.skeleton, names) if self.skeleton is not None else {})
         if not any(key in self.home for key in found.values()):
             shift = self._shift(found[names[0]])
             found = {name: shift(key) for name, key in found.items()}
@@ -103,23 +135,15 @@ class Checkpoint:
         return lambda name: name.removeprefix(shorter[0]) if shorter else name
 
     def _shards(self) -> list[str]:
-        if (self.folder / INDEX_FILE).is_file():
-            names = sorted(set(_json(self.folder / INDEX_FILE).get("weight_map", {}).values()))
-            lost = [name for name in names if not (self.folder / name).is_file()]
-            if lost or not names:
-                raise CorruptFileError(f"{self.folder / INDEX_FILE}: the shard {', '.join(lost) or 'list'} is missing")
-            return names
+        if self.index is not None:
+            weight_map = self.index.get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise CorruptFileError(f"{self.folder / INDEX_FILE}: the list of shards (weight_map) is missing")
+            return [shard(self.folder, name).name for name in dict.fromkeys(sorted(weight_map.values(), key=repr))]
         if (self.folder / SINGLE_FILE).is_file():
-            return [SINGLE_FILE]
+            return [inside(self.folder, self.folder / SINGLE_FILE).name]
         if list(self.folder.glob("pytorch_model*.bin")):
             raise ValueError(
                 f"{self.folder}: the weights are pickles; load the model and save_pretrained it: that is safetensors"
             )
         raise FileNotFoundError(f"{self.folder}: no model in this folder (neither {SINGLE_FILE} nor {INDEX_FILE})")
-
-
-def _json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
-        raise CorruptFileError(f"{path}: not JSON ({error})") from error

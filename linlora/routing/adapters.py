@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import tempfile
 from pathlib import Path
 
 import torch
@@ -17,6 +16,8 @@ from linlora.folding import with_sizes
 from linlora.linearize import linearize
 from linlora.routing.model import RoutedModel
 from linlora.routing.scope import scope_of
+from linlora.sharing import refuse_shared
+from linlora.staging import unfinished_folder
 from linlora.task_vector import delta_parameters
 from linlora.tensor_files import save_tensors
 
@@ -89,9 +90,9 @@ def export_task(model: RoutedModel, directory: str | os.PathLike, task_id: int |
     config.base_model_name_or_path = getattr(model.model, "name_or_path", None)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".export.") as staging:
+    with unfinished_folder(directory / "export") as staging:
         config.save_pretrained(staging)
-        install_file(Path(staging) / "adapter_config.json", directory / "adapter_config.json")
+        install_file(staging / "adapter_config.json", directory / "adapter_config.json")
     save_tensors(directory / "adapter_model.safetensors", tensors, {"format": "pt"})
 
 
@@ -108,7 +109,8 @@ def merge_task(model: RoutedModel, task_id: int | None) -> nn.Module:
     'BertForSequenceClassification'
     """
     _check_folds(model, "merge_task")
-    _check_not_shared(model)
+    remedy = "Leave it out of target_modules, or serve the task unmerged, export_task(model, directory, task_id)"
+    refuse_shared(model.model, [layer.layer_name for layer in model.routed_layers], "merge_task", remedy)
     weights = task_weights(model, task_id)
     merged = []
     for layer in model.routed_layers:
@@ -192,16 +194,3 @@ def _check_base_is_frozen(model: RoutedModel) -> None:
             f"export_task: {len(own)} parameters of the base model train, '{own[0]}' first, which the adapter would "
             "not hold; name what trains beside the skills in modules_to_save"
         )
-
-
-def _check_not_shared(model: RoutedModel) -> None:
-    owners: dict[int, list[str]] = {}
-    for name, parameter in model.model.named_parameters(remove_duplicate=False):
-        owners.setdefault(id(parameter), []).append(name.removesuffix(".weight").removesuffix(".base_layer"))
-    for layer in model.routed_layers:
-        others = [name for name in owners[id(layer.weight)] if name != layer.layer_name]
-        if others:
-            raise ValueError(
-                f"layer '{layer.layer_name}' shares its weight with '{others[0]}', which merging would change too: "
-                "leave it out of target_modules, or serve the task unmerged, export_task(model, directory, task_id)"
-            )
