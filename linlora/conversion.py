@@ -7,9 +7,10 @@ from typing import Any
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.lora.layer import LoraLayer
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from linlora.calls import LINEAR, follow_class, has_forward_of_class
 from linlora.modules import FusedLoraLinear
+from linlora.peft_names import ChangesOfB
 from linlora.quantized import QuantizedLoraLinear, quantized
 from linlora.vanilla import not_vanilla_layer
 
@@ -23,7 +24,8 @@ def fuse_layer(layer: LoraLayer, name: str) -> FusedLoraLinear:
             fused.__class__ = QuantizedLoraLinear
         else:
             fused.__class__ = FusedLoraLinear
-        fused.lora_dA, fused.lora_dB = nn.ParameterDict(), nn.ParameterDict()
+        follow_class(fused)
+        fused.lora_dA, fused.of_lora_B = nn.ParameterDict(), ChangesOfB(name)
         fused.states, fused.stream, fused.folds = {}, None, []
     fused.layer_name = name
     for adapter in fused.lora_A:
@@ -33,9 +35,10 @@ def fuse_layer(layer: LoraLayer, name: str) -> FusedLoraLinear:
 
 def unfuse_layer(layer: FusedLoraLinear) -> None:
     """Turn a FusedLoraLinear back into the PEFT layer it was, in place; the adapters must be plain."""
-    for attribute in ("lora_dA", "lora_dB", "states", "stream", "folds", "layer_name"):
+    for attribute in ("lora_dA", "of_lora_B", "states", "stream", "folds", "layer_name"):
         delattr(layer, attribute)
     layer.__class__ = layer.__dict__.pop("peft_class", PeftLoraLinear)
+    follow_class(layer)
 
 
 def unsupported(layer: Any) -> str | None:
@@ -48,8 +51,12 @@ def unsupported(layer: Any) -> str | None:
             f"it is a {type(layer).__module__}.{type(layer).__name__}; LoRA over nn.Linear and Conv1D is fused, and "
             "over layers quantized by bitsandbytes or torchao"
         )
+    if not has_forward_of_class(layer):
+        return (
+            "its forward was replaced on the instance, and would be called in place of the fused one; put that back "
+            "(accelerate.hooks.remove_hook_from_module(model, recurse=True)), and replace it afterwards"
+        )
     base = layer.base_layer
-    plain = (nn.Linear, nn.modules.linear.NonDynamicallyQuantizableLinear, Conv1D)
-    if not quantized(layer) and type(base) not in plain:
+    if not quantized(layer) and type(base) not in LINEAR:
         return f"its base layer is a {type(base).__name__}; only nn.Linear and transformers' Conv1D are fused"
     return not_vanilla_layer(layer, list(layer.lora_A))  # PEFT may keep the options of an adapter that was deleted

@@ -26,6 +26,7 @@ from peft import LoraConfig, PeftModel
 from torch import Tensor
 
 from linlora.modules import FusedLoraLinear
+from linlora.peft_names import DELTAS
 from linlora.sharding import whole
 from linlora.task_vector import TaskVector
 from linlora.vanilla import changes_base
@@ -47,7 +48,7 @@ def folded_state_dict(model: PeftModel, state_dict: dict[str, Tensor] | None = N
         if isinstance(layer, FusedLoraLinear):
             for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
                 a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
-                dA, dB = state_dict.pop(f"{path}.lora_dA.{adapter}"), state_dict.pop(f"{path}.lora_dB.{adapter}")
+                dA, dB = (state_dict.pop(f"{path}.{kind}.{adapter}") for kind in DELTAS)
                 state_dict[a], state_dict[b] = stacked(state_dict[a], state_dict[b], dA, dB)
     return state_dict
 
@@ -224,7 +225,7 @@ def refuse_folded_factors(layer: FusedLoraLinear) -> None:
 def _unfold(layer: FusedLoraLinear, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
         a, b = f"{prefix}lora_A.{adapter}.weight", f"{prefix}lora_B.{adapter}.weight"
-        d_a, d_b = f"{prefix}lora_dA.{adapter}", f"{prefix}lora_dB.{adapter}"
+        d_a, d_b = (f"{prefix}{kind}.{adapter}" for kind in DELTAS)
         if a not in state_dict or b not in state_dict or d_a in state_dict:
             continue
         r = layer.r[adapter]

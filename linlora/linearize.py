@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from linlora import backends, folding
 from linlora.conversion import fuse_layer, unfuse_layer, unsupported
 from linlora.model_scope import check_model_scope, enter_model_scope, leave_model_scope
-from linlora.modules import FusedLoraLinear, fused_layers
+from linlora.modules import FusedLoraLinear, called_parts, fused_layers
 from linlora.quantized import QuantizedLoraLinear
-from linlora.sharding import is_sharded
+from linlora.restoring import leave_to_class, restore_on_error, restoring
+from linlora.sharding import check_there, is_sharded
 from linlora.vanilla import not_vanilla_config
 
 if TYPE_CHECKING:
@@ -156,22 +157,22 @@ def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: Task
         linearized = [a for a, state in getattr(layer, "states", {}).items() if state != "plain"]
         if linearized:
             raise ValueError(f"layer '{name}': adapter {linearized} is linearized already; call delinearize first")
-        for adapter in layer.lora_A:
-            for kind, factor in (("A", layer.lora_A), ("B", layer.lora_B)):
-                if not torch.isfinite(factor[adapter].weight).all():
-                    raise ValueError(f"layer '{name}': lora_{kind} of adapter '{adapter}' holds NaN or infinity")
+        _check_factors(name, layer)
     if scope == "model":
+        check_there("model scope", model.named_parameters())
         check_model_scope(model)
-    if point is not None:
-        point.move_point(model)
-    for name, layer in layers:
-        fused = fuse_layer(layer, name)
-        for adapter in fused.lora_A:
-            _linearize_adapter(fused, adapter)
-        folding.accept_folded_factors(fused)
-    folding.save_folded_factors(model)
-    fused_modules = enter_model_scope(model) if scope == "model" else ()
-    return _report(f"linearized ({scope} scope)", model, layers, fused_modules)
+    with restoring(model):
+        if point is not None:
+            point.move_point(model)
+        for name, layer in layers:
+            fused = fuse_layer(layer, name)
+            for adapter in fused.lora_A:
+                _linearize_adapter(fused, adapter)
+            folding.accept_folded_factors(fused)
+        folding.save_folded_factors(model)
+        restore_on_error(model, *_ADDING)
+        fused_modules = enter_model_scope(model) if scope == "model" else ()
+        return _report(f"linearized ({scope} scope)", model, layers, fused_modules)
 
 
 def set_scope(model: PeftModel | Linearizable, scope: str) -> None:
@@ -192,10 +193,13 @@ def set_scope(model: PeftModel | Linearizable, scope: str) -> None:
     if not any(state != "plain" for _, layer in layers for state in layer.states.values()):
         raise ValueError("set_scope: the model is not linearized; call linlora.linearize(model, scope)")
     if scope == "model" and layers[0][1].stream is None:
+        check_there("model scope", model.named_parameters())
         check_model_scope(model)
-        enter_model_scope(model)
+        with restoring(model):
+            enter_model_scope(model)
     elif scope == "layer":
-        leave_model_scope(model)
+        with restoring(model):
+            leave_model_scope(model)
 
 
 def delinearize(model: PeftModel | Linearizable) -> PeftModel:
@@ -221,23 +225,12 @@ def delinearize(model: PeftModel | Linearizable) -> PeftModel:
                 f"layer '{name}': adapters {layer.merged_adapters} are merged; call model.unmerge_adapter()"
             )
     _check_whole(model, "delinearize", "linlora.export the adapter, which PEFT loads into a whole model")
-    leave_model_scope(model)
-    for _, layer in layers:
-        for adapter, state in layer.states.items():
-            if state == "plain":
-                continue
-            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            trainable = B.requires_grad
-            if state == "pair":
-                dA, dB = layer.lora_dA.pop(adapter), layer.lora_dB.pop(adapter)
-                A.data.add_(dA.data)
-                B.data.add_(dB.data)
-                trainable = dB.requires_grad
-            A.requires_grad_(trainable)
-            B.requires_grad_(trainable)
-        folding.refuse_folded_factors(layer)
-        unfuse_layer(layer)
-    folding.save_plain_factors(model)
+    with restoring(model):
+        leave_model_scope(model)
+        for _, layer in layers:
+            _delinearize_layer(layer)
+        folding.save_plain_factors(model)
+        leave_to_class(model, *_ADDING)
     return model
 
 
@@ -251,9 +244,16 @@ def accelerate(model: nn.Module) -> Report:
     {'plain'}
     """
     layers = _lora_layers(model)
-    for name, layer in layers:
-        fuse_layer(layer, name)
-    return _report("accelerated (plain LoRA)", model, layers)
+    with restoring(model):
+        for name, layer in layers:
+            fuse_layer(layer, name)
+        if isinstance(model, PeftModel):
+            restore_on_error(model, *_ADDING)
+        return _report("accelerated (plain LoRA)", model, layers)
+
+
+_ADDING = ("add_adapter", "load_adapter")
+"""Methods of a PeftModel that change every layer; a layer that refuses leaves the others without the adapter too."""
 
 
 def _linearize_adapter(layer: FusedLoraLinear, adapter: str) -> None:
@@ -265,6 +265,38 @@ def _linearize_adapter(layer: FusedLoraLinear, adapter: str) -> None:
         layer.lora_dA[adapter] = nn.Parameter(torch.zeros_like(A), requires_grad=B.requires_grad)
         layer.lora_dB[adapter] = nn.Parameter(torch.zeros_like(B), requires_grad=B.requires_grad)
     layer._freeze_point()
+
+
+def _delinearize_layer(layer: FusedLoraLinear) -> None:
+    for adapter, state in layer.states.items():
+        if state == "plain":
+            continue
+        A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+        trainable = B.requires_grad
+        if state == "pair":
+            dA, dB = layer.lora_dA.pop(adapter), layer.lora_dB.pop(adapter)
+            A.data.add_(dA.data)
+            B.data.add_(dB.data)
+            trainable = dB.requires_grad
+        A.requires_grad_(trainable)
+        B.requires_grad_(trainable)
+    folding.refuse_folded_factors(layer)
+    unfuse_layer(layer)
+
+
+def _check_factors(name: str, layer: Any) -> None:
+    """Raise where the adapters of a layer have no linearization, or no values."""
+    if why := called_parts(layer, list(layer.lora_A)):
+        raise UnsupportedLayerError(
+            f"layer '{name}': {why}, and a linearized adapter is its weights alone, which nothing calls; remove it, "
+            "hook the LoRA layer or its base_layer instead, or run the plain adapter: linlora.accelerate"
+        )
+    for adapter in layer.lora_A:
+        factors = [(f"lora_{kind}", getattr(layer, f"lora_{kind}")[adapter].weight) for kind in "AB"]
+        check_there(f"layer '{name}'", [(f"{kind} of adapter '{adapter}'", factor) for kind, factor in factors])
+        for kind, factor in factors:
+            if not torch.isfinite(factor).all():
+                raise ValueError(f"layer '{name}': {kind} of adapter '{adapter}' holds NaN or infinity")
 
 
 def _lora_layers(model: nn.Module) -> list[tuple[str, Any]]:

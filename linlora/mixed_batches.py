@@ -1,7 +1,7 @@
 """Several adapters in one batch, as PEFT asks for them: `adapter_names`, the adapter of every example.
 
 Adapters of any rank, plain and linearized (each at its own point), become factors of one layout, and the layer runs as
-one grouped op. A batch that asks for one adapter alone runs as that adapter, and on its merged weight if it is merged.
+one grouped op. A batch that asks for one adapter alone runs as that adapter.
 """
 
 from __future__ import annotations
@@ -30,18 +30,12 @@ BASE = "__base__"
 def mixed_batch(layer: FusedLoraLinear, x: Tensor, names: Sequence[str]) -> Tensor:
     """One layer on a batch x (examples, ..., K) with an adapter name, or '__base__', for every example.
 
-    Raises ValueError for another number of names, in training, for merged adapters beside others, and at model scope.
+    Another number of names and merged adapters the layer has refused in PEFT's words. Raises ValueError in training and
+    at model scope.
     """
-    _check(layer, x, names)
+    _check(layer)
     asked = [name if name in layer.lora_A else BASE for name in names]
     distinct = sorted(set(asked))
-    if layer.merged_adapters:
-        if distinct != layer.merged_adapters or len(distinct) > 1:
-            raise ValueError(
-                f"layer '{layer.layer_name}': {layer.merged_adapters} are merged into the weight of all rows, "
-                f"adapter_names asks for {distinct}; call model.unmerge_adapter()"
-            )
-        return layer.base_layer(x)
     if distinct == [BASE] or not distinct:
         return layer.base_layer(x)
     weight, bias = layer.matrix, layer.base_layer.bias
@@ -65,11 +59,7 @@ def _groups(names: tuple[str, ...], rows: int, device: torch.device, inference_m
     return Groups.of(torch.tensor([distinct.index(name) for name in names], device=device), len(distinct), rows)
 
 
-def _check(layer: FusedLoraLinear, x: Tensor, names: Sequence[str]) -> None:
-    if len(names) != len(x):
-        raise ValueError(
-            f"layer '{layer.layer_name}': adapter_names has {len(names)} names for a batch of {len(x)} examples"
-        )
+def _check(layer: FusedLoraLinear) -> None:
     if layer.training:
         raise ValueError(
             f"layer '{layer.layer_name}': adapter_names is for inference; call model.eval(), or train adapters of "

@@ -8,6 +8,10 @@ of three states, which decide what is passed to the op:
     short       A0 = lora_A (frozen)       B0 = none            dB = lora_B       linearized at B0 = 0
     pair        A0 = lora_A (frozen)       B0 = lora_B (frozen)  dA, dB = lora_dA, lora_dB
 
+The op reads the weights of the layer's parts. Where PEFT's calls of the parts do more (linlora.calls), the base layer
+is called and the update added, and a plain adapter runs PEFT's own forward, both with a warning; a linearized one is
+refused.
+
 At layer scope the layer returns primal + tangent. At model scope, where it has a `stream`, it returns both as a
 DualTensor (linlora.stream).
 """
@@ -23,12 +27,14 @@ from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from linlora.calls import beyond_product, hooks_of_all_modules, is_product
 from linlora.mixed_batches import mixed_batch
 from linlora.ops import dual
 from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.dual.low_rank_update import low_rank_update as dual_low_rank_update
 from linlora.ops.linearized_lora_linear import unchecked
 from linlora.ops.low_rank_update import low_rank_update
+from linlora.peft_names import ChangesOfB
 from linlora.stream import DualTensor, Stream
 from linlora.stream.tensor import refuse_inside_function
 from linlora.tensor_files import finite
@@ -37,6 +43,8 @@ from linlora.weights import Fold, Update, fold_keeping, stacked, unfold
 from linlora.weights import fold as fold_into
 
 State = Literal["plain", "short", "pair"]
+LORA_PARTS = ("lora_A", "lora_B", "lora_dropout")
+"""What PEFT's forward calls beside the base layer: ModuleDicts by adapter."""
 
 
 class Factors(NamedTuple):
@@ -62,8 +70,12 @@ class FusedLoraLinear(PeftLoraLinear):
     lora_A: Any  # PEFT's ModuleDicts of nn.Linear by adapter
     lora_B: Any
     lora_dA: nn.ParameterDict
-    lora_dB: nn.ParameterDict
+    of_lora_B: ChangesOfB
     base_layer: Any
+
+    @property
+    def lora_dB(self) -> nn.ParameterDict:
+        return self.of_lora_B.lora_dB
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters or self.merged_adapters or args or kwargs:
@@ -73,13 +85,47 @@ class FusedLoraLinear(PeftLoraLinear):
             return self.base_layer(x)
         if self.stream is not None:
             return self._both_streams(x, active)
+        if self._more_than_factors(active):
+            return self._called(x, active)
         factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
-        p = self._dropout_p(active) if self.training else 0.0
+        p = self._dropout_p(active)
         return self._one_stream(x, factors, p, torch.randint(2**31, (), device=x.device) if p > 0.0 else None)
+
+    def _more_than_factors(self, adapters: Sequence[str]) -> bool:
+        """Whether a call of a LoRA part of some adapters does more than what the op computes from its weight."""
+        if hooks_of_all_modules():
+            return True
+        A, B, dropout = (self._modules[kind]._modules for kind in LORA_PARTS)
+        return not all(is_product(A[name]) and is_product(B[name]) and is_product(dropout[name]) for name in adapters)
+
+    def _called(self, x: Tensor, adapters: Sequence[str], **kwargs: Any) -> Tensor:
+        """PEFT's own forward, which calls every part; a linearized adapter, which PEFT does not know, is refused."""
+        why = called_parts(self, adapters) or (
+            "hooks of all modules are for lora_A and lora_B too"
+            if hooks_of_all_modules()
+            else f"its base layer {beyond_product(self.base_layer)}"
+        )
+        self._refuse_linearized(adapters, why)
+        warnings.warn(f"layer '{self.layer_name}': {why}, so PEFT's forward runs, not fused", stacklevel=2)
+        return super().forward(x, **kwargs)
+
+    def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
+        """Asked by PEFT's forward. One kept from before the layer was linearized may call it, and is refused."""
+        super()._check_forward_args(x, *args, **kwargs)
+        if not (self._disable_adapters or self.merged_adapters):
+            self._refuse_linearized(kwargs.get("adapter_names") or self.active_adapters, "PEFT's forward is called")
+
+    def _refuse_linearized(self, adapters: Sequence[str], why: str) -> None:
+        linearized = sorted({name for name in adapters if self.states.get(name, "plain") != "plain"})
+        if linearized:
+            raise ValueError(
+                f"layer '{self.layer_name}': {why}, which does not go with {linearized}, linearized in the values of A "
+                "and B. Hook the LoRA layer or its base_layer instead, or call linlora.delinearize(model)"
+            )
 
     def _one_stream(self, x: Tensor, factors: Factors, p: float, seed: Tensor | None) -> Tensor:
         """Layer scope, and plain LoRA: primal + tangent."""
-        if has_hooks(self.base_layer):
+        if not is_product(self.base_layer):
             return low_rank_update(self._called_base(x), autocast_input(x), *factors, p, seed)
         weight = self.matrix
         x = autocast_input(x)
@@ -103,6 +149,8 @@ class FusedLoraLinear(PeftLoraLinear):
                 f"layer '{self.layer_name}': adapter {plain} is not linearized, the model is (model scope); activate a "
                 "linearized adapter, or delinearize the model and linearize it again with all its adapters"
             )
+        if self._more_than_factors(active):
+            return self._called(x, active)
         assert self.stream is not None
         x, x_tangent = self.stream.enter(x)
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.base_layer.parameters()):
@@ -111,7 +159,7 @@ class FusedLoraLinear(PeftLoraLinear):
                 "adapter alone; freeze it with requires_grad_(False)"
             )
         factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
-        p = self._dropout_p(active) if self.training else 0.0
+        p = self._dropout_p(active)
         seed = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
         y, y_tangent = self._two_streams(x, x_tangent, factors, p, seed)
         return y if self.stream.output == "primal" else DualTensor(y, y_tangent, self.stream)
@@ -120,7 +168,7 @@ class FusedLoraLinear(PeftLoraLinear):
         self, x: Tensor, x_tangent: Tensor | None, factors: Factors, p: float, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         self._check_input(autocast_input(x), self.matrix)
-        if not has_hooks(self.base_layer):
+        if is_product(self.base_layer):
             return dual.lora_linear(x, x_tangent, self.matrix, self.base_layer.bias, *factors, p, seed)
         assert self.stream is not None
         y = self._called_base(x if x_tangent is None else DualTensor(x, x_tangent, self.stream))
@@ -129,9 +177,10 @@ class FusedLoraLinear(PeftLoraLinear):
         return dual_low_rank_update(y, y_tangent, autocast_input(x), x_tangent, *factors, p, seed)
 
     def _called_base(self, x: Tensor) -> Tensor:
-        """The base layer's output where hooks belong to it; the fused product reads its weight and never calls it."""
+        """The base layer's output where calling it is more than the fused product, which reads its weight."""
         warnings.warn(
-            f"layer '{self.layer_name}': its base layer has hooks, so it is called and the update added, not fused",
+            f"layer '{self.layer_name}': its base layer {beyond_product(self.base_layer)}, so it is called and the "
+            "update added, not fused",
             stacklevel=2,
         )
         return self.base_layer(x)
@@ -250,18 +299,18 @@ class FusedLoraLinear(PeftLoraLinear):
                 self.lora_B[name].weight.requires_grad_(False)
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        names = kwargs.pop("adapter_names", None)
-        if names is not None and not (args or kwargs or self._disable_adapters):
-            if has_hooks(self.base_layer):
-                raise ValueError(
-                    f"layer '{self.layer_name}': its base layer has hooks, which adapter_names (adapters in one "
-                    "batch) would skip; register them on the LoRA layer around it"
-                )
-            self._check_input(autocast_input(x), self.matrix)
-            return mixed_batch(self, x, names)
-        if self._disable_adapters or self.merged_adapters:
+        """The calls that PEFT's own forward answers, and `adapter_names`."""
+        names = kwargs.get("adapter_names")
+        if self._disable_adapters or (self.merged_adapters and names is None):
             return super().forward(x, *args, **kwargs)
-        raise ValueError(f"layer '{self.layer_name}': unexpected arguments {args or list(kwargs)} beside the input")
+        if names is None or args or len(kwargs) > 1:
+            raise ValueError(f"layer '{self.layer_name}': unexpected arguments {args or list(kwargs)} beside the input")
+        PeftLoraLinear._check_forward_args(self, x, **kwargs)
+        adapters = sorted({name for name in names if name in self.lora_A})
+        if self._more_than_factors(adapters) or not is_product(self.base_layer):
+            return self._called(x, adapters, adapter_names=names)
+        self._check_input(autocast_input(x), self.matrix)
+        return mixed_batch(self, x, names)
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
         if x.shape[-1] != weight.shape[1]:
@@ -293,7 +342,9 @@ class FusedLoraLinear(PeftLoraLinear):
         return Factors(A0, B0, dA, dB, 1.0)
 
     def _dropout_p(self, adapters: list[str]) -> float:
-        ps = {getattr(self.lora_dropout[name], "p", 0.0) for name in adapters}
+        """The dropout of some adapters: 0 where their modules, as PEFT asks them, are not in training mode."""
+        modules = self._modules["lora_dropout"]._modules
+        ps = {vars(modules[name]).get("p", 0.0) if modules[name].training else 0.0 for name in adapters}
         if len(ps) > 1:
             raise ValueError(
                 f"layer '{self.layer_name}': the active adapters {adapters} have different dropouts {sorted(ps)}; "
@@ -302,9 +353,13 @@ class FusedLoraLinear(PeftLoraLinear):
         return ps.pop()
 
 
-def has_hooks(base: nn.Module) -> bool:
-    """Whether calling a base layer does more than its product."""
-    return any((base._forward_pre_hooks, base._forward_hooks, base._backward_pre_hooks, base._backward_hooks))
+def called_parts(layer: Any, adapters: Sequence[str]) -> str | None:
+    """Which LoRA part of some adapters is more than its weight, and why; or None. See linlora.calls."""
+    for kind in LORA_PARTS:
+        for name in adapters:
+            if not is_product(part := getattr(layer, kind)[name]):
+                return f"{kind}['{name}'] {beyond_product(part)}"
+    return None
 
 
 def fused_layers(model: nn.Module) -> Iterator[tuple[str, FusedLoraLinear]]:

@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from linlora.calls import is_called_plainly
 from linlora.modules import Factors, FusedLoraLinear
 from linlora.ops.checks import autocast_input
 from linlora.ops.dual.low_rank_update import low_rank_update as dual_low_rank_update
@@ -54,6 +55,11 @@ class QuantizedLoraLinear(FusedLoraLinear):
         y = self.base_layer(x)
         y_tangent = None
         if x_tangent is not None:
+            if not is_called_plainly(self.base_layer):
+                raise ValueError(
+                    f"layer '{self.layer_name}': its quantized base layer has hooks or a forward of its own, which "
+                    "both streams would run through as if it were linear; remove it, or use scope='layer'"
+                )
             y_tangent, x_tangent = linear_part(self.base_layer, x_tangent), autocast_input(x_tangent)
         return dual_low_rank_update(y, y_tangent, autocast_input(x), x_tangent, *factors, p, seed)
 

@@ -1,10 +1,11 @@
-"""Parameters that FSDP2 has sharded (DTensors): their whole values, and whole values put back into them.
+"""Parameters whose values lie elsewhere: sharded by FSDP2 (DTensors), offloaded or not loaded yet (the meta device).
 
 A gather is a collective: every process of the mesh has to take part, whoever writes the file in the end.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor, nn
@@ -27,6 +28,16 @@ def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 (or tensor parallelism) has sharded a parameter of the model."""
     return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+
+
+def check_there(what: str, parameters: Iterable[tuple[str, Tensor]]) -> None:
+    """Raise a ValueError where a parameter is on the meta device: it has a shape, and no values yet or elsewhere."""
+    for name, parameter in parameters:
+        if parameter.is_meta:
+            raise ValueError(
+                f"{what}: {name} is on the meta device, without values. Load the weights first; of a model offloaded "
+                "by accelerate, put them back: accelerate.hooks.remove_hook_from_module(model, recurse=True)"
+            )
 
 
 def writes(model: nn.Module) -> bool:

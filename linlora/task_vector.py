@@ -21,7 +21,8 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from linlora.files import CorruptFileError, parse_json
-from linlora.sharding import sharded_like, whole
+from linlora.restoring import restoring
+from linlora.sharding import check_there, sharded_like, whole
 from linlora.tensor_files import StoredTensors, TensorFile, finite, save_tensors, shapes
 from linlora.vanilla import not_vanilla_config, not_vanilla_layer, usable_scaling
 
@@ -316,9 +317,10 @@ def apply(model: PeftModel, vector: TaskVector, adapter: str | None = None) -> N
         if not finite(tensor):
             raise ValueError(f"the vector holds NaN or infinity in '{name}'; the model is unchanged")
     start = (vector.point or {}) if vector.scope == "lora" else {}
-    for name, parameter in delta_parameters(model, adapter).items():
-        delta = vector.deltas[name]
-        _assign(parameter, start[point_name(name)] + delta if point_name(name) in start else delta, name)
+    with restoring(model):
+        for name, parameter in delta_parameters(model, adapter).items():
+            delta = vector.deltas[name]
+            _assign(parameter, start[point_name(name)] + delta if point_name(name) in start else delta, name)
 
 
 def delta_parameters(model: PeftModel, adapter: str | None = None) -> dict[str, nn.Parameter]:
@@ -367,6 +369,7 @@ def _adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
                 f"adapter '{adapter}' has no task vector, which would lose a part of layer '{name}': {why}. A vector "
                 "holds vanilla LoRA on linear layers; PEFT's save_pretrained keeps this adapter"
             )
+        check_there(f"adapter '{adapter}'", ((n, p) for n, p in layer.named_parameters(name) if "lora_" in n))
     if (why := not_vanilla_config(model.peft_config[adapter])) is not None:
         raise ValueError(f"adapter '{adapter}' has no task vector: {why}. PEFT's save_pretrained keeps this adapter")
     if not layers:

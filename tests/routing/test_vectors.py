@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig
 from routed_models import rows_of
 
 import linlora
@@ -173,33 +173,6 @@ def test_beams_keep_the_adapter_of_their_row():
         model.set_adapter(name)
         alone = model.generate(**rows_of(inputs, [row]), num_beams=3, max_new_tokens=4)
         assert torch.equal(together[row : row + 1, : alone.shape[1]], alone)
-
-
-def test_merged_adapters_serve_rows_that_agree():
-    model, batch = model_with_adapters("bert", linearize=True), tiny_batch("bert", 3)
-    model.set_adapter("default")
-    expected = model(**batch).logits
-    model.merge_adapter()
-    layer = next(m for m in model.modules() if isinstance(m, linlora.modules.FusedLoraLinear) and "second" in m.lora_A)
-    x = torch.randn(2, 5, layer.in_features)
-    torch.testing.assert_close(layer(x, adapter_names=["default"] * 2), layer(x))
-    with pytest.raises(
-        ValueError, match=r"\['default'\] are merged.*asks for \['default', 'second'\].*unmerge_adapter"
-    ):
-        layer(x, adapter_names=["default", "second"])
-    model.unmerge_adapter()
-    torch.testing.assert_close(model(**batch, adapter_names=["default"] * 3).logits, expected)
-
-
-def test_adapters_merged_together_serve_no_row_that_asks_for_one_of_them():
-    base = torch.nn.Sequential(torch.nn.Linear(6, 8))
-    config = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False)
-    model = get_peft_model(base, config, adapter_name="first")
-    model.add_adapter("second", config)
-    linlora.accelerate(model.eval())
-    model.merge_adapter(["first", "second"])
-    with pytest.raises(ValueError, match=r"\['first', 'second'\] are merged into the weight of all rows"):
-        model(torch.randn(2, 6), adapter_names=["first", "second"])
 
 
 def test_what_adapter_names_cannot_do_is_refused():

@@ -1,0 +1,33 @@
+"""The names by which PEFT's optimizers find parameters, on linearized adapters.
+
+LoRA+ gives a higher learning rate to parameters with 'lora_B' in their names, LoRA-FA takes those with 'lora_' in
+pairs of A and B. The change dB of an adapter that started at B0 != 0 is for LoRA+ what B is, so it lies in a module of
+such a name: `<layer>.of_lora_B.lora_dB.<adapter>`. LoRA-FA has no pair to take there, and is refused.
+"""
+
+from __future__ import annotations
+
+from typing import NoReturn
+
+from torch import nn
+
+DELTAS = ("lora_dA", "of_lora_B.lora_dB")
+"""Where a layer holds dA and dB of its adapters."""
+
+
+class ChangesOfB(nn.Module):
+    """Holds `lora_dB` of a layer, the ParameterDict of dB by adapter."""
+
+    def __init__(self, layer_name: str) -> None:
+        super().__init__()
+        self.layer_name = layer_name
+        self.lora_dB = nn.ParameterDict()
+
+    @property
+    def scaling(self) -> NoReturn:
+        """Asked for by `create_lorafa_optimizer`, of the module that holds a parameter with 'lora_' in its name."""
+        raise ValueError(
+            f"layer '{self.layer_name}': LoRA-FA trains B of pairs (A, B), and an adapter linearized at B0 != 0 trains "
+            "dA and dB. Use another optimizer, freezing lora_dA for the function LoRA-FA trains, or linearize at "
+            "B0 = 0, where A is frozen and LoRA-FA applies"
+        )
