@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from linlora.training.checkpoints import (
     tokenizer_of,
 )
 from linlora.training.labels import check_labels, classes_of, is_number, number_of
+from linlora.training.positions import positions, token_counts
 from linlora.training.settings import Settings
 from linlora.training.task import Row, Task, images_of, listed
 
@@ -41,6 +42,8 @@ class Classification(Task):
             self.processor = image_processor_of(settings)
         else:
             self.tokenizer = tokenizer_of(settings)
+            limit = positions(settings, self._auto, self.config)["encoder"]
+            self.max_length = min(settings.max_length, limit or settings.max_length)
         check_labels(train, data.label)
         self.answer = "numbers" if is_number(train, data.label) and not settings.class_names else "classes"
         self.classes = None if self.answer == "numbers" else classes_of(train, data.label, settings.class_names)
@@ -89,9 +92,23 @@ class Classification(Task):
         data = self.settings.data
         if data.image:
             return dict(self.processor(images=images_of(rows, data.image), return_tensors="pt"))
-        texts = [[str(row[column]) for row in rows] for column in data.text]
-        options = {"padding": True, "truncation": True, "max_length": self.settings.max_length}
-        return dict(self.tokenizer(*texts, **options, return_tensors="pt"))
+        options = {"padding": True, "truncation": True, "max_length": self.max_length}
+        return dict(self.tokenizer(*self._texts(rows), **options, return_tensors="pt"))
+
+    def check_lengths(self, rows: Any) -> list[str]:
+        if self.settings.data.image:
+            return []
+        counts = token_counts(self.tokenizer, *self._texts(rows.select_columns(list(self.settings.data.text))))
+        if not min(counts):
+            raise ValueError(f"{counts.count(0)} texts are without a token of {self.settings.model}")
+        long = sum(count > self.max_length for count in counts)
+        return [f"{long} of {len(counts)} texts are longer than {self.max_length} tokens and cut"] if long else []
+
+    def _texts(self, rows: Iterable[Row]) -> list[list[str]]:
+        """The texts of some rows, by column."""
+        return list(
+            map(list, zip(*([str(row[column]) for column in self.settings.data.text] for row in rows), strict=True))
+        )
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
         dtype = torch.float32 if self.classes is None else torch.long

@@ -24,6 +24,7 @@ class Task(ABC):
         settings: what it was made from.
         answer: what is predicted: "classes", "numbers" or "text".
         task_type: what PEFT calls the kind of model, or None.
+        notes: of each split that was checked, what is cut of its rows.
     """
 
     answer: str
@@ -32,6 +33,7 @@ class Task(ABC):
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
         self._splits: dict[str, Any] = {}
+        self.notes: dict[str, list[str]] = {}
 
     @property
     def metric(self) -> str:
@@ -55,15 +57,22 @@ class Task(ABC):
         return self._splits[split]
 
     def check(self, split: str) -> None:
-        """Raise a ValueError for labels of a split that this task cannot be trained or scored on."""
-        column = self.settings.data.label
-        labels = self.rows(split).select_columns([column])
+        """Raise a ValueError for rows of a split that this task cannot be trained or scored on: labels and lengths."""
+        if split in self.notes:
+            return
+        rows, column = self.rows(split), self.settings.data.label
+        labels = rows.select_columns([column])
         try:
             check_labels(labels, column)
             for value in labels.unique(column):
                 self.expected({column: value})
+            self.notes[split] = self.check_lengths(rows)
         except ValueError as error:
             raise ValueError(f"the {split} split, {source_of(self.settings.data, split)}: {error}") from None
+
+    def check_lengths(self, rows: Any) -> list[str]:
+        """Raise a ValueError for rows that the model has no room for; what is cut of the others, in words."""
+        return []
 
     @abstractmethod
     def labels_in_words(self) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import string
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,6 +15,7 @@ from linlora.sharding import is_sharded
 from linlora.training.answers import NO_NUMBER, match, number
 from linlora.training.checkpoints import check_kind, config_of, load_model, refuse_new, tokenizer_of
 from linlora.training.labels import Classes, check_labels, classes_of, is_number, number_of
+from linlora.training.positions import positions, token_counts
 from linlora.training.settings import Settings
 from linlora.training.task import IGNORED, Row, Task, listed
 
@@ -34,6 +36,7 @@ class TextToText(Task):
         check_kind(settings, self.config, mapping, "text-generating")
         self.task_type = "CAUSAL_LM" if self.causal else "SEQ_2_SEQ_LM"
         self.tokenizer = tokenizer_of(settings)
+        self._positions = positions(settings, self._auto, self.config)
         train, label = self.rows("train"), settings.data.label
         check_labels(train, label)
         self.classes: Classes | None = None
@@ -59,7 +62,10 @@ class TextToText(Task):
         return ()
 
     def prompt(self, row: Row) -> str:
-        return str(self.settings.prompt).format_map(row)
+        try:
+            return str(self.settings.prompt).format_map(row)
+        except ValueError as error:
+            raise ValueError(f"prompt {self.settings.prompt!r} does not fit a row: {error}") from None
 
     def answer_text(self, row: Row) -> str:
         """The answer as the model is to write it."""
@@ -81,6 +87,45 @@ class TextToText(Task):
         if self.answer == "numbers":
             return f"numbers from {min(found)} to {max(found)}, written with one decimal"
         return f"text, {listed(list(map(str, found)))}"
+
+    def check_lengths(self, rows: Any) -> list[str]:
+        prompts = token_counts(self.tokenizer, [self.prompt(row) for row in rows])
+        answers = [len(self._answer_ids(self.answer_text(row))) for row in rows]
+        for what, counts in (("prompts", prompts), ("answers", answers)):
+            if not min(counts):
+                raise ValueError(f"{counts.count(0)} {what} are without a token of {self.settings.model}")
+        self._check_room(max(prompts), max(answers))
+        notes = []
+        for what, counts, limit, happens in (
+            ("prompts", prompts, self.settings.max_length, "tokens (max_length), and cut"),
+            ("answers", answers, self.settings.max_new_tokens, "tokens (max_new_tokens), which is all a model writes"),
+        ):
+            if long := sum(count > limit for count in counts):
+                notes.append(f"{long} of {len(counts)} {what} are longer than {limit} {happens}")
+        return notes
+
+    def _check_room(self, prompt: int, answer: int) -> None:
+        """Raise a ValueError where the model has no positions for the longest prompt and the longest answer."""
+        settings = self.settings
+        prompt, written = min(prompt, settings.max_length), max(answer, settings.max_new_tokens)
+        if not self.causal and answer > settings.max_length:
+            raise ValueError(f"an answer has {answer} tokens, and max_length is {settings.max_length}")
+        takes, gives = (self._positions[side] or math.inf for side in ("encoder", "decoder"))
+        if self.causal:
+            takes, gives = takes - written, gives - 1
+        if written <= gives and prompt <= takes:
+            return
+        shorter = f", or set max_new_tokens ({written} now)" if written > answer else ""
+        has = (
+            f"model '{settings.model}' has {gives + self.causal if written > gives or self.causal else takes} positions"
+        )
+        if written > gives:
+            raise ValueError(f"{has}, too few for an answer of {written} tokens; shorten the answers{shorter}")
+        more = f" and an answer of {written}" if self.causal else ""
+        raise ValueError(
+            f"{has}, too few for a prompt of {prompt} tokens{more}; shorten the prompts, cut them with max_length: "
+            f"{takes}{shorter if self.causal else ''}"
+        )
 
     def inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
         prompts = [self.prompt(row) for row in rows]

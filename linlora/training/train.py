@@ -95,7 +95,7 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
 
 
 def checked_task(settings: Settings) -> Task:
-    """The task of some settings, with the labels of all its splits checked."""
+    """The task of some settings, with the rows of all its splits checked."""
     task = load_task(settings)
     for split in task.splits:
         task.check(split)
@@ -144,10 +144,9 @@ def _write(model: Any, start: TaskVector, task: Task, state: PartialState) -> No
 def _introduction(task: Task, adapted: Adapted) -> str:
     settings = task.settings
     counts = ", ".join(f"{len(task.rows(split))} {split}" for split in task.splits)
-    return (
-        f"{settings.name}: {settings.kind} with {settings.model}; rows: {counts}\n"
-        f"labels: {task.labels_in_words()}\n{adapted.report}"
-    )
+    notes = [f"{split}: {note}" for split, of_split in task.notes.items() for note in of_split]
+    first = f"{settings.name}: {settings.kind} with {settings.model}; rows: {counts}"
+    return "\n".join([first, f"labels: {task.labels_in_words()}", *notes, str(adapted.report)])
 
 
 def _environment(trainer: TaskTrainer) -> dict[str, Any]:

@@ -111,12 +111,11 @@ def prototypes(settings: Settings, names: Sequence[str]) -> Tensor:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     clip = clip.to(device)
     sentences = [template.replace("{}", name) for name in names for template in settings.templates]
+    options = {"padding": True, "truncation": True, "max_length": clip.config.text_config.max_position_embeddings}
     embeddings = []
     with torch.no_grad():
         for start in range(0, len(sentences), _TEXTS_AT_ONCE):
-            tokens = tokenizer(
-                sentences[start : start + _TEXTS_AT_ONCE], padding=True, truncation=True, return_tensors="pt"
-            )
+            tokens = tokenizer(sentences[start : start + _TEXTS_AT_ONCE], **options, return_tensors="pt")
             pooled = clip.text_model(**tokens.to(device)).pooler_output
             embeddings.append(nn.functional.normalize(clip.text_projection(pooled).float(), dim=-1))
         per_class = torch.cat(embeddings).unflatten(0, (len(names), len(settings.templates)))
