@@ -16,7 +16,7 @@ def add(func: Any, args: tuple, kwargs: dict) -> Any:
     a, b = args
     y = func(primals(a), primals(b), **kwargs)
     with torch.no_grad():
-        return _wrap_like(y, _signed(func, tangent(a), tangent(b), kwargs), args)
+        return wrap(y, _signed(func, tangent(a), tangent(b), kwargs), next(duals(args)).stream)
 
 
 @rule("__rsub__", "rsub")
@@ -39,31 +39,41 @@ def _signed(func: Any, a: Tensor | None, b: Tensor | None, kwargs: dict) -> Tens
 def product(func: Any, args: tuple, kwargs: dict) -> Any:
     """A bilinear function: f(a, b)_t = f(a_t, b) + f(a, b_t)."""
     a, b = args
-    y = func(primals(a), primals(b))
+    y = func(primals(a), primals(b), **kwargs)
     a_tangent, b_tangent = tangent(a), tangent(b)
     y_tangent = None
     with torch.no_grad():
         if a_tangent is not None:
-            y_tangent = func(a_tangent, primals(b))
+            y_tangent = func(a_tangent, primals(b), **kwargs)
         if b_tangent is not None:
-            term = func(primals(a), b_tangent)
+            term = func(primals(a), b_tangent, **kwargs)
             y_tangent = term if y_tangent is None else y_tangent + term
-    return _wrap_like(y, y_tangent, args)
+    return wrap(y, y_tangent, next(duals(args)).stream)
+
+
+@rule("grouped_mm", "_grouped_mm")
+def grouped_product(func: Any, args: tuple, kwargs: dict) -> Any:
+    """The product of each group of rows, which `offs` delimits, with a matrix of its own: the experts of a mixture."""
+    offs, bias, dtype = (kwargs.get(name) for name in ("offs", "bias", "out_dtype"))
+    if bias is not None or len(args) != 2:
+        return DualTensor.rules[None](func, args, kwargs)
+    return product(func, args, {"offs": offs, "out_dtype": dtype})
 
 
 @rule("div", "__truediv__", "divide", "true_divide")
 def quotient(func: Any, args: tuple, kwargs: dict) -> Any:
-    """(a / b)_t = (a_t − (a / b) b_t) / b."""
+    """(a / b)_t = a_t / b − b_t (a / b) / b."""
     a, b = args
     y = func(primals(a), primals(b), **kwargs)
     if kwargs.get("rounding_mode") is not None:
         return y
-    a_tangent, b_tangent = tangent(a), tangent(b)
+    a_tangent, b_tangent, divisor = tangent(a), tangent(b), primals(b)
     with torch.no_grad():
-        numerator = a_tangent
+        y_tangent = None if a_tangent is None else a_tangent / divisor
         if b_tangent is not None:
-            numerator = -y * b_tangent if a_tangent is None else a_tangent - y * b_tangent
-        return _wrap_like(y, None if numerator is None else numerator / primals(b), args)
+            term = -b_tangent * (y / divisor)
+            y_tangent = term if y_tangent is None else y_tangent + term
+    return wrap(y, y_tangent, next(duals(args)).stream)
 
 
 @rule("__rtruediv__", "__rdiv__")
@@ -74,13 +84,14 @@ def quotient_of(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @rule("pow", "__pow__", "float_power")
 def power(func: Any, args: tuple, kwargs: dict) -> Any:
-    """x^n with a number n; anything else is a fallback."""
+    """x^n with a number n; anything else is a fallback. x^0 is constant, at x = 0 too."""
     x, n = (*args, *kwargs.values())
     if not isinstance(x, DualTensor) or not isinstance(n, (int, float)):
         return DualTensor.rules[None](func, args, kwargs)
     y = func(x.primal, n)
     with torch.no_grad():
-        return _wrap_like(y, None if x.tangent is None else n * x.tangent * x.primal ** (n - 1), args)
+        slope = torch.zeros_like(y) if n == 0 else n * x.primal.to(y.dtype) ** (n - 1)
+        return wrap(y, x.tangent * slope, x.stream)
 
 
 def _elementwise(jacobian: Any) -> Any:
@@ -90,7 +101,7 @@ def _elementwise(jacobian: Any) -> Any:
         (x,) = args
         y = func(x.primal, **kwargs)
         with torch.no_grad():
-            return wrap(y, None if x.tangent is None else jacobian(x.tangent, x.primal, y), x.stream)
+            return wrap(y, jacobian(x.tangent, x.primal, y), x.stream)
 
     return apply
 
@@ -116,7 +127,7 @@ def softmax(func: Any, args: tuple, kwargs: dict) -> Any:
     x = args[0]
     y = func(x.primal, *args[1:], **kwargs)
     dim = kwargs["dim"] if "dim" in kwargs else args[1]
-    if x.tangent is None or dim is None:
+    if dim is None:
         return DualTensor.rules[None](func, args, kwargs)
     with torch.no_grad():
         y_tangent = torch.ops.aten._softmax_backward_data.default(x.tangent.to(y.dtype), y, dim, y.dtype)
@@ -126,10 +137,3 @@ def softmax(func: Any, args: tuple, kwargs: dict) -> Any:
 def tangent(x: Any) -> Tensor | None:
     """The tangent of an argument; None where it has none."""
     return x.tangent if isinstance(x, DualTensor) else None
-
-
-def _wrap_like(y: Tensor, y_tangent: Tensor | None, args: tuple) -> Any:
-    """A result with its tangent broadcast and cast as type promotion made the result."""
-    if y_tangent is not None:
-        y_tangent = y_tangent.to(y.dtype).expand(y.shape)
-    return wrap(y, y_tangent, next(duals(args)).stream)

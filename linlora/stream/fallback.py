@@ -27,6 +27,7 @@ from linlora.stream.tensor import (
     module_name,
     primals,
     relate,
+    remedy,
     where,
     wrap,
 )
@@ -56,27 +57,37 @@ class Fallback:
 
 
 def forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:
+    """What a function does beside its result happens once: in the first of its two passes, for the primal.
+
+    The second, for the tangents, repeats its random numbers, and is given copies of the arguments it would write.
+    """
     if _is_custom(func):
         raise TangentError(
             f"{where(func)}: a custom operator, for which PyTorch's forward mode may return zero tangents silently; "
-            "replace it by torch functions, or use scope='layer'"
+            f"replace it by torch functions, {remedy()}"
         )
+    if function_name(func).endswith("_") and not function_name(func).startswith("__"):
+        raise TangentError(f"{where(func)}: changes a tensor in place, in a way the tangent cannot follow; {remedy()}")
     flat, structure = tree_flatten((args, kwargs))
     first = next(duals(flat))
-    random = _random_states(first.device)
-    y = func(*primals(args), **primals(kwargs))
-    leaves, shape = tree_flatten(y)
-    if not any(isinstance(leaf, Tensor) for leaf in leaves):
-        return y
-    if not any(differentiable(leaf) for leaf in leaves):
-        return wrap(y, None, first.stream)
-    with _counted(func, first), _replayed(random, first.device):
-        tangents = _tangents(func, flat, structure)
-    results = [
-        wrap(leaf, tangent, first.stream) if isinstance(leaf, Tensor) else leaf
-        for leaf, tangent in zip(leaves, tangents, strict=True)
-    ]
-    return tree_unflatten(relate(first, results), shape)
+    before = [leaf.clone() if _is_statistic(func, leaf) else leaf for leaf in flat]
+    versions, random = _versions(flat), Randomness(flat)
+    with sdpa_kernel(SDPBackend.MATH):  # in both passes: another implementation would drop other elements
+        y = func(*primals(args), **primals(kwargs))
+        if _versions(flat) != versions and all(a is b for a, b in zip(flat, before, strict=True)):
+            raise TangentError(
+                f"{where(func)}: writes one of its arguments, which its second pass, for the tangent, would do again; "
+                f"replace it by functions that return their result, {remedy()}"
+            )
+        leaves, shape = tree_flatten(y)
+        if not any(differentiable(leaf) for leaf in leaves):
+            return y
+        with _counted(func, first), random.repeated():
+            tangents = _tangents(func, before, structure)
+    results = [wrap(leaf, tangent, first.stream) for leaf, tangent in zip(leaves, tangents, strict=True)]
+    for dual in duals(flat):
+        relate(dual, results)
+    return tree_unflatten(results, shape)
 
 
 DualTensor.rules[None] = forward_mode
@@ -85,7 +96,6 @@ DualTensor.rules[None] = forward_mode
 def _tangents(func: Any, flat: list[Any], structure: Any) -> list[Tensor | None]:
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
-        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(forward_ad.dual_level())
         args, kwargs = tree_unflatten([_dual(leaf) for leaf in flat], structure)
         try:
@@ -93,15 +103,31 @@ def _tangents(func: Any, flat: list[Any], structure: Any) -> list[Tensor | None]
         except (NotImplementedError, RuntimeError) as error:
             raise TangentError(
                 f"{where(func)}: PyTorch cannot differentiate it in forward mode ({error}); replace it by other torch "
-                "functions, or use scope='layer'"
+                f"functions, {remedy()}"
             ) from error
         return [forward_ad.unpack_dual(leaf).tangent if differentiable(leaf) else None for leaf in tree_flatten(y)[0]]
 
 
 def _dual(leaf: Any) -> Any:
-    if not isinstance(leaf, DualTensor):
-        return leaf
-    return leaf.primal if leaf.tangent is None else forward_ad.make_dual(leaf.primal.detach(), leaf.tangent)
+    return forward_ad.make_dual(leaf.primal.detach(), leaf.tangent) if isinstance(leaf, DualTensor) else leaf
+
+
+_STATISTICS = {
+    "batch_norm", "instance_norm", "native_batch_norm", "_native_batch_norm_legit", "_batch_norm_impl_index",
+    "cudnn_batch_norm", "miopen_batch_norm",
+}  # fmt: skip
+
+
+def _is_statistic(func: Any, leaf: Any) -> bool:
+    """Whether an argument is one that normalizations update, which autograd's version counters do not always show."""
+    known = function_name(func).removeprefix("aten::") in _STATISTICS
+    return known and type(leaf) is not DualTensor and differentiable(leaf) and not leaf.requires_grad
+
+
+def _versions(flat: list[Any]) -> list[int]:
+    """How often each tensor was written, as autograd counts."""
+    tensors = [primals(leaf) for leaf in flat if isinstance(leaf, Tensor)]
+    return [tensor._version for tensor in tensors if not tensor.is_inference()]
 
 
 def _is_custom(func: Any) -> bool:
@@ -128,22 +154,30 @@ def _counted(func: Any, dual: DualTensor) -> Iterator[None]:
         entry.host_seconds += time.perf_counter() - started
 
 
-def _random_states(device: torch.device) -> list[Tensor]:
-    return [torch.get_rng_state()] + ([torch.cuda.get_rng_state(device)] if device.type == "cuda" else [])
+class Randomness:
+    """The states of the random generators that a call may use: the default ones, and those among its arguments."""
 
+    def __init__(self, flat: list[Any]) -> None:
+        devices = {primals(leaf).device for leaf in flat if isinstance(leaf, Tensor)}
+        self.generators = [torch.default_generator, *(leaf for leaf in flat if isinstance(leaf, torch.Generator))]
+        for device in (device for device in devices if device.type in ("cuda", "xpu")):
+            module = torch.get_device_module(device)
+            self.generators.append(module.default_generators[device.index or 0])
+        self.states = self._read()
 
-@contextmanager
-def _replayed(states: list[Tensor], device: torch.device) -> Iterator[None]:
-    """Inside, random functions repeat what they drew after `states` was taken; afterwards they go on from now."""
-    now = _random_states(device)
-    _set_random_states(states, device)
-    try:
-        yield
-    finally:
-        _set_random_states(now, device)
+    def _read(self) -> list[Tensor]:
+        return [generator.get_state() for generator in self.generators]
 
+    def _write(self, states: list[Tensor]) -> None:
+        for generator, state in zip(self.generators, states, strict=True):
+            generator.set_state(state)
 
-def _set_random_states(states: list[Tensor], device: torch.device) -> None:
-    torch.set_rng_state(states[0])
-    if len(states) > 1:
-        torch.cuda.set_rng_state(states[1], device)
+    @contextmanager
+    def repeated(self) -> Iterator[None]:
+        """Inside, random functions repeat what they drew since this was made; afterwards they go on from now."""
+        now = self._read()
+        self._write(self.states)
+        try:
+            yield
+        finally:
+            self._write(now)

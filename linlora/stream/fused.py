@@ -24,7 +24,7 @@ LOSSES_OF_PROBABILITIES = ("nll_loss", "kl_div", "binary_cross_entropy", "ctc_lo
 @rule("linear")
 def linear(func: Any, args: tuple, kwargs: dict) -> Any:
     x, weight, bias = _bound(_LINEAR, args, kwargs)
-    if not isinstance(x, DualTensor) or x.tangent is None or any(duals((weight, bias))):
+    if not isinstance(x, DualTensor) or _carry(weight, bias):
         return _forward_mode(func, args, kwargs)
     check_frozen(func, weight, bias)
     return wrap(*dual.linear(x.primal, x.tangent, weight, bias), x.stream)
@@ -33,7 +33,7 @@ def linear(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("addmm")
 def addmm(func: Any, args: tuple, kwargs: dict) -> Any:
     """bias + x W, as transformers' Conv1D writes a linear layer."""
-    if kwargs or not isinstance(args[1], DualTensor) or any(duals((args[0], args[2]))) or args[0].dim() != 1:
+    if kwargs or not isinstance(args[1], DualTensor) or _carry(args[0], args[2]) or args[0].dim() != 1:
         return _forward_mode(func, args, kwargs)
     bias, x, weight = args
     return linear(functional.linear, (x, weight.t(), bias), {})
@@ -42,7 +42,7 @@ def addmm(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("layer_norm")
 def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     x, shape, weight, bias, eps = _bound(_LAYER_NORM, args, kwargs)
-    if len(shape) != 1 or any(duals((weight, bias))):
+    if len(shape) != 1 or not isinstance(x, DualTensor) or _carry(weight, bias):
         return _forward_mode(func, args, kwargs)
     check_frozen(func, weight, bias)
     return wrap(*dual.layer_norm(x.primal, x.tangent, weight, bias, eps), x.stream)
@@ -51,7 +51,7 @@ def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("rms_norm")
 def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     x, shape, weight, eps = _bound(_RMS_NORM, args, kwargs)
-    if len(shape) != 1 or any(duals(weight)):
+    if len(shape) != 1 or not isinstance(x, DualTensor) or _carry(weight):
         return _forward_mode(func, args, kwargs)
     check_frozen(func, weight)
     eps = torch.finfo(x.dtype).eps if eps is None else eps
@@ -61,7 +61,7 @@ def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("scaled_dot_product_attention")
 def attention(func: Any, args: tuple, kwargs: dict) -> Any:
     q, k, v, mask, dropout_p, causal, scale, grouped = _bound(_ATTENTION, args, kwargs)
-    if any(duals(mask)) or q.dim() not in (3, 4) or (q.shape[-3] != k.shape[-3] and not grouped):
+    if _carry(mask) or q.dim() not in (3, 4) or (q.shape[-3] != k.shape[-3] and not grouped):
         return _forward_mode(func, args, kwargs)
     stream = next(duals((q, k, v))).stream
     seed = torch.randint(2**31, (), device=q.device) if dropout_p > 0.0 else None
@@ -140,6 +140,8 @@ def gated(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("dropout")
 def dropout(func: Any, args: tuple, kwargs: dict) -> Any:
     """One mask for both streams."""
+    if "train" in kwargs:  # torch.dropout's name for it
+        kwargs = {"training": kwargs["train"], **kwargs}
     x, p, training, inplace = _bound(_DROPOUT, args, kwargs)
     if not training or p == 0.0:
         return x
@@ -176,7 +178,13 @@ _ATTENTION = {
 
 def _bound(defaults: dict[str, Any], args: tuple, kwargs: dict) -> list[Any]:
     """The arguments of a call in the order of `defaults`."""
-    return list({**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}.values())
+    given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+    return [given[name] for name in defaults]
+
+
+def _carry(*arguments: Any) -> bool:
+    """Whether one of these arguments carries a tangent."""
+    return next(duals(arguments), None) is not None
 
 
 def _forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:

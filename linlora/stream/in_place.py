@@ -2,13 +2,28 @@
 
 from __future__ import annotations
 
+import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from linlora.stream.structural import tangent_or_zeros
-from linlora.stream.tensor import DualTensor, Rule, TangentError, primals, rebind, rule, where, wrap
+from linlora.stream.tensor import (
+    DualTensor,
+    Rule,
+    TangentError,
+    differentiable,
+    duals,
+    primals,
+    rebind,
+    remedy,
+    rule,
+    running_modules,
+    where,
+    wrap,
+)
 
 _OPERATORS = {
     "__iadd__": "__add__", "__isub__": "__sub__", "__imul__": "__mul__", "__itruediv__": "__truediv__",
@@ -16,37 +31,101 @@ _OPERATORS = {
 }  # fmt: skip
 
 
+_FILLS = (
+    "zero_", "normal_", "uniform_", "exponential_", "cauchy_", "geometric_", "log_normal_", "random_",
+)  # fmt: skip
+
+
 def _in_place(functional_form: Any) -> Rule:
     def apply(func: Any, args: tuple, kwargs: dict) -> Any:
-        if not isinstance(args[0], DualTensor):
-            return rebind(args[0], None, func)
-        return rebind(args[0], functional_form(*args, **kwargs), func)
+        if isinstance(args[0], Tensor) and not differentiable(args[0]):
+            return func(args[0], *primals(args[1:]), **primals(kwargs))
+        target = followed(args[0], func, (args, kwargs))
+        return rebind(target, functional_form(target, *args[1:], **kwargs), func)
 
     return apply
 
 
-for _name in dir(Tensor):
-    if _name.endswith("_") and not _name.startswith("_") and callable(getattr(Tensor, _name[:-1], None)):
-        rule(_name)(_in_place(getattr(Tensor, _name[:-1])))
+def _functional_forms() -> dict[str, Any]:
+    """Of each in-place method or function of torch, the one that returns its result instead."""
+    forms = {}
+    for namespace in (torch, Tensor):
+        for name in dir(namespace):
+            form = getattr(namespace, name[:-1], None)
+            if name.endswith("_") and not name.startswith("_") and callable(form):
+                forms[name] = form
+    return forms
+
+
+for _name, _form in _functional_forms().items():
+    rule(_name)(_in_place(_form))
 for _name, _form in _OPERATORS.items():
     if hasattr(Tensor, _name):
         rule(_name)(_in_place(getattr(Tensor, _form)))
 
 
+@rule("copy_", "fill_")
+def copy(func: Any, args: tuple, kwargs: dict) -> Any:
+    """x takes the values of another tensor, in its own dtype and shape."""
+
+    def copied(x: DualTensor, *source: Any, **options: Any) -> Any:
+        primal = func(torch.empty_like(x.primal), *primals(source), **primals(options))
+        dual = next(duals((source, options)), None)
+        return wrap(primal, None if dual is None else dual.tangent, x.stream)
+
+    return _in_place(copied)(func, args, kwargs)
+
+
 @rule("__setitem__")
 def set_item(func: Any, args: tuple, kwargs: dict) -> None:
-    x, index, value = args
-    if not isinstance(x, DualTensor):
-        rebind(x, None, func)
-    primal, index = x.primal.clone(), primals(index)
-    primal[index] = primals(value)
-    with torch.no_grad():
-        tangent = None if x.tangent is None else x.tangent.clone()
-        if tangent is not None:
+    def written(x: DualTensor, index: Any, value: Any) -> Any:
+        primal = x.primal.clone()
+        primal[index] = primals(value)
+        with torch.no_grad():
+            tangent = x.tangent.clone()
             tangent[index] = tangent_or_zeros(value, tangent.dtype) if isinstance(value, Tensor) else 0
-    rebind(x, wrap(primal, tangent, x.stream), func)
+        return wrap(primal, tangent, x.stream)
+
+    _in_place(written)(func, args, kwargs)
 
 
-@rule("requires_grad_", "retain_grad", "set_", "resize_", "copy_", "zero_", "fill_", "index_put_")
+@rule(*_FILLS)
+def fill(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Values that do not depend on those before: a constant."""
+    return rebind(args[0], func(torch.empty_like(args[0].primal), *args[1:], **kwargs), func)
+
+
+def followed(target: Tensor, func: Any, arguments: Any) -> DualTensor:
+    """The target of a write. A plain tensor becomes a DualTensor of tangent zero, and stays the same object to all who
+    hold it, where it owns its memory and no module keeps it: experts of a mixture add what they give to zeros."""
+    if isinstance(target, DualTensor):
+        return target
+    if not _owns_memory(target) or any(target is kept for module in running_modules() for kept in _kept(module)):
+        raise TangentError(
+            f"{where(func)}: writes a value that carries a tangent into a tensor that has none and is a view, has "
+            f"views or is kept by a module; build the tensor with torch.cat, torch.stack or torch.where, {remedy()}"
+        )
+    other = DualTensor(target.detach(), torch.zeros_like(target), next(duals(arguments)).stream)
+    torch.utils.swap_tensors(target, other)
+    target.primal = other  # type: ignore[attr-defined]
+    return target  # type: ignore[return-value]
+
+
+def _owns_memory(x: Tensor) -> bool:
+    """Whether no other tensor or array sees the memory of a plain tensor."""
+    if type(x) is not Tensor or x._is_view() or weakref.getweakrefs(x):
+        return False
+    if x._use_count() > 1:  # type: ignore[attr-defined]
+        return False
+    storage = x.untyped_storage()
+    return storage.resizable() and torch._C._storage_Use_Count(storage._cdata) == 2  # the tensor's and this variable
+
+
+def _kept(module: Any) -> Iterator[Any]:
+    yield from module._buffers.values()
+    yield from vars(module).values()
+
+
+@rule("requires_grad_", "retain_grad", "set_", "resize_", "resize_as_")
 def refuse(func: Any, args: tuple, kwargs: dict) -> Any:
     raise TangentError(f"{where(func)}: changes a tensor that carries a tangent in a way the tangent cannot follow")

@@ -13,8 +13,7 @@ does not know as losses is recognized where it leaves: by its name, or as one nu
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -23,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from linlora.stream import fused, structural
 from linlora.stream.border import Place, place
-from linlora.stream.fallback import _random_states, _replayed
+from linlora.stream.fallback import Randomness
 from linlora.stream.tensor import (
     DualTensor,
     Stream,
@@ -45,7 +44,7 @@ class Constant(DualTensor):
     """
 
     constant = True
-    tangent = None
+    tangent = None  # type: ignore[assignment]
     has_graph = False
 
     @staticmethod
@@ -76,9 +75,8 @@ def outside(func: Any, args: tuple, kwargs: dict) -> Any:
         return rule(func, args, kwargs)
     if func in DualTensor.moves and rule is not None and not any(dual.constant for dual in found):
         result = rule(func, args, kwargs)
-        moved = list(duals(result))
-        if all(isinstance(dual.tangent, Tensor) for dual in moved):  # a cast to integers has none
-            for dual in moved:
+        if all(isinstance(x, DualTensor) or not isinstance(x, Tensor) for x in tree_flatten(result)[0]):
+            for dual in duals(result):  # and not of a cast to integers, which has none
                 dual.reduced = any(source.reduced for source in found)
             return result
     if func in DualTensor.moves and all(dual.constant for dual in found):
@@ -143,8 +141,9 @@ def constants(func: Any, args: tuple, kwargs: dict) -> Any:
             )
         return func(*primals(args), **primals(kwargs))
     flat, _ = tree_flatten((args, kwargs))
+    random = Randomness(flat)
     plain = [leaf for leaf in flat if type(leaf) is Tensor and not leaf.is_inference()]
-    written, random = [leaf._version for leaf in plain], _random_states(found[0].primal.device)
+    written = [leaf._version for leaf in plain]
     y = func(*primals(args), **primals(kwargs))
     if not any(isinstance(leaf, Tensor) for leaf in tree_flatten(y)[0]):
         return y
@@ -180,27 +179,18 @@ DualTensor.outside, DualTensor.constants = outside, constants
 DualTensor.mixed, DualTensor.hooked = mixed, hooked
 
 
-def _of_f(func: Any, args: tuple, kwargs: dict, random: Any) -> Any:
+def _of_f(func: Any, args: tuple, kwargs: dict, random: Randomness | None) -> Any:
     """A function of F, with the random numbers that it drew of f; None where it has no result."""
     if any(dual.unknown for dual in duals((args, kwargs))):
         return None
     try:
-        with torch.no_grad(), _repeating(random, next(duals((args, kwargs))).primal.device):
+        with torch.no_grad(), nullcontext() if random is None else random.repeated():
             args, kwargs = collapse((args, kwargs))
             if "norm" in function_name(func):  # which may update statistics
                 args, kwargs = _own((args, kwargs))
             return func(*args, **kwargs)
     except (RuntimeError, IndexError, ValueError, TypeError):  # where the indices of f do not fit those of F
         return None
-
-
-@contextmanager
-def _repeating(random: Any, device: torch.device) -> Iterator[None]:
-    if random is None:
-        yield
-    else:
-        with _replayed(random, device):
-            yield
 
 
 def _own(tree: Any) -> Any:

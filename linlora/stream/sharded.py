@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from linlora.stream.tensor import DualTensor, duals, relate, replace_duals, wrap
+from linlora.stream.tensor import DualTensor, duals, rebuilt, relate, replace_duals, wrap
 
 
 def follow_sharding(module: nn.Module, args: tuple) -> None:
@@ -75,16 +75,14 @@ def _joined(before: Any, after: Any) -> Any:
     """`after`, which has the structure of `before`, with the tangents of the DualTensors there."""
     if isinstance(before, DualTensor):
         # the dtype may be another one: a mixed-precision policy casts what passes its hooks
-        tangent = before.tangent.to(after.dtype) if isinstance(before.tangent, Tensor) else None
-        return relate(before, wrap(after, tangent, before.stream)) if tangent is not None else before
+        return relate(before, wrap(after, before.tangent, before.stream))
     if not isinstance(before, (tuple, list, dict)) or next(duals(before), None) is None:
         return after
     if isinstance(before, dict):  # and transformers' ModelOutput, which is one
         for name, child in before.items():
             after[name] = _joined(child, after[name])
         return after
-    children = [_joined(*pair) for pair in zip(before, after, strict=True)]
-    return type(after)(*children) if hasattr(after, "_fields") else type(after)(children)
+    return rebuilt(after, [_joined(*pair) for pair in zip(before, after, strict=True)])
 
 
 def _has_boundary(module: nn.Module) -> bool:

@@ -7,19 +7,32 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from linlora.stream.border import Place, place
-from linlora.stream.tensor import DualTensor, TangentError, collapse, duals, named, primals, relate, rule, where, wrap
+from linlora.stream.tensor import (
+    DualTensor,
+    TangentError,
+    collapse,
+    differentiable,
+    duals,
+    named,
+    primals,
+    relate,
+    rule,
+    where,
+    wrap,
+)
 
-_VIEWS = (
+_MOVES = (
     "view", "reshape", "flatten", "unflatten", "transpose", "swapaxes", "permute", "movedim", "squeeze", "unsqueeze",
     "expand", "expand_as", "view_as", "reshape_as", "narrow", "select", "chunk", "split", "split_with_sizes",
     "tensor_split", "unbind", "__getitem__", "diagonal", "t", "T", "mT", "contiguous", "to", "type_as",
     "float", "double", "half", "bfloat16", "cpu", "cuda", "unfold", "view_as_complex", "view_as_real",
+    "roll", "flip", "repeat", "repeat_interleave", "tile", "gather", "index_select", "take_along_dim", "clone",
 )  # fmt: skip
-_LINEAR_MAPS = (
-    "neg", "__neg__", "negative", "positive", "sum", "mean", "cumsum", "roll", "flip", "repeat", "repeat_interleave",
-    "tile", "gather", "index_select", "take_along_dim", "clone", "tril", "triu",
+_SUMS = (
+    "neg", "__neg__", "negative", "positive", "sum", "mean", "cumsum", "tril", "triu",
 )  # fmt: skip
 _METADATA = (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta",
@@ -30,58 +43,68 @@ _METADATA = (
 _CONSTANTS = (
     "zeros_like", "ones_like", "empty_like", "full_like", "rand_like", "randn_like", "randint_like", "bernoulli",
     "new_zeros", "new_ones", "new_empty", "new_full", "new_tensor", "sign", "floor", "ceil", "round",
-)  # fmt: skip
-_COMPARISONS = (
     "eq", "ne", "lt", "le", "gt", "ge", "__eq__", "__ne__", "__lt__", "__le__", "__gt__", "__ge__", "isnan", "isinf",
     "isfinite", "argmax", "argmin", "argsort", "logical_not", "logical_and", "logical_or", "__and__", "__or__",
     "__invert__", "any", "all", "nonzero", "isclose",
+    "equal", "allclose", "is_nonzero", "__contains__", "__bool__",
 )  # fmt: skip
 _VALUES = (
-    "__bool__", "__int__", "__float__", "__index__", "__contains__", "item", "tolist", "numpy", "__array__", "equal",
-    "allclose", "is_nonzero", "untyped_storage", "data_ptr", "backward", "__reduce_ex__", "__dlpack__",
-    "__format__", "__complex__",
+    "__int__", "__float__", "__complex__", "__index__", "item", "tolist", "numpy", "__array__", "__format__",
+    "untyped_storage", "data_ptr", "backward", "__reduce_ex__", "__dlpack__",
 )  # fmt: skip
 
 
-_COPIES = (
-    "roll", "flip", "repeat", "repeat_interleave", "tile", "gather", "index_select", "take_along_dim", "clone", "cat",
-    "concat", "concatenate", "stack", "hstack", "vstack", "__deepcopy__", "__iter__",
-)  # fmt: skip
-DualTensor.moves = {function for name in (*_VIEWS, *_COPIES) for function in named(name)}
+_JOINS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack")
+DualTensor.moves = {function for name in (*_MOVES, *_JOINS, "__deepcopy__", "__iter__") for function in named(name)}
 
 
-@rule(*_LINEAR_MAPS)
+@rule(*_MOVES, *_SUMS)
 def linear_map(func: Any, args: tuple, kwargs: dict) -> Any:
     """func(x, …) with x the only argument that is differentiated: func of the primal, func of the tangent."""
-    return _map(func, args, kwargs, view=False)
-
-
-@rule(*_VIEWS)
-def view(func: Any, args: tuple, kwargs: dict) -> Any:
-    """A linear map whose result may share memory with its argument."""
-    return _map(func, args, kwargs, view=True)
-
-
-def _map(func: Any, args: tuple, kwargs: dict, view: bool) -> Any:
-    x, rest = args[0], primals(args[1:])
-    y = func(primals(x), *rest, **primals(kwargs))
+    x, rest, options = args[0], primals(args[1:]), primals(kwargs)
+    y = func(primals(x), *rest, **options)
     if not isinstance(x, DualTensor):
         return y
     if y is x.primal:
         return x
-    if x.tangent is None:
-        y_tangent = None
-    else:
-        with torch.no_grad():
-            y_tangent = func(x.tangent, *rest, **primals(kwargs))
-    result = wrap(y, y_tangent, x.stream)
-    return relate(x, result) if view else result
+    with torch.no_grad():
+        # strides of its own, after broadcasting say, would not allow what those of the primal do
+        tangent = x.tangent.contiguous() if func in _OF_STRIDES else x.tangent
+        return relate(x, wrap(y, func(tangent, *rest, **options), x.stream))
+
+
+_OF_STRIDES = {function for name in ("view", "view_as", "unflatten", "view_as_complex") for function in named(name)}
+
+
+@rule("view")
+def view(func: Any, args: tuple, kwargs: dict) -> Any:
+    """x.view(shape) is a linear map; x.view(dtype) reads the bits of the primal as other numbers, a constant."""
+    dtype = kwargs.get("dtype", args[-1] if len(args) == 2 else None)
+    return constant(func, args, kwargs) if isinstance(dtype, torch.dtype) else linear_map(func, args, kwargs)
+
+
+@rule("sort", "topk", "kthvalue", "mode", "cummax", "cummin", "max", "min", "median", "nanmedian")
+def selection(func: Any, args: tuple, kwargs: dict) -> Any:
+    """(values, indices) along a dimension: the tangents of the values are those at the indices of the primal."""
+    x = args[0]
+    y = func(primals(x), *primals(args[1:]), **primals(kwargs))
+    if isinstance(y, Tensor) or not isinstance(x, DualTensor):  # of all elements, or of two tensors
+        return DualTensor.rules[None](func, args, kwargs)
+    after = 2 if func.__name__ in ("topk", "kthvalue") else 1
+    dim = kwargs.get("dim", args[after] if len(args) > after else -1)
+    indices = y[1]
+    with torch.no_grad():
+        if indices.dim() < x.dim():
+            y_tangent = x.tangent.gather(dim, indices.unsqueeze(dim)).squeeze(dim)
+        else:
+            y_tangent = x.tangent.gather(dim, indices)
+    return wrap(y, [y_tangent, None], x.stream)
 
 
 @rule("type")
 def type_of(func: Any, args: tuple, kwargs: dict) -> Any:
-    """x.type(dtype) is a view; x.type() a name."""
-    return view(func, args, kwargs) if len(args) + len(kwargs) > 1 else metadata(func, args, kwargs)
+    """x.type(dtype) is a cast; x.type() a name."""
+    return linear_map(func, args, kwargs) if len(args) + len(kwargs) > 1 else metadata(func, args, kwargs)
 
 
 @rule("__deepcopy__")
@@ -95,7 +118,7 @@ def deep_copy(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @rule("__iter__")
 def iterate(func: Any, args: tuple, kwargs: dict) -> Any:
-    return iter(view(torch.unbind, args, {}))
+    return iter(linear_map(torch.unbind, args, {}))
 
 
 @rule(*_METADATA)
@@ -107,13 +130,6 @@ def metadata(func: Any, args: tuple, kwargs: dict) -> Any:
 def constant(func: Any, args: tuple, kwargs: dict) -> Any:
     """A result that does not depend on the values of its argument, or not differentiably."""
     return func(*primals(args), **primals(kwargs))
-
-
-@rule(*_COMPARISONS)
-def comparison(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Integers and booleans have no tangent; they stay in the stream so that a branch on them is noticed."""
-    y = func(*primals(args), **primals(kwargs))
-    return y if isinstance(y, bool) else wrap(y, None, next(duals((args, kwargs))).stream)
 
 
 @rule("detach", "data")
@@ -132,13 +148,18 @@ def value(func: Any, args: tuple, kwargs: dict) -> Any:
     )
 
 
-@rule("cat", "concat", "concatenate", "stack", "hstack", "vstack")
-def join(func: Any, args: tuple, kwargs: dict) -> Any:
-    tensors = list(args[0])
-    y = func(primals(tensors), *args[1:], **kwargs)
+@rule(
+    *_JOINS, "index_add", "index_copy", "index_put",
+    "scatter_add", "slice_scatter", "select_scatter", "diagonal_scatter", "masked_scatter",
+)  # fmt: skip
+def joint_map(func: Any, args: tuple, kwargs: dict) -> Any:
+    """func is linear in all its tensors of numbers together: those without a tangent have tangent zero."""
+    y = func(*primals(args), **primals(kwargs))
     with torch.no_grad():
-        y_tangent = func([tangent_or_zeros(tensor, y.dtype) for tensor in tensors], *args[1:], **kwargs)
-    return wrap(y, y_tangent, next(duals(tensors)).stream)
+        given, structure = tree_flatten((args, kwargs))
+        tangents = [tangent_or_zeros(x, y.dtype) if differentiable(x) else x for x in given]
+        rest, options = tree_unflatten(tangents, structure)
+        return wrap(y, func(*rest, **options), next(duals(given)).stream)
 
 
 @rule("where")
@@ -147,13 +168,13 @@ def choose(func: Any, args: tuple, kwargs: dict) -> Any:
     if func is Tensor.where:
         args = (args[1], args[0], *args[2:])
     if len(args) + len(kwargs) == 1:
-        return comparison(func, args, kwargs)
+        return constant(func, args, kwargs)
     condition, a, b = (*args, *kwargs.values())
     y = torch.where(primals(condition), primals(a), primals(b))
     tangents = [t.tangent if isinstance(t, DualTensor) else None for t in (a, b)]
     stream = next(duals((condition, a, b))).stream
     if all(t is None for t in tangents):
-        return wrap(y, None, stream)
+        return y
     with torch.no_grad():
         a_tangent, b_tangent = (y.new_zeros(()) if t is None else t.to(y.dtype) for t in tangents)
         return wrap(y, torch.where(primals(condition), a_tangent, b_tangent), stream)
@@ -166,11 +187,11 @@ def masked_fill(func: Any, args: tuple, kwargs: dict) -> Any:
         return choose(torch.where, (mask, value, x), {})
     y = x.primal.masked_fill(primals(mask), value)
     with torch.no_grad():
-        y_tangent = None if x.tangent is None else x.tangent.masked_fill(primals(mask), 0)
+        y_tangent = x.tangent.masked_fill(primals(mask), 0)
     return wrap(y, y_tangent, x.stream)
 
 
 def tangent_or_zeros(x: Tensor, dtype: torch.dtype) -> Tensor:
-    if isinstance(x, DualTensor) and x.tangent is not None:
+    if isinstance(x, DualTensor):
         return x.tangent.to(dtype)
     return torch.zeros_like(primals(x), dtype=dtype)

@@ -66,18 +66,20 @@ class DualTensor(Tensor):
     """A primal tensor with its tangent, of one shape and dtype; to Python code, a tensor of that shape and dtype.
 
     The primal is under autograd as any tensor is. The tangent is a constant to autograd: ∂L/∂δ needs the primal's
-    graph alone (linlora.ops.dual). A tensor of integers or booleans computed from a stream has tangent None.
+    graph alone (linlora.ops.dual).
 
-    A float without a tangent is a plain tensor. A DualTensor has no storage of its own: code that bypasses
-    `__torch_function__`, and would lose the tangent, raises.
+    A tensor without a tangent is a plain tensor: a constant, and every integer and boolean. So indices (of topk, sort,
+    argmax), masks and the branches taken on them are those of the primal; F is the linearization at φ0 of what runs
+    there. A DualTensor has no storage of its own: code that bypasses `__torch_function__`, and would lose the tangent,
+    raises.
 
     Outside the network it is F = f + J δ to every function (linlora.stream.outside).
     """
 
     primal: Tensor
-    tangent: Any  # a Tensor; None beside integers and booleans
+    tangent: Tensor
     stream: Stream
-    relatives: list[weakref.ref]  # the DualTensors that may share its memory: views of one another
+    relatives: list[weakref.ref]  # the tensors that share its memory: views of one another
     value: Tensor | None = None  # F, once it was asked for outside the network
     reduced: bool = False  # one number made of many: at the network's output, a loss (linlora.stream.losses)
     constant: ClassVar[bool] = False  # whether it is a linlora.stream.outside.Constant
@@ -91,11 +93,11 @@ class DualTensor(Tensor):
     hooked: ClassVar[Callable[..., Any]]  # and in a hook (linlora.stream.outside)
 
     @staticmethod
-    def __new__(cls, primal: Tensor, tangent: Tensor | None, stream: Stream) -> DualTensor:
+    def __new__(cls, primal: Tensor, tangent: Tensor, stream: Stream) -> DualTensor:
         dual = Tensor._make_wrapper_subclass(
             cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device
         )
-        dual.primal, dual.tangent, dual.stream, dual.relatives = primal, tangent, stream, []
+        dual.primal, dual.tangent, dual.stream, dual.relatives = primal, like(tangent, primal), stream, []
         return dual
 
     def __repr__(self) -> str:  # type: ignore[override]
@@ -113,7 +115,7 @@ class DualTensor(Tensor):
 
     def taken(self) -> Tensor:
         """F, a plain tensor."""
-        return self.primal if self.tangent is None else self.primal + self.tangent
+        return self.primal + self.tangent
 
     @classmethod
     @torch.compiler.disable  # a compiled model runs eagerly where both streams flow
@@ -146,7 +148,7 @@ class DualTensor(Tensor):
     def __torch_dispatch__(cls, func: Any, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
         raise TangentError(
             f"{where(func)}: called from code that bypasses torch functions (an extension, a compiled or scripted "
-            "function), which would lose the tangent; replace it by torch functions, or use scope='layer'"
+            f"function), which would lose the tangent; replace it by torch functions, {remedy()}"
         )
 
 
@@ -193,17 +195,22 @@ _NAMES_OF_FIRST = {"input", "tensors"}
 def wrap(primal: Any, tangent: Any, stream: Stream) -> Any:
     """DualTensors of a primal and a tangent result, which are tensors or equal (named) tuples or lists of them.
 
-    A real or complex result without a tangent is a constant, a plain tensor.
+    A result without a tangent, or of integers or booleans, is a constant: a plain tensor.
     """
     if isinstance(primal, Tensor):
-        if not differentiable(primal):
-            tangent = None
-        elif tangent is None:
-            return primal
-        return DualTensor(primal, tangent, stream)
+        return DualTensor(primal, tangent, stream) if tangent is not None and differentiable(primal) else primal
+    if not isinstance(primal, (tuple, list)):
+        return primal
     tangents = tangent or [None] * len(primal)
-    parts = [wrap(p, t, stream) for p, t in zip(primal, tangents, strict=True)]
-    return type(primal)(parts) if type(primal) in (tuple, list) else type(primal)(*parts)
+    return rebuilt(primal, [wrap(p, t, stream) for p, t in zip(primal, tangents, strict=True)])
+
+
+def like(tangent: Tensor, primal: Tensor) -> Tensor:
+    """A tangent in the dtype and shape and on the device of its primal: as type promotion, autocast or broadcasting
+    made that."""
+    if tangent.dtype != primal.dtype or tangent.device != primal.device:
+        tangent = tangent.to(primal.device, primal.dtype)
+    return tangent if tangent.shape == primal.shape else tangent.expand(primal.shape)
 
 
 def differentiable(x: Any) -> bool:
@@ -248,7 +255,7 @@ def replace_duals(tree: Any, leaf: Callable[[DualTensor], Tensor]) -> Any:
 
 
 def rebuilt(tree: Any, children: list) -> Any:
-    """A tuple or list of the type of `tree`: a namedtuple takes its fields, torch.return_types a sequence."""
+    """A tuple or list of the type of `tree`: namedtuples take fields one by one, torch.return_types a sequence."""
     return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
 
 
@@ -266,23 +273,23 @@ def _reduced(func: Any, found: list[DualTensor], result: DualTensor) -> bool:
         return any(dual.reduced or dual.dim() for dual in found)
 
 
-def relate(x: DualTensor, views: Any) -> Any:
-    """The results of a view of x, after noting that they may share its memory."""
-    if not x.relatives:
-        x.relatives = [weakref.ref(x)]
-    for view in duals(views):
-        x.relatives.append(weakref.ref(view))
-        view.relatives = x.relatives
-    return views
+_alias = torch._C._is_alias_of  # type: ignore[attr-defined]
 
 
-def rebind(target: Any, result: Any, func: Any) -> DualTensor:
+def relate(x: DualTensor, results: Any) -> Any:
+    """The results of a function of x, after noting which of them are views of it: those that share its memory."""
+    for view in [results] if isinstance(results, Tensor) else results:
+        if view is not x and isinstance(view, Tensor) and _alias(x.primal, primals(view)):
+            if not x.relatives:
+                x.relatives = [weakref.ref(x)]
+            x.relatives.append(weakref.ref(view))
+            if isinstance(view, DualTensor):
+                view.relatives = x.relatives
+    return results
+
+
+def rebind(target: DualTensor, result: Any, func: Any) -> DualTensor:
     """x.op_(y): the target takes the value of the functional form. A view would need its base to follow."""
-    if not isinstance(target, DualTensor):
-        raise TangentError(
-            f"{where(func)}: writes a value that carries a tangent into a tensor that has none; "
-            "build the tensor with torch.cat, torch.stack or torch.where instead (of caches, use the dynamic one)"
-        )
     others = [relative() for relative in target.relatives]
     if any(other is not None and other is not target and other is not result for other in others):
         raise TangentError(
@@ -291,12 +298,9 @@ def rebind(target: Any, result: Any, func: Any) -> DualTensor:
         )
     if result.shape != target.shape:
         raise TangentError(f"{where(func)}: in-place result {tuple(result.shape)} in {tuple(target.shape)}")
-    dtype = target.primal.dtype
-    if isinstance(result, DualTensor):
-        primal, tangent = result.primal, result.tangent
-    else:  # a constant function: x.round_()
-        primal, tangent = result, torch.zeros_like(result) if differentiable(result) else None
-    target.primal, target.tangent = primal.to(dtype), None if tangent is None else tangent.to(dtype)
+    primal = primals(result).to(target.primal.dtype)  # primal first: that of a pending activation is its argument's
+    tangent = result.tangent if isinstance(result, DualTensor) else torch.zeros_like(primal)  # constant: x.round_()
+    target.primal, target.tangent = primal, like(tangent, primal)
     return target
 
 
@@ -306,10 +310,10 @@ def refuse_inside_function(where: str) -> None:
     while (frame := frame.f_back) is not None:  # type: ignore[assignment]
         if frame.f_code is torch.autograd.Function.apply.__func__.__code__:  # type: ignore[attr-defined]
             name = frame.f_locals["cls"].__name__
-            remedy = "replace it by torch functions, or use scope='layer'"
+            instead = f"replace it by torch functions, {remedy()}"
             if name == "CheckpointFunction":
-                remedy = "checkpoint with use_reentrant=False (gradient_checkpointing_kwargs)"
-            raise TangentError(f"{where}: called by the autograd Function {name}, whose tangent is unknown; {remedy}")
+                instead = "checkpoint with use_reentrant=False (gradient_checkpointing_kwargs)"
+            raise TangentError(f"{where}: called by the autograd Function {name}, whose tangent is unknown; {instead}")
 
 
 def where(func: Any = None) -> str:
@@ -328,18 +332,32 @@ def function_name(func: Any) -> str:
     return func.__self__.__name__ if name == "__get__" else name
 
 
+def remedy() -> str:
+    """What helps where a function cannot be followed, at the end of a message."""
+    if "expert" in module_name().lower():
+        return (
+            "or load the model with experts_implementation='batched_mm' (or 'eager'), whose functions are followed; "
+            "else use scope='layer'"
+        )
+    return "or use scope='layer'"
+
+
 def module_name() -> str:
     """The name, in the model, of the innermost nn.Module whose method is on the call stack."""
-    inner: nn.Module | None = None
-    outer: nn.Module | None = None
+    modules = list(running_modules())
+    if not modules:
+        return "(outside a module)"
+    inner, outer = modules[0], modules[-1]
+    names = {id(module): name for name, module in outer.named_modules()}
+    return names.get(id(inner), "").removeprefix("base_model.model.") or type(inner).__name__
+
+
+def running_modules() -> Iterator[nn.Module]:
+    """The modules whose methods are on the call stack, from the innermost outwards."""
     frame = sys._getframe(1)
     while frame is not None:
         if frame.f_code.co_varnames[:1] == ("self",):
             owner = frame.f_locals.get("self")
             if isinstance(owner, nn.Module):
-                inner, outer = inner or owner, owner
+                yield owner
         frame = frame.f_back  # type: ignore[assignment]
-    if inner is None or outer is None:
-        return "(outside a module)"
-    names = {id(module): name for name, module in outer.named_modules()}
-    return names[id(inner)].removeprefix("base_model.model.") or type(inner).__name__

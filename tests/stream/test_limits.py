@@ -1,5 +1,6 @@
 """What the stream cannot follow raises and says where; what is constant stays constant."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -54,9 +55,9 @@ def in_place_on_a_view(x):
     return x
 
 
-def write_into_a_plain_tensor(x):
-    buffer = torch.zeros(3, 4)
-    buffer[:] = x
+def write_into_a_view_of_a_plain_tensor(x):
+    buffer = torch.zeros(2, 3, 4)
+    buffer[0][:] = x
     return buffer
 
 
@@ -65,16 +66,21 @@ def scripted(x: torch.Tensor):
     return x * 2
 
 
+PARAMETER = nn.Parameter(torch.zeros(3, 4))
 REFUSED = {
     "custom operator": (lambda x: custom_double(x), "linlora_tests::double"),
     "autograd Function": (Straight.apply, "the autograd Function Straight"),
     "in-place on a view": (in_place_on_a_view, "in-place on a view"),
-    "write into a plain tensor": (write_into_a_plain_tensor, "writes a value that carries a tangent"),
+    "write into a view": (write_into_a_view_of_a_plain_tensor, "writes a value that carries a tangent"),
+    "write into a tensor that has views": (lambda x: write_beside_a_view(x), "is a view, has views"),
+    "write into an array": (lambda x: torch.from_numpy(np.zeros((3, 4), np.float32)).copy_(x), "is a view, has views"),
+    "write into a parameter": (lambda x: PARAMETER.data.copy_(x), "is a view, has views"),
     "out=": (lambda x: torch.add(x, 1.0, out=torch.empty(3, 4)), "out= is not supported"),
-    "branch on values": (lambda x: x if x.sum() > 0 else -x, "branch on values"),
     "item": (lambda x: x.sum().item() * x, "branch on values"),
     "numpy": (lambda x: x.numpy(), "out of the stream"),
-    "copy_": (lambda x: (x * 1.0).copy_(x), "cannot follow"),
+    "resize_": (lambda x: (x * 1.0).resize_(2, 2), "cannot follow"),
+    "squeeze_": (lambda x: (x * 1.0).unsqueeze_(0), "in-place result"),
+    "apply_": (lambda x: (x * 1.0).apply_(abs), "changes a tensor in place"),
     "no forward derivative": (lambda x: F.embedding_bag(torch.zeros(2, 2, dtype=torch.long), x), "forward mode"),
     "loss of probabilities": (lambda x: F.nll_loss(x.log_softmax(-1), torch.tensor([0, 1, 2])), "before the softmax"),
 }
@@ -162,15 +168,38 @@ def test_a_constant_function_in_place_leaves_a_zero_tangent():
     assert torch.equal(x.primal, x.primal.round())
 
 
-def test_integers_follow_without_a_tangent():
+def write_beside_a_view(x):
+    buffer = torch.zeros(3, 4)
+    rows = buffer.view(-1)
+    buffer[:] = x
+    return rows
+
+
+def test_a_tensor_that_a_module_keeps_is_not_written():
+    class Keeps(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(4))
+            self.last = torch.zeros(4)
+
+        def forward(self, x, name):
+            getattr(self, name).lerp_(x.mean(0), 0.1)
+            return x
+
+    for name in ("mean", "last"):
+        module = Keeps()
+        with pytest.raises(TangentError, match="kept by a module"):
+            module(dual(), name)
+        assert type(getattr(module, name)) is torch.Tensor
+
+
+def test_integers_and_booleans_are_constants_and_branches_on_them_are_those_of_the_primal():
     x = dual()
     mask = (x > 0) & (x < 1) | ~(x == 2)
-    assert isinstance(mask, DualTensor)
-    assert mask.tangent is None
-    assert x.argmax(-1).tangent is None
-    assert all(index.tangent is None for index in torch.where(x > 0))
-    assert type(mask.float()) is torch.Tensor  # a constant
-    assert type(torch.zeros_like(x)) is torch.Tensor
+    constants = mask, x.argmax(-1), *torch.where(x > 0), mask.float(), torch.zeros_like(x), x.topk(2).indices, x.int()
+    assert {type(constant) for constant in constants} == {torch.Tensor}
+    y = x if x.sum() > 0 else -x
+    assert torch.equal(y.tangent, x.tangent if x.primal.sum() > 0 else -x.tangent)
 
 
 @pytest.mark.parametrize("loss", [F.cross_entropy, F.multi_margin_loss])

@@ -111,7 +111,7 @@ FALLBACK = {
     "einsum": lambda x: torch.einsum("bij,bkj->bik", x, x),
     "logsumexp": lambda x: x.logsumexp(-1),
     "var": lambda x: x.var(-1),
-    "max": lambda x: x.max(dim=-1).values,
+    "amax": lambda x: x.amax(-1),
     "norm": lambda x: F.normalize(x, dim=-1),
     "group norm": lambda x: F.group_norm(x, 2),
     "number to the power": lambda x: 2.0**x,
