@@ -53,12 +53,21 @@ def sum_of_splits(low, n_splits, o_m, o_r, BLOCK_M: tl.constexpr, BLOCK_R: tl.co
 
 @triton.jit
 def add_of_groups(b_y, b_low, d_expand, segments, place, end, o_place, o_r, o_n, PRECISION: tl.constexpr):
-    """y + low dE_t, each row's t; low with s, in the dtype of the dots."""
+    """y + low dE_t, each row's t; low with s, in the dtype of the dots.
+
+    The rows of other groups are zeros in a group's product. What is not finite in its factor is left out of it, since
+    0 · ∞ is NaN, and makes the group's own rows NaN instead.
+    """
     while place < end:
         i_group, past = group_at(segments, place, end)
         m_group = (o_place >= place) & (o_place < past)
         b_of_group = tl.where(m_group[:, None], b_low, 0.0).to(b_low.dtype)
-        b_y = dot(b_of_group, load_from(d_expand, i_group, o_r, o_n).to(b_low.dtype), b_y, PRECISION)
+        b_factor = load_from(d_expand, i_group, o_r, o_n).to(b_low.dtype)
+        b_nothing = b_factor - b_factor  # NaN where the factor is not finite
+        b_lost = tl.sum(b_nothing.to(tl.float32), 0)
+        b_y += tl.where(m_group[:, None], b_lost[None, :], 0.0)
+        b_factor = tl.where(b_nothing == 0.0, b_factor, 0.0).to(b_low.dtype)
+        b_y = dot(b_of_group, b_factor, b_y, PRECISION)
         place = past
     return b_y
 

@@ -103,10 +103,12 @@ def grouped_shrink_kernel(
         while place < end:
             i_group, past = group_at(segments, place, end)
             o_m = tl.where((o_place >= place) & (o_place < past), o_row, x.rows)
-            b_u, b_v = add_products(
-                b_u, b_v, x, x_tangent, shrink, d_shrink, i_group, o_m, o_r, first_column, past_column, dropout,
-                PRECISION, BLOCK_K,
+            b_u, b_of_group = add_products(
+                b_u, tl.zeros_like(b_v), x, x_tangent, shrink, d_shrink, i_group, o_m, o_r, first_column, past_column,
+                dropout, PRECISION, BLOCK_K,
             )  # fmt: skip
+            # Selected, not added: to the zeros of other groups' rows a factor with an infinity gives NaN.
+            b_v = tl.where((o_m < x.rows)[:, None], b_of_group, b_v)
             place = past
     if u is not None:
         store_to(u, b_u, i_split, o_row, o_r)

@@ -15,6 +15,8 @@ which a model's layers have once. A program takes one block of columns of one he
     (l, q)   │     │     │          │     │     │         mix: reads S blocks, writes T
              └─────┴─────┴───       └─────┴─────┴───      unmix: reads S + T, writes S, and a partial (T, S) of dw
 
+A weight of exactly 0 does not select its skill: w · NaN is 0 then, in either direction.
+
 The last program of a (l, q) to arrive adds the partials in the order of the columns and sets its counter back to zero:
 the same bits in every run, no floating-point atomics, no second launch.
 
@@ -83,6 +85,13 @@ def mixed_offset(p_layer, i_head, in_A, columns, o_column):
 
 
 @triton.jit
+def times(b_w, b_tile):
+    """w ⊙ tile, a weight a row; 0 where a weight is, whatever it meets."""
+    b_wide = b_w.to(tl.float32)[:, None]
+    return tl.where(b_wide == 0.0, 0.0, b_wide * b_tile)
+
+
+@triton.jit
 def mix_kernel(
     p_addresses,
     p_sizes,
@@ -108,7 +117,7 @@ def mix_kernel(
             b_w = tl.load(p_weights + (o_t * heads + i_head) * skills + skill, mask=o_t < tasks, other=0.0)
             p_skill = p_factor + (i_head * skills + skill).to(tl.int64) * columns
             b_skill = tl.load(p_skill + o_column, mask=m_column, other=0.0)
-            b_mixed += b_w.to(tl.float32)[:, None] * b_skill.to(tl.float32)[None, :]
+            b_mixed += times(b_w, b_skill.to(tl.float32)[None, :])
         o_tile = o_t.to(tl.int64)[:, None] * mixed_size + o_mixed[None, :]
         tl.store(p_mixed + o_tile, b_mixed.to(MIXED), mask=(o_t < tasks)[:, None] & m_column[None, :])
 
@@ -150,7 +159,7 @@ def unmix_kernel(
             o_tile = o_t.to(tl.int64)[:, None] * mixed_size + o_mixed[None, :]
             b_d_mixed = tl.load(p_d_mixed + o_tile, mask=m_tile, other=0.0).to(tl.float32)
             b_w = tl.load(p_weights + (o_t * heads + i_head) * skills + skill, mask=o_t < tasks, other=0.0)
-            b_d_skill += tl.sum(b_w.to(tl.float32)[:, None] * b_d_mixed, 0)
+            b_d_skill += tl.sum(times(b_w, b_d_mixed), 0)
             if is_set(p_d_weights):
                 b_d_w = tl.sum(b_d_mixed * b_skill[None, :], 1)
                 tl.store(p_row + i_block * partial_size + o_t * skills + skill, b_d_w, mask=o_t < tasks)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import linlora.kernels as kernels
-from linlora import evidence
+from linlora import choice, evidence
 from linlora.evidence import Entry, ShapeClass, shape_class
 from linlora.ops import aten, cuda
 
@@ -32,8 +32,6 @@ LAYER_OPS = ("linearized_lora_linear", "lora_linear")
 """The ops whose backend depends on the call: its class of shapes, its dtype, its rank, dropout or none."""
 
 _MODULES: dict[str, ModuleType] = {"torch": aten, "triton": kernels, "cuda": cuda}
-_requested: str | None = None  # a module global, not a ContextVar: torch.compile guards on it
-_obstacles: dict[torch.device, str | None] = {}  # of the backend asked for: looked up once in a `use_backend`
 
 
 class BackendUnavailableError(RuntimeError):
@@ -46,26 +44,21 @@ def use_backend(name: BackendName) -> Iterator[None]:
 
     Raises ValueError for a name that does not exist and BackendUnavailableError where the backend cannot run at all.
     A call that the backend does not serve (dropout or float32 on "cuda") raises BackendUnavailableError too.
-    The backward of an op runs on the backend of its forward.
+    The choice is that of the thread, or asyncio task, that is in the block; one started inside of it as a task has it
+    too, a new thread has none. The backward of an op runs on the backend of its forward, whichever thread runs it.
 
     >>> import linlora
     >>> with linlora.use_backend("torch"):
     ...     print(linlora.explain(device="cpu").backend)
     torch
     """
-    global _requested
     if name not in _MODULES:
         raise ValueError(f"unknown backend {name!r}: choose 'torch', 'triton' or 'cuda'")
     reason = unavailable(name, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     if reason is not None:
         raise BackendUnavailableError(f"backend {name!r} cannot run here: {reason}")
-    previous, _requested = _requested, name
-    _obstacles.clear()
-    try:
+    with choice.made(name):
         yield
-    finally:
-        _requested = previous
-        _obstacles.clear()
 
 
 def select(
@@ -77,13 +70,14 @@ def select(
     dropout: bool = False,
 ) -> ModuleType:
     """The module whose `op` runs for tensors on `device`: the one asked for, else the proven one."""
-    name = _requested
+    name = choice.name()
     if name is None:
         return _MODULES[automatic(device.type, device.index, op, shape, dtype, rank, dropout)]
     if not torch.compiler.is_compiling():
-        if device not in _obstacles:
-            _obstacles[device] = unavailable(name, device)
-        reason = _obstacles[device] or refusal(name, op, dtype, rank, dropout)
+        obstacles = choice.obstacles()
+        if device not in obstacles:
+            obstacles[device] = unavailable(name, device)
+        reason = obstacles[device] or refusal(name, op, dtype, rank, dropout)
         if reason is not None:
             raise BackendUnavailableError(f"backend {name!r} cannot run {op} on {device}: {reason}")
     return _MODULES[name]
@@ -92,7 +86,7 @@ def select(
 def select_layer(op: str, x: Tensor, weight: Tensor, rank: int, dropout_p: float) -> ModuleType:
     """The module that runs one of LAYER_OPS for x (..., K) and weight (N, K)."""
     device = x.device
-    if _requested is None and device.type != "cuda":
+    if choice.name() is None and device.type != "cuda":
         return aten
     n, k = weight.shape
     return select(device, op, shape_class(x.numel() // max(k, 1), n), x.dtype, rank, dropout_p > 0.0)
@@ -216,7 +210,7 @@ class _Question:
 
     def answer(self) -> str:
         """The backend whose code runs."""
-        name = _requested or self._automatic()
+        name = choice.name() or self._automatic()
         return "triton" if name == "cuda" and self.op not in cuda.OPS else name
 
     def reasons(self) -> dict[str, str]:
@@ -233,15 +227,16 @@ class _Question:
         if name == "cuda" and self.op not in cuda.OPS:
             return "no kernel of this op: under use_backend('cuda') it runs on 'triton'"
         refused = refusal(name, self.op, self.dtype, self.rank, self.dropout)
+        requested = choice.name()
         if name == self.answer():
-            if _requested is None:
+            if requested is None:
                 return "chosen automatically" + (f": {entry}" if (entry := self._entry(name)) else "")
-            how = "asked for with use_backend" if _requested == name else f"asked for with use_backend({_requested!r})"
+            how = "asked for with use_backend" if requested == name else f"asked for with use_backend({requested!r})"
             return how if refused is None else f"{how}, where such a call is an error: {refused}"
         refused = unavailable(name, self.device) or refused
         if refused is not None:
             return f"not available: {refused}"
-        if _requested is not None:
+        if requested is not None:
             return "available"
         if name == "torch":
             return "available; the chosen backend is faster by the runs in bench/results/"

@@ -9,7 +9,7 @@
 True
 """
 
-from linlora.ops.dual.attention import attention
+from linlora.ops.attention import attention
 from linlora.ops.grouped_lora_linear import grouped_lora_linear
 from linlora.ops.grouping import Groups, unique_tasks
 from linlora.ops.linearized_lora_linear import linearized_lora_linear

@@ -1,8 +1,9 @@
 """The ops as compositions of differentiable aten calls, in as few of them as the formulas allow.
 
-They run in two situations. Under a `torch.func` transform or forward-mode AD every aten call is differentiated
-exactly, where a fused Function would have to refuse. And on the `torch` backend a Function written in Python costs
-about 70 us a call more than C++ autograd, which small problems do not earn back (`SMALL`).
+They run in three situations. Under a `torch.func` transform or forward-mode AD every aten call is differentiated
+exactly, where a fused Function would have to refuse. On the `torch` backend a Function written in Python costs about
+70 us a call more than C++ autograd, which small problems do not earn back (`SMALL`). And where a dimension is 0 no
+backend has anything to launch: the result is that of `F.linear`, with gradients of zeros.
 """
 
 from __future__ import annotations
@@ -14,18 +15,31 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from linlora.ops import aten
+from linlora.ops.transforms import refuse_double_backward, transform_active
 from linlora.reference import dropout
 
 SMALL = 2**18
 """Elements of x and y together below which calls run composed on the torch backend: bench/NOTES.md, note 1."""
 
 
-def preferred(backend: ModuleType, x: Tensor, weight: Tensor, dropout_p: float) -> bool:
-    """Whether a call on this backend should run composed: the torch backend, small, and no mask that would be saved."""
+def preferred(backend: ModuleType, x: Tensor, weight: Tensor, rank: int, dropout_p: float) -> bool:
+    """Whether a call on this backend should run composed: an empty one, or one on the torch backend that is small and
+    has no mask that would be saved."""
+    n, k = weight.shape
+    if x.numel() == 0 or n == 0 or rank == 0:
+        return True
     if backend is not aten or dropout_p > 0.0:
         return False
-    n, k = weight.shape
     return x.numel() * (n + k) < SMALL * k
+
+
+def backward_backend(op: str, backend: ModuleType) -> ModuleType:
+    """What the backward of an op runs on: the backend of its forward, under a transform aten calls.
+
+    Raises RuntimeError where the backward itself is being recorded.
+    """
+    refuse_double_backward(op)
+    return aten if transform_active() else backend
 
 
 def linearized_lora_linear(

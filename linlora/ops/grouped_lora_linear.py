@@ -25,10 +25,12 @@ from torch import Tensor
 from linlora import backends
 from linlora.ops import aten, composed, linearized_lora_linear
 from linlora.ops.checks import autocast_input
+from linlora.ops.composed import backward_backend
 from linlora.ops.grouping import Groups
 from linlora.ops.mixing import by_groups
 from linlora.ops.routing_checks import check_grouped_lora_linear
-from linlora.ops.transforms import refuse_double_backward, transform_active
+from linlora.ops.rows import as_rows
+from linlora.ops.transforms import transform_active
 
 
 def grouped_lora_linear(
@@ -99,13 +101,12 @@ def unchecked(
         A = None
     if groups.n_groups == 1:
         return _one_adapter(x, weight, bias, A, B, scaling, A0, B0, dropout_p, seed)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     backend = backends.select(x.device, "routed_lora_linear")
     if (
         transform_active()
         or torch.compiler.is_compiling()
-        or rows.shape[0] == 0
-        or composed.preferred(backend, x, weight, dropout_p)
+        or composed.preferred(backend, x, weight, B.shape[1], dropout_p)
     ):
         y = by_groups(rows, weight, bias, A, B, groups.layout(aten), scaling, A0, B0, dropout_p, seed)
     else:
@@ -170,10 +171,10 @@ class _GroupedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("grouped_lora_linear")
+        backend = backward_backend("grouped_lora_linear", ctx.backend)
         x, weight, A, B, A0, B0, low, c, seed = ctx.saved_tensors
         x_needs, W_needs, bias_needs, A_needs, B_needs, A0_needs, B0_needs, *_ = ctx.needs_input_grad
-        scaling, backend, layout = ctx.scaling, ctx.backend, ctx.groups.layout(ctx.backend)
+        scaling, layout = ctx.scaling, ctx.groups.layout(backend)
         dx = dA = dB = dA0 = dB0 = low_adjoint = c_adjoint = None
         placed_g = backend.place(g, layout)
         roles = (B0, B.mT, A0, None if A is None else A.mT)

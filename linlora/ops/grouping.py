@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from linlora.ops.routing_checks import check_ids
-from linlora.ops.transforms import transform_active
+from linlora.ops.transforms import readable
 
 
 @dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class Groups:
 
     def layout(self, backend: ModuleType) -> Any:
         """What `backend.group_rows` makes of these groups, made once."""
-        static = self.ids.device.type != "cpu" or transform_active() or torch.compiler.is_compiling()
+        static = not readable(self.ids)
         key = (backend.__name__, static)
         if key not in self._layouts:
             self._layouts[key] = backend.group_rows(self.ids, self.n_groups, self.repeats, static)
@@ -84,7 +84,7 @@ def unique_tasks(task_ids: Tensor, n_tasks: int) -> tuple[Tensor, Tensor]:
     ([2, 7], [1, 0, 1])
     """
     ids = task_ids.reshape(-1).long()
-    if ids.device.type == "cpu" and not (transform_active() or torch.compiler.is_compiling()):
+    if readable(ids):
         tasks, places = torch.unique(ids, return_inverse=True)
         return tasks, places
     if n_tasks <= ids.shape[0]:

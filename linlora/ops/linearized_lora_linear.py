@@ -22,7 +22,9 @@ from torch import Tensor
 from linlora import backends
 from linlora.ops import composed
 from linlora.ops.checks import autocast_input, check_lora_linear
-from linlora.ops.transforms import refuse_double_backward, transform_active
+from linlora.ops.composed import backward_backend
+from linlora.ops.rows import as_rows
+from linlora.ops.transforms import transform_active
 
 
 def linearized_lora_linear(
@@ -85,7 +87,7 @@ def unchecked(
     if transform_active():
         return composed.linearized_lora_linear(*arguments)
     backend = backends.select_layer("linearized_lora_linear", x, weight, A0.shape[0], dropout_p)
-    if composed.preferred(backend, x, weight, dropout_p):
+    if composed.preferred(backend, x, weight, A0.shape[0], dropout_p):
         return composed.linearized_lora_linear(*arguments)
     if not torch.is_grad_enabled():
         return _forward(*arguments, backend, save=False)[0]
@@ -106,7 +108,7 @@ def _forward(
     backend: ModuleType,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     bias = bias if bias is None else bias.to(x.dtype)
     y, u, c = backend.linearized_lora_linear(
         rows, weight.to(x.dtype), bias, A0, dA, B0, dB, scaling, dropout_p, seed, save=save
@@ -146,17 +148,17 @@ class _LinearizedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("linearized_lora_linear")
+        backend = backward_backend("linearized_lora_linear", ctx.backend)
         x, weight, A0, B0, dA, dB, u, c, seed = ctx.saved_tensors
         x_needs, W_needs, bias_needs, A0_needs, _, dA_needs, *_ = ctx.needs_input_grad
-        g = g.reshape(-1, weight.shape[0])
-        rows = None if x is None else x.reshape(-1, x.shape[-1])
+        g = as_rows(g)
+        rows = None if x is None else as_rows(x)
 
         dx = u_adjoint = c_adjoint = None
         if x_needs:
             shrink, d_shrink = (dB.t(), None) if B0 is None else (B0.t(), dB.t())
             expand, d_expand = (None, A0.t()) if B0 is None else (A0.t(), dA.t())
-            dx, u_adjoint, c_adjoint = ctx.backend.linearized_lora_linear(
+            dx, u_adjoint, c_adjoint = backend.linearized_lora_linear(
                 g, weight.to(g.dtype).t(), None, shrink, d_shrink, expand, d_expand,
                 ctx.scaling, ctx.dropout_p, seed, adjoint=True, save=A0_needs or dA_needs,
             )  # fmt: skip
@@ -167,7 +169,7 @@ class _LinearizedLoraLinear(torch.autograd.Function):
 
         A0_coefficients = u_adjoint if B0 is None else c_adjoint
         (d_dB, d_B0), (d_dA, d_A0) = factor_gradients(
-            ctx.backend, g, rows, (u, c), (u_adjoint if dA_needs else None, A0_coefficients if A0_needs else None),
+            backend, g, rows, (u, c), (u_adjoint if dA_needs else None, A0_coefficients if A0_needs else None),
             dB.dtype, ctx.scaling, ctx.dropout_p, seed,
         )  # fmt: skip
         d_weight = g.t() @ rows if W_needs and rows is not None else None

@@ -24,8 +24,10 @@ from torch import Tensor
 from linlora import backends
 from linlora.ops import composed
 from linlora.ops.checks import autocast_input, check_lora_linear
+from linlora.ops.composed import backward_backend
 from linlora.ops.linearized_lora_linear import factor_gradients
-from linlora.ops.transforms import refuse_double_backward, transform_active
+from linlora.ops.rows import as_rows
+from linlora.ops.transforms import transform_active
 
 
 def lora_linear(
@@ -77,7 +79,7 @@ def lora_linear(
     if transform_active():
         return composed.lora_linear(*arguments)
     backend = backends.select_layer("lora_linear", x, weight, A0.shape[0], dropout_p)
-    if composed.preferred(backend, x, weight, dropout_p):
+    if composed.preferred(backend, x, weight, A0.shape[0], dropout_p):
         return composed.lora_linear(*arguments)
     return _LoraLinear.apply(*arguments, backend)
 
@@ -120,7 +122,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_tangent: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("lora_linear")
+        backend = backward_backend("lora_linear", ctx.backend)
         x, x_tangent, weight, A0, B0, dA, dB, u, c, seed = ctx.saved_tensors
         x_needs, W_needs, bias_needs, A0_needs, B0_needs, dA_needs, dB_needs, _, xt_needs, *_ = ctx.needs_input_grad
         g, g_tangent, x, x_tangent = _rows(g), _rows(g_tangent), _rows(x), _rows(x_tangent)
@@ -131,33 +133,33 @@ class _LoraLinear(torch.autograd.Function):
             # One launch with the streams swapped: g_tangent is the primal of the adjoint, g its tangent.
             shrink, d_shrink = (dB.t(), None) if B0 is None else (B0.t(), dB.t())
             expand, d_expand = (None, A0.t()) if B0 is None else (A0.t(), dA.t())
-            dx_tangent, dx, u_adjoint, c_adjoint = ctx.backend.lora_linear(
+            dx_tangent, dx, u_adjoint, c_adjoint = backend.lora_linear(
                 g_tangent, g, weight.to(g_tangent.dtype).t(), None, shrink, d_shrink, expand, d_expand,
                 ctx.scaling, *dropout, adjoint=True, primal=xt_needs,
             )  # fmt: skip
             A0_coefficients = u_adjoint if B0 is None else c_adjoint
             (d_dB, d_B0), (d_dA, d_A0) = factor_gradients(
-                ctx.backend, g_tangent, x, (u if dB_needs else None, c),
+                backend, g_tangent, x, (u if dB_needs else None, c),
                 (u_adjoint if dA_needs else None, A0_coefficients if A0_needs else None),
                 dB.dtype, ctx.scaling, *dropout,
             )  # fmt: skip
             if A0_needs and B0 is not None and x_tangent is not None:
                 _, (d_A0_tangent,) = factor_gradients(
-                    ctx.backend, g_tangent, x_tangent, (), (u_adjoint,), dB.dtype, ctx.scaling, *dropout
+                    backend, g_tangent, x_tangent, (), (u_adjoint,), dB.dtype, ctx.scaling, *dropout
                 )  # fmt: skip
                 d_A0 = _sum(d_A0, d_A0_tangent)
         elif g is not None and B0 is not None:
             # Only the primal was used: plain LoRA at (A0, B0).
-            dx, u_adjoint, _ = ctx.backend.linearized_lora_linear(
+            dx, u_adjoint, _ = backend.linearized_lora_linear(
                 g, weight.to(g.dtype).t(), None, B0.t(), None, None, A0.t(), ctx.scaling, *dropout, adjoint=True
             )
             _, (d_A0,) = factor_gradients(
-                ctx.backend, g, x, (), (u_adjoint if A0_needs else None,), dB.dtype, ctx.scaling, *dropout
+                backend, g, x, (), (u_adjoint if A0_needs else None,), dB.dtype, ctx.scaling, *dropout
             )
         elif g is not None:
             dx = g @ weight.to(g.dtype)
         if B0_needs and g is not None:
-            (d_B0_primal,), _ = factor_gradients(ctx.backend, g, None, (u,), (), dB.dtype, ctx.scaling, *dropout)
+            (d_B0_primal,), _ = factor_gradients(backend, g, None, (u,), (), dB.dtype, ctx.scaling, *dropout)
             d_B0 = _sum(d_B0, d_B0_primal)
 
         d_weight = _sum(_product(g, x), _product(g_tangent, x_tangent)) if W_needs else None
@@ -168,7 +170,7 @@ class _LoraLinear(torch.autograd.Function):
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
-    return None if x is None else x.reshape(-1, x.shape[-1])
+    return None if x is None else as_rows(x)
 
 
 def _product(g: Tensor | None, x: Tensor | None) -> Tensor | None:

@@ -20,8 +20,9 @@ from torch import Tensor
 from linlora import backends
 from linlora.ops.aten.mixing import mix_inventories as composed
 from linlora.ops.checks import autocast_enabled
+from linlora.ops.composed import backward_backend
 from linlora.ops.routing_checks import check_inventories
-from linlora.ops.transforms import refuse_double_backward, transform_active
+from linlora.ops.transforms import transform_active
 
 
 def mix_inventories(
@@ -40,6 +41,9 @@ def mix_inventories(
 
         A_t[q] = Σ_s w_tqs A_qs        B_t[q] = Σ_s w_tqs B_qs
 
+    A weight of exactly 0 leaves its skill out: NaN or infinity in it reaches no factor of the task, and what is not
+    finite in the task's gradient does not reach the skill's.
+
     Raises ValueError for lists of different lengths and shapes that do not fit, naming the layer's place in the list.
 
     >>> import torch
@@ -55,7 +59,8 @@ def mix_inventories(
     if autocast_enabled(Bs[0].device.type):  # of the layers' products, which cast the factors mixed here
         with torch.autocast(Bs[0].device.type, enabled=False):
             return mix_inventories(As, Bs, mixtures)
-    if transform_active() or torch.compiler.is_compiling():
+    empty = any(tensor.numel() == 0 for tensor in (*Bs, *mixtures, *(A for A in As if A is not None)))
+    if empty or transform_active() or torch.compiler.is_compiling():
         return composed(As, Bs, mixtures)
     backend = backends.select(Bs[0].device, "routed_lora_linear")
     mixed = _MixInventories.apply(backend, len(Bs), *As, *Bs, *mixtures)
@@ -82,10 +87,10 @@ class _MixInventories(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("mix_inventories")
+        backend = backward_backend("mix_inventories", ctx.backend)
         As, Bs, mixtures = _thirds(ctx.saved_tensors)
         layers = len(Bs)
-        d_As, d_Bs, d_mixtures = ctx.backend.unmix_inventories(
+        d_As, d_Bs, d_mixtures = backend.unmix_inventories(
             list(gradients[:layers]), list(gradients[layers:]), As, Bs, mixtures,
             *_thirds(ctx.needs_input_grad[2:]),
         )  # fmt: skip

@@ -7,6 +7,8 @@ layer of rank S r:
 
     u = Σ_qs w_qs (x_q A_qs)           y_q += s Σ_s (w_qs u) B_qs
 
+A weight of 0 keeps a skill out of the first form; in the second every row meets every skill, and 0 · NaN is NaN.
+
 Both forms have static shapes and ask nothing of the host: they are what `torch.func` transforms and torch.compile see.
 """
 
@@ -92,7 +94,7 @@ def _product(rows: Tensor, factors: Tensor, layout: Blocks) -> Tensor:
 def _shrink(x: Tensor, A: Tensor, w: Tensor) -> Tensor:
     """Σ_qs w_qs (x_q A_qs), (M, r), of weights (Q, M, S)."""
     heads, skills, _, rank = A.shape
-    per_head = x.unflatten(1, (heads, -1)).transpose(0, 1)
+    per_head = x.unflatten(1, (heads, x.shape[1] // heads)).transpose(0, 1)
     activations = torch.bmm(per_head, A.transpose(1, 2).flatten(2)).unflatten(2, (skills, rank))
     return (w.unsqueeze(-1) * activations).sum((0, 2))
 

@@ -7,7 +7,8 @@ It is three ops in a row, for a layer of your own. A model does the first two on
     y      = grouped_lora_linear(x, W, b, A, B, groups)    linlora.ops.grouped_lora_linear
 
 Only tasks that occur are mixed. Where hardly any rows share a task, or the inventory is no wider than one adapter, the
-skills' activations are mixed instead of their factors (`linlora.ops.mixing.by_activations`).
+skills' activations are mixed instead of their factors (`linlora.ops.mixing.by_activations`), unless a weight is 0: a
+skill that is not selected has no part in a row, NaN or not, and only the first form keeps it out.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from linlora.ops.grouping import Groups, unique_tasks
 from linlora.ops.mix_inventories import mix_inventories
 from linlora.ops.mixing import activations_pay, by_activations
 from linlora.ops.routing_checks import check_routed_lora_linear, check_task_ids
-from linlora.ops.transforms import transform_active
+from linlora.ops.rows import as_rows
+from linlora.ops.transforms import readable, transform_active
 
 
 def routed_lora_linear(
@@ -65,6 +67,9 @@ def routed_lora_linear(
         plain        x Wᵀ + b + s (x A_z) B_z
         linearized   x Wᵀ + b + s [ (x A0ᵀ)(B0ᵀ + B_z) + (x A_z) B0ᵀ ]
 
+    A weight of exactly 0 leaves its skill out of the row, in both directions, whatever the skill holds. (On a GPU and
+    under transforms, where nothing looks at the weights, only where the rows of a task are mixed as a group.)
+
     Raises ValueError for shapes, dtypes, devices or task ids that do not fit (task ids on a GPU are asserted on the
     device, without waiting for it), BackendUnavailableError for a backend that has no such op.
 
@@ -80,16 +85,18 @@ def routed_lora_linear(
     if task_ids is None:
         mixture = mixture.reshape(-1, *mixture.shape[-2:])
         task_ids = torch.arange(mixture.shape[0], device=x.device)
+        if _leaves_out(mixture) and not mixture.requires_grad:
+            mixture, task_ids = torch.unique(mixture, dim=0, return_inverse=True)
     else:
         task_ids = task_ids.reshape(-1).long()
         check_task_ids(task_ids, mixture.shape[0])
     if A0 is not None and B0 is None:
         A = None
-    rows = x.reshape(-1, x.shape[-1])
+    rows = as_rows(x)
     examples = task_ids.shape[0]
     repeats = rows.shape[0] // max(examples, 1)
     tasks, places = unique_tasks(task_ids, mixture.shape[0])
-    if _mixes_activations(x, weight, examples, repeats, tasks.shape[0], B, dropout_p):
+    if not _leaves_out(mixture) and _mixes_activations(x, weight, examples, repeats, tasks.shape[0], B, dropout_p):
         every_row = task_ids.unsqueeze(1).expand(-1, repeats).reshape(-1)
         y = by_activations(rows, weight, bias, A, B, mixture, scaling, every_row, A0, B0, dropout_p, seed)
     else:
@@ -101,6 +108,11 @@ def routed_lora_linear(
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
+def _leaves_out(mixture: Tensor) -> bool:
+    """Whether a weight is seen to be 0."""
+    return readable(mixture) and bool((mixture == 0).any())
+
+
 def _mixes_activations(
     x: Tensor, weight: Tensor, examples: int, repeats: int, groups: int, B: Tensor, dropout_p: float
 ) -> bool:
@@ -108,6 +120,6 @@ def _mixes_activations(
     backend = backends.select(x.device, "routed_lora_linear")
     if transform_active() or torch.compiler.is_compiling() or x.numel() == 0:
         return True
-    if composed.preferred(backend, x, weight, dropout_p):
+    if composed.preferred(backend, x, weight, B.shape[2], dropout_p):
         return True
     return activations_pay(examples, repeats, groups, B.shape[1], B.shape[2], gathers=repeats < MIN_BLOCK)

@@ -126,8 +126,8 @@ def check_grouped_lora_linear(
     if tuple(B.shape) != (n_groups, rank, n) or (A is not None and tuple(A.shape) != (n_groups, k, rank)):
         wanted = f"A ({n_groups}, {k}, {rank}) and B ({n_groups}, {rank}, {n})"
         _refuse(f"{wanted} are expected for {n_groups} groups, got {_shapes(A=A, B=B)}", op)
-    if x.numel() != groups.rows * k:
-        _refuse(f"the groups are of {groups.rows} rows, x has {x.numel() // max(k, 1)}: {_shapes(x=x)}", op)
+    if x.shape[:-1].numel() != groups.rows:
+        _refuse(f"the groups are of {groups.rows} rows, x has {x.shape[:-1].numel()}: {_shapes(x=x)}", op)
     if groups.ids.device != x.device:
         _refuse(f"the groups' ids are on {groups.ids.device}, x on {x.device}: move the task ids", op)
     _check_frozen(op, x, weight, bias, A, B, rank, A0, B0, x_tangent, dropout_p, seed)

@@ -1,20 +1,37 @@
 """Which derivative machinery is at work around an op.
 
 The fused autograd Functions declare no `jvp`: declaring one breaks fullgraph compilation, and a kernel launched
-inside it would return a detached tangent. Under a `torch.func` transform (jvp, vjp, grad, vmap, any nesting) or a
-dual level of forward-mode AD, the ops therefore run as the composition in `linlora.reference`, whose aten calls
-every transform differentiates exactly.
+inside it would return a detached tangent. One rule for all ops and both directions: under a `torch.func` transform
+(jvp, vjp, grad, vmap, any nesting) or a dual level of forward-mode AD no kernel is launched. A forward runs composed of
+aten calls, which every transform differentiates exactly. So does a backward, of a graph that was recorded before the
+transform too: its cotangent may be dual, or a batch of them. The ops of model scope, whose tangent is a constant by
+design, refuse.
 """
 
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
 
 def transform_active() -> bool:
     """Whether a `torch.func` transform or a forward-mode level surrounds the call; torch.compile traces this."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def readable(tensor: Tensor) -> bool:
+    """Whether the host may look at values: no device is waited for then, and no trace is broken."""
+    return tensor.device.type == "cpu" and not (transform_active() or torch.compiler.is_compiling())
+
+
+def refuse_transform(op: str) -> None:
+    """Raise where an op whose tangent is a constant would be differentiated by another machinery than its own."""
+    if transform_active():
+        raise NotImplementedError(
+            f"{op}: an op of model scope carries its own tangent and runs in no torch.func transform or dual level; "
+            "transform a model of scope 'layer', or use linlora.functional.jvp and vjp of the whole model"
+        )
 
 
 def refuse_double_backward(op: str) -> None:

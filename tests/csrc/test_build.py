@@ -94,14 +94,13 @@ for name in ("linlora", "linlora_cuda"):
     }}
 
 import linlora
-from linlora import backends, functional
+from linlora import choice, functional
 from torch._subclasses.fake_tensor import FakeTensorMode
 calls = []
 def spy(graph, inputs):
     calls.extend(str(node.target) for node in graph.graph.nodes if str(node.target).startswith("linlora"))
     return graph.forward
-backends._requested = "cuda"
-with FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
+with choice.made("cuda"), FakeTensorMode(allow_non_fake_inputs=True), torch.no_grad():
     def fake(*shape): return torch.empty(*shape, dtype=torch.bfloat16, device="cuda")
     x, W, A0, B0 = fake(72, 16), fake(8, 16), fake(3, 16), fake(8, 3)
     def layer(x): return functional.linearized_lora_linear(x, W, None, A0, B0, A0, B0, 1.0)

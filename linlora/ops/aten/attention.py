@@ -40,25 +40,25 @@ def attention(
     see the keys j <= i. A query that sees no key gets zeros. lse is empty: this backward does not ask for it.
     """
     dtype, heads = q.dtype, q.shape[1]
-    q, k, v, q_tangent, k_tangent, v_tangent = _wide(q, k, v, q_tangent, k_tangent, v_tangent)
-    q, k, v = (q * scale).contiguous(), _every_head(k, heads), _every_head(v, heads)
+    q, k, v, q_tangent, k_tangent, v_tangent = wide(q, k, v, q_tangent, k_tangent, v_tangent)
+    q, k, v = (q * scale).contiguous(), every_head(k, heads), every_head(v, heads)
     q_tangent = None if q_tangent is None else (q_tangent * scale).contiguous()
-    k_tangent = None if k_tangent is None else _every_head(k_tangent, heads)
-    v_tangent = None if v_tangent is None else _every_head(v_tangent, heads)
+    k_tangent = None if k_tangent is None else every_head(k_tangent, heads)
+    v_tangent = None if v_tangent is None else every_head(v_tangent, heads)
     o = q.new_empty(*q.shape[:-1], v.shape[-1])
     tangents = q_tangent is not None or k_tangent is not None or v_tangent is not None
     o_tangent = torch.zeros_like(o) if tangents else q.new_empty(0)
-    for rows, keys in _blocks(q, k, causal):
-        P = _probabilities(q[rows], k[keys], mask, causal, rows)
-        keep = _keep(P, rows, q.shape, dropout_p, seed)
-        kept = _times(P, keep).to(v.dtype)
+    for rows, keys in blocks(q, k, causal):
+        P = probabilities(q[rows], k[keys], mask, causal, rows)
+        keep = kept_mask(P, rows, q.shape, dropout_p, seed)
+        kept = times(P, keep).to(v.dtype)
         o[rows] = kept @ v[keys]
         if v_tangent is not None:
             o_tangent[rows] = kept @ v_tangent[keys]
         if q_tangent is not None or k_tangent is not None:
-            S_tangent = _product_tangent(q, q_tangent, k, k_tangent, rows, keys).to(P.dtype)
+            S_tangent = product_tangent(q, q_tangent, k, k_tangent, rows, keys).to(P.dtype)
             P_tangent = torch.ops.aten._softmax_backward_data.default(S_tangent, P, -1, P.dtype)
-            o_tangent[rows] += _times(P_tangent, keep).to(v.dtype) @ v[keys]
+            o_tangent[rows] += times(P_tangent, keep).to(v.dtype) @ v[keys]
     return o.to(dtype), o_tangent.to(dtype), q.new_empty(0)
 
 
@@ -77,39 +77,39 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv): dv = Pᵀ g, dS = P ⊙ (g vᵀ − rowsum(g ⊙ o)), dq = scale dS k, dk = scale dSᵀ q."""
     dtype, heads, kv_heads = q.dtype, q.shape[1], k.shape[1]
-    g, q, k, v = _wide(g, q, k, v)
+    g, q, k, v = wide(g, q, k, v)
     q, g = (q * scale).contiguous(), g.contiguous()
-    k, v = _every_head(k, heads), _every_head(v, heads)
-    dq, dk, dv = torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v)
-    for rows, keys in _blocks(q, k, causal):
-        P = _probabilities(q[rows], k[keys], mask, causal, rows)
-        keep = _keep(P, rows, q.shape, dropout_p, seed)
-        dv[keys] += _times(P, keep).to(g.dtype).mT @ g[rows]
-        dP = _times((g[rows] @ v[keys].mT).to(P.dtype), keep)
+    k, v = every_head(k, heads), every_head(v, heads)
+    dq, dk, dv = (g.new_zeros(x.shape) for x in (q, k, v))
+    for rows, keys in blocks(q, k, causal):
+        P = probabilities(q[rows], k[keys], mask, causal, rows)
+        keep = kept_mask(P, rows, q.shape, dropout_p, seed)
+        dv[keys] += times(P, keep).to(g.dtype).mT @ g[rows]
+        dP = times((g[rows] @ v[keys].mT).to(P.dtype), keep)
         dS = torch.ops.aten._softmax_backward_data.default(dP, P, -1, P.dtype).to(q.dtype)
         dq[rows] = dS @ k[keys]
         dk[keys] += dS.mT @ q[rows]
-    return dq.mul_(scale).to(dtype), _sum_groups(dk, kv_heads).to(dtype), _sum_groups(dv, kv_heads).to(dtype)
+    return dq.mul_(scale).to(dtype), sum_groups(dk, kv_heads).to(dtype), sum_groups(dv, kv_heads).to(dtype)
 
 
-def _wide(*tensors: Tensor | None) -> list:
+def wide(*tensors: Tensor | None) -> list:
     """Half precision as float32 on a CPU, whose products would round S and P; a GPU's tensor cores keep theirs."""
     return [t if t is None or t.is_cuda else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
 
 
-def _every_head(x: Tensor, heads: int) -> Tensor:
+def every_head(x: Tensor, heads: int) -> Tensor:
     """Grouped heads repeated for each of their queries, contiguous: O(S), like the input."""
     return x.contiguous() if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def _sum_groups(dx: Tensor, kv_heads: int) -> Tensor:
+def sum_groups(dx: Tensor, kv_heads: int) -> Tensor:
     return dx if dx.shape[1] == kv_heads else dx.unflatten(1, (kv_heads, -1)).sum(2)
 
 
 Block = tuple[slice, slice, slice]
 
 
-def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[Block, Block]]:
+def blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[Block, Block]]:
     """Slices (batch, heads, rows) and (batch, heads, keys) of q and k, with at most _ELEMENTS scores, but at least a
     row. The keys that causality hides from every row of a block are left out."""
     batch, heads, rows, _ = q.shape
@@ -125,7 +125,7 @@ def _blocks(q: Tensor, k: Tensor, causal: bool) -> Iterator[tuple[Block, Block]]
                 yield (*matrices, slice(r, end)), (*matrices, slice(0, min(end, keys) if causal else keys))
 
 
-def _probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, rows: Block) -> Tensor:
+def probabilities(q: Tensor, k: Tensor, mask: Tensor | None, causal: bool, rows: Block) -> Tensor:
     """softmax of a block of scores, in float32 or wider; zero in a row where every key is masked."""
     S = q @ k.mT
     S = S.to(torch.promote_types(S.dtype, torch.float32))
@@ -145,7 +145,7 @@ def _slice_mask(mask: Tensor, rows: Block) -> Tensor:
     return mask[tuple(s if size > 1 else slice(None) for s, size in zip(rows, mask.shape[:3], strict=True))]
 
 
-def _product_tangent(
+def product_tangent(
     q: Tensor, q_tangent: Tensor | None, k: Tensor, k_tangent: Tensor | None, rows: Block, keys: Block
 ) -> Tensor:
     """q_t kᵀ + q k_tᵀ of a block, the scale being in q and q_t."""
@@ -154,7 +154,7 @@ def _product_tangent(
     return (q_tangent[rows] @ k[keys].mT).add_(q[rows] @ k_tangent[keys].mT)
 
 
-def _keep(P: Tensor, rows: Block, shape: torch.Size, p: float, seed: Tensor | None) -> Tensor | None:
+def kept_mask(P: Tensor, rows: Block, shape: torch.Size, p: float, seed: Tensor | None) -> Tensor | None:
     """mask / (1 − p) of a block: row (b H + h) Sq + i of the mask of the whole (B H Sq, Sk)."""
     if p == 0.0:
         return None
@@ -167,5 +167,5 @@ def _keep(P: Tensor, rows: Block, shape: torch.Size, p: float, seed: Tensor | No
     return torch.stack(masks).view(P.shape).to(P.dtype).mul_(1.0 / (1.0 - p))
 
 
-def _times(P: Tensor, keep: Tensor | None) -> Tensor:
+def times(P: Tensor, keep: Tensor | None) -> Tensor:
     return P if keep is None else P * keep

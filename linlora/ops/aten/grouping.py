@@ -22,18 +22,21 @@ class Blocks:
     """Blocks of `length` places, all of group groups[block].
 
     Without `order`, the rows are the places as they come. With it, place p holds row order[p], row i is at place
-    inverse[i], and a place that is not `real` (P,) fills up the last block of a group with some row.
+    inverse[i], and the places `padding`, which fill up the last block of a group, hold zeros. Nothing of another row
+    is in a group's block, so a NaN in a row or a factor stays in its group, in sums over rows too.
     """
 
     groups: Tensor
     length: int
     order: Tensor | None = None
     inverse: Tensor | None = None
-    real: Tensor | None = None
+    padding: Tensor | None = None
 
     def gather(self, rows: Tensor) -> Tensor:
         """The places (P, columns) of rows (M, columns)."""
-        return rows if self.order is None else rows.index_select(0, self.order)
+        if self.order is None or self.padding is None:
+            return rows
+        return rows.index_select(0, self.order).index_fill(0, self.padding, 0.0)
 
     def scatter(self, placed: Tensor) -> Tensor:
         """The rows (M, columns) back from the places (P, columns)."""
@@ -60,8 +63,8 @@ def group_rows(group_ids: Tensor, n_groups: int, repeats: int, static: bool) -> 
     >>> examples.groups.tolist(), examples.length, examples.order
     ([5, 2, 5], 32, None)
     >>> tokens = group_rows(torch.tensor([1, 0, 1]), 2, repeats=1, static=False)
-    >>> tokens.groups.tolist(), tokens.length, tokens.real.tolist(), tokens.inverse.tolist()
-    ([0, 1], 4, [True, False, False, False, True, True, False, False], [4, 0, 5])
+    >>> tokens.groups.tolist(), tokens.length, tokens.padding.tolist(), tokens.inverse.tolist()
+    ([0, 1], 4, [1, 2, 3, 6, 7], [4, 0, 5])
     """
     if repeats >= MIN_BLOCK:
         return Blocks(group_ids, repeats)
@@ -83,7 +86,8 @@ def group_rows(group_ids: Tensor, n_groups: int, repeats: int, static: bool) -> 
     rank = ((block - first_block[groups]) * length).unsqueeze(1) + torch.arange(length, device=device)  # in the group
     real = rank < sizes[groups].unsqueeze(1)
     order = by_group[torch.where(real, first_row[groups].unsqueeze(1) + rank, 0).flatten()]
-    return Blocks(groups, length, order, inverse, real.flatten())
+    padding = real.flatten().to(torch.int8).argsort(stable=True)[: order.shape[0] - rows]  # no nonzero, which waits
+    return Blocks(groups, length, order, inverse, padding)
 
 
 def _block_length(rows: int, groups: int) -> int:

@@ -1,9 +1,15 @@
-"""Mixing inventories and its adjoint on the `torch` backend: one batched product a factor, and two more backward."""
+"""Mixing inventories and its adjoint on the `torch` backend: one batched product a factor, and two more backward.
+
+A weight of exactly 0 does not select its skill: what is not finite there reaches neither the task's factors nor, in
+backward, the skill's gradient from the task.
+"""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
+
+from linlora.ops.transforms import readable
 
 Factors = list[Tensor | None]
 
@@ -32,14 +38,14 @@ def unmix_inventories(
     for d_A, d_B, A, B, w, A_needs, B_needs, w_needs in layers:
         heads, d_w = B.shape[0], None
         if d_A is not None:
-            d_A = d_A.unflatten(1, (heads, -1)).transpose(0, 1).flatten(2)
+            d_A = d_A.unflatten(1, (heads, d_A.shape[1] // heads)).transpose(0, 1).flatten(2)
         if d_B is not None:
-            d_B = d_B.unflatten(2, (heads, -1)).permute(2, 0, 1, 3).flatten(2)
+            d_B = d_B.unflatten(2, (heads, d_B.shape[2] // heads)).permute(2, 0, 1, 3).flatten(2)
         for gradients, inventory, d_mixed, needs in ((out[0], A, d_A, A_needs), (out[1], B, d_B, B_needs)):
             d_inventory = None
             if inventory is not None and d_mixed is not None and needs:
                 per_head = w.to(d_mixed.dtype).transpose(0, 1)
-                d_inventory = torch.bmm(per_head.mT, d_mixed).view(inventory.shape).to(inventory.dtype)
+                d_inventory = _selected(per_head.mT, d_mixed).view(inventory.shape).to(inventory.dtype)
             if inventory is not None and d_mixed is not None and w_needs:
                 part = torch.bmm(d_mixed, inventory.to(d_mixed.dtype).flatten(2).mT)
                 d_w = part if d_w is None else d_w + part
@@ -51,5 +57,20 @@ def unmix_inventories(
 def _mix(inventory: Tensor, mixture: Tensor) -> Tensor:
     """Σ_s w_qs inventory_qs: (T, Q, a, b), in the wider of the dtypes."""
     dtype = torch.promote_types(inventory.dtype, mixture.dtype)
-    mixed = torch.bmm(mixture.to(dtype).transpose(0, 1), inventory.to(dtype).flatten(2))
+    mixed = _selected(mixture.to(dtype).transpose(0, 1), inventory.to(dtype).flatten(2))
     return mixed.transpose(0, 1).unflatten(2, inventory.shape[2:])
+
+
+def _selected(weights: Tensor, values: Tensor) -> Tensor:
+    """Σ_j w_ij v_j over the j with w_ij ≠ 0: (Q, I, c) of weights (Q, I, J) and values (Q, J, c).
+
+    Where everything is finite that is the product itself, which a CPU looks at. Elsewhere nothing waits to look: the
+    product of the finite values, with NaN where a weight that is not 0 meets another one.
+    """
+    product = torch.bmm(weights, values)
+    if readable(product) and bool(product.isfinite().all()):
+        return product
+    finite = values.isfinite()
+    reached = torch.bmm((weights != 0).to(values.dtype), (~finite).to(values.dtype)) > 0
+    of_finite = torch.bmm(weights, torch.where(finite, values, 0.0))
+    return torch.where(reached, torch.nan, of_finite)

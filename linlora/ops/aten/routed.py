@@ -157,10 +157,7 @@ def _add_update(
 
 def _reduce(low: Tensor, placed: Tensor, layout: Blocks, n_groups: int, scaling: float) -> Tensor:
     """s lowᵀ wide over the rows of every group, (T, r, columns), summed in float32 or wider."""
-    low = layout.gather(low)
-    if layout.real is not None:
-        low = low * layout.real.unsqueeze(1)
-    products = torch.bmm(layout.cut(low).mT, layout.cut(placed))
+    products = torch.bmm(layout.cut(layout.gather(low)).mT, layout.cut(placed))
     dtype = torch.promote_types(low.dtype, torch.float32)
     total = torch.zeros(n_groups, *products.shape[1:], dtype=dtype, device=low.device)
     return total.index_add_(0, layout.groups, products.to(dtype), alpha=scaling)

@@ -15,22 +15,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora import backends
 from linlora.ops.aten.activations import Kind
+from linlora.ops.composed import backward_backend
+from linlora.ops.dual.checks import backend_of, check_constants
 
 
 def activation(x: Tensor, x_tangent: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """(act(x), act'(x) x_tangent), shaped like x."""
+    check_constants("activation", x_tangent=x_tangent)
     _check_like("activation", x, "x_tangent", x_tangent)
-    return _Activation.apply(x, x_tangent, kind, backends.select(x.device, "activation"))
+    return _Activation.apply(x, x_tangent, kind, backend_of("activation", x))
 
 
 def gated_activation(
     gate: Tensor, gate_tangent: Tensor | None, up: Tensor, up_tangent: Tensor | None, kind: Kind
 ) -> tuple[Tensor, Tensor]:
     """(act(gate) ⊙ up, its tangent), shaped like gate; at least one tangent is given."""
+    check_constants("gated_activation", gate_tangent=gate_tangent, up_tangent=up_tangent)
     _check_like("gated_activation", gate, "up", up)
-    backend = backends.select(gate.device, "gated_activation")
+    backend = backend_of("gated_activation", gate)
     return _GatedActivation.apply(gate, gate_tangent, up, up_tangent, kind, backend)
 
 
@@ -45,7 +48,8 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        return ctx.backend.activation_backward(g, *ctx.saved_tensors, ctx.kind), None, None, None
+        backend = backward_backend("activation", ctx.backend)
+        return backend.activation_backward(g, *ctx.saved_tensors, ctx.kind), None, None, None
 
 
 class _GatedActivation(torch.autograd.Function):
@@ -67,7 +71,8 @@ class _GatedActivation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        d_gate, d_up = ctx.backend.gated_activation_backward(g, *ctx.saved_tensors, ctx.kind)
+        backend = backward_backend("gated_activation", ctx.backend)
+        d_gate, d_up = backend.gated_activation_backward(g, *ctx.saved_tensors, ctx.kind)
         return d_gate, None, d_up, None, None, None
 
 

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora import backends
 from linlora.ops.checks import autocast_input
+from linlora.ops.composed import backward_backend
+from linlora.ops.dual.checks import backend_of, check_constants
 from linlora.ops.grouping import Groups
 from linlora.ops.routing_checks import check_grouped_lora_linear
-from linlora.ops.transforms import refuse_double_backward
+from linlora.ops.rows import as_rows
 
 
 def grouped_lora_linear(
@@ -45,12 +46,13 @@ def grouped_lora_linear(
     A (T, K, r) and B (T, r, N) receive the gradient of y; W, b, A0 and B0 are frozen. Raises ValueError for what does
     not fit.
     """
+    check_constants("grouped_lora_linear", x_tangent=x_tangent)
     x = autocast_input(x)
     x_tangent = None if x_tangent is None else autocast_input(x_tangent)
     check_grouped_lora_linear(
         x, weight, bias, A, B, groups, A0, B0, x_tangent, dropout_p, seed
     )  # fmt: skip
-    backend = backends.select(x.device, "routed_lora_linear")
+    backend = backend_of("routed_lora_linear", x, weight, A0)
     return _GroupedLoraLinear.apply(
         x, x_tangent, weight, bias, A0, B0, None if B0 is None else A, B, groups, scaling, dropout_p, seed, backend
     )
@@ -74,7 +76,7 @@ class _GroupedLoraLinear(torch.autograd.Function):
         seed: Tensor | None,
         backend: ModuleType,
     ) -> tuple[Tensor, Tensor]:
-        rows, layout = x.reshape(-1, x.shape[-1]), groups.layout(backend)
+        rows, layout = as_rows(x), groups.layout(backend)
         rows_tangent = None if x_tangent is None else x_tangent.reshape(rows.shape)
         y, y_tangent, u = backend.dual_grouped_lora_linear(
             rows, rows_tangent, backend.place(rows, layout, dropout_p, seed),
@@ -92,11 +94,11 @@ class _GroupedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("grouped_lora_linear")
+        backend = backward_backend("grouped_lora_linear", ctx.backend)
         x, weight, A0, B0, u, seed = ctx.saved_tensors
         x_needs, (A_needs, B_needs) = ctx.needs_input_grad[0], ctx.needs_input_grad[6:8]
-        backend, layout, dropout = ctx.backend, ctx.groups.layout(ctx.backend), (ctx.dropout_p, seed)
-        g = g.reshape(-1, g.shape[-1])
+        layout, dropout = ctx.groups.layout(backend), (ctx.dropout_p, seed)
+        g = as_rows(g)
         dx = u_adjoint = dA = dB = None
         if B0 is None:
             dx = g @ weight.to(g.dtype) if x_needs else None
@@ -110,7 +112,7 @@ class _GroupedLoraLinear(torch.autograd.Function):
             dB, dA = backend.grouped_gradients(
                 u, backend.place(g, layout) if B_needs else None,
                 u_adjoint if A_needs else None,
-                backend.place(x.reshape(-1, x.shape[-1]), layout, *dropout) if A_needs else None,
+                backend.place(as_rows(x), layout, *dropout) if A_needs else None,
                 layout, ctx.groups.n_groups, ctx.scaling, ctx.factor_dtype, *dropout,
             )  # fmt: skip
         return (

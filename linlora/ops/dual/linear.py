@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora import backends
 from linlora.ops.checks import autocast_input
+from linlora.ops.dual.checks import backend_of, check_constants
+from linlora.ops.rows import as_rows
 
 
 def linear(x: Tensor, x_tangent: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -17,10 +18,11 @@ def linear(x: Tensor, x_tangent: Tensor, weight: Tensor, bias: Tensor | None) ->
 
     Raises ValueError when the last dimension of x is not the layer's K.
     """
+    check_constants("linear", x_tangent=x_tangent)
     x, x_tangent = autocast_input(x), autocast_input(x_tangent)
     if x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"linear: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}")
-    return _Linear.apply(x, x_tangent, weight, bias, backends.select(x.device, "linear"))
+    return _Linear.apply(x, x_tangent, weight, bias, backend_of("linear", x, weight))
 
 
 class _Linear(torch.autograd.Function):
@@ -28,7 +30,7 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, x_tangent: Tensor, weight: Tensor, bias: Tensor | None, backend: ModuleType
     ) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = as_rows(x)
         weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
         y, y_tangent = backend.linear(rows, x_tangent.reshape(rows.shape), weight, bias)
         ctx.save_for_backward(weight)
@@ -41,4 +43,4 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return (g.reshape(-1, g.shape[-1]) @ weight).view(ctx.x_shape), None, None, None, None
+        return (as_rows(g) @ weight).view(ctx.x_shape), None, None, None, None

@@ -19,8 +19,11 @@ import torch
 from torch import Tensor
 
 from linlora import backends
+from linlora.ops import aten
 from linlora.ops.checks import autocast_input, check_lora_linear
-from linlora.ops.transforms import refuse_double_backward
+from linlora.ops.composed import backward_backend
+from linlora.ops.dual.checks import check_constants
+from linlora.ops.rows import as_rows
 
 
 def lora_linear(
@@ -40,10 +43,13 @@ def lora_linear(
 
     dA and dB receive the gradient of y; W, b, A0 and B0 are frozen. Raises ValueError for what does not fit.
     """
+    check_constants("lora_linear", x_tangent=x_tangent)
     x = autocast_input(x)
     x_tangent = None if x_tangent is None else autocast_input(x_tangent)
     check_lora_linear("lora_linear", x, weight, bias, A0, B0, dA, dB, x_tangent, dropout_p, seed)
     backend = backends.select_layer("lora_linear", x, weight, A0.shape[0], dropout_p)
+    if any(tensor.numel() == 0 for tensor in (x, weight, A0)):
+        backend = aten
     return _LoraLinear.apply(
         x, x_tangent, weight, bias, A0, B0, None if B0 is None else dA, dB, scaling, dropout_p, seed, backend
     )
@@ -66,7 +72,7 @@ class _LoraLinear(torch.autograd.Function):
         seed: Tensor | None,
         backend: ModuleType,
     ) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = as_rows(x)
         rows_tangent = None if x_tangent is None else x_tangent.reshape(rows.shape)
         weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
         y, y_tangent, u, _ = backend.lora_linear(
@@ -83,22 +89,22 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        refuse_double_backward("lora_linear")
+        backend = backward_backend("lora_linear", ctx.backend)
         x, weight, A0, B0, u, seed = ctx.saved_tensors
         x_needs, _, _, _, _, _, dA_needs, dB_needs, *_ = ctx.needs_input_grad
-        g, dropout = g.reshape(-1, g.shape[-1]), (ctx.dropout_p, seed)
+        g, dropout = as_rows(g), (ctx.dropout_p, seed)
         dx = u_adjoint = None
         if B0 is None:
             dx = g @ weight if x_needs else None
         elif x_needs:
-            dx, u_adjoint, _ = ctx.backend.linearized_lora_linear(
+            dx, u_adjoint, _ = backend.linearized_lora_linear(
                 g, weight.t(), None, B0.t(), None, None, A0.t(), ctx.scaling, *dropout, adjoint=True
             )
         elif dA_needs:
             u_adjoint = g @ B0.to(g.dtype)
-        d_dB, d_dA = ctx.backend.factor_gradients(
+        d_dB, d_dA = backend.factor_gradients(
             u, g if dB_needs else None,
-            u_adjoint if dA_needs else None, x.reshape(-1, x.shape[-1]) if dA_needs else None,
+            u_adjoint if dA_needs else None, as_rows(x) if dA_needs else None,
             ctx.scaling, ctx.factor_dtype, *dropout,
         ) if dA_needs or dB_needs else (None, None)  # fmt: skip
         return (

@@ -16,21 +16,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora import backends
+from linlora.ops.composed import backward_backend
+from linlora.ops.dual.checks import backend_of, check_constants
+from linlora.ops.rows import as_rows
 
 
 def layer_norm(
     x: Tensor, x_tangent: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     """(y, y_tangent) of x and x_tangent (..., N), normalized over the last dimension; weight, bias (N,) or None."""
+    check_constants("layer_norm", x_tangent=x_tangent)
     _check("layer_norm", x, x_tangent, weight)
-    return _LayerNorm.apply(x, x_tangent, weight, bias, eps, backends.select(x.device, "layer_norm"))
+    return _LayerNorm.apply(x, x_tangent, weight, bias, eps, backend_of("layer_norm", x))
 
 
 def rms_norm(x: Tensor, x_tangent: Tensor, weight: Tensor | None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """(y, y_tangent) of x and x_tangent (..., N): y = w ⊙ x / sqrt(mean(x²) + eps) over the last dimension."""
+    check_constants("rms_norm", x_tangent=x_tangent)
     _check("rms_norm", x, x_tangent, weight)
-    return _RMSNorm.apply(x, x_tangent, weight, eps, backends.select(x.device, "rms_norm"))
+    return _RMSNorm.apply(x, x_tangent, weight, eps, backend_of("rms_norm", x))
 
 
 class _LayerNorm(torch.autograd.Function):
@@ -44,7 +48,7 @@ class _LayerNorm(torch.autograd.Function):
         eps: float,
         backend: ModuleType,
     ) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = as_rows(x)
         y, y_tangent, mean, rstd = backend.layer_norm(rows, x_tangent.reshape(rows.shape), weight, bias, eps)
         ctx.save_for_backward(x, weight, mean, rstd)
         ctx.backend = backend
@@ -55,8 +59,8 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        width = x.shape[-1]
-        dx = ctx.backend.layer_norm_backward(g.reshape(-1, width), x.reshape(-1, width), weight, mean, rstd)
+        backend = backward_backend("layer_norm", ctx.backend)
+        dx = backend.layer_norm_backward(as_rows(g), as_rows(x), weight, mean, rstd)
         return dx.view(x.shape), None, None, None, None, None
 
 
@@ -65,7 +69,7 @@ class _RMSNorm(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, x_tangent: Tensor, weight: Tensor | None, eps: float, backend: ModuleType
     ) -> tuple[Tensor, Tensor]:
-        rows = x.reshape(-1, x.shape[-1])
+        rows = as_rows(x)
         y, y_tangent, rstd = backend.rms_norm(rows, x_tangent.reshape(rows.shape), weight, eps)
         ctx.save_for_backward(x, weight, rstd)
         ctx.backend = backend
@@ -76,8 +80,8 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        width = x.shape[-1]
-        dx = ctx.backend.rms_norm_backward(g.reshape(-1, width), x.reshape(-1, width), weight, rstd)
+        backend = backward_backend("rms_norm", ctx.backend)
+        dx = backend.rms_norm_backward(as_rows(g), as_rows(x), weight, rstd)
         return dx.view(x.shape), None, None, None, None
 
 

@@ -19,7 +19,10 @@ def test_groups_hold_every_row_once_in_a_block_of_its_task(ids, repeats):
         layout = aten.group_rows(ids, 7, repeats, static)
         placed = layout.gather(rows.unsqueeze(1))
         assert torch.equal(layout.scatter(placed).squeeze(1), rows)
-        real = torch.ones(len(placed), dtype=torch.bool) if layout.real is None else layout.real
+        real = torch.ones(len(placed), dtype=torch.bool)
+        if layout.padding is not None:
+            real[layout.padding] = False
+            assert not placed[layout.padding].any()
         assert real.sum() == len(rows)
         for block, is_real, group in zip(layout.cut(placed), real.view(-1, layout.length), layout.groups, strict=True):
             assert (ids.repeat_interleave(repeats)[block[is_real]] == group).all()
@@ -44,7 +47,7 @@ def test_unique_tasks_with_and_without_counting(ids, n_tasks):
     ids = torch.tensor(ids)
     with pytest.MonkeyPatch.context() as patch:
         for counts in (True, False):
-            patch.setattr("linlora.ops.grouping.transform_active", lambda counts=counts: not counts)
+            patch.setattr("linlora.ops.grouping.readable", lambda _, counts=counts: counts)
             tasks, places = unique_tasks(ids, n_tasks)
             assert torch.equal(tasks[places], ids)
             assert len(tasks) == (len(ids.unique()) if counts else min(len(ids), n_tasks))

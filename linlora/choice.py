@@ -1,0 +1,78 @@
+"""The backend that was asked for, and by whom: every thread and every asyncio task has its own choice.
+
+It is kept three times, because it is asked for from three places:
+
+    ContextVar          eager code, in threads and tasks
+    threading.local     code that torch.compile traces: Dynamo guards on its attribute, and cannot read a ContextVar
+    torch's own         the threads in which autograd runs backward on a GPU; torch hands them what the thread that
+    thread state        called backward() had, so that a layer recomputed there chooses as it did in its forward
+
+Tasks that overlap in one thread with different choices are told apart by eager code only.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True, eq=False)
+class _Choice:
+    """A backend by name, the thread that asked for it, and what is in its way on a device, looked up once."""
+
+    name: str
+    thread: int = field(default_factory=threading.get_ident)
+    obstacles: dict[torch.device, str | None] = field(default_factory=dict)
+
+
+class _OfThread(threading.local):
+    name: str | None = None
+
+
+_of_context: ContextVar[_Choice | None] = ContextVar("linlora_backend", default=None)
+_of_thread = _OfThread()
+_HANDED_ON = "linlora_backend"
+
+
+@contextmanager
+def made(name: str) -> Iterator[None]:
+    """Ask for a backend inside the block, in this thread or task alone."""
+    previous, of_thread = _of_context.get(), _of_thread.name
+    choice = _Choice(name)
+    _of_context.set(choice)
+    _of_thread.name = name
+    torch._C._stash_obj_in_tls(_HANDED_ON, choice)
+    try:
+        yield
+    finally:
+        _of_context.set(previous)
+        _of_thread.name = of_thread
+        torch._C._stash_obj_in_tls(_HANDED_ON, previous)
+
+
+def name() -> str | None:
+    """The backend asked for where this is called; None: none was."""
+    if torch.compiler.is_compiling():
+        return _of_thread.name
+    choice = _current()
+    return None if choice is None else choice.name
+
+
+def obstacles() -> dict[torch.device, str | None]:
+    """Why the backend asked for cannot run, by device, for its `use_backend` to remember."""
+    choice = _current()
+    return {} if choice is None else choice.obstacles
+
+
+def _current() -> _Choice | None:
+    choice = _of_context.get()
+    if choice is None and torch._C._is_key_in_tls(_HANDED_ON):
+        handed = torch._C._get_obj_in_tls(_HANDED_ON)
+        if handed is not None and handed.thread != threading.get_ident():
+            return handed
+    return choice

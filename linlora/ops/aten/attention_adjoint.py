@@ -1,0 +1,94 @@
+"""The gradient of attention through both of its outputs, o and o_t, in blocks of queries like the forward.
+
+The tangent is the derivative of o along the inputs' tangents, so the gradients in those are the backward of o alone
+with the cotangent g_t of o_t; and the gradients in the inputs are the derivative of that backward, along the inputs'
+tangents and with g as the tangent of g_t. (The streams are swapped, as in `lora_linear`.)
+
+    dv   = Pᵀ g_t                       dv_t ↦ P_tᵀ g_t + Pᵀ g
+    R    = g_t vᵀ                       R_t  = g vᵀ + g_t v_tᵀ
+    dS   = P ⊙ (R − rowsum(P ⊙ R))      dS_t = P ⊙ (R_t − rowsum(P ⊙ R_t)) + P_t ⊙ (R − rowsum(P ⊙ R))
+                                               − P ⊙ rowsum(P_t ⊙ R)
+    dq   = scale dS k                   dq_t ↦ scale (dS_t k + dS k_t)
+    dk   = scale dSᵀ q                  dk_t ↦ scale (dS_tᵀ q + dSᵀ q_t)
+
+The left column are the gradients in q_t, k_t and v_t, the right one those in q, k and v. With dropout one mask falls on
+P and P_t where they meet g and g_t, and on R and R_t.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from linlora.ops.aten.attention import (
+    blocks,
+    every_head,
+    kept_mask,
+    probabilities,
+    product_tangent,
+    sum_groups,
+    times,
+    wide,
+)
+
+
+def attention_dual_backward(
+    g: Tensor | None,
+    g_tangent: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradients in q, k, v and in q_tangent, k_tangent, v_tangent; arguments as of `attention`, None is zero."""
+    dtype, heads, kv_heads = q.dtype, q.shape[1], k.shape[1]
+    g, g_tangent, q, k, v = wide(g, g_tangent, q, k, v)
+    q_tangent, k_tangent, v_tangent = wide(q_tangent, k_tangent, v_tangent)
+    q, k, v = q * scale, every_head(k, heads), every_head(v, heads)
+    q_tangent = None if q_tangent is None else q_tangent * scale
+    k_tangent, v_tangent = (None if t is None else every_head(t, heads) for t in (k_tangent, v_tangent))
+    of_primals = [g_tangent.new_zeros(x.shape) for x in (q, k, v)]
+    of_tangents = [g_tangent.new_zeros(x.shape) for x in (q, k, v)]
+    (dq, dk, dv), (dq_tangent, dk_tangent, dv_tangent) = of_primals, of_tangents
+    for rows, keys in blocks(q, k, causal):
+        P = probabilities(q[rows], k[keys], mask, causal, rows)
+        keep = kept_mask(P, rows, q.shape, dropout_p, seed)
+        R = times((g_tangent[rows] @ v[keys].mT).to(P.dtype), keep)
+        dS, kept = _jacobian(P, R), times(P, keep).to(v.dtype)
+        dv_tangent[keys] += kept.mT @ g_tangent[rows]
+        dq_tangent[rows] = dS.to(q.dtype) @ k[keys]
+        dk_tangent[keys] += dS.to(q.dtype).mT @ q[rows]
+        dS_tangent = torch.zeros_like(dS)
+        if g is not None:
+            dv[keys] += kept.mT @ g[rows]
+            dS_tangent += _jacobian(P, times((g[rows] @ v[keys].mT).to(P.dtype), keep))
+        if v_tangent is not None:
+            dS_tangent += _jacobian(P, times((g_tangent[rows] @ v_tangent[keys].mT).to(P.dtype), keep))
+        if q_tangent is not None or k_tangent is not None:
+            P_tangent = _jacobian(P, product_tangent(q, q_tangent, k, k_tangent, rows, keys).to(P.dtype))
+            dv[keys] += times(P_tangent, keep).to(v.dtype).mT @ g_tangent[rows]
+            dS_tangent += P_tangent * (R - (P * R).sum(-1, keepdim=True)) - P * (P_tangent * R).sum(-1, keepdim=True)
+        dS, dS_tangent = dS.to(q.dtype), dS_tangent.to(q.dtype)
+        dq[rows] = dS_tangent @ k[keys]
+        dk[keys] += dS_tangent.mT @ q[rows]
+        if k_tangent is not None:
+            dq[rows] += dS @ k_tangent[keys]
+        if q_tangent is not None:
+            dk[keys] += dS.mT @ q_tangent[rows]
+    gradients = [
+        (scale * of_q, sum_groups(of_k, kv_heads), sum_groups(of_v, kv_heads))
+        for of_q, of_k, of_v in (of_primals, of_tangents)
+    ]
+    return tuple(x.to(dtype) for stream in gradients for x in stream)  # type: ignore[return-value]
+
+
+def _jacobian(P: Tensor, S: Tensor) -> Tensor:
+    """P ⊙ (S − rowsum(P ⊙ S)): the softmax's derivative along S, and its transpose."""
+    return torch.ops.aten._softmax_backward_data.default(S, P, -1, P.dtype)

@@ -1,0 +1,30 @@
+"""What holds for every op of model scope, stated once."""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from linlora import backends
+from linlora.ops import aten
+from linlora.ops.transforms import refuse_transform
+
+
+def check_constants(op: str, **tangents: Tensor | None) -> None:
+    """Raise where a derivative is asked for that an op with a constant tangent does not give: a tangent that asks for a
+    gradient (ValueError), a transform around the op (NotImplementedError)."""
+    refuse_transform(op)
+    for name, tangent in tangents.items():
+        if tangent is not None and tangent.requires_grad and torch.is_grad_enabled():
+            raise ValueError(
+                f"{op}: {name} asks for a gradient, but at model scope a tangent is a constant to autograd; detach it, "
+                "or build the layer of the ops in linlora.functional, which give the gradient of their tangents"
+            )
+
+
+def backend_of(op: str, *tensors: Tensor) -> ModuleType:
+    """The backend that runs an op on these tensors: `torch` where one is empty, for there is nothing to launch."""
+    backend = backends.select(tensors[0].device, op)
+    return aten if any(tensor.numel() == 0 for tensor in tensors) else backend
