@@ -108,15 +108,13 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_tangent: Tensor | None) -> tuple[Tensor | None, ...]:
         backend = backward_backend("attention", ctx.backend)
-        *streams, o, lse, mask, seed = ctx.saved_tensors
-        causal, scale, dropout_p = ctx.options
-        options = (mask, causal, scale, dropout_p, seed)
+        q, k, v, q_tangent, k_tangent, v_tangent, o, lse, mask, seed = ctx.saved_tensors
+        options = (mask, *ctx.options, seed)
+        gradients: tuple[Tensor | None, ...] = (None,) * 6
         if g_tangent is not None and g_tangent.shape == o.shape:
-            gradients = attention_dual_backward(g, g_tangent, *streams, *options)
+            gradients = attention_dual_backward(g, g_tangent, q, k, v, q_tangent, k_tangent, v_tangent, *options)
         elif g is not None:
-            gradients = (*backend.attention_backward(g, *streams[:3], o, lse, *options), None, None, None)
-        else:
-            gradients = (None,) * 6
+            gradients = (*backend.attention_backward(g, q, k, v, o, lse, *options), None, None, None)
         needed = zip(gradients, ctx.needs_input_grad[:6], strict=True)
         return *(gradient if needs else None for gradient, needs in needed), *(None,) * 6
 

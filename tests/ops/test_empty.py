@@ -32,7 +32,7 @@ def agree(backend, run, oracle, leaves):
 
 
 @given(sizes=SIZES, backend=BACKENDS, form=st.sampled_from(["short", "pair"]), p=st.sampled_from([0.0, 0.5]))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 def test_lora_layers(sizes, backend, form, p):
     m, n, k, r = sizes
     x, x_tangent, W, b = leaf(2, m, k), leaf(2, m, k), leaf(n, k), leaf(n)
@@ -56,7 +56,7 @@ def test_lora_layers(sizes, backend, form, p):
 
 
 @given(sizes=SIZES, backend=BACKENDS, form=st.sampled_from(["plain", "short", "pair"]), tasks=st.sampled_from([1, 2]))
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 def test_grouped_and_routed_layers(sizes, backend, form, tasks):
     m, n, k, r = sizes
     ids = torch.arange(2) % tasks
@@ -67,9 +67,7 @@ def test_grouped_and_routed_layers(sizes, backend, form, tasks):
     leaves = [x, W, b, A, B, *point.values()]
     agree(
         backend,
-        lambda: [
-            functional.grouped_lora_linear(x, W, b, A, B, functional.Groups.of(ids, tasks, 2 * m), 0.5, **point)
-        ],
+        lambda: [functional.grouped_lora_linear(x, W, b, A, B, functional.Groups.of(ids, tasks, 2 * m), 0.5, **point)],
         lambda: [reference.grouped_lora_linear(x, W, b, A, B, ids, 0.5, **point)],
         leaves,
     )
@@ -88,7 +86,7 @@ def test_grouped_and_routed_layers(sizes, backend, form, tasks):
 
 
 @given(sizes=st.tuples(*[st.sampled_from([0, 3])] * 5), backend=BACKENDS, causal=st.booleans())
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 def test_attention(sizes, backend, causal):
     batch, queries, keys, size, values = sizes
     shapes = ((queries, size), (keys, size), (keys, values))

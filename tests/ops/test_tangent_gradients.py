@@ -21,7 +21,7 @@ TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2}
     case=st.sampled_from([("torch", torch.float64), ("torch", torch.float16), ("triton", torch.float32)]),
     queries=st.sampled_from([1, 5]),
 )
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=40, deadline=None, derandomize=True)
 def test_attention_through_either_output(given_tangents, used, options, mask, case, queries):
     (backend, dtype), generator = case, torch.Generator().manual_seed(0)
 
@@ -78,9 +78,7 @@ def test_a_chain_of_functional_ops_trains_through_its_tangents(backend, dtype, t
 
     def primal(x, A, B):  # with attention of aten's, which forward mode differentiates by itself
         W = values["W"].double()
-        q, k, v = (
-            (x @ W[i].T + 0.5 * x @ A[i].T @ B[i].T).unflatten(-1, (2, -1)).transpose(1, 2) for i in range(3)
-        )
+        q, k, v = ((x @ W[i].T + 0.5 * x @ A[i].T @ B[i].T).unflatten(-1, (2, -1)).transpose(1, 2) for i in range(3))
         S = (q @ k.mT / 2).masked_fill(~torch.ones(5, 5, dtype=torch.bool).tril(), -torch.inf)
         o = (S.softmax(-1) @ v).transpose(1, 2).flatten(2)
         return o @ W[3].T + 0.5 * o @ A[3].T @ B[3].T
