@@ -22,12 +22,14 @@ from linlora.formats.opening import TASK_VECTOR_FILE
 from linlora.formats.peft_adapter import TENSOR_FILE
 from linlora.linearize import accelerate
 from linlora.modules import fused_layers
+from linlora.restoring import restoring
 from linlora.sharding import is_sharded, writes
 from linlora.sharing import refuse_shared
 from linlora.staging import unfinished_folder
 from linlora.task_vector import TaskVector, _one_adapter
 from linlora.tensor_files import save_tensors
 from linlora.vanilla import refuse_changed_base
+from linlora.weights import fold
 
 _KEPT = ("task_type", "fan_in_fan_out", "modules_to_save", "bias", "trainable_token_indices")
 """Configuration keys that are copied unchanged."""
@@ -61,12 +63,23 @@ def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
         raise ValueError(f"merge: no adapter {unknown}; the model has {sorted(model.peft_config)}")
     remedy = "Serve the adapter unmerged (linlora.export), or untie the weights of the base model first"
     refuse_shared(model, _adapted(model, adapters), "merge", remedy)
-    accelerate(model)  # plain layers merge by the same fp32 rule; linearized ones stay as they are
-    for name, layer in fused_layers(model):
-        for adapter in adapters or layer.active_adapters:
-            if adapter in layer.lora_A and not layer.is_finite(adapter):
-                raise ValueError(f"layer '{name}': adapter '{adapter}' holds NaN or infinity; the model is unchanged")
-    return model.merge_and_unload(adapter_names=adapters)
+    with restoring(model):
+        accelerate(model)  # plain layers merge by the same fp32 rule; linearized ones stay as they are
+        folds = []
+        for name, layer in fused_layers(model):
+            names = [adapter for adapter in adapters or layer.active_adapters if adapter in layer.lora_A]
+            for adapter in names:
+                if not layer.is_finite(adapter):
+                    raise ValueError(
+                        f"layer '{name}': adapter '{adapter}' holds NaN or infinity; the model is unchanged"
+                    )
+            if names:
+                folds.append((layer.get_base_layer().weight.data, layer.update_that_fits(names)))
+            layer.merged_adapters.extend(adapters or layer.active_adapters)  # PEFT leaves them to the loop below
+        merged = model.merge_and_unload(adapter_names=adapters)
+        for weight, update in folds:  # last, because nothing undoes it
+            fold(weight, update)
+        return merged
 
 
 def _adapted(model: PeftModel, adapters: list[str] | None) -> list[str]:

@@ -35,11 +35,13 @@ from linlora.ops.dual.low_rank_update import low_rank_update as dual_low_rank_up
 from linlora.ops.linearized_lora_linear import unchecked
 from linlora.ops.low_rank_update import low_rank_update
 from linlora.peft_names import ChangesOfB
+from linlora.restoring import restoring
+from linlora.sharding import check_there
 from linlora.stream import DualTensor, Stream
 from linlora.stream.tensor import refuse_inside_function
 from linlora.tensor_files import finite
 from linlora.vanilla import not_vanilla_layer
-from linlora.weights import Fold, Update, fold_keeping, stacked, unfold
+from linlora.weights import Fold, Update, check_sum, fold_keeping, stacked, unfold
 from linlora.weights import fold as fold_into
 
 State = Literal["plain", "short", "pair"]
@@ -216,7 +218,7 @@ class FusedLoraLinear(PeftLoraLinear):
         if not names:
             return
         weight = self.get_base_layer().weight.data
-        fold = fold_keeping(weight, self._update(names))
+        fold = fold_keeping(weight, self.update_that_fits(names))
         if safe_merge and not finite(weight):
             unfold(weight, fold)
             raise ValueError(
@@ -243,12 +245,33 @@ class FusedLoraLinear(PeftLoraLinear):
     ) -> nn.Module:
         """The base layer, which PEFT's `merge_and_unload` and `unload` put in this one's place; nothing undoes it."""
         base = self.get_base_layer()
-        names = check_adapters_to_merge(self, adapter_names) if merge else []
+        if not merge or set(adapter_names or self.active_adapters) <= set(self.merged_adapters):
+            return base
+        names = check_adapters_to_merge(self, adapter_names)
         if safe_merge:
             self.merge(True, names)
         elif names := [name for name in names if name in self.lora_A]:
-            fold_into(base.weight.data, self._update(names))
+            fold_into(base.weight.data, self.update_that_fits(names))
         return base
+
+    def update_that_fits(self, adapters: list[str]) -> Update:
+        """The sum of the ΔW of some adapters, to be folded. Raises ValueError where the weight would not hold it."""
+        base = self.get_base_layer()
+        if "weight" not in base._parameters:
+            raise ValueError(
+                f"layer '{self.layer_name}': the weight of its base layer is computed on every call (a "
+                "parametrization, weight_norm, pruning), so ΔW would be lost; make it a parameter first "
+                "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, prune.remove)"
+            )
+        check_there(f"layer '{self.layer_name}'", [("the weight of its base layer", base.weight)])
+        update = self._update(adapters)
+        try:
+            check_sum(base.weight.data, update)
+        except OverflowError as error:
+            raise ValueError(
+                f"layer '{self.layer_name}': merging {adapters} gives NaN or infinity; the weight is unchanged. {error}"
+            ) from error
+        return update
 
     @torch.no_grad()
     def _update(self, adapters: list[str]) -> Update:
@@ -269,15 +292,16 @@ class FusedLoraLinear(PeftLoraLinear):
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's, to add an adapter: a plain one. Raises ValueError, and adds nothing, where it is not vanilla LoRA."""
-        super().update_layer(adapter_name, *args, **kwargs)
-        why = not_vanilla_layer(self, [adapter_name])
-        if why is not None:
-            self.delete_adapter(adapter_name)
-            self.lora_variant.pop(adapter_name, None)  # which PEFT 0.18 keeps
-            raise ValueError(
-                f"layer '{self.layer_name}': adapter '{adapter_name}' cannot be added to a fused layer: {why}. Add it "
-                "as vanilla LoRA, or linlora.delinearize the model first"
-            )
+        with restoring(self):
+            super().update_layer(adapter_name, *args, **kwargs)
+            if (why := not_vanilla_layer(self, [adapter_name])) is not None:
+                raise ValueError(
+                    f"layer '{self.layer_name}': adapter '{adapter_name}' cannot be added to a fused layer: {why}. Add "
+                    "it as vanilla LoRA, or linlora.delinearize the model first"
+                )
+            for of_name in (self.states, self.lora_dA, self.lora_dB):  # of one that had this name
+                if adapter_name in of_name:
+                    del of_name[adapter_name]
 
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
         super().set_adapter(adapter_names, *args, **kwargs)

@@ -20,6 +20,7 @@ from linlora.tensor_files import finite
 
 BLOCK = 2**20
 """Elements of a block: 4 MiB of float32. Larger ones fall out of the cache, smaller ones are launches."""
+_LARGE = 1e30
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -109,6 +110,16 @@ def fold(weight: Tensor, update: Update) -> None:
     """
     for rows in blocks(weight.shape):
         weight[rows] = folded(weight[rows], update, rows)
+
+
+def check_sum(weight: Tensor, update: Update) -> None:
+    """Raise OverflowError where W + ΔW is not finite in the dtype of W, before anything of it is written.
+
+    Sums are formed in float16, whose range ends at 65504; in wider dtypes where the factors are not finite, or close.
+    """
+    if weight.dtype == torch.float16 or not float(update.A.norm() * update.B.norm()) < _LARGE:
+        for rows in blocks(weight.shape):
+            folded(weight[rows], update, rows)
 
 
 def folded(block: Tensor, update: Update, rows: slice) -> Tensor:
