@@ -13,8 +13,11 @@ LIMIT ?= 580s
 OUT ?= bench/results/$(shell $(PYTHON) -m linlora.bench.environment)
 # pytest-xdist workers on the GPU; they share its memory.
 WORKERS ?= 12
+# Of what is random in test-everywhere, and the tests that it runs.
+SEEDS ?= 0 1
+TESTS ?= tests
 
-.PHONY: install cuda test lint quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
+.PHONY: install cuda test test-everywhere lint quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
   gpu-bench-compiled gpu-programme require-gpu
 
 install: $(READY)
@@ -31,6 +34,10 @@ cuda: $(READY)
 # What .ci/run runs: style, types, doctests and tests (on the GPU where there is one).
 test: lint
 	$(PYTHON) -m pytest -q -n auto
+
+# The tests by every instruction set that torch has on this machine, with every seed of SEEDS: a line of result for each.
+test-everywhere: $(READY)
+	$(PYTHON) tests/everywhere.py --seeds $(SEEDS) -- $(TESTS)
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import sys
+
 import typer
 
 from linlora.commands.compare import compare
@@ -36,6 +39,9 @@ def main() -> None:
     """Entry point of the `linlora` command."""
     from linlora.bench.cli import app as bench
 
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a formula must not end a run where the locale has no such letters
     app.add_typer(bench, name="bench")
     app()
 

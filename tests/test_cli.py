@@ -1,5 +1,8 @@
 """The command line: what it prints, and one-line errors instead of tracebacks."""
 
+import io
+import sys
+
 import pytest
 from typer.testing import CliRunner
 
@@ -18,6 +21,17 @@ def test_info_shows_versions_and_the_backend_of_every_op(run):
     assert f"linlora {linlora.__version__}" in result.output
     for word in ("torch", "triton", "peft", "factor_gradients", "linearized_lora_linear"):
         assert word in result.output
+
+
+def test_a_locale_without_the_letters_of_a_formula_ends_no_run(monkeypatch):
+    printed = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", printed)
+    monkeypatch.setattr(sys, "argv", ["linlora", "info"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert ended.value.code == 0
+    printed.seek(0)
+    assert "?" in printed.read()  # for the dash of an op that has not run
 
 
 def test_quickstart_passes_its_options_on(run, monkeypatch, tmp_path):

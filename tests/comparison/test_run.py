@@ -39,7 +39,7 @@ def test_every_control_and_method_is_there(finished):
 def test_the_table_holds_the_numbers_of_the_json_and_those_follow_from_the_scores_by_task(finished):
     out, results, printed = finished
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    table = (out / "table.txt").read_text()
+    table = (out / "table.txt").read_text(encoding="utf-8")
     for start, key in CONTROLS:
         entry = results["starts"][start]["controls"][key]
         (single,) = entry["single_by_seed_and_task"]

@@ -24,7 +24,7 @@ TASKS = ("rotated-digit", "mirrored-odd")
 def test_the_json_holds_every_number_of_the_table(finished):
     out, results, printed = finished
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    table = (out / "table.txt").read_text()
+    table = (out / "table.txt").read_text(encoding="utf-8")
     for family in FAMILIES:
         entry = results["families"][family]
         for value in (

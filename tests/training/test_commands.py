@@ -39,7 +39,7 @@ def recipe(checkpoints, review_files, tmp_path):
 
 
 def test_the_command_of_the_readme_trains_on_one_file_of_rows(run, checkpoints):
-    (command,) = re.findall(r"^linlora (train --model (?:.*\\\n)*.*)$", README.read_text(), flags=re.M)
+    (command,) = re.findall(r"^linlora (train --model (?:.*\\\n)*.*)$", README.read_text("utf-8"), flags=re.M)
     row = json.dumps({"question": "the film is good ?", "answer": "yes"})
     Path("qa.jsonl").write_text(f"{row}\n" * 20)
     small = {"google/flan-t5-base": checkpoints["t5"], "1000": "1"}

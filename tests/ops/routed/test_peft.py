@@ -50,8 +50,8 @@ def test_equals_the_poly_layer_of_peft(path, device, config, name, training):
     assert relative_error(y, expected) < 1e-12
     g = torch.randn_like(y)
     parameters = [x, A, B, router.module_logits]
-    for actual, wanted in zip(
-        torch.autograd.grad(y, parameters, g), torch.autograd.grad(expected, parameters, g), strict=True
-    ):
-        # a single skill's weight is 1 but for PEFT's 1e-12: the gradient of its logit is nothing
-        assert relative_error(actual, wanted) < 1e-11 or wanted.norm() < 1e-9
+    gradients = torch.autograd.grad(expected, parameters, g)
+    # a single skill's weight is 1 but for PEFT's 1e-12: the gradient of its logit is nothing beside the others
+    nothing = 1e-12 * max(gradient.norm() for gradient in gradients)
+    for actual, wanted in zip(torch.autograd.grad(y, parameters, g), gradients, strict=True):
+        assert relative_error(actual, wanted) < 1e-11 or (actual - wanted).norm() < nothing
