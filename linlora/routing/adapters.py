@@ -11,9 +11,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from linlora.calls import LINEAR, beyond_product, is_product
 from linlora.files import install_file
 from linlora.folding import with_sizes
 from linlora.linearize import linearize
+from linlora.restoring import restoring
 from linlora.routing.model import RoutedModel
 from linlora.routing.scope import scope_of
 from linlora.sharing import refuse_shared
@@ -43,6 +45,10 @@ def task_weights(model: RoutedModel, task_id: int | None) -> dict[str, Tensor]:
     weights = {}
     for layer in model.routed_layers:
         selector, sizes = layer.selector, layer.sizes
+        if task_id is None and selector.apart:
+            raise ValueError(
+                f"layer '{layer.layer_name}': its skills are adapters trained apart, which have no mean; pass a task id"
+            )
         if task_id is None:
             weights[layer.layer_name] = layer.lora_B.new_full((sizes.n_heads, sizes.n_skills), 1.0 / sizes.n_skills)
             continue
@@ -51,8 +57,10 @@ def task_weights(model: RoutedModel, task_id: int | None) -> dict[str, Tensor]:
                 f"layer '{layer.layer_name}': its weights depend on the input, so no single adapter has its function"
             )
         training = selector.training
-        of_task = selector.eval().weights(torch.tensor([task_id], device=layer.weight.device))
-        selector.train(training)
+        try:
+            of_task = selector.eval().weights(torch.tensor([task_id], device=layer.weight.device))
+        finally:
+            selector.train(training)
         assert isinstance(of_task, Tensor)
         weights[layer.layer_name] = of_task[0]
     return weights
@@ -111,18 +119,21 @@ def merge_task(model: RoutedModel, task_id: int | None) -> nn.Module:
     _check_folds(model, "merge_task")
     remedy = "Leave it out of target_modules, or serve the task unmerged, export_task(model, directory, task_id)"
     refuse_shared(model.model, [layer.layer_name for layer in model.routed_layers], "merge_task", remedy)
+    _check_products(model)
     weights = task_weights(model, task_id)
     merged = []
     for layer in model.routed_layers:
         A, B = layer.adapter(weights[layer.layer_name])
         delta = layer.sizes.scaling * (B @ A)
         weight = layer.weight.to(delta.dtype) + (delta.t() if isinstance(layer.base_layer, Conv1D) else delta)
+        weight = weight.to(layer.weight.dtype)
         if not weight.isfinite().all():
             raise ValueError(f"layer '{layer.layer_name}': merging gives NaN or infinity; the model is unchanged")
-        merged.append(weight.to(layer.weight.dtype))
-    for layer, weight in zip(model.routed_layers, merged, strict=True):
-        layer.weight.data = weight
-    return model.unload()
+        merged.append(weight)
+    with restoring(model):
+        for layer, weight in zip(model.routed_layers, merged, strict=True):
+            layer.weight.data = weight
+        return model.unload()
 
 
 def collapse(model: RoutedModel, task_id: int | None = None) -> PeftModel:
@@ -140,22 +151,23 @@ def collapse(model: RoutedModel, task_id: int | None = None) -> PeftModel:
     layers, config = model.routed_layers, _config(model, doubled=False)
     mixed = {layer.layer_name: layer.mixed(weights[layer.layer_name]) for layer in layers}
     point = {layer.layer_name: (layer.A0, layer.B0) for layer in layers}
-    peft_model = get_peft_model(model.unload(), config)
-    with torch.no_grad():
-        for name, (A, B) in mixed.items():
-            layer = peft_model.get_submodule(f"base_model.model.{name}")
-            A0, B0 = point[name] if scope is not None else (A, B)
-            layer.lora_A["default"].weight.copy_(A0)
-            layer.lora_B["default"].weight.copy_(torch.zeros_like(B) if B0 is None else B0)
-        if scope is not None:
-            linearize(peft_model, scope)
-            for key, parameter in delta_parameters(peft_model).items():
-                name, _, delta = key.rpartition(".")
-                dA, dB = mixed[name]
-                value = dA if delta == "dA" else dB
-                assert value is not None
-                parameter.copy_(value)
-    return peft_model.train(model.training)
+    with restoring(model):
+        peft_model = get_peft_model(model.unload(), config)
+        with torch.no_grad():
+            for name, (A, B) in mixed.items():
+                layer = peft_model.get_submodule(f"base_model.model.{name}")
+                A0, B0 = point[name] if scope is not None else (A, B)
+                layer.lora_A["default"].weight.copy_(A0)
+                layer.lora_B["default"].weight.copy_(torch.zeros_like(B) if B0 is None else B0)
+            if scope is not None:
+                linearize(peft_model, scope)
+                for key, parameter in delta_parameters(peft_model).items():
+                    name, _, delta = key.rpartition(".")
+                    dA, dB = mixed[name]
+                    value = dA if delta == "dA" else dB
+                    assert value is not None
+                    parameter.copy_(value)
+        return peft_model.train(model.training)
 
 
 def _config(model: RoutedModel, doubled: bool) -> LoraConfig:
@@ -184,6 +196,17 @@ def _check_folds(model: RoutedModel, action: str) -> None:
             "runs through the whole network. Use collapse(model, task_id), or the layer-scope function: "
             "linlora.set_scope(model, 'layer')"
         )
+
+
+def _check_products(model: RoutedModel) -> None:
+    """Hooks stay with the layer that is merged into; a forward of its own may make something else of its weight."""
+    for layer in model.routed_layers:
+        base = layer.base_layer
+        if type(base) not in LINEAR or (not is_product(base) and "hooks" not in beyond_product(base)):
+            raise ValueError(
+                f"layer '{layer.layer_name}': its base layer {beyond_product(base)}, so a merged weight may not have "
+                "the function of the adapter; serve the task unmerged, export_task(model, directory, task_id)"
+            )
 
 
 def _check_base_is_frozen(model: RoutedModel) -> None:

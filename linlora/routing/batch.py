@@ -70,6 +70,13 @@ def route_weights(layers: Sequence[RoutedLoraLinear], mixture: Tensor, examples:
         shape = (layer.sizes.n_heads, layer.sizes.n_skills)
         if tuple(mixture.shape[1:] if mixture.dim() == 2 else mixture.shape[-2:]) not in (shape, shape[1:]):
             _refuse_mixture(mixture, f"layer '{layer.layer_name}' has {in_words(*shape[::-1])}")
+    if any(layer.selector.apart for layer in layers) and not _one_or_none(mixture):
+        _refuse_mixture(
+            mixture,
+            "the skills of this model are adapters trained apart: Σ w A and Σ w B of several are not the sum of their "
+            "updates. Give every row one skill (a single weight of 1), merge the adapters before (linlora merge), or "
+            "serve vectors of one start: linlora.formats.read(adapter, point=start)",
+        )
     lead = mixture.shape[: 2 if mixture.dim() == 4 else 1]
     rows = mixture.to(device).flatten(0, len(lead) - 1)
     places = torch.arange(len(rows), device=device)
@@ -130,6 +137,11 @@ def _checked_ids(task_ids: Tensor | Sequence[int] | None, n_tasks: int, examples
         raise ValueError(f"task_ids: got {len(ids)} of them for a batch of {examples} examples")
     check_task_ids(ids.long().flatten(), n_tasks, "task_ids")
     return ids.long()
+
+
+def _one_or_none(mixture: Tensor) -> bool:
+    """Whether every row of weights, in every head, selects one skill with weight 1, or none."""
+    return bool((((mixture == 0) | (mixture == 1)).all(-1) & (mixture.sum(-1) <= 1)).all())
 
 
 def _refuse_mixture(mixture: Tensor, why: str) -> NoReturn:

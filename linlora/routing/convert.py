@@ -7,6 +7,8 @@ from peft.tuners.poly import PolyModel
 from peft.tuners.poly.layer import Linear as PeftPolyLinear
 from peft.utils import AuxiliaryTrainingWrapper
 
+from linlora.calls import is_called_plainly
+from linlora.restoring import restoring
 from linlora.routing.layers import LayerSizes
 from linlora.routing.model import Inventory, RoutedModel
 from linlora.routing.selectors import Poly, Sizes
@@ -25,7 +27,8 @@ def convert(model: PeftModel, linearized: bool = False) -> RoutedModel:
         linearized: linearize it, at layer scope, at the mean of each inventory. (`linlora.linearize(routed, "model")`
             does so at model scope.)
 
-    Raises TypeError for another model, ValueError for several adapters, and heads that do not divide a layer.
+    Raises TypeError for another model, ValueError for several adapters, heads that do not divide a layer, and hooks on
+    a Poly layer, which would be lost; the model is as it was then.
 
     >>> import linlora, peft
     >>> config = peft.PolyConfig(n_tasks=3, n_skills=2, n_splits=4, target_modules=["query", "value"])
@@ -50,6 +53,12 @@ def convert(model: PeftModel, linearized: bool = False) -> RoutedModel:
         for name, module in model.named_modules()
         if isinstance(module, PeftPolyLinear) and adapter in module.poly_lora_A
     }
+    for name, layer in layers.items():
+        if not is_called_plainly(layer):
+            raise ValueError(
+                f"layer '{name}' has hooks or a forward of its own, which would be lost with the Poly layer it is on; "
+                "remove it, and put it on the routed layer afterwards"
+            )
     asks = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
     inventories, selectors = {}, {}
     for name, layer in layers.items():
@@ -58,16 +67,17 @@ def convert(model: PeftModel, linearized: bool = False) -> RoutedModel:
         sizes = LayerSizes(layer.n_skills[adapter], layer.n_splits[adapter], rank, 1.0 / rank)
         inventories[name] = Inventory(sizes, name)
     wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
-    base = model.base_model.unload()
-    routed = RoutedModel(base, inventories, selectors, [name.removeprefix("base_model.model.") for name in wrapped])
-    for layer in routed.routed_layers:
-        source = layers[layer.layer_name]
-        layer.lora_A, layer.lora_B = source.poly_lora_A[adapter], source.poly_lora_B[adapter]
-    for parameter in routed.parameters():
-        parameter.requires_grad_(asks.get(id(parameter), parameter.requires_grad))
-    if linearized:
-        routed.linearize("layer")
-    return routed
+    with restoring(model):
+        base = model.base_model.unload()
+        routed = RoutedModel(base, inventories, selectors, [name.removeprefix("base_model.model.") for name in wrapped])
+        for layer in routed.routed_layers:
+            source = layers[layer.layer_name]
+            layer.lora_A, layer.lora_B = source.poly_lora_A[adapter], source.poly_lora_B[adapter]
+        for parameter in routed.parameters():
+            parameter.requires_grad_(asks.get(id(parameter), parameter.requires_grad))
+        if linearized:
+            routed.linearize("layer")
+        return routed
 
 
 def _selector(layer: PeftPolyLinear, adapter: str) -> Poly:

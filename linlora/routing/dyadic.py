@@ -36,13 +36,13 @@ class DyadicLoraLinear(RoutedLayer):
         self.lora_B = nn.Parameter(torch.zeros(self.out_features, sizes.rank, sizes.n_skills, **like))
         self.lora_router = nn.Parameter(torch.empty(sizes.rank, sizes.n_skills, k, **like).uniform_(-bound, bound))
 
-    def adapted(self, x: Tensor, routing: Routing) -> Tensor:
+    def adapted(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
         x = autocast_input(x)
         A, B, router = (factor.to(x.dtype) for factor in (self.lora_A, self.lora_B, self.lora_router))
         weights = linear(x, router.flatten(0, 1)).unflatten(-1, router.shape[:2]).softmax(-1)
         c = (linear(x, A).unsqueeze(-1) * weights).flatten(-2)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return linear(x, self._matrix.to(x.dtype), bias) + self.sizes.scaling * linear(c, B.flatten(1))
+        bias = None if bias is None else bias.to(x.dtype)
+        return linear(x, weight.to(x.dtype), bias) + self.sizes.scaling * linear(c, B.flatten(1))
 
     def extra_repr(self) -> str:
         return f"{self.sizes.n_skills} experts in each of {self.sizes.rank} rank slots, scaling {self.sizes.scaling:g}"

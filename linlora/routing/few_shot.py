@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from linlora.restoring import restoring
 from linlora.routing.model import RoutedModel
 from linlora.routing.report import RoutedReport
 from linlora.routing.selectors import Poly, Uniform
@@ -30,11 +31,12 @@ def mhr_z(model: RoutedModel, n_tasks: int = 1) -> RoutedReport:
         raise ValueError(f"mhr_z trains the logits of Poly selectors; this model has {', '.join(others) or 'none'}")
     if n_tasks < 1:
         raise ValueError(f"n_tasks is at least 1, got {n_tasks}")
-    model.requires_grad_(False)
-    for selector in selectors:
-        assert isinstance(selector, Poly)
-        selector.add_tasks(n_tasks)
-    return model.report()
+    with restoring(model):
+        model.requires_grad_(False)
+        for selector in selectors:
+            assert isinstance(selector, Poly)
+            selector.add_tasks(n_tasks)
+        return model.report()
 
 
 def mhr_mu(model: RoutedModel) -> RoutedReport:
@@ -54,7 +56,10 @@ def mhr_mu(model: RoutedModel) -> RoutedReport:
     """
     if len(model.routed_layers) < len(model.layers):
         raise ValueError("mhr_mu averages skills; a mixture of dyadic experts has rank-one experts instead")
-    for parameter in model.skills():
-        parameter.requires_grad_(True)
-    model.set_selectors({name: Uniform(selector.sizes) for name, selector in model.selector_by_name.items()})
-    return model.report()
+    if any(selector.apart for selector in model.selector_by_name.values()):
+        raise ValueError("mhr_mu averages skills; those of this model are adapters trained apart, which have no mean")
+    with restoring(model):
+        for parameter in model.skills():
+            parameter.requires_grad_(True)
+        model.set_selectors({name: Uniform(selector.sizes) for name, selector in model.selector_by_name.items()})
+        return model.report()

@@ -8,10 +8,14 @@ What a layer passes to the op is decided by its state, as in `linlora.modules`:
 
 Linearized, A and B are the skills' offsets from the point (A0, B0). At model scope, where the layer has a `stream`, it
 returns the primal (the layer at its point) and its tangent as a DualTensor.
+
+The op reads the weight of the base layer. Where a call of it is more than that product (hooks, a forward of its own:
+`linlora.calls`), it is called, with a warning, and the update is added.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from linlora.calls import beyond_product, hooks_of_all_modules, is_product
 from linlora.functional import routed_lora_linear
 from linlora.modules import State
 from linlora.ops import dual
@@ -47,6 +52,20 @@ class LayerSizes:
         return asdict(self)
 
 
+def check_linear(name: str, layer: Any) -> tuple[int, int]:
+    """(outputs, inputs) of a layer whose weight is a plain matrix; a ValueError for any other."""
+    if isinstance(layer, Conv1D):
+        return layer.weight.shape[1], layer.weight.shape[0]
+    if isinstance(layer, nn.Linear):
+        sizes = layer.out_features, layer.in_features
+        if layer.weight.is_floating_point() and tuple(layer.weight.shape) == sizes:
+            return sizes
+    raise ValueError(
+        f"layer '{name}' is a {type(layer).__name__}, whose weight is no plain matrix of its inputs and outputs; only "
+        "nn.Linear and transformers' Conv1D can be routed, so leave it out"
+    )
+
+
 class RoutedLayer(nn.Module):
     """A frozen linear layer with something low-rank beside it: what all such layers share.
 
@@ -61,6 +80,7 @@ class RoutedLayer(nn.Module):
 
     def __init__(self, name: str, base_layer: nn.Module, context: Context, sizes: LayerSizes) -> None:
         super().__init__()
+        check_linear(name, base_layer)
         self.layer_name, self.base_layer, self.context, self.stream = name, base_layer, context, None
         self.sizes = sizes
 
@@ -104,9 +124,17 @@ class RoutedLayer(nn.Module):
             )
         primal = autocast_input(x.primal if isinstance(x, DualTensor) else x)
         self._check_input(primal)
-        return self.adapted(x, routing)
+        if is_product(self.base_layer) and not hooks_of_all_modules():
+            return self.adapted(x, routing, self._matrix, self.bias)
+        why = "has hooks, those of all modules" if is_product(self.base_layer) else beyond_product(self.base_layer)
+        warnings.warn(
+            f"layer '{self.layer_name}': its base layer {why}, so it is called and the update added, not fused",
+            stacklevel=2,
+        )
+        return self.base_layer(x) + self.adapted(x, routing, self.weight.new_zeros(()).expand_as(self._matrix), None)
 
-    def adapted(self, x: Tensor, routing: Routing) -> Tensor:
+    def adapted(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """x Wᵀ + b and the update of the layer."""
         raise NotImplementedError
 
     def _check_input(self, x: Tensor) -> None:
@@ -165,13 +193,13 @@ class RoutedLoraLinear(RoutedLayer):
             return "plain"
         return "short" if self.B0 is None else "pair"
 
-    def adapted(self, x: Tensor, routing: Routing) -> Tensor:
+    def adapted(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
         p = self.sizes.dropout if self.training else 0.0
         options: dict[str, Any] = {"dropout_p": p}
         options["seed"] = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
         if self.stream is not None:
-            return self._both_streams(x, routing, options)
-        layer = (x, self._matrix, self.bias)
+            return self._both_streams(x, routing, weight, bias, options)
+        layer = (x, weight, bias)
         factors = routing.factors.get(self.layer_name)
         if factors is not None:
             groups = routing.groups(self._lead(x, routing.places), x.device)
@@ -195,7 +223,9 @@ class RoutedLoraLinear(RoutedLayer):
         return weights
 
     @torch.compiler.disable
-    def _both_streams(self, x: Tensor, routing: Routing, options: dict[str, Any]) -> Tensor:
+    def _both_streams(
+        self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None, options: dict[str, Any]
+    ) -> Tensor:
         if not torch.is_grad_enabled():
             refuse_inside_function(f"layer '{self.layer_name}'")
         assert self.stream is not None
@@ -204,7 +234,7 @@ class RoutedLoraLinear(RoutedLayer):
         factors = routing.factors[self.layer_name]
         groups = routing.groups(self._lead(x, routing.places), x.device)
         y, y_tangent = dual.grouped_lora_linear(
-            x, x_tangent, self._matrix, self.bias, self.A0, self.B0, *factors, groups, self.sizes.scaling,
+            x, x_tangent, weight, bias, self.A0, self.B0, *factors, groups, self.sizes.scaling,
             **options,
         )  # fmt: skip
         return y if self.stream.output == "primal" else DualTensor(y, y_tangent, self.stream)

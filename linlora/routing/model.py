@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
+from linlora.restoring import restoring
 from linlora.routing import checkpoint
 from linlora.routing import scope as scopes
 from linlora.routing.batch import route_tasks, route_weights
@@ -52,6 +54,16 @@ class RoutedModel(nn.Module):
         modules_to_save: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        with restoring(model):
+            self._put_into(model, layers, selectors, modules_to_save)
+
+    def _put_into(
+        self,
+        model: nn.Module,
+        layers: Mapping[str, Inventory],
+        selectors: Mapping[str, Selector],
+        modules_to_save: Sequence[str],
+    ) -> None:
         self.model = model
         self.context = Context()
         self.inventories, self.modules_to_save = dict(layers), tuple(modules_to_save)
@@ -181,17 +193,19 @@ class RoutedModel(nn.Module):
     def set_selectors(self, selectors: Mapping[str, Selector]) -> None:
         """Put other selectors in the place of those of the same names."""
         by_name = {**self.selector_by_name, **selectors}
-        self.selectors = nn.ModuleList(by_name[name] for name in self.selector_names).train(self.training)
-        for layer in self.routed_layers:
-            layer.set_selector(by_name[self.inventories[layer.layer_name].selector or ""])
+        with restoring(self):
+            self.selectors = nn.ModuleList(by_name[name] for name in self.selector_names).train(self.training)
+            for layer in self.routed_layers:
+                layer.set_selector(by_name[self.inventories[layer.layer_name].selector or ""])
 
     def unload(self) -> nn.Module:
         """Put the frozen layers back in their places and return the base model; this model is used up."""
-        scopes.leave(self)
-        for layer in self.layers:
-            parent, _, attribute = layer.layer_name.rpartition(".")
-            setattr(self.model.get_submodule(parent), attribute, layer.base_layer)
-        return self.model
+        with restoring(self):
+            scopes.leave(self)
+            for layer in self.layers:
+                parent, _, attribute = layer.layer_name.rpartition(".")
+                setattr(self.model.get_submodule(parent), attribute, layer.base_layer)
+            return self.model
 
     def skills(self) -> Iterator[nn.Parameter]:
         """The parameters of all inventories, without those of selectors and of modules_to_save."""
@@ -242,16 +256,19 @@ class RoutedModel(nn.Module):
 
     def linearize(self, scope: str = "layer") -> RoutedReport:
         """What `linlora.linearize(model, scope)` does to a routed model, in place."""
-        scopes.linearize(self, scope)
+        with restoring(self):
+            scopes.linearize(self, scope)
         return report(self)
 
     def set_scope(self, scope: str) -> None:
         """What `linlora.set_scope` does to a routed model."""
-        scopes.set_scope(self, scope)
+        with restoring(self):
+            scopes.set_scope(self, scope)
 
     def delinearize(self) -> RoutedModel:
         """What `linlora.delinearize` does to a routed model: the skills as plain LoRA factors again."""
-        return scopes.delinearize(self)
+        with restoring(self):
+            return scopes.delinearize(self)
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -275,9 +292,12 @@ class RoutedModel(nn.Module):
         saved = checkpoint.read(directory, variants)
         layers = {name: Inventory(LayerSizes(**sizes), selector) for name, sizes, selector, _ in saved.layers}
         checkpoint.check_base(model, saved, directory)
-        routed = cls(model, layers, saved.selectors, saved.modules_to_save)
-        checkpoint.restore(routed, saved, directory)
-        return routed
+        with restoring(model) as undo:
+            for name in saved.modules_to_save:
+                undo(model.get_submodule(name).load_state_dict, copy.deepcopy(model.get_submodule(name).state_dict()))
+            routed = cls(model, layers, saved.selectors, saved.modules_to_save)
+            checkpoint.restore(routed, saved, directory)
+            return routed
 
 
 class _SignedForward:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from linlora.files import CorruptFileError
+from linlora.restoring import restoring
 from linlora.routing.inventory import in_words
 from linlora.routing.layers import LayerSizes
 from linlora.routing.model import Inventory, RoutedModel
@@ -84,12 +85,13 @@ def from_original(
                 f"from_original: layer '{name}' is {shape[1]} -> {shape[0]}, its inventory in layout '{layout}' "
                 f"{inputs * heads} -> {B.shape[3] * heads}; is this its base model, and its layout?"
             )
-    routed = RoutedModel(model, inventories, selectors)
-    with torch.no_grad():
-        for layer in routed.routed_layers:
-            for factor, value in zip(layer.skills(), factors[layer.layer_name], strict=True):
-                factor.copy_(value)
-    return routed
+    with restoring(model):
+        routed = RoutedModel(model, inventories, selectors)
+        with torch.no_grad():
+            for layer in routed.routed_layers:
+                for factor, value in zip(layer.skills(), factors[layer.layer_name], strict=True):
+                    factor.copy_(value)
+        return routed
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:

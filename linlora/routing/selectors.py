@@ -69,6 +69,11 @@ class Selector(nn.Module):
         """
         raise NotImplementedError
 
+    @property
+    def apart(self) -> bool:
+        """Whether a row takes one skill or none, because what the factors of several add up to is not their sum."""
+        return bool(self.options.get("apart"))
+
     def description(self) -> dict[str, Any]:
         """What `make_selector` makes this selector of again, as JSON."""
         return {"variant": self.variant, "sizes": asdict(self.sizes), "options": self.options}
@@ -181,6 +186,11 @@ class Table(Selector):
 class Private(Selector):
     """Skill t for task t alone; S = T.
 
+    Args:
+        sizes: T = S and Q.
+        apart: the skills are adapters trained apart, of no common start. The factors of such do not add, so a mixture
+            of several is refused.
+
     >>> import torch
     >>> Private(Sizes(n_tasks=3, n_skills=3, n_heads=1, in_features=8)).weights(torch.tensor([2])).tolist()
     [[[0.0, 0.0, 1.0]]]
@@ -188,10 +198,10 @@ class Private(Selector):
 
     variant = "private"
 
-    def __init__(self, sizes: Sizes) -> None:
+    def __init__(self, sizes: Sizes, apart: bool = False) -> None:
         if sizes.n_skills != sizes.n_tasks:
             raise ValueError(f"private routing has a skill a task, got {sizes.n_skills} skills, {sizes.n_tasks} tasks")
-        super().__init__(sizes)
+        super().__init__(sizes, **({"apart": True} if apart else {}))
 
     def weights(self, rows: Tensor) -> Tensor:
         return one_hot(rows, self.sizes.n_skills).to(self.unit).unsqueeze(1).expand(-1, self.sizes.n_heads, -1)

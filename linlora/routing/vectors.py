@@ -3,25 +3,38 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor
+from torch.nn.functional import pad
 
 from linlora.model_scope import leave_model_scope
 from linlora.modules import fused_layers
+from linlora.restoring import restoring
 from linlora.routing.inventory import skill
-from linlora.routing.layers import LayerSizes
+from linlora.routing.layers import LayerSizes, check_linear
 from linlora.routing.model import Inventory, RoutedModel
 from linlora.routing.selectors import Selector, Sizes
 from linlora.routing.variants import VARIANTS
 from linlora.task_vector import TaskVector
 
 
+class _Skills(NamedTuple):
+    """What one layer gets of the vectors: A (r, K) and B (N, r) of each, around the point A0, B0 or as they are."""
+
+    scaling: float
+    A0: Tensor | None
+    B0: Tensor | None
+    factors: list[tuple[Tensor, Tensor]]
+
+
 def from_vectors(
     model: PeftModel, vectors: Sequence[TaskVector], variant: str = "private", **options: Any
 ) -> RoutedModel:
-    """Serve, or route, n task vectors of one linearization point from one model, in place.
+    """Serve, or route, n task vectors of one linearization point, or n plain adapters, from one model, in place.
 
     The inventory of every layer is the vectors' (dA, dB) around their point; the scope is theirs. Then
 
@@ -31,6 +44,9 @@ def from_vectors(
     Linearized vectors mix exactly: a row is what the model with the summed vector applied computes. Of vectors of scope
     "lora" the factors A and B are mixed separately, as in Poly, so that weights that sum to one give a LoRA adapter.
 
+    Plain adapters, which were read without the point their training started from, may differ in rank, scaling and
+    layers. Each is served exactly; they have no sum, so a mixture of several is refused.
+
     Args:
         model: the PEFT model the vectors are of; its own adapter is taken off and the PEFT model used up.
         vectors: TaskVectors of one point and scope.
@@ -38,8 +54,8 @@ def from_vectors(
             vectors per input (WEMoE), "table" and "poly" learn weights for n tasks.
         options: the selector's.
 
-    Raises DifferentPointError for vectors of different points, ValueError for none, for a vector without its point and
-    for layers the model lacks.
+    Raises DifferentPointError for vectors of different points, ValueError for none, for a vector without its point, for
+    layers the model lacks or has in another size, and for plain adapters another variant. The model is as it was then.
 
     >>> import torch, linlora
     >>> model, batch = linlora.testing.tiny_model("bert"), linlora.testing.tiny_batch("bert")
@@ -51,52 +67,103 @@ def from_vectors(
     """
     if not isinstance(model, PeftModel):
         raise TypeError(f"from_vectors takes the PeftModel the vectors are of, got {type(model).__name__}")
+    if variant not in VARIANTS:
+        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(sorted(VARIANTS))}")
+    for name, fused in fused_layers(model):
+        if fused.merged_adapters:
+            raise ValueError(f"layer '{name}': {fused.merged_adapters} are merged; call model.unmerge_adapter()")
+    layers, scope = _layers(vectors)
+    if scope is None:
+        if variant != "private":
+            raise ValueError(
+                f"from_vectors: plain adapters trained apart have no sum that variant {variant!r} could weight; serve "
+                "them with variant='private', or read them with the adapter they started from: "
+                "linlora.formats.read(adapter, point=start)"
+            )
+        options = {**options, "apart": True}
+    _check_model(model, layers)
+    inventories: dict[str, Inventory] = {}
+    selectors: dict[str, Selector] = {}
+    for name, (scaling, _, _, factors) in layers.items():
+        rank, inputs = factors[0][0].shape
+        inventories[name] = Inventory(LayerSizes(len(vectors), 1, rank, scaling), name)
+        selectors[name] = VARIANTS[variant](Sizes(len(vectors), len(vectors), 1, inputs), **options)
+    with restoring(model):
+        leave_model_scope(model)
+        routed = RoutedModel(model.base_model.unload(), inventories, selectors)
+        with torch.no_grad():
+            for layer in routed.routed_layers:
+                _, A0, B0, factors = layers[layer.layer_name]
+                if A0 is not None:
+                    layer.allocate_point("short" if B0 is None else "pair")
+                As, Bs = zip(*(skill(A, B, 1) for A, B in factors), strict=True)
+                values = ((layer.A0, A0), (layer.B0, B0), (layer.lora_A, torch.cat(As, 1)))
+                for own, value in (*values, (layer.lora_B, torch.cat(Bs, 1))):
+                    if own is not None and value is not None:
+                        own.copy_(value)
+        for parameter in routed.skills():
+            parameter.requires_grad_(False)
+        if scope == "model":
+            routed.set_scope("model")
+        return routed
+
+
+def _layers(vectors: Sequence[TaskVector]) -> tuple[dict[str, _Skills], str | None]:
+    """The skills of every layer by its name, and the scope of the vectors; None of plain adapters trained apart."""
     if not vectors:
         raise ValueError("from_vectors: no vectors were given")
+    if all(vector.scope == "lora" and vector.point == {} for vector in vectors):
+        names = {name: None for vector in vectors for name in vector.scalings}
+        return {name: _apart(vectors, name) for name in names}, None
     first = vectors[0]
     for vector in vectors[1:]:
         first.check_same_point(vector)
     point = next((vector.point for vector in vectors if vector.point is not None), None)
     if point is None:
         raise ValueError("from_vectors: the vectors were saved without their point (include_point=False)")
-    if variant not in VARIANTS:
-        raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(sorted(VARIANTS))}")
-    for name, fused in fused_layers(model):
-        if fused.merged_adapters:
-            raise ValueError(f"layer '{name}': {fused.merged_adapters} are merged; call model.unmerge_adapter()")
-    leave_model_scope(model)
-    base = model.base_model.unload()
-    modules = dict(base.named_modules())
-    missing = [name for name in first.scalings if name not in modules]
-    if missing:
-        raise ValueError(f"from_vectors: the vectors are of a layer '{missing[0]}', which the model does not have")
-    inventories: dict[str, Inventory] = {}
-    selectors: dict[str, Selector] = {}
+    layers = {}
     for name, scaling in first.scalings.items():
-        rank, inputs = point[f"{name}.A0"].shape
-        inventories[name] = Inventory(LayerSizes(len(vectors), 1, rank, scaling), name)
-        selectors[name] = VARIANTS[variant](Sizes(len(vectors), len(vectors), 1, inputs), **options)
-    routed = RoutedModel(base, inventories, selectors)
-    for layer in routed.routed_layers:
-        name = layer.layer_name
-        A0, B0 = point[f"{name}.A0"], point.get(f"{name}.B0")
+        A0, B0 = point.get(f"{name}.A0"), point.get(f"{name}.B0")
+        factors = [(v.deltas.get(f"{name}.dA"), v.deltas[f"{name}.dB"]) for v in vectors]
+        if A0 is None:
+            raise ValueError(f"from_vectors: the point of the vectors holds no factors of layer '{name}'")
         if first.scope == "lora":
-            assert B0 is not None
-            skills = [skill(A0 + v.deltas[f"{name}.dA"], B0 + v.deltas[f"{name}.dB"], 1) for v in vectors]
+            B = torch.zeros_like(factors[0][1]) if B0 is None else B0
+            plain = [(A0 if dA is None else A0 + dA, B + dB) for dA, dB in factors]
+            layers[name] = _Skills(scaling, None, None, plain)
         else:
-            layer.allocate_point("short" if B0 is None else "pair")
-            dAs = [v.deltas.get(f"{name}.dA", torch.zeros_like(A0)) for v in vectors]
-            skills = [skill(dA, v.deltas[f"{name}.dB"], 1) for dA, v in zip(dAs, vectors, strict=True)]
-            for own, value in ((layer.A0, A0), (layer.B0, B0)):
-                if own is not None and value is not None:
-                    own.copy_(value)
-        As, Bs = zip(*skills, strict=True)
-        with torch.no_grad():
-            if layer.lora_A is not None:
-                layer.lora_A.copy_(torch.cat(As, 1))
-            layer.lora_B.copy_(torch.cat(Bs, 1))
-    for parameter in routed.skills():
-        parameter.requires_grad_(False)
-    if first.scope == "model":
-        routed.set_scope("model")
-    return routed
+            around = [(torch.zeros_like(A0) if dA is None else dA, dB) for dA, dB in factors]
+            layers[name] = _Skills(scaling, A0, B0, around)
+    return layers, first.scope
+
+
+def _apart(vectors: Sequence[TaskVector], name: str) -> _Skills:
+    """Adapters of any rank and scaling as skills of the largest rank and scaling 1; zeros of one without the layer."""
+    own = [(v.deltas[f"{name}.dA"], v.scalings[name] * v.deltas[f"{name}.dB"]) for v in vectors if name in v.scalings]
+    A, B = own[0]
+    for other_A, other_B in own[1:]:
+        if other_A.shape[1:] != A.shape[1:] or other_B.shape[0] != B.shape[0]:
+            sizes = f"{A.shape[1]} -> {B.shape[0]} and {other_A.shape[1]} -> {other_B.shape[0]}"
+            raise ValueError(f"from_vectors: layer '{name}' is {sizes} in the adapters; they are of different models")
+    rank, given = max(A.shape[0] for A, _ in own), iter(own)
+    factors = [next(given) if name in v.scalings else (A.new_zeros(A.shape), B.new_zeros(B.shape)) for v in vectors]
+    return _Skills(
+        1.0, None, None, [(pad(A, (0, 0, 0, rank - A.shape[0])), pad(B, (0, rank - B.shape[1]))) for A, B in factors]
+    )
+
+
+def _check_model(model: PeftModel, layers: dict[str, _Skills]) -> None:
+    """Raise a ValueError unless the model has the layers, as linear layers of their sizes."""
+    modules = dict(model.get_base_model().named_modules())
+    for name, skills in layers.items():
+        if name not in modules:
+            raise ValueError(f"from_vectors: the vectors are of a layer '{name}', which the model does not have")
+        module = modules[name]
+        base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+        n, k = check_linear(name, base)
+        A, B = skills.factors[0]
+        if (B.shape[0], A.shape[1]) != (n, k):
+            raise ValueError(
+                f"from_vectors: layer '{name}' is {A.shape[1]} -> {B.shape[0]} in the vectors and {k} -> {n} in the "
+                "model; pass the model they were trained on"
+            )
