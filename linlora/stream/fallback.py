@@ -95,6 +95,7 @@ DualTensor.rules[None] = forward_mode
 
 def _tangents(func: Any, flat: list[Any], structure: Any) -> list[Tensor | None]:
     with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))  # in which forward mode has no tangents
         stack.enter_context(torch.no_grad())
         stack.enter_context(forward_ad.dual_level())
         args, kwargs = tree_unflatten([_dual(leaf) for leaf in flat], structure)
@@ -109,7 +110,11 @@ def _tangents(func: Any, flat: list[Any], structure: Any) -> list[Tensor | None]
 
 
 def _dual(leaf: Any) -> Any:
-    return forward_ad.make_dual(leaf.primal.detach(), leaf.tangent) if isinstance(leaf, DualTensor) else leaf
+    return forward_ad.make_dual(_normal(leaf.primal), _normal(leaf.tangent)) if isinstance(leaf, DualTensor) else leaf
+
+
+def _normal(x: Tensor) -> Tensor:
+    return x.clone() if x.is_inference() else x.detach()
 
 
 _STATISTICS = {

@@ -28,6 +28,7 @@ from linlora.stream.tensor import (
     Stream,
     TangentError,
     collapse,
+    differentiable,
     duals,
     function_name,
     named,
@@ -126,17 +127,19 @@ def refuse_loss(dual: DualTensor, name: str = "", network: str = "the network") 
 def constants(func: Any, args: tuple, kwargs: dict) -> Any:
     """A function whose result the network takes for a constant: of f for the network, of F for who takes it out."""
     found, rule = list(duals((args, kwargs))), DualTensor.rules.get(func)
-    if rule is structural.metadata:
-        return rule(func, args, kwargs)
-    if rule is structural.value and not all(d.constant and not d.primal.is_floating_point() for d in found):
-        return rule(func, args, kwargs)
+    stream, target = found[0].stream, kwargs.get("out", args[0] if args and _writes(func, kwargs) else None)
+    if rule is structural.metadata or not stream.bordered:
+        return func(*primals(args), **primals(kwargs))
+    if rule is structural.value:
+        of_integers = all(dual.constant and not differentiable(dual.primal) for dual in found)
+        if not of_integers or place(stream) is Place.HOOK:
+            return rule(func, args, kwargs)
     if func is Tensor.__iter__:
         return iter(constants(torch.unbind, args, kwargs))
-    stream = found[0].stream
-    if _writes(func, kwargs) and not isinstance(args[0], DualTensor):
+    if target is not None and not isinstance(target, DualTensor):
         if place(stream) is Place.HOOK:
             raise TangentError(
-                f"{where(func)}: a hook writes into a plain tensor what f(φ0) is in the network and F outside; write "
+                f"{where(func)}: a hook writes into a plain tensor what is f(φ0)'s in the network, F's outside; write "
                 "x = x + y in place of x += y, or keep the tensor and write after the forward"
             )
         return func(*primals(args), **primals(kwargs))
@@ -145,22 +148,32 @@ def constants(func: Any, args: tuple, kwargs: dict) -> Any:
     plain = [leaf for leaf in flat if type(leaf) is Tensor and not leaf.is_inference()]
     written = [leaf._version for leaf in plain]
     y = func(*primals(args), **primals(kwargs))
-    if not any(isinstance(leaf, Tensor) for leaf in tree_flatten(y)[0]):
-        return y
+    if target is None and not any(isinstance(leaf, Tensor) for leaf in tree_flatten(y)[0]):
+        return y if place(stream) is Place.NETWORK else func(*collapse(args), **collapse(kwargs))
     again = written == [leaf._version for leaf in plain]  # else what it did would be done twice
-    return _paired(y, _of_f(func, args, kwargs, random) if again else None, found)
+    value = _of_f(func, args, kwargs, random) if again else _NONE
+    if value is _NONE and isinstance(target, Constant):
+        target.value = None
+    return _paired(y, value, found, every=True)
 
 
 def hooked(func: Any, args: tuple, kwargs: dict, result: Any) -> Any:
-    """The result of a rule that is not a DualTensor. In a hook, what has no tangent in it is taken out: it is of F."""
-    leaves = [result] if isinstance(result, Tensor) or not isinstance(result, (tuple, list)) else list(result)
-    if all(isinstance(leaf, DualTensor) for leaf in leaves) or _reads_nothing(func, kwargs):
+    """The result of a rule, where it is not one DualTensor. Integers and booleans are F's to who takes them out, and
+    so is, in a hook, whatever else has no tangent."""
+    rule = DualTensor.rules.get(func)
+    if rule in (structural.metadata, structural.value, fused.loss) or _writes(func, kwargs):
         return result
-    found = list(duals((args, kwargs)))
-    if not found or place(found[0].stream) is not Place.HOOK:
+    found, name = list(duals((args, kwargs))), function_name(func)
+    if not found or not found[0].stream.bordered or name.endswith("_like") or name.startswith("new_"):
+        return result
+    leaves = [leaf for leaf in tree_flatten(result)[0] if not isinstance(leaf, DualTensor)]
+    in_hook = bool(leaves) and place(found[0].stream) is Place.HOOK
+    if not in_hook and not any(isinstance(leaf, Tensor) and not differentiable(leaf) for leaf in leaves):
         return result
     value = _of_f(func, args, kwargs, None)
-    return _paired(result, value, found) if any(isinstance(leaf, Tensor) for leaf in leaves) else value
+    if in_hook and not any(isinstance(leaf, Tensor) for leaf in leaves):
+        return value
+    return _paired(result, value, found, every=in_hook)
 
 
 def mixed(func: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -179,10 +192,13 @@ DualTensor.outside, DualTensor.constants = outside, constants
 DualTensor.mixed, DualTensor.hooked = mixed, hooked
 
 
+_NONE = object()
+
+
 def _of_f(func: Any, args: tuple, kwargs: dict, random: Randomness | None) -> Any:
-    """A function of F, with the random numbers that it drew of f; None where it has no result."""
+    """A function of F, with the random numbers that it drew of f; _NONE where it has no result."""
     if any(dual.unknown for dual in duals((args, kwargs))):
-        return None
+        return _NONE
     try:
         with torch.no_grad(), nullcontext() if random is None else random.repeated():
             args, kwargs = collapse((args, kwargs))
@@ -190,7 +206,7 @@ def _of_f(func: Any, args: tuple, kwargs: dict, random: Randomness | None) -> An
                 args, kwargs = _own((args, kwargs))
             return func(*args, **kwargs)
     except (RuntimeError, IndexError, ValueError, TypeError):  # where the indices of f do not fit those of F
-        return None
+        return _NONE
 
 
 def _own(tree: Any) -> Any:
@@ -198,28 +214,22 @@ def _own(tree: Any) -> Any:
     return tree_unflatten([x.clone() if isinstance(x, Tensor) else x for x in leaves], structure)
 
 
-def _paired(y: Any, value: Any, found: list[DualTensor]) -> Any:
-    """Constants of a result for the network and one of F, in the places of tensors that carry no tangent."""
+def _paired(y: Any, value: Any, found: list[DualTensor], every: bool) -> Any:
+    """A result with constants in the places of its tensors without a tangent: `every` one, or integers only."""
     leaves, structure = tree_flatten(y)
     values, other = tree_flatten(value)
-    fits = structure == other
+    if structure != other:
+        values = [None] * len(leaves)
     same = {id(dual.primal): dual for dual in found if dual.constant}
     paired = []
-    for leaf, of_f in zip(leaves, values if fits else [None] * len(leaves), strict=True):
-        if not isinstance(leaf, Tensor) or isinstance(leaf, DualTensor):
+    for leaf, of_f in zip(leaves, values, strict=True):
+        if not isinstance(leaf, Tensor) or isinstance(leaf, DualTensor) or not (every or not differentiable(leaf)):
             paired.append(leaf)
-        elif id(leaf) in same:
-            paired.append(same[id(leaf)])
         else:
-            paired.append(Constant(leaf, of_f if isinstance(of_f, Tensor) else None, found[0].stream))
+            known = of_f if isinstance(of_f, Tensor) else None
+            kept = same.get(id(leaf))
+            paired.append(Constant(leaf, known, found[0].stream) if kept is None else kept)
     return tree_unflatten(paired, structure)
-
-
-def _reads_nothing(func: Any, kwargs: dict) -> bool:
-    """Whether what a function returns depends on no value of its arguments, or is F already."""
-    rule, name = DualTensor.rules.get(func), function_name(func)
-    known = rule in (structural.metadata, structural.value, fused.loss) or _writes(func, kwargs)
-    return known or name.endswith("_like") or name.startswith("new_")
 
 
 def _writes(func: Any, kwargs: dict) -> bool:

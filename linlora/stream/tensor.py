@@ -101,8 +101,8 @@ class DualTensor(Tensor):
         return dual
 
     def __repr__(self) -> str:  # type: ignore[override]
-        if not border.inside(self.stream):
-            return repr(collapse(self))
+        if not self.unknown and border.place(self.stream) is not border.Place.NETWORK:
+            return repr(self.taken())
         return f"DualTensor(primal={self.primal!r}, tangent={self.tangent!r})"
 
     def __hash__(self) -> int:
@@ -237,7 +237,7 @@ def collapse(tree: Any) -> Any:
 
     Its gradient is the primal's: J δ is a constant to autograd.
     """
-    return replace_duals(tree, DualTensor.taken)
+    return replace_duals(tree, lambda dual: dual.taken())
 
 
 def replace_duals(tree: Any, leaf: Callable[[DualTensor], Tensor]) -> Any:

@@ -130,11 +130,8 @@ def test_results_under_no_grad_are_constants():
     x = dual()
     with torch.no_grad():
         y = x * 2.0
-    assert y.constant
-    torch.testing.assert_close(y.primal, x.primal * 2.0)
-    torch.testing.assert_close(y.taken(), (x.primal + x.tangent) * 2.0)
-    product = x * y
-    torch.testing.assert_close(product.tangent, x.tangent * y.primal)
+    assert type(y) is torch.Tensor
+    torch.testing.assert_close(y, x.primal * 2.0)
 
 
 def test_evaluation_without_a_graph_keeps_the_tangent():
@@ -148,6 +145,14 @@ def test_a_pass_without_a_graph_keeps_the_tangents_of_an_earlier_one_with_a_grap
     with torch.no_grad():
         x.stream.enter(torch.zeros(1))
         assert isinstance(torch.cat([x, x]), DualTensor)
+
+
+def test_functions_without_a_rule_have_tangents_in_inference_mode():
+    with torch.inference_mode():
+        x = dual(requires_grad=False)
+        actual = x.logsumexp(-1)
+    expected = (x.primal.softmax(-1) * x.tangent).sum(-1)
+    torch.testing.assert_close(actual.tangent, expected)
 
 
 def test_metadata_needs_no_rule_and_no_computation():
