@@ -20,6 +20,7 @@ from linlora.linearize import (
 )
 from linlora.stream import TangentError
 from linlora.task_vector import DifferentPointError, TaskVector, apply
+from linlora.weight_vector import WeightVector
 
 __version__ = "0.1.0"
 
@@ -32,6 +33,7 @@ __all__ = [
     "TangentError",
     "TaskVector",
     "UnsupportedLayerError",
+    "WeightVector",
     "accelerate",
     "apply",
     "baselines",

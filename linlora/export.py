@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from linlora import formats
 from linlora.files import install_file
-from linlora.folding import factors_of, folded_configs, folded_state_dict, with_sizes
+from linlora.folding import folded_configs, folded_state_dict, with_sizes
 from linlora.formats import Stored
 from linlora.formats.adapter_config import CONFIG_FILE
 from linlora.formats.checkpoint import Checkpoint
@@ -26,9 +26,10 @@ from linlora.restoring import restoring
 from linlora.sharding import is_sharded, writes
 from linlora.sharing import refuse_shared
 from linlora.staging import unfinished_folder
-from linlora.task_vector import TaskVector, _one_adapter
+from linlora.task_vector import DifferentPointError, TaskVector, _one_adapter
 from linlora.tensor_files import save_tensors
 from linlora.vanilla import refuse_changed_base
+from linlora.weight_vector import factors_of
 from linlora.weights import fold
 
 _KEPT = ("task_type", "fan_in_fan_out", "modules_to_save", "bias", "trainable_token_indices")
@@ -154,7 +155,7 @@ def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.P
     config, extras, base_model = dict(stored.config), stored.extras, vector.base_model
     if base is not None and (Path(base) / CONFIG_FILE).is_file():
         like = formats.open(base)
-        like.vector.check_same_layers(vector)
+        _check_adapter_of_base(stored, like)
         config, extras, base_model = dict(like.config), like.extras, like.vector.base_model
     elif base is not None:
         base_model = str(base)
@@ -164,6 +165,8 @@ def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.P
     tensors, sizes = {}, {}
     for layer, scaling in vector.scalings.items():
         A, B = (_narrowed(factor, vector.deltas[f"{layer}.dB"].dtype) for factor in factors_of(vector, layer))
+        if scaling <= 0.0:  # of a multiple; servers expect an alpha above 0
+            B, scaling = scaling * B, 1.0
         tensors[f"base_model.model.{layer}.lora_A.weight"] = A
         tensors[f"base_model.model.{layer}.lora_B.weight"] = B
         sizes[layer] = (len(A), scaling * len(A))
@@ -178,6 +181,22 @@ def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.P
         save_tensors(staging / TENSOR_FILE, tensors, {"format": "pt"})
         if vector.point:
             vector.save(staging / TASK_VECTOR_FILE)
+
+
+def _check_adapter_of_base(stored: Stored, like: Stored) -> None:
+    """Raise a DifferentPointError unless an adapter is of a vector's layers; in weight space, of some."""
+    mine, its = stored.layer_sizes(), like.layer_sizes()
+    odd = sorted(mine.keys() ^ its.keys()) if stored.vector.scope != "weight" or not mine.keys() & its.keys() else []
+    if odd:
+        raise DifferentPointError(
+            f"{stored.path} and {like.path} cover different layers; only one of them has {odd[0]}"
+        )
+    for layer in mine.keys() & its.keys():
+        if mine[layer] != its[layer]:
+            raise DifferentPointError(
+                f"layer '{layer}' is {mine[layer]} in {stored.path} and {its[layer]} in {like.path}: they are of "
+                "different base models"
+            )
 
 
 def _narrowed(factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -28,9 +28,8 @@ from torch import Tensor
 from linlora.modules import FusedLoraLinear
 from linlora.peft_names import DELTAS
 from linlora.sharding import whole
-from linlora.task_vector import TaskVector
 from linlora.vanilla import changes_base
-from linlora.weights import Update, stacked
+from linlora.weights import stacked
 
 _HOOK = "_folded_factors_hook"
 
@@ -51,64 +50,6 @@ def folded_state_dict(model: PeftModel, state_dict: dict[str, Tensor] | None = N
                 dA, dB = (state_dict.pop(f"{path}.{kind}.{adapter}") for kind in DELTAS)
                 state_dict[a], state_dict[b] = stacked(state_dict[a], state_dict[b], dA, dB)
     return state_dict
-
-
-def factors_of(vector: TaskVector, layer: str) -> tuple[Tensor, Tensor]:
-    """(A', B') with ΔW = s B' A' of a layer of a vector, in float32 or wider: what replaces the layer's adapter.
-
-    Raises ValueError for a vector of scope "model", which folds into no weight, and for one without its point.
-
-    >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
-    >>> A, B = factors_of(TaskVector(deltas, point, "", {"q": 0.5}, "layer"), "q")
-    >>> (B @ A).tolist()
-    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
-    """
-    if vector.scope == "model":
-        raise ValueError(
-            "no LoRA adapter, and no weight, has the function of a network linearized as a whole (scope 'model'). Run "
-            "it in linlora, or give up the exact function: vector.cast('layer')"
-        )
-    A0, B0, dA, dB = _of_layer(vector, layer)
-    if vector.scope == "layer":
-        assert A0 is not None
-        assert dB is not None
-        return stacked(A0, B0, dA, dB)
-    return stacked(_sum(A0, dA), None, None, _sum(B0, dB))
-
-
-def change_of_weight(vector: TaskVector, layer: str) -> Update:
-    """What the vector adds to the ΔW its layer starts with: s (dB A0 + B0 dA) linearized, s (B A - B0 A0) plain.
-
-    >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
-    >>> update = change_of_weight(TaskVector(deltas, point, "", {"q": 0.5}, "model"), "q")
-    >>> (update.B @ update.A).tolist()
-    [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
-    """
-    A0, B0, dA, dB = _of_layer(vector, layer)
-    scaling = vector.scalings[layer]
-    if vector.scope != "lora":
-        assert A0 is not None
-        assert dB is not None
-        parts = [(A0, dB)] if B0 is None or dA is None else [(A0, dB), (dA, B0)]
-    else:
-        parts = [(_sum(A0, dA), _sum(B0, dB))] + ([] if A0 is None or B0 is None else [(A0, -B0)])
-    return Update(torch.cat([A for A, _ in parts]).float(), scaling * torch.cat([B for _, B in parts], dim=1).float())
-
-
-def _of_layer(vector: TaskVector, layer: str) -> list[Tensor | None]:
-    """A0, B0, dA, dB; None for zero."""
-    if vector.point is None:
-        raise ValueError(
-            "the vector was saved without its point (include_point=False), and its weights are those of the point and "
-            "the change; use the vector with its point"
-        )
-    names = (("point", "A0"), ("point", "B0"), ("deltas", "dA"), ("deltas", "dB"))
-    return [getattr(vector, part).get(f"{layer}.{kind}") for part, kind in names]
-
-
-def _sum(start: Tensor | None, delta: Tensor | None) -> Tensor:
-    assert delta is not None
-    return delta if start is None else start.to(torch.promote_types(start.dtype, torch.float32)) + delta
 
 
 @contextmanager

@@ -24,12 +24,12 @@ from torch import Tensor
 
 from linlora import formats
 from linlora.files import install_file
-from linlora.folding import factors_of
 from linlora.formats.base_folder import beside_the_weights
 from linlora.formats.checkpoint import INDEX_FILE, Checkpoint, WrongBaseError
 from linlora.sharing import group_of
 from linlora.staging import unfinished_folder
 from linlora.tensor_files import TensorFile, finite, memory, shapes, write
+from linlora.weight_vector import factors_of
 from linlora.weights import BLOCK, Update, blocks, folded
 
 _FLUSH = 2**27

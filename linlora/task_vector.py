@@ -1,7 +1,7 @@
 """Task vectors: what training changed, (dA, dB) of every layer, together with the point it was changed from.
 
 Vectors of one linearization point form a vector space: add, subtract, scale, take norms and cosines. Vectors of
-different points do not, and mixing them is an error.
+different points do not, and mixing them is an error. What they add to the weights does (linlora.weight_vector).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
@@ -47,7 +47,7 @@ class TaskVector:
         point: '<layer>.A0' and '<layer>.B0', absent where zero; None if the vector was saved with the hash alone.
         point_hash: SHA-256 of the point's values.
         scalings: the LoRA scaling of each layer.
-        scope: "layer" or "model" for a linearized adapter, "lora" for a plain one.
+        scope: "layer" or "model" for a linearized adapter, "lora" for a plain one, "weight" for a `WeightVector`.
         base_model: the id of the base model, where PEFT knows it.
 
     >>> import linlora
@@ -64,6 +64,11 @@ class TaskVector:
     scalings: dict[str, float]
     scope: str
     base_model: str | None = None
+    _spaces: ClassVar[dict[str, Any]] = {}
+
+    def __init_subclass__(cls, scope: str) -> None:
+        """Vectors of this scope are of the class, whose algebra is another."""
+        TaskVector._spaces[scope] = cls
 
     @classmethod
     def from_model(cls, model: PeftModel, adapter: str | None = None, point: TaskVector | None = None) -> TaskVector:
@@ -75,11 +80,13 @@ class TaskVector:
         Raises ValueError for an adapter that is more than A and B of linear layers.
         """
         adapter = _one_adapter(model, adapter)
+        if point is not None and point.scope == "weight":
+            raise ValueError("from_model: a vector in weight space is no point; pass TaskVector.from_model(start)")
         deltas: dict[str, Tensor] = {}
         points: dict[str, Tensor] = {}
         scalings = {}
         scopes = set()
-        for name, layer in _adapter_layers(model, adapter):
+        for name, layer in adapter_layers(model, adapter):
             state = getattr(layer, "states", {}).get(adapter, "plain")
             A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
             scopes.add("lora" if state == "plain" else "layer" if layer.stream is None else "model")
@@ -104,7 +111,7 @@ class TaskVector:
             )
         base_model = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
         vector = cls(deltas, points, point_hash(points), scalings, scopes.pop(), base_model)
-        if point is not None:
+        if point is not None and point.point != {}:
             vector.check_same_point(replace(point, scalings=scalings))  # a point has none of its own
         return vector
 
@@ -162,12 +169,17 @@ class TaskVector:
         scalings = parse_json(metadata["scalings"], f"{path}: its scalings")
         check_scalings(scalings, str(path))
         layers = {name.rpartition(".")[0] for name in deltas}
-        if scalings.keys() != layers or metadata["scope"] not in ("lora", "layer", "model"):
+        scope = metadata["scope"]
+        if scalings.keys() != layers or scope not in ("lora", "layer", "model", "weight"):
             raise CorruptFileError(f"{path}: its metadata does not fit its tensors; the file was altered")
         _check_shapes(path, deltas, point)
-        vector = cls(
+        if scope == "lora" and metadata["point_hash"] == point_hash({}):
+            scope = "weight"  # A and B without a start, as linlora wrote plain adapters before it knew weight space
+        if scope == "weight" and (lost := [layer for layer in layers if f"{layer}.dA" not in deltas]):
+            raise CorruptFileError(f"{path}: layer '{lost[0]}' has no A; the file was altered")
+        vector = cls._spaces.get(scope, cls)(
             StoredTensors(deltas, file.read), StoredTensors(point, file.read), metadata["point_hash"],
-            {layer: float(s) for layer, s in scalings.items()}, metadata["scope"], metadata["base_model"] or None,
+            {layer: float(s) for layer, s in scalings.items()}, scope, metadata["base_model"] or None,
         )  # fmt: skip
         if not point and vector.point_hash != point_hash({}):
             return replace(vector, point=None)
@@ -186,6 +198,7 @@ class TaskVector:
         return self._combine(other, torch.sub)
 
     def __mul__(self, factor: float) -> TaskVector:
+        self._check_displacement()
         return replace(self, deltas={name: delta * factor for name, delta in self.deltas.items()})
 
     __rmul__ = __mul__
@@ -202,11 +215,14 @@ class TaskVector:
     def cast(self, scope: str) -> TaskVector:
         """The same displacement from the same point as a vector of scope "layer" or "model": another function of it.
 
+        To "weight": the same function, as the ΔW it adds to the base weights (`WeightVector`), its point's included.
         A vector of plain LoRA training (scope "lora") becomes one of the tangent space at the point it started from:
         post-hoc linearization, `f(φ0) + J (φ - φ0)`. Where B0 = 0 its dA has no effect there and is dropped.
         """
+        if scope == "weight":
+            return self._spaces[scope].of(self)
         if scope not in ("layer", "model"):
-            raise ValueError(f"cast: unknown scope {scope!r}; choose 'layer' or 'model'")
+            raise ValueError(f"cast: unknown scope {scope!r}; choose 'layer', 'model' or 'weight'")
         if self.scope != "lora":
             return replace(self, scope=scope)
         if self.point is None:
@@ -245,8 +261,8 @@ class TaskVector:
         adapter = _one_adapter(model, None)
         layers = self._matching_layers(model, adapter)
         for name, layer in layers:
-            _assign(layer.lora_A[adapter].weight, self.point.get(f"{name}.A0", 0.0), f"{name}.A0")
-            _assign(layer.lora_B[adapter].weight, self.point.get(f"{name}.B0", 0.0), f"{name}.B0")
+            assign(layer.lora_A[adapter].weight, self.point.get(f"{name}.A0", 0.0), f"{name}.A0")
+            assign(layer.lora_B[adapter].weight, self.point.get(f"{name}.B0", 0.0), f"{name}.B0")
 
     def _combine(self, other: TaskVector, operation: Callable[[Tensor, Tensor], Tensor]) -> TaskVector:
         if not isinstance(other, TaskVector):
@@ -256,8 +272,8 @@ class TaskVector:
 
     def check_same_point(self, other: TaskVector) -> None:
         """Raise a DifferentPointError unless the vectors have one scope, layers, scalings and point: then they add."""
-        if self.scope != other.scope:
-            raise DifferentPointError(f"a vector of scope '{self.scope}' and one of scope '{other.scope}' do not add")
+        self._check_displacement()
+        self.check_same_scope(other)
         self.check_same_layers(other)
         for name, scaling in self.scalings.items():
             if not math.isclose(scaling, other.scalings[name], rel_tol=1e-6):
@@ -276,6 +292,23 @@ class TaskVector:
                 ". Train every task from one adapter: linearize(model, point=first_vector)"
             )  # fmt: skip
 
+    def check_same_scope(self, other: TaskVector) -> None:
+        """Raise a DifferentPointError for vectors of two scopes."""
+        if self.scope != other.scope:
+            raise DifferentPointError(
+                f"a vector of scope '{self.scope}' and one of scope '{other.scope}' do not add; what they add to the "
+                "weights does, except at scope 'model': vector.cast('weight')"
+            )
+
+    def _check_displacement(self) -> None:
+        """Raise a DifferentPointError for a plain adapter without its start: A and B, whose product is what it adds."""
+        if self.scope == "lora" and self.point_hash == point_hash({}):
+            raise DifferentPointError(
+                "the vector is a plain adapter without its start, A and B themselves. They do not add, nor scale: what "
+                "the adapter adds is their product, the same for (-A, -B). Use that, vector.cast('weight'), or the "
+                "change from its start: linlora.formats.read(folder, point=start)"
+            )
+
     def check_same_layers(self, other: TaskVector) -> None:
         """Raise a DifferentPointError unless the vectors have the same layers, with the same shapes."""
         if set(self.deltas) != set(other.deltas):
@@ -287,8 +320,24 @@ class TaskVector:
             pair = f"{tuple(mine[odd[0]].shape)} and {tuple(others[odd[0]].shape)}"
             raise DifferentPointError(f"the vectors differ in rank or layer size: {pair} in {_some(odd)}")
 
+    def put_into(self, model: PeftModel, adapter: str) -> None:
+        """Set an adapter to the vector: `apply`."""
+        if self.scope == "lora" and self.point_hash == point_hash({}):
+            return self.cast("weight").put_into(model, adapter)
+        self._matching_layers(model, adapter)
+        if self.scope == "lora" and self.point is None:
+            raise ValueError("apply: a vector of plain LoRA needs its point, it was saved with include_point=False")
+        current = TaskVector.from_model(model, adapter, self if self.scope == "lora" else None)
+        self.check_same_point(current)
+        deltas = dict(self.deltas)
+        check_values(deltas)
+        start = (self.point or {}) if self.scope == "lora" else {}
+        for name, parameter in delta_parameters(model, adapter).items():
+            delta = deltas[name]
+            assign(parameter, start[point_name(name)] + delta if point_name(name) in start else delta, name)
+
     def _matching_layers(self, model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
-        layers = list(_adapter_layers(model, adapter))
+        layers = list(adapter_layers(model, adapter))
         if set(self.scalings) != {name for name, _ in layers}:
             odd = sorted(set(self.scalings) ^ {name for name, _ in layers})
             raise DifferentPointError(f"the vector and the model's adapter '{adapter}' differ in layers: {_some(odd)}")
@@ -299,7 +348,8 @@ def apply(model: PeftModel, vector: TaskVector, adapter: str | None = None) -> N
     """Set an adapter (the active one if not named) to a task vector, in place: (dA, dB) become the vector's.
 
     A linearized adapter has to be at the vector's linearization point, else DifferentPointError; a plain LoRA adapter
-    becomes (A0 + dA, B0 + dB) of a vector of scope "lora".
+    becomes (A0 + dA, B0 + dB) of a vector of scope "lora". A vector in weight space goes into a plain adapter of its
+    rank or more; of the layers it lacks B becomes zero.
 
     >>> import linlora
     >>> model = linlora.testing.tiny_model("bert")
@@ -307,20 +357,8 @@ def apply(model: PeftModel, vector: TaskVector, adapter: str | None = None) -> N
     >>> linlora.apply(model, 2.0 * linlora.TaskVector.from_model(model))
     """
     adapter = _one_adapter(model, adapter)
-    vector._matching_layers(model, adapter)
-    if vector.scope == "lora" and vector.point is None:
-        raise ValueError("apply: a vector of plain LoRA needs its point, it was saved with include_point=False")
-    current = TaskVector.from_model(model, adapter, vector if vector.scope == "lora" else None)
-    vector.check_same_point(current)
-    vector = vector.loaded()
-    for name, tensor in vector.deltas.items():
-        if not finite(tensor):
-            raise ValueError(f"the vector holds NaN or infinity in '{name}'; the model is unchanged")
-    start = (vector.point or {}) if vector.scope == "lora" else {}
     with restoring(model):
-        for name, parameter in delta_parameters(model, adapter).items():
-            delta = vector.deltas[name]
-            _assign(parameter, start[point_name(name)] + delta if point_name(name) in start else delta, name)
+        vector.put_into(model, adapter)
 
 
 def delta_parameters(model: PeftModel, adapter: str | None = None) -> dict[str, nn.Parameter]:
@@ -330,7 +368,7 @@ def delta_parameters(model: PeftModel, adapter: str | None = None) -> dict[str, 
     """
     adapter = _one_adapter(model, adapter)
     parameters = {}
-    for name, layer in _adapter_layers(model, adapter):
+    for name, layer in adapter_layers(model, adapter):
         state = getattr(layer, "states", {}).get(adapter, "plain")
         if state == "pair":
             parameters[f"{name}.dA"], parameters[f"{name}.dB"] = layer.lora_dA[adapter], layer.lora_dB[adapter]
@@ -351,7 +389,7 @@ def point_name(name: str) -> str:
     return f"{layer}.{delta.removeprefix('d')}0"
 
 
-def _adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
+def adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
     layers: list[tuple[str, Any]] = [
         (path.removeprefix("base_model.model."), module)
         for path, module in model.named_modules()
@@ -415,11 +453,18 @@ def _check_shapes(path: str | os.PathLike, deltas: Mapping[str, Tensor], point: 
             )
 
 
+def check_values(deltas: Mapping[str, Tensor]) -> None:
+    """Raise a ValueError for NaN or infinity, before a model is changed."""
+    for name, tensor in deltas.items():
+        if not finite(tensor):
+            raise ValueError(f"the vector holds NaN or infinity in '{name}'; the model is unchanged")
+
+
 def _copy(tensor: Tensor) -> Tensor:
     return whole(tensor.detach()).to("cpu", copy=True)
 
 
-def _assign(parameter: Tensor, value: Tensor | float, name: str) -> None:
+def assign(parameter: Tensor, value: Tensor | float, name: str) -> None:
     if isinstance(value, Tensor) and value.shape != parameter.shape:
         raise ValueError(
             f"'{name}' is {tuple(value.shape)} in the vector and {tuple(parameter.shape)} in the model: "

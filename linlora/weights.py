@@ -45,13 +45,13 @@ class Update:
         return self.B.t() if self.transposed else self.A
 
     def norm(self) -> float:
-        """‖ΔW‖, Frobenius, from the factors alone: tr (Bᵀ B)(A Aᵀ), in float64.
+        """‖ΔW‖, Frobenius, from the factors alone: ‖R_B R_Aᵀ‖ of their QR factors, in float64.
 
         >>> Update(torch.tensor([[3.0, 4.0]]), torch.tensor([[2.0], [0.0]])).norm()
         10.0
         """
-        A, B = self.A.double(), self.B.double()
-        return float(((B.t() @ B) * (A @ A.t())).sum().clamp(min=0.0).sqrt())
+        R_B, R_A = (torch.linalg.qr(factor.double(), mode="r").R for factor in (self.B, self.A.t()))
+        return float((R_B @ R_A.t()).norm())
 
 
 def stacked(

@@ -137,18 +137,21 @@ def test_an_adapter_that_is_more_than_A_and_B_has_no_vector_and_is_exported_whol
 
 
 def test_a_vector_from_zero_needs_no_point_in_its_file_and_sets_the_factors(tmp_path):
-    """A plain adapter of unknown origin: A0 = B0 = 0, and dA, dB are its A and B."""
+    """A plain adapter of unknown origin, as files held it before there was weight space: dA, dB are its A and B."""
     model = tiny_model("bert", trained=True)
     start = TaskVector.from_model(model)
     zero = replace(start, point={}, point_hash=hashlib.sha256().hexdigest())
     zero = TaskVector.from_model(model, point=zero)
+    for combine in (lambda: -zero, lambda: zero + zero, zero.norm, lambda: linlora.fuse([zero])):
+        with pytest.raises(linlora.DifferentPointError, match=r"the same for \(-A, -B\)"):
+            combine()
     zero.save(tmp_path / "v.safetensors")
     loaded = TaskVector.load(tmp_path / "v.safetensors")
-    assert loaded.point == {}
+    assert (loaded.scope, loaded.point) == ("weight", {})
     other = tiny_model("bert")
     linlora.apply(other, loaded)
     torch.testing.assert_close(other(**tiny_batch("bert")).logits, model(**tiny_batch("bert")).logits)
-    with pytest.raises(ValueError, match=r"starts from zero.*read with the adapter its training started from"):
+    with pytest.raises(ValueError, match=r"starts from zero weights.*read with the adapter its training started from"):
         loaded.cast("layer")
 
 

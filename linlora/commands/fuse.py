@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,8 +18,14 @@ def fuse(
     vectors: Annotated[list[str], typer.Argument(help="Task vectors or adapter folders; then options of the method.")],
     out: Annotated[Path, typer.Option(help="The task vector to write, a .safetensors file.")],
     method: Annotated[str, typer.Option(help="average, task_arithmetic, ties, dare or negation.")] = "task_arithmetic",
+    scope: Annotated[
+        str | None, typer.Option(help="weight: fuse what the adapters add to the weights, whatever they are.")
+    ] = None,
 ) -> None:
-    """Fuse adapters into one: linlora fuse A B C --method ties --keep 0.2 --out fused.safetensors
+    """Fuse adapters into one: linlora fuse A B C --method average --out fused.safetensors
+
+    Linearized adapters of one starting point are fused there. Plain adapters, of any rank, scaling and choice of
+    layers, and linearized ones among them, are fused as what they add to the weights of their base model: Σ λ ΔW.
 
     The options of the method are those of `linlora.fuse`: --scaling 0.3, or --scaling 0.3,0.5,0.2 for one each; --keep
     for ties; --drop, --seed and --combine for dare. The files are streamed through: memory holds a few tensors,
@@ -40,16 +47,16 @@ def fuse(
             raise ValueError(f"--out {out}: a task vector is written to a .safetensors file")
         first = next((i for i, argument in enumerate(vectors) if argument.startswith("--")), len(vectors))
         stored = [formats.open(path) for path in vectors[:first]]
-        _check_that_they_add(stored)
+        stored = _of_one_space(stored, scope)
         fused = linlora.fuse([adapter.vector for adapter in stored], method, **options(vectors[first:]))
         fused.save(out)
         console = Console(soft_wrap=True, highlight=False)
         what = f"{method} of {len(stored)} vectors of scope '{fused.scope}', {len(fused.scalings)} layers"
         console.print(f"{out}: {what}", markup=False)
-        if any(adapter.vector.point == {} for adapter in stored):
+        if fused.scope == "lora":
             console.print(
-                "note: plain LoRA adapters are fused factor by factor, Σ B_i and Σ A_i: their product has the cross "
-                "terms B_i A_j. Linearized adapters (linlora.linearize) have none."
+                "note: plain LoRA adapters of one start are fused factor by factor, Σ dB_i and Σ dA_i: their product "
+                "has the cross terms B_i A_j. What they add to the weights has none: --scope weight"
             )
         extras = sorted({name for adapter in stored for name in adapter.extras})
         if extras:
@@ -57,14 +64,25 @@ def fuse(
         console.print(f"next: linlora inspect {out}, or linlora export {out} --out DIRECTORY", markup=False)
 
 
-def _check_that_they_add(stored: list[Stored]) -> None:
-    from linlora import DifferentPointError
+def _of_one_space(stored: list[Stored], scope: str | None) -> list[Stored]:
+    """Adapters whose vectors add: in weight space where one of them is, or where that is asked for."""
+    from dataclasses import replace
 
-    for other in stored[1:]:
+    from linlora import DifferentPointError
+    from linlora.vanilla import refuse_changed_base
+
+    if scope not in (None, "weight"):
+        raise ValueError(f"--scope {scope}: 'weight', or the scope of the vectors if left out")
+    if scope or any(adapter.vector.scope == "weight" for adapter in stored):
+        for adapter in stored:
+            refuse_changed_base(adapter.config.get("init_lora_weights"), str(adapter.path))
+        stored = [replace(adapter, vector=adapter.vector.cast("weight")) for adapter in stored]
+    for one, other in itertools.combinations(stored, 2):
         try:
-            stored[0].vector.check_same_point(other.vector)
+            one.vector.check_same_point(other.vector)
         except DifferentPointError as error:
-            raise DifferentPointError(f"{stored[0].path} and {other.path}: {error}") from error
+            raise DifferentPointError(f"{one.path} and {other.path}: {error}") from error
+    return stored
 
 
 def options(arguments: list[str]) -> dict[str, Any]:

@@ -44,14 +44,17 @@ def _summary(stored: Stored) -> str:
     numbers = sum(tensor.numel() for tensor in like.values())
     dtypes = ", ".join(sorted({str(tensor.dtype).removeprefix("torch.") for tensor in like.values()}))
     start = "not in the file, its hash alone" if vector.point is None else "zero" if not vector.point else "in the file"
+    start, adds_to = f"{start}; SHA-256 {vector.point_hash[:16]}", f"that start at {vector.point_hash[:16]}"
+    if vector.scope == "weight":
+        start, adds_to = "none: it is relative to the base weights", "of the same base model, whatever their layers"
     extras = [f"beside it  {', '.join(stored.extras)} (trained, no part of the vector)"] if stored.extras else []
     return "\n".join(
         [
             f"{stored.path}: {stored.kind}",
             f"base model  {vector.base_model or 'not named'}",
             f"scope       {vector.scope}: {_SCOPES[vector.scope]}",
-            f"start       {start}; SHA-256 {vector.point_hash[:16]}",
-            f"adds to     vectors of scope '{vector.scope}' that start at {vector.point_hash[:16]}",
+            f"start       {start}",
+            f"adds to     vectors of scope '{vector.scope}' {adds_to}",
             f"values      {numbers:,} in {len(vector.scalings)} layers, {dtypes}, all finite",
             *extras,
             *(f"note        {note}" for note in stored.notes),
@@ -61,6 +64,7 @@ def _summary(stored: Stored) -> str:
 
 _SCOPES = {
     "lora": "plain LoRA; becomes a vector of the tangent space by cast()",
+    "weight": "what adapters add to the weights, ΔW = s B A; exports and merges exactly",
     "layer": "linearized layer by layer; exports to stock PEFT and merges into weights exactly",
     "model": "the network linearized as a whole; runs in linlora with both streams",
 }
@@ -70,7 +74,7 @@ def _layers(stored: Stored) -> Table:
     """A row for each layer; reads, and so checks, every tensor."""
     from rich.table import Table
 
-    from linlora.folding import change_of_weight
+    from linlora.weight_vector import change_of_weight
 
     vector = stored.vector
     table = Table("layer", "K → N", "rank", "scaling", "‖dA‖", "‖dB‖", "‖change of W‖", box=None, pad_edge=False)

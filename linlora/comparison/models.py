@@ -12,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from linlora.linearize import accelerate, linearize
 from linlora.task_vector import TaskVector, apply
+from linlora.weight_vector import WeightVector
 
 
 def model_for(base: nn.Module, vector: TaskVector, trained_modules: Sequence[str] = ()) -> PeftModel:
@@ -29,15 +30,19 @@ def model_for(base: nn.Module, vector: TaskVector, trained_modules: Sequence[str
     """
     if vector.point is None:
         raise ValueError("the vector was saved without its point, so no model can be made for it")
-    ranks = {layer: vector.point[f"{layer}.A0"].shape[0] for layer in vector.scalings}
+    ranks, alphas = {}, {}
+    for layer, scaling in vector.scalings.items():
+        in_weights = isinstance(vector, WeightVector)  # whose scaling, if a multiple, may be zero
+        ranks[layer] = (vector.deltas[f"{layer}.dA"] if in_weights else vector.point[f"{layer}.A0"]).shape[0]
+        alphas[layer] = ranks[layer] * (1.0 if in_weights else scaling)
     config = LoraConfig(
         target_modules=list(ranks), r=next(iter(ranks.values())), fan_in_fan_out=_transposed(base, ranks),
         modules_to_save=list(trained_modules) or None,
         rank_pattern={re.escape(layer): rank for layer, rank in ranks.items()},
-        alpha_pattern={re.escape(layer): vector.scalings[layer] * rank for layer, rank in ranks.items()},
+        alpha_pattern={re.escape(layer): alpha for layer, alpha in alphas.items()},
     )  # fmt: skip
     model = get_peft_model(copy.deepcopy(base), config).eval()
-    if vector.scope == "lora":
+    if vector.scope in ("lora", "weight"):
         accelerate(model)
     else:
         linearize(model, scope=vector.scope, point=vector)

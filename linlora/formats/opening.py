@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
@@ -16,6 +16,7 @@ from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE, open_peft_ada
 from linlora.formats.stored import Stored
 from linlora.task_vector import FORMAT, DifferentPointError, TaskVector, point_hash, point_name
 from linlora.tensor_files import TensorFile, shapes
+from linlora.vanilla import refuse_changed_base
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
 _ADAPTER_FILES = (TASK_VECTOR_FILE, LINEARIZED_FILE, TENSOR_FILE, PICKLE_FILE)
@@ -28,7 +29,8 @@ def read(path: str | os.PathLike, point: TaskVector | str | os.PathLike | None =
     Args:
         path: a task vector, or the folder of a PEFT adapter, an L-LoRA checkpoint or `linlora.export`.
         point: for a plain LoRA adapter, the adapter its training started from (a vector of scope "lora", or a path):
-            then the vector is the change from there. Without it, it is (A, B) from zero.
+            then the vector is the change from there, of scope "lora". Without it, it is what the adapter adds to the
+            weights, of scope "weight".
 
     Raises FileNotFoundError; CorruptFileError for what is truncated, altered, foreign or not finite, by its name.
 
@@ -37,10 +39,12 @@ def read(path: str | os.PathLike, point: TaskVector | str | os.PathLike | None =
     >>> model.save_pretrained("adapter")
     >>> vector = read("adapter")
     >>> vector.scope, len(vector.scalings)
-    ('lora', 11)
+    ('weight', 11)
     """
-    vector = open(path).vector
-    return (vector if point is None else from_start(vector, point)).loaded()
+    stored = open(path)
+    if point is None and stored.vector.scope == "weight":
+        refuse_changed_base(stored.config.get("init_lora_weights"), str(path))
+    return (stored.vector if point is None else from_start(stored.vector, point)).loaded()
 
 
 def open(path: str | os.PathLike) -> Stored:
@@ -66,16 +70,22 @@ def open(path: str | os.PathLike) -> Stored:
 def from_start(vector: TaskVector, start: TaskVector | str | os.PathLike) -> TaskVector:
     """A vector of plain LoRA as the change from the adapter its training started from. Raises DifferentPointError."""
     start = start if isinstance(start, TaskVector) else open(start).vector
-    if vector.scope != "lora" or start.scope != "lora":
+    if not {vector.scope, start.scope} <= {"lora", "weight"}:
         raise DifferentPointError(
             f"a vector of scope '{vector.scope}' cannot be read from a start of scope '{start.scope}': that is for "
-            "plain LoRA, both of scope 'lora'; a linearized adapter knows where it started"
+            "two plain adapters; a linearized adapter knows where it started"
         )
     start.check_same_layers(vector)
+    for layer, scaling in vector.scalings.items():
+        if not math.isclose(scaling, start.scalings[layer], rel_tol=1e-6):
+            raise DifferentPointError(
+                f"the scaling of layer '{layer}' is {scaling:g} in the adapter and {start.scalings[layer]:g} in the "
+                "one its training is to have started from"
+            )
     vector, start = vector.loaded(), start.loaded()
     point = {point_name(name): _at(start, name) for name in start.deltas}
     deltas = {name: _at(vector, name) - point[point_name(name)] for name in vector.deltas}
-    return replace(vector, deltas=deltas, point=point, point_hash=point_hash(point))
+    return TaskVector(deltas, point, point_hash(point), vector.scalings, "lora", vector.base_model)
 
 
 def _at(vector: TaskVector, name: str) -> Tensor:

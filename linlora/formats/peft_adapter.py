@@ -12,25 +12,26 @@ from linlora.files import CorruptFileError
 from linlora.formats import keys, pickles
 from linlora.formats.adapter_config import read_config, scalings
 from linlora.formats.stored import Stored
-from linlora.task_vector import TaskVector, point_hash
+from linlora.task_vector import point_hash
 from linlora.tensor_files import StoredTensors, TensorFile
 from linlora.vanilla import not_a_factor
+from linlora.weight_vector import WeightVector
 
 TENSOR_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
 
 
 def open_peft_adapter(folder: Path) -> Stored:
-    """A stock LoRA adapter, as the displacement (A, B) from zero: where its training started is not in its files."""
+    """A stock LoRA adapter, as what it adds to the weights: where its training started is not in its files."""
     config = read_config(folder)
     like, read = _tensors(folder)
     factors, extras = split(like, folder)
     names = {f"{factor.layer}.d{factor.kind}": key for key, factor in factors.items()}
     deltas = {name: like[key] for name, key in names.items()}
-    vector = TaskVector(
+    vector = WeightVector(
         StoredTensors(deltas, lambda name: read(names[name])), {}, point_hash({}), scalings(deltas, config, folder),
-        "lora", config.get("base_model_name_or_path") or None,
+        "weight", config.get("base_model_name_or_path") or None,
     )  # fmt: skip
-    notes = ["its training started from an adapter that is not in these files; the vector starts from zero"]
+    notes = ["its training started from an adapter that is not in these files; the vector is what it adds to W"]
     if not (folder / TENSOR_FILE).is_file():
         notes.append(f"{PICKLE_FILE} is a pickle; its tensors are read, no code in it is run")
     return Stored(folder, "PEFT LoRA adapter", vector, parameters(extras, like, read), config, tuple(notes))

@@ -1,18 +1,22 @@
 """Weighted sums of task vectors: average, task arithmetic, negation.
 
 Each goes through the vectors once and holds two: the sum and the one that is added. Of vectors in files it holds two
-tensors.
+tensors. In weight space a sum is the factors side by side, Σ λᵢ ΔWᵢ = [λ₁ B₁, …] [A₁; …], and all vectors are held.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from linlora.fusion.checks import check_finite, check_number, plain
+from linlora.fusion.layerwise import fused_layers, peek, weight_vectors
 from linlora.fusion.rule import Rule, fused, zeros
 from linlora.task_vector import TaskVector
+from linlora.weight_vector import WeightVector
+from linlora.weights import Update
 
 PUBLISHED_SCALING = 0.3
 
@@ -25,7 +29,7 @@ def average(vectors: Iterable[TaskVector]) -> TaskVector:
     >>> average([u, v]).deltas["q.dB"].tolist()
     [2.0, 0.0]
     """
-    return fused(vectors, WeightedSum("average", 1.0, mean=True))
+    return _summed(vectors, WeightedSum("average", 1.0, mean=True))
 
 
 def task_arithmetic(vectors: Iterable[TaskVector], scaling: float | Sequence[float] = PUBLISHED_SCALING) -> TaskVector:
@@ -40,7 +44,7 @@ def task_arithmetic(vectors: Iterable[TaskVector], scaling: float | Sequence[flo
     >>> task_arithmetic([u, v], scaling=[1.0, -2.0]).deltas["q.dB"].tolist()
     [-5.0, 6.0]
     """
-    return fused(vectors, WeightedSum("task_arithmetic", scaling))
+    return _summed(vectors, WeightedSum("task_arithmetic", scaling))
 
 
 def negation(vectors: Iterable[TaskVector], scaling: float = 1.0) -> TaskVector:
@@ -54,7 +58,20 @@ def negation(vectors: Iterable[TaskVector], scaling: float = 1.0) -> TaskVector:
     [-0.5, 1.0]
     """
     check_number("negation", "scaling", scaling)
-    return fused(vectors, WeightedSum("negation", -float(scaling)))
+    return _summed(vectors, WeightedSum("negation", -float(scaling)))
+
+
+def _summed(vectors: Iterable[TaskVector], rule: WeightedSum) -> TaskVector:
+    kind, vectors = peek(vectors)
+    if kind is not WeightVector:
+        return fused(vectors, rule)
+    in_weights = weight_vectors(vectors)
+    return fused_layers(in_weights, side_by_side, rule.weights_of(len(in_weights)))
+
+
+def side_by_side(updates: list[Update]) -> Update:
+    """Σ ΔW as one product of the factors of all."""
+    return Update(torch.cat([update.A for update in updates]), torch.cat([update.B for update in updates], dim=1))
 
 
 class WeightedSum(Rule[Tensor]):
@@ -72,6 +89,12 @@ class WeightedSum(Rule[Tensor]):
         self.count = count
         if isinstance(self.weights, list) and len(self.weights) != count:
             raise ValueError(f"{self.method}: {len(self.weights)} scalings for {count} vectors; pass one each, or one")
+
+    def weights_of(self, count: int) -> list[float]:
+        """The weight of each of so many vectors."""
+        self.close(count)
+        weights = self.weights if isinstance(self.weights, list) else [self.weights] * count
+        return [weight / count for weight in weights] if self.mean else weights
 
     def zero(self, like: Tensor) -> Tensor:
         return zeros(like)

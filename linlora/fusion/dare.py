@@ -62,6 +62,8 @@ def thin(delta: Tensor, drop: float, seed: int, index: int, name: str) -> Tensor
 class Thinned(Rule[Any]):
     """A rule that is shown thinned vectors."""
 
+    method = "dare"
+
     def __init__(self, rule: Rule[Any], drop: float, seed: int) -> None:
         self.rule, self.drop, self.seed = rule, drop, seed
 

@@ -31,14 +31,16 @@ def fuse(vectors: Iterable[TaskVector], method: str = "task_arithmetic", **optio
     """Fuse task vectors by one of `linlora.fusion.METHODS`; the options are the method's keyword arguments.
 
     Args:
-        vectors: task vectors of one scope, set of layers and linearization point: in a list; from a generator that
+        vectors: task vectors of one scope, set of layers and linearization point, or in weight space of one base model,
+            whatever their ranks, scalings and layers: in a list; from a generator that
             loads one after the other, of which those methods that go through them once hold one at a time, and beside
             it what their docstrings say; or left in files, a list of `TaskVector.open`. Then the result is lazy, each
             of its tensors computed when it is asked for, and `save` streams: a few tensors are in memory.
         method: "average", "task_arithmetic", "ties", "dare", "negation", "lorahub" or "adamerging".
 
     Returns: a TaskVector of the same point, dtypes and scope; sums are accumulated in float32 (float64 for float64
-        vectors) and rounded once. Every method works at every scope: a method sees vectors, not models.
+        vectors) and rounded once. A method sees vectors, not models, so it works at scopes "lora", "layer" and "model"
+        alike. In weight space it sees ΔW, and the result has the rank of all vectors together.
 
     Raises ValueError for no vectors, an unknown method, options the method does not take or cannot use,
     DifferentPointError for vectors of different points, scopes or layers.

@@ -18,14 +18,18 @@ import torch
 from torch import Tensor
 
 from linlora.fusion.checks import checked
+from linlora.fusion.layerwise import peek
 from linlora.task_vector import TaskVector
 from linlora.tensor_files import StoredTensors, finite, shapes
+from linlora.weight_vector import WeightVector
 
 State = TypeVar("State")
 
 
 class Rule(ABC, Generic[State]):
     """What a method does with one tensor: `zero`, `add` for every vector, `result`. `add` is in the vectors' order."""
+
+    method: str
 
     def look(self, index: int, vector: TaskVector) -> None:
         """See a vector as a whole, before its tensors are added."""
@@ -50,7 +54,17 @@ class Rule(ABC, Generic[State]):
 
 
 def fused(vectors: Iterable[TaskVector], rule: Rule[Any]) -> TaskVector:
-    """The vector a rule makes of vectors that add; lazily, if they are in a list or tuple and lie in files."""
+    """The vector a rule makes of vectors that add; lazily, if they are in a list or tuple and lie in files.
+
+    Raises ValueError in weight space, where a vector's tensors are factors and no values of ΔW.
+    """
+    kind, vectors = peek(vectors)
+    if kind is WeightVector:
+        raise ValueError(
+            f"{rule.method}: picks single values, and those of ΔW = s B A make a matrix of full rank, which no adapter "
+            "holds; the values of A and B mean nothing by themselves. Fuse these adapters by average, task_arithmetic "
+            "or negation"
+        )
     if isinstance(vectors, (list, tuple)) and vectors and all(_stored(vector) for vector in vectors):
         return _by_tensor(vectors, rule)
     return _by_vector(vectors, rule)

@@ -75,6 +75,8 @@ class Sides:
 class Ties(Rule[Sides]):
     """The rule of `ties`."""
 
+    method = "ties"
+
     def __init__(self, keep: float = PUBLISHED_KEEP, scaling: float = PUBLISHED_SCALING) -> None:
         check_number("ties", "scaling", scaling)
         check_number("ties", "keep", keep)

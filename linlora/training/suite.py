@@ -41,7 +41,7 @@ class Suite:
                 raise ValueError(f"tasks '{first.settings.name}' and '{name}' do not share one model: {'; '.join(odd)}")
             if self._needs_head(name):
                 raise ValueError(f"task '{name}' has a head that was trained; name the folder of its run")
-        self.model = adapt(first, like if like.point is not None else None, method=like.scope).model
+        self.model = adapt(first, like if like.point else None, method=like.scope).model
         device = "cuda" if torch.cuda.is_available() and not first.settings.training.get("use_cpu") else "cpu"
         self.model.to(device)
 

@@ -100,7 +100,9 @@ def test_options_of_every_method(run, vectors, options, keywords):
         ("fuse 0.safetensors --out f.safetensors --scaling 1 1.safetensors", "unexpected '1.safetensors': vectors"),
         ("fuse 0.safetensors nothing.safetensors --out f.safetensors", "nothing.safetensors: no such file or folder"),
         ("fuse 0.safetensors other.safetensors --out f.safetensors", "0.safetensors and other.safetensors: the"),
-        ("fuse 0.safetensors plain --out f.safetensors", "a vector of scope 'layer' and one of scope 'lora' do"),
+        ("fuse scope.safetensors plain --out f.safetensors", "a network linearized as a whole (scope 'model')"),
+        ("fuse plain --out f.safetensors --method ties", "ties: picks single values, and those of"),
+        ("fuse plain --out f.safetensors --scope model", "--scope model: 'weight', or the scope of the vectors"),
         ("fuse 0.safetensors base --out f.safetensors", "base: a whole model, not an adapter of one"),
         ("inspect cut.safetensors", "cut.safetensors: not a whole safetensors file"),
         ("inspect altered.safetensors", "does not match its checksum; the file was altered"),
@@ -131,20 +133,41 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(run, vectors, tmp_pa
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_plain_adapters_are_fused_with_a_word_on_cross_terms_and_heads(run, tmp_path):
-    for name, seed in (("a", 1), ("b", 2)):
-        tiny_model("bert", trained=True, seed=seed, modules_to_save=["classifier"]).save_pretrained(tmp_path / name)
-    status, output = run("fuse a b --out f.safetensors --scaling 0.5")
+def test_plain_adapters_of_any_origin_are_fused_as_what_they_add_to_the_weights(run, vectors, tmp_path):
+    tiny_model("bert", trained=True, seed=1, modules_to_save=["classifier"]).save_pretrained("a")
+    tiny_model("bert", trained=True, seed=2, r=2, lora_alpha=7, target_modules=["query"]).save_pretrained("b")
+    status, output = run("fuse a b 0.safetensors --out f.safetensors --scaling 0.5,-1,2")
     assert status == 0
-    assert "their product has the cross terms B_i A_j" in output
+    assert "task_arithmetic of 3 vectors of scope 'weight', 11 layers" in output
     assert "note: not fused, trained beside the adapters: classifier.bias, classifier.weight" in output
-    expected = linlora.fuse([formats.read("a"), formats.read("b")], scaling=0.5)
-    assert (TaskVector.load("f.safetensors") - expected).norm() == 0.0
+    a, b = formats.read("a"), formats.read("b")
+    fused = TaskVector.load("f.safetensors")
+    assert (fused - (0.5 * a - b + 2.0 * vectors[0].cast("weight"))).norm() < 1e-5 * fused.norm()
     status, output = run("inspect a")
     assert status == 0
-    assert "PEFT LoRA adapter" in output
-    assert "beside it classifier.bias, classifier.weight" in output
-    assert "start zero" in output
+    for words in (
+        "PEFT LoRA adapter",
+        "beside it classifier.bias, classifier.weight",
+        "scope weight: what",
+        "start none",
+    ):
+        assert words in output
+
+
+def test_plain_adapters_of_one_start_are_fused_there_or_as_what_they_add_to_the_weights(run, tmp_path):
+    model = tiny_model("bert", trained=True)
+    start, trained = TaskVector.from_model(model), []
+    for name in ("a", "b"):
+        randomize(model, ord(name))
+        trained.append(TaskVector.from_model(model, point=start))
+        trained[-1].save(f"{name}.safetensors")
+    status, output = run("fuse a.safetensors b.safetensors --out f.safetensors --method average")
+    assert status == 0
+    assert "the cross terms B_i A_j. What they add to the weights has none: --scope weight" in output
+    status, output = run("fuse a.safetensors b.safetensors --out f.safetensors --method average --scope weight")
+    assert status == 0
+    expected = 0.5 * (trained[0].cast("weight") + trained[1].cast("weight"))
+    assert (TaskVector.load("f.safetensors") - expected).norm() < 1e-6 * expected.norm()
 
 
 def test_inspect_of_a_vector_without_its_point(run, vectors):

@@ -41,7 +41,7 @@ def put_into_a_model(vector, **options):
 def test_a_plain_adapter_computes_what_it_did(adapter):
     folder, expected = adapter
     vector = formats.read(folder)
-    assert (vector.scope, vector.point) == ("lora", {})
+    assert (vector.scope, vector.point) == ("weight", {})
     options = {"use_rslora": True, "rank_pattern": {"dense": 2}, "alpha_pattern": {"query": 5}}
     torch.testing.assert_close(put_into_a_model(vector, **options), expected, rtol=1e-5, atol=1e-6)
     model = tiny_model("bert", **options)

@@ -213,5 +213,5 @@ def test_a_start_that_is_another_adapter_s(folder, tmp_path):
     with pytest.raises(DifferentPointError, match="cover different layers"):
         formats.read(folder, point=TaskVector.from_model(other))
     linlora.linearize(other)
-    with pytest.raises(DifferentPointError, match="from a start of scope 'layer': that is for plain LoRA"):
+    with pytest.raises(DifferentPointError, match="from a start of scope 'layer': that is for two plain"):
         formats.read(folder, point=TaskVector.from_model(other))
