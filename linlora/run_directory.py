@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from linlora import files
 from linlora.files import CorruptFileError, write_text
 from linlora.tensor_files import load_tensors
 
@@ -47,10 +48,9 @@ def open_run_directory(out: Path, fingerprint: dict[str, Any], fresh: bool, job:
 def _settings(file: Path) -> dict[str, Any]:
     """What a settings file holds; nothing, if it is not there or not one of ours."""
     try:
-        content = json.loads(file.read_text())
-    except (OSError, ValueError):
+        return files.read_json(file)
+    except (OSError, CorruptFileError):
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 @contextmanager
@@ -95,8 +95,8 @@ def _is_readable(file: Path) -> bool:
         if file.suffix == ".safetensors":
             load_tensors(file)
         else:
-            json.loads(file.read_text())
-    except (FileNotFoundError, CorruptFileError, json.JSONDecodeError, UnicodeDecodeError):
+            files.read_json(file)
+    except (FileNotFoundError, CorruptFileError):
         return False
     return True
 
@@ -106,4 +106,4 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text())
+    return files.read_json(path)

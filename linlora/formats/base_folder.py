@@ -32,12 +32,11 @@ def inside(folder: Path, path: Path) -> Path:
     return path
 
 
-def shard(folder: Path, name: object) -> Path:
+def shard(folder: Path, name: str) -> Path:
     """The file that an index names. Raises CorruptFileError for what is no plain name of a file in the folder."""
-    plain = isinstance(name, str) and name.endswith(".safetensors") and not set(name) & set("/\\\0:")
-    if not plain:
+    if not name.endswith(".safetensors") or set(name) & set("/\\\0:"):
         raise CorruptFileError(f"{folder}: its index names the shard {name!r}, which is no safetensors file in it")
-    path = folder / str(name)
+    path = folder / name
     if not path.is_file():
         raise CorruptFileError(f"{folder}: the shard {name} of its index is missing")
     return inside(folder, path)

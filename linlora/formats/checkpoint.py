@@ -139,7 +139,7 @@ class Checkpoint:
             weight_map = self.index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CorruptFileError(f"{self.folder / INDEX_FILE}: the list of shards (weight_map) is missing")
-            return [shard(self.folder, name).name for name in dict.fromkeys(sorted(weight_map.values(), key=repr))]
+            return [shard(self.folder, name).name for name in sorted(set(map(str, weight_map.values())))]
         if (self.folder / SINGLE_FILE).is_file():
             return [inside(self.folder, self.folder / SINGLE_FILE).name]
         if list(self.folder.glob("pytorch_model*.bin")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import zipfile
 from pathlib import Path
 
 import torch
@@ -24,6 +25,7 @@ def load(path: Path) -> dict[str, Tensor]:
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: no such file")
+    _check_archive(path)
     try:
         tensors = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -31,12 +33,40 @@ def load(path: Path) -> dict[str, Tensor]:
             f"{path}: a pickle that holds more than tensors, or a broken one; to load it could run code in it, so it "
             "is refused. If you trust it, load it with the library that wrote it and save it as safetensors"
         ) from error
-    except (RuntimeError, EOFError, OSError, KeyError, ValueError) as error:
+    except Exception as error:  # whatever a broken pickle makes the unpickler do
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise CorruptFileError(f"{path}: not a whole PyTorch file ({reason}); it may be truncated") from error
     if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
         raise CorruptFileError(f"{path}: a dictionary of tensors is expected; this is another kind of checkpoint")
     for name, tensor in tensors.items():
+        if not isinstance(name, str) or not _lies_whole(tensor):
+            raise CorruptFileError(f"{path}: '{name}' is no tensor whose values are all in the file")
         if not finite(tensor):
             raise CorruptFileError(f"{path}: tensor '{name}' holds NaN or infinity; the run that wrote it diverged")
     return tensors
+
+
+def _check_archive(path: Path) -> None:
+    """Raise a CorruptFileError for an archive one of whose files does not match its CRC, or is compressed.
+
+    PyTorch compresses none, and one that is could take any size in memory. Files before PyTorch 1.6 are no archives.
+    """
+    if not zipfile.is_zipfile(path):
+        return
+    try:
+        with zipfile.ZipFile(path) as archive:
+            packed = next(
+                (file.filename for file in archive.infolist() if file.compress_type != zipfile.ZIP_STORED), None
+            )
+            damaged = packed or archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError, RuntimeError, OverflowError) as error:
+        raise CorruptFileError(f"{path}: not a whole PyTorch file ({error}); it may be truncated") from error
+    if damaged is not None:
+        raise CorruptFileError(f"{path}: not a whole PyTorch file ('{damaged}' in it was altered)")
+
+
+def _lies_whole(tensor: Tensor) -> bool:
+    """Whether a tensor has a place of its own for every value; one can be made to claim any number of them."""
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        return False
+    return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from linlora.files import CorruptFileError
+from linlora.files import CorruptFileError, parse_json
 from linlora.routing.scope import scope_of
 from linlora.routing.selectors import Selector
 from linlora.routing.variants import make_selector
@@ -83,15 +83,20 @@ def read(directory: str | os.PathLike, variants: Sequence[type[Selector]] = ()) 
     tensors, metadata = load_tensors(path)
     if metadata.get("format") != FORMAT:
         raise CorruptFileError(f"{path}: not a routed model (no '{FORMAT}' in its metadata)")
-    if metadata["format_version"] != FORMAT_VERSION:
+    if metadata.get("format_version") != FORMAT_VERSION:
         raise CorruptFileError(
-            f"{path}: format version {metadata['format_version']}, this linlora reads {FORMAT_VERSION}; update linlora"
+            f"{path}: format version {metadata.get('format_version')}, this linlora reads {FORMAT_VERSION}; update "
+            "linlora"
         )
-    saved = json.loads(metadata["description"])
-    selectors = {name: make_selector(described, variants) for name, described in saved["selectors"].items()}
-    return Saved(
-        saved["layers"], selectors, saved["modules_to_save"], saved["scope"], set(saved["trainable"]), tensors
-    )  # fmt: skip
+    saved = parse_json(metadata.get("description", ""), f"{path}: its description")
+    try:
+        selectors = {name: make_selector(described, variants) for name, described in saved["selectors"].items()}
+        layers = [(name, sizes, selector, state) for name, sizes, selector, state in saved["layers"]]
+        return Saved(
+            layers, selectors, saved["modules_to_save"], saved["scope"], set(saved["trainable"]), tensors
+        )  # fmt: skip
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptFileError(f"{path}: its description is not of a routed model ({error}); it was altered") from error
 
 
 def check_base(model: nn.Module, saved: Saved, directory: str | os.PathLike) -> None:

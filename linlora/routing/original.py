@@ -105,7 +105,10 @@ def _read(path: Path) -> Mapping[str, Tensor]:
             f"{str(error).splitlines()[0]}). A Lightning checkpoint may hold objects beside its tensors: if you trust "
             "it, pass torch.load(path, weights_only=False)['state_dict'] instead of the path"
         ) from error
-    return content.get("state_dict", content)
+    state = content.get("state_dict", content) if isinstance(content, Mapping) else content
+    if not isinstance(state, Mapping):
+        raise CorruptFileError(f"{path}: a dictionary of tensors is expected; it holds a {type(state).__name__}")
+    return state
 
 
 def _factors(state: Mapping[str, Tensor], path: str, layout: str) -> tuple[Tensor, Tensor]:

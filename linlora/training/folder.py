@@ -24,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
 from linlora.export import TASK_VECTOR_FILE
-from linlora.files import write_text
+from linlora.files import read_json, write_text
 from linlora.run_directory import LOCK_FILE
 from linlora.run_directory import only_run_in as locked
 from linlora.task_vector import TaskVector
@@ -60,7 +60,7 @@ class Run:
             raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {SETTINGS_FILE}")
         if not (folder / METRICS_FILE).is_file():
             raise FileNotFoundError(f"the run in {folder} is not finished; start it again to continue")
-        return cls(folder, Settings.from_yaml(folder / SETTINGS_FILE), json.loads((folder / METRICS_FILE).read_text()))
+        return cls(folder, Settings.from_yaml(folder / SETTINGS_FILE), read_json(folder / METRICS_FILE))
 
     @property
     def vector(self) -> TaskVector:
@@ -122,7 +122,7 @@ def last_checkpoint(folder: Path, state: PartialState) -> str | None:
     if state.is_main_process:
         for checkpoint in folder.glob("checkpoint-*"):
             try:
-                found.append((json.loads((checkpoint / _STATE_FILE).read_text())["global_step"], str(checkpoint)))
+                found.append((read_json(checkpoint / _STATE_FILE)["global_step"], str(checkpoint)))
             except (OSError, ValueError, KeyError):
                 shutil.rmtree(checkpoint)
     last = [max(found)[1] if found else None]

@@ -63,6 +63,8 @@ def parse(text: str, where: str = "YAML") -> Any:
         raise ValueError(f"{where}{line}: {error.problem}") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not YAML ({error})") from None
+    except RecursionError:
+        raise ValueError(f"{where}: not YAML that can be meant: it nests too deep") from None
 
 
 def read(path: str | Path) -> dict[str, Any]:
