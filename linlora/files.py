@@ -74,8 +74,13 @@ def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        file.write(content)
-    install_file(file.name, path)
+        try:
+            file.write(content)
+            file.flush()
+            install_file(file.name, path)
+        except BaseException:
+            Path(file.name).unlink(missing_ok=True)
+            raise
 
 
 def install_file(temporary: str | os.PathLike, path: str | os.PathLike) -> None:

@@ -30,6 +30,13 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_text_that_finds_no_place_leaves_nothing_behind(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        files.write_text(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_tensors_of_several_dtypes_start_aligned(tmp_path):
     """An odd number of bfloat16 before a float64 would leave that at an address it cannot be read from."""
     tensors = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(2, dtype=torch.float64), "c": torch.ones(1)}

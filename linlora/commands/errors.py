@@ -29,9 +29,15 @@ def user_errors(interrupted: str = "interrupted; nothing was written") -> Iterat
     ...     print(ended.exit_code)
     2
     """
+    import torch
+    from safetensors import SafetensorError
+
     import linlora
 
-    expected = (ValueError, OSError, ImportError, linlora.UnsupportedLayerError, linlora.BackendUnavailableError)
+    expected = (
+        ValueError, OSError, ImportError, SafetensorError, torch.OutOfMemoryError, linlora.UnsupportedLayerError,
+        linlora.BackendUnavailableError,
+    )  # fmt: skip
     try:
         yield
     except expected as error:

@@ -49,7 +49,10 @@ def evaluate(
             raise ValueError("--scaling, --set and --search are of a method; name it with --fuse")
         if fuse is None and on and len(vectors) > 1:
             raise ValueError("--on scores one vector, or the vectors fused by --fuse; name one vector, or a method")
-        read = [formats.read(path) for path in vectors]
+        path = out or _beside(vectors, fuse, split)
+        if path.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
+            raise FileExistsError(f"--out {path}: a JSON file is written there; name another")
+        read = [formats.read(vector) for vector in vectors]
         tasks = fused.judges(on or vectors)
         if fuse is not None:
             result = fused.evaluate_fused(read, tasks, split, fuse, options, search)
@@ -57,7 +60,6 @@ def evaluate(
             result = fused.evaluate_vector(read[0], tasks, split)
         else:
             result = fused.evaluate_alone(tasks, split)
-        path = out or _beside(vectors, fuse, split)
         result = {"vectors": [str(vector) for vector in vectors], **result}
         write_text(path, json.dumps(result, indent=2) + "\n")
         console = Console()

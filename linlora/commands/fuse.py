@@ -46,6 +46,8 @@ def fuse(
         if out.suffix != ".safetensors":
             raise ValueError(f"--out {out}: a task vector is written to a .safetensors file")
         first = next((i for i, argument in enumerate(vectors) if argument.startswith("--")), len(vectors))
+        if any(_is_of(out, Path(path)) for path in vectors[:first]):
+            raise FileExistsError(f"--out {out} is one of the vectors; name another file")
         stored = [formats.open(path) for path in vectors[:first]]
         stored = _of_one_space(stored, scope)
         fused = linlora.fuse([adapter.vector for adapter in stored], method, **options(vectors[first:]))
@@ -62,6 +64,11 @@ def fuse(
         if extras:
             console.print(f"note: not fused, trained beside the adapters: {', '.join(extras)}", markup=False)
         console.print(f"next: linlora inspect {out}, or linlora export {out} --out DIRECTORY", markup=False)
+
+
+def _is_of(out: Path, vector: Path) -> bool:
+    """Whether a file is a vector that is read, or lies in its folder."""
+    return out.exists() and (out.resolve() == vector.resolve() or out.resolve().parent == vector.resolve())
 
 
 def _of_one_space(stored: list[Stored], scope: str | None) -> list[Stored]:

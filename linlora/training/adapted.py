@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,7 +47,7 @@ def adapt(task: Task, point: TaskVector | None = None, method: str | None = None
     try:
         with quiet():
             model = get_peft_model(base, lora_config(task, base))
-    except ValueError as error:
+    except (ValueError, TypeError, AttributeError, NotImplementedError, re.error) as error:  # PEFT's own, of odd values
         layers = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(f"lora: {error} The linear layers of {settings.model} are {', '.join(layers)}") from error
     if point is not None:

@@ -52,7 +52,7 @@ def load_model(settings: Settings, kind: Any, **options: Any) -> tuple[Any, tupl
             model, info = kind.from_pretrained(
                 settings.model, output_loading_info=True, **{**settings.model_options, **options}
             )
-        except TypeError as error:
+        except (TypeError, AttributeError) as error:  # such as a dtype that torch does not have
             raise ValueError(f"model_options: {error}") from error
         except (OSError, RuntimeError) as error:
             raise ValueError(f"model '{settings.model}' could not be read as {kind.__name__}: {error}") from error

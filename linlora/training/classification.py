@@ -17,7 +17,7 @@ from linlora.training.checkpoints import (
     refuse_new,
     tokenizer_of,
 )
-from linlora.training.labels import check_labels, classes_of, is_number, number_of
+from linlora.training.labels import check_labels, classes_of, distinct, is_number, number_of
 from linlora.training.positions import positions, token_counts
 from linlora.training.settings import Settings
 from linlora.training.task import Row, Task, images_of, listed
@@ -121,7 +121,7 @@ class Classification(Task):
     def labels_in_words(self) -> str:
         if self.classes is not None:
             return f"{self.class_count} classes, {listed(self.classes.names)}"
-        numbers = self.rows("train").unique(self.settings.data.label)
+        numbers = distinct(self.rows("train"), self.settings.data.label)
         return (
             f"numbers from {min(numbers)} to {max(numbers)}, predicted by one output; for classes write them without a "
             "fraction, or set class_names"

@@ -62,6 +62,11 @@ def check_labels(rows: Any, column: str) -> None:
         )
 
 
+def distinct(rows: Any, column: str) -> list[Any]:
+    """The values of a column, each once, in the order of the rows."""
+    return list(dict.fromkeys(rows[column]))
+
+
 def is_number(rows: Any, column: str) -> bool:
     """Whether a column of a data set holds numbers with a fraction (also 1.0), to be predicted as such."""
     return str(getattr(rows.features[column], "dtype", "")).startswith(("float", "double"))
@@ -92,7 +97,7 @@ def classes_of(rows: Any, column: str, names: Sequence[str] = ()) -> Classes:
 
 
 def _values(rows: Any, column: str, names: Sequence[str]) -> tuple[Any, ...]:
-    found = rows.unique(column)
+    found = distinct(rows, column)
     if None in found:
         raise ValueError(f"column '{column}' is empty in some rows of the train split")
     if names:

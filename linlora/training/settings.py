@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -26,6 +27,9 @@ _RESERVED = {
     "do_train": "nothing", "do_eval": "nothing", "do_predict": "nothing",
     "push_to_hub": "nothing: upload the folder of the run when it is done",
 }  # fmt: skip
+_COUNTS = (
+    "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+)  # fmt: skip
 _RANK = 16
 _TRAINING = {"per_device_train_batch_size": 16, "learning_rate": 1e-4, "max_steps": 1000}
 
@@ -128,8 +132,9 @@ training, model_options
             _set(self, key, _strings(key, getattr(self, key)))
         for key in ("max_length", "max_new_tokens", "seed"):
             value = getattr(self, key)
-            if isinstance(value, bool) or not isinstance(value, int) or value < (0 if key == "seed" else 1):
-                raise ValueError(f"{key} is a whole number, got {value!r}")
+            least = 0 if key == "seed" else 1
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
+                raise ValueError(f"{key} is a whole number, {least} or more and below 2^32, got {value!r}")
         _choice("kind", self.kind, KINDS)
         _choice("method", self.method, METHODS)
         _choice("head", self.head, HEADS)
@@ -264,6 +269,11 @@ def _checked_lora(options: Mapping[str, Any]) -> dict[str, Any]:
     rank = options.get("r", _RANK)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"lora.r, the rank, is a whole number above 0, got {rank!r}")
+    alpha, dropout = options.get("lora_alpha", 1), options.get("lora_dropout", 0.0)
+    if not (_is_real(alpha) and alpha != 0):
+        raise ValueError(f"lora.lora_alpha is a number other than 0, got {alpha!r}")
+    if not (_is_real(dropout) and 0 <= dropout < 1):
+        raise ValueError(f"lora.lora_dropout is a number, 0 or more and below 1, got {dropout!r}")
     return options
 
 
@@ -279,7 +289,23 @@ def _checked_training(options: Mapping[str, Any]) -> dict[str, Any]:
             raise unknown("training", key, known)
         if isinstance(known[key], (int, float)) and not isinstance(value, (int, float)):
             raise ValueError(f"training.{key} is {_a(known[key])}, got {value!r}")
+        _check_range(key, value)
     return options
+
+
+def _check_range(key: str, value: Any) -> None:
+    """Raise a ValueError for training without a step or backwards, and for parts of a step."""
+    if key in _COUNTS and not (isinstance(value, int) and (value >= 1 or (key, value) == ("max_steps", -1))):
+        more = ", or -1 with num_train_epochs" if key == "max_steps" else ""
+        raise ValueError(f"training.{key} is a whole number, 1 or more{more}, got {value!r}")
+    if key == "learning_rate" and not (_is_real(value) and value >= 0):
+        raise ValueError(f"training.learning_rate is a number, 0 or more, got {value!r}")
+    if key == "num_train_epochs" and not value > 0:
+        raise ValueError(f"training.num_train_epochs is above 0, got {value!r}")
+
+
+def _is_real(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _a(default: Any) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from linlora.training.data import SPLITS, load_split, source_of
-from linlora.training.labels import check_labels
+from linlora.training.labels import check_labels, distinct
 from linlora.training.metrics import check_metric, class_scores, default_metric, number_scores, text_scores
 from linlora.training.settings import Settings
 
@@ -64,7 +64,7 @@ class Task(ABC):
         labels = rows.select_columns([column])
         try:
             check_labels(labels, column)
-            for value in labels.unique(column):
+            for value in distinct(labels, column):
                 self.expected({column: value})
             self.notes[split] = self.check_lengths(rows)
         except ValueError as error:

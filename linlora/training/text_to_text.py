@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from linlora.sharding import is_sharded
 from linlora.training.answers import NO_NUMBER, match, number
 from linlora.training.checkpoints import check_kind, config_of, load_model, refuse_new, tokenizer_of
-from linlora.training.labels import Classes, check_labels, classes_of, is_number, number_of
+from linlora.training.labels import Classes, check_labels, classes_of, distinct, is_number, number_of
 from linlora.training.positions import positions, token_counts
 from linlora.training.settings import Settings
 from linlora.training.task import IGNORED, Row, Task, listed
@@ -83,7 +83,7 @@ class TextToText(Task):
     def labels_in_words(self) -> str:
         if self.classes is not None:
             return f"{self.class_count} classes, the words {listed(self.classes.names)}"
-        found = self.rows("train").unique(self.settings.data.label)
+        found = distinct(self.rows("train"), self.settings.data.label)
         if self.answer == "numbers":
             return f"numbers from {min(found)} to {max(found)}, written with one decimal"
         return f"text, {listed(list(map(str, found)))}"

@@ -11,11 +11,13 @@ import torch
 from accelerate import DistributedType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from linlora.training.adapted import freeze_A
 from linlora.training.evaluation import evaluate
+from linlora.training.metrics import METRICS
 from linlora.training.settings import Settings
 from linlora.training.task import Task
 
@@ -67,6 +69,7 @@ class TaskTrainer(Trainer):
     def __init__(self, task: Task, model: torch.nn.Module, console: Console) -> None:
         self.task = task
         arguments = training_arguments(task.settings)
+        _check_best_metric(task, arguments)
         super().__init__(
             model,
             arguments,
@@ -91,6 +94,13 @@ class TaskTrainer(Trainer):
         self.log(scores)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
         return scores
+
+    def _save_checkpoint(self, *args: Any, **kwargs: Any) -> None:
+        try:
+            super()._save_checkpoint(*args, **kwargs)
+        except (RuntimeError, SafetensorError) as error:  # how torch and safetensors say that a disk is full
+            reason = str(error).splitlines()[0]
+            raise OSError(f"a checkpoint in {self.args.output_dir} could not be written ({reason})") from error
 
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
@@ -117,6 +127,14 @@ class TaskTrainer(Trainer):
         super()._load_from_checkpoint(*args, **kwargs)
         if self.task.settings.method == "lora-fa":  # PEFT lets all of an adapter train that it loads
             freeze_A(self.model)
+
+
+def _check_best_metric(task: Task, arguments: TrainingArguments) -> None:
+    """Raise a ValueError where the best checkpoint is to be chosen by a score that no evaluation gives."""
+    name = str(arguments.metric_for_best_model).removeprefix("eval_")
+    known = ("score", *METRICS[task.answer])
+    if arguments.load_best_model_at_end and name not in known:
+        raise ValueError(f"training.metric_for_best_model is one of {', '.join(known)}, got '{name}'")
 
 
 def training_ended(state: TrainerState) -> bool:

@@ -175,3 +175,12 @@ def test_inspect_of_a_vector_without_its_point(run, vectors):
     status, output = run("inspect hash.safetensors")
     assert status == 0
     assert "start not in the file, its hash alone" in output
+
+
+@pytest.mark.parametrize("out", ["0.safetensors", "./1.safetensors", "adapter/adapter_model.safetensors"])
+def test_a_fused_vector_takes_the_place_of_none_it_is_made_of(run, vectors, tmp_path, out):
+    before = (tmp_path / out).read_bytes()
+    status, output = run(f"fuse 0.safetensors 1.safetensors adapter --out {out}")
+    assert status == 2
+    assert "is one of the vectors; name another file" in output
+    assert (tmp_path / out).read_bytes() == before

@@ -102,12 +102,19 @@ def test_flags_make_a_run_and_go_before_the_file(run, recipe, checkpoints, revie
         (["train", "both.yaml", "--set", "training.steps=1"], "unknown key 'steps'"),
         (["train", "both.yaml", "--set", "seed"], "expected KEY=VALUE"),
         (["train", "both.yaml", "--label", "sentiment"], "no column 'sentiment'; its columns are text, thing, label"),
+        (["train", "both.yaml", "--set", "lora.target_modules=5"], "lora: 'int' object is not iterable"),
+        (["train", "both.yaml", "--set", "lora.target_modules=((("], "lora: missing ), unterminated subpattern"),
+        (["train", "both.yaml", "--set", "model_options.dtype=blue"], "model_options: module 'torch' has no"),
+        (["train", "deep.yaml"], "deep.yaml: not YAML that can be meant: it nests too deep"),
         (["eval", "missing"], "missing: no such file"),
+        (["eval", "missing", "--out", "."], "--out .: a JSON file is written there; name another"),
+        (["fuse", "both.yaml", "both.yaml", "--out", "./both.yaml"], "--out both.yaml: a task vector is written to"),
         (["eval", "both.yaml", "--scaling", "0.3"], "name it with --fuse"),
         (["eval", "."], "no adapter in this folder"),
     ],
 )
 def test_errors_are_one_line(run, recipe, arguments, message):
+    Path("deep.yaml").write_text("a: " + "[" * 3000)
     result = run(*arguments)
     assert result.exit_code == 2
     assert message in result.output

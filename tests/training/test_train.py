@@ -293,6 +293,22 @@ def test_a_plateau_is_one_of_scores_that_stop_to_rise(settings):
     assert mode(lr_scheduler_kwargs={"patience": 2}) == {"mode": "max", "patience": 2}
 
 
+def test_a_full_disk_is_said_and_leaves_no_result(settings, monkeypatch):
+    def full(*_, **__):
+        raise RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 64 vs 0")
+
+    monkeypatch.setattr(torch, "save", full)
+    wanted = settings("text", training={"save_steps": 1})
+    with pytest.raises(OSError, match=r"a checkpoint in .* could not be written \(.enforce fail"):
+        train(wanted)
+    assert not list(Path(wanted.out).glob("*.json"))
+
+
+def test_the_score_of_the_best_checkpoint_is_checked_first(settings):
+    with pytest.raises(ValueError, match=r"metric_for_best_model is one of score, accuracy, f1, matthews, got 'loss'"):
+        train(settings("text", training={**BEST, "metric_for_best_model": "eval_loss"}))
+
+
 def test_labels_of_every_split_are_checked_before_the_first_step(settings, tmp_path):
     (tmp_path / "test.csv").write_text("text,label\nthe film is good,1\nit is bad,7\n")
     data = settings("text").data
