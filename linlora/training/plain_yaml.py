@@ -61,8 +61,6 @@ def parse(text: str, where: str = "YAML") -> Any:
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise ValueError(f"{where}{line}: {error.problem}") from None
-    except RecursionError:
-        raise ValueError(f"{where}: not YAML that can be meant: it nests too deep") from None
     except yaml.YAMLError as error:
         raise ValueError(f"{where}: not YAML ({error})") from None
     except RecursionError:
