@@ -107,7 +107,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_tangent: Tensor | None) -> tuple[Tensor | None, ...]:
-        backend = backward_backend("attention", ctx.backend)
+        backend = backward_backend("attention", ctx.backend, g, g_tangent)
         q, k, v, q_tangent, k_tangent, v_tangent, o, lse, mask, seed = ctx.saved_tensors
         options = (mask, *ctx.options, seed)
         gradients: tuple[Tensor | None, ...] = (None,) * 6

@@ -33,12 +33,18 @@ def preferred(backend: ModuleType, x: Tensor, weight: Tensor, rank: int, dropout
     return x.numel() * (n + k) < SMALL * k
 
 
-def backward_backend(op: str, backend: ModuleType) -> ModuleType:
+def backward_backend(op: str, backend: ModuleType, *cotangents: Tensor | None) -> ModuleType:
     """What the backward of an op runs on: the backend of its forward, under a transform aten calls.
 
-    Raises RuntimeError where the backward itself is being recorded.
+    Raises RuntimeError where the backward itself is being recorded, and for the batch of cotangents that
+    `torch.autograd.grad(..., is_grads_batched=True)` makes, which is no transform of torch.func.
     """
     refuse_double_backward(op)
+    if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in cotangents):
+        raise RuntimeError(
+            f"{op}: the fused backward takes one cotangent, not a batch (is_grads_batched=True, vectorize=True). "
+            "Take torch.func.vjp of the function and torch.func.vmap of that, or torch.func.jacrev."
+        )
     return aten if transform_active() else backend
 
 

@@ -171,7 +171,7 @@ class _GroupedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        backend = backward_backend("grouped_lora_linear", ctx.backend)
+        backend = backward_backend("grouped_lora_linear", ctx.backend, g)
         x, weight, A, B, A0, B0, low, c, seed = ctx.saved_tensors
         x_needs, W_needs, bias_needs, A_needs, B_needs, A0_needs, B0_needs, *_ = ctx.needs_input_grad
         scaling, layout = ctx.scaling, ctx.groups.layout(backend)

@@ -148,7 +148,7 @@ class _LinearizedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        backend = backward_backend("linearized_lora_linear", ctx.backend)
+        backend = backward_backend("linearized_lora_linear", ctx.backend, g)
         x, weight, A0, B0, dA, dB, u, c, seed = ctx.saved_tensors
         x_needs, W_needs, bias_needs, A0_needs, _, dA_needs, *_ = ctx.needs_input_grad
         g = as_rows(g)

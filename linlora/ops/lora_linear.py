@@ -122,7 +122,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_tangent: Tensor | None) -> tuple[Tensor | None, ...]:
-        backend = backward_backend("lora_linear", ctx.backend)
+        backend = backward_backend("lora_linear", ctx.backend, g, g_tangent)
         x, x_tangent, weight, A0, B0, dA, dB, u, c, seed = ctx.saved_tensors
         x_needs, W_needs, bias_needs, A0_needs, B0_needs, dA_needs, dB_needs, _, xt_needs, *_ = ctx.needs_input_grad
         g, g_tangent, x, x_tangent = _rows(g), _rows(g_tangent), _rows(x), _rows(x_tangent)

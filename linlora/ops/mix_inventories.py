@@ -87,7 +87,7 @@ class _MixInventories(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        backend = backward_backend("mix_inventories", ctx.backend)
+        backend = backward_backend("mix_inventories", ctx.backend, *gradients)
         As, Bs, mixtures = _thirds(ctx.saved_tensors)
         layers = len(Bs)
         d_As, d_Bs, d_mixtures = backend.unmix_inventories(

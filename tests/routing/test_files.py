@@ -123,7 +123,7 @@ class TestBrokenFiles:
         whole = (tmp_path / FILE).read_bytes()
         tensors = {name: tensor.clone() for name, tensor in load_file(tmp_path / FILE).items()}  # it is mapped
         with safe_open(tmp_path / FILE, "pt") as file:
-            metadata = file.metadata()
+            metadata = {k: v for k, v in file.metadata().items() if k != "header_checksum"}
         (tmp_path / FILE).write_bytes(whole[: len(whole) // 2])
         with pytest.raises(linlora.CorruptFileError, match="truncated"):
             routing.RoutedModel.from_pretrained(tiny_base("bert"), tmp_path)

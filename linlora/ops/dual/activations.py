@@ -48,7 +48,7 @@ class _Activation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        backend = backward_backend("activation", ctx.backend)
+        backend = backward_backend("activation", ctx.backend, g)
         return backend.activation_backward(g, *ctx.saved_tensors, ctx.kind), None, None, None
 
 
@@ -71,7 +71,7 @@ class _GatedActivation(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        backend = backward_backend("gated_activation", ctx.backend)
+        backend = backward_backend("gated_activation", ctx.backend, g)
         d_gate, d_up = backend.gated_activation_backward(g, *ctx.saved_tensors, ctx.kind)
         return d_gate, None, d_up, None, None, None
 

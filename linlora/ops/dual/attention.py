@@ -75,7 +75,7 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        backend = backward_backend("attention", ctx.backend)
+        backend = backward_backend("attention", ctx.backend, g)
         q, k, v, o, lse, mask, seed = ctx.saved_tensors
         causal, scale, dropout_p = ctx.options
         dq, dk, dv = backend.attention_backward(g, q, k, v, o, lse, mask, causal, scale, dropout_p, seed)

@@ -94,7 +94,7 @@ class _GroupedLoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        backend = backward_backend("grouped_lora_linear", ctx.backend)
+        backend = backward_backend("grouped_lora_linear", ctx.backend, g)
         x, weight, A0, B0, u, seed = ctx.saved_tensors
         x_needs, (A_needs, B_needs) = ctx.needs_input_grad[0], ctx.needs_input_grad[6:8]
         layout, dropout = ctx.groups.layout(backend), (ctx.dropout_p, seed)

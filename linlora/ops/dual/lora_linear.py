@@ -89,7 +89,7 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        backend = backward_backend("lora_linear", ctx.backend)
+        backend = backward_backend("lora_linear", ctx.backend, g)
         x, weight, A0, B0, u, seed = ctx.saved_tensors
         x_needs, _, _, _, _, _, dA_needs, dB_needs, *_ = ctx.needs_input_grad
         g, dropout = as_rows(g), (ctx.dropout_p, seed)

@@ -59,7 +59,7 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        backend = backward_backend("layer_norm", ctx.backend)
+        backend = backward_backend("layer_norm", ctx.backend, g)
         dx = backend.layer_norm_backward(as_rows(g), as_rows(x), weight, mean, rstd)
         return dx.view(x.shape), None, None, None, None, None
 
@@ -80,7 +80,7 @@ class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
-        backend = backward_backend("rms_norm", ctx.backend)
+        backend = backward_backend("rms_norm", ctx.backend, g)
         dx = backend.rms_norm_backward(as_rows(g), as_rows(x), weight, rstd)
         return dx.view(x.shape), None, None, None, None
 
