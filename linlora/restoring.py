@@ -25,7 +25,7 @@ def restoring(model: nn.Module) -> Iterator[Callable[..., Any]]:
     >>> model = nn.Linear(2, 2)
     >>> try:
     ...     with restoring(model):
-    ...         model.requires_grad_(False)
+    ...         _ = model.requires_grad_(False)
     ...         model.bias = None
     ...         raise ValueError
     ... except ValueError:

@@ -5,7 +5,6 @@ library = ctypes.CDLL(str(build("lora_linear_sm80")))  # of csrc/lora_linear_sm8
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import os
 import shutil
@@ -41,8 +40,10 @@ def build_sources(sources: Sequence[Path]) -> Path:
     sources = [*sources, EMULATOR / "machine.cpp", EMULATOR / "memory.cpp"]
     read = sorted({*sources, *CSRC.glob("*.cuh"), *CSRC.glob("*.h"), *EMULATOR.glob("*.h")})
     state = hashlib.sha256(repr((cxx, FLAGS, [(path.name, path.read_bytes()) for path in read])).encode())
-    folder = Path(tempfile.gettempdir()) / f"linlora-emulator-{getpass.getuser()}"
+    folder = Path(tempfile.gettempdir()) / f"linlora-emulator-{os.getuid()}"  # a container's user may have no name
     folder.mkdir(mode=0o700, exist_ok=True)
+    if folder.stat().st_uid != os.getuid():
+        raise RuntimeError(f"{folder} is of another user and would be run; set TMPDIR to a folder of yours")
     library = folder / f"{sources[0].stem}-{state.hexdigest()[:16]}.so"
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:

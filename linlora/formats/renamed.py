@@ -24,7 +24,7 @@ def skeleton(folder: Path) -> nn.Module | None:
     """The model of a folder's `config.json` on the meta device; None where transformers knows no such model.
 
     >>> import linlora
-    >>> linlora.testing.tiny_base("vit").config.save_pretrained("base")
+    >>> linlora.testing.tiny_base("vit").save_pretrained("base")
     >>> type(skeleton(Path("base"))).__name__
     'ViTForImageClassification'
     """
