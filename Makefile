@@ -17,7 +17,7 @@ WORKERS ?= 12
 SEEDS ?= 0 1
 TESTS ?= tests
 
-.PHONY: install cuda test test-everywhere lint quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
+.PHONY: install cuda test test-everywhere peft-suite lint quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
   gpu-bench-compiled gpu-programme require-gpu
 
 install: $(READY)
@@ -38,6 +38,10 @@ test: lint
 # The tests by every instruction set that torch has on this machine, with every seed of SEEDS: a line of result for each.
 test-everywhere: $(READY)
 	$(PYTHON) tests/everywhere.py --seeds $(SEEDS) -- $(TESTS)
+
+# PEFT's own tests of LoRA models, stock and accelerated: make peft-suite PEFT=<source tree of the installed version>.
+peft-suite: $(READY)
+	$(PYTHON) tests/peft_suite/peft_suite.py $(PEFT)
 
 lint: $(READY)
 	$(PYTHON) -m ruff check .

@@ -126,6 +126,11 @@ def _save_pretrained(model: PeftModel, save_directory: str, *args: Any, **kwargs
                 "adapter of the original model. linlora.merge(model) gives the whole model",
                 stacklevel=2,
             )
+    if kwargs.get("path_initial_model_for_weight_conversion") is not None:
+        raise ValueError(
+            "save_pretrained: path_initial_model_for_weight_conversion subtracts a start from (A, B), and the files of "
+            "an adapter linearized at B0 != 0 hold (A', B') of twice the rank. Save without it"
+        )
     state_dict = folded_state_dict(model, kwargs.pop("state_dict", None))
     with folded_configs(model):
         type(model).save_pretrained(model, save_directory, *args, state_dict=state_dict, **kwargs)

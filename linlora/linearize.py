@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from linlora import backends, folding
 from linlora.conversion import fuse_layer, unfuse_layer, unsupported
 from linlora.model_scope import check_model_scope, enter_model_scope, leave_model_scope
-from linlora.modules import FusedLoraLinear, called_parts, fused_layers
+from linlora.modules import FusedLoraLinear, fused_layers
 from linlora.quantized import QuantizedLoraLinear
 from linlora.restoring import leave_to_class, restore_on_error, restoring
 from linlora.sharding import check_there, is_sharded
@@ -285,13 +285,15 @@ def _delinearize_layer(layer: FusedLoraLinear) -> None:
 
 
 def _check_factors(name: str, layer: Any) -> None:
-    """Raise where the adapters of a layer have no linearization, or no values."""
-    if why := called_parts(layer, list(layer.lora_A)):
-        raise UnsupportedLayerError(
-            f"layer '{name}': {why}, and a linearized adapter is its weights alone, which nothing calls; remove it, "
-            "hook the LoRA layer or its base_layer instead, or run the plain adapter: linlora.accelerate"
-        )
+    """Raise where the factors of a layer's adapters are no parameters, or have no values."""
     for adapter in layer.lora_A:
+        computed = [kind for kind in ("lora_A", "lora_B") if "weight" not in getattr(layer, kind)[adapter]._parameters]
+        if computed:
+            raise UnsupportedLayerError(
+                f"layer '{name}': the weight of {computed[0]}['{adapter}'] is computed on every call (a "
+                "parametrization, weight_norm, pruning); make it a parameter first "
+                "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, prune.remove)"
+            )
         factors = [(f"lora_{kind}", getattr(layer, f"lora_{kind}")[adapter].weight) for kind in "AB"]
         check_there(f"layer '{name}'", [(f"{kind} of adapter '{adapter}'", factor) for kind, factor in factors])
         for kind, factor in factors:

@@ -9,8 +9,7 @@ of three states, which decide what is passed to the op:
     pair        A0 = lora_A (frozen)       B0 = lora_B (frozen)  dA, dB = lora_dA, lora_dB
 
 The op reads the weights of the layer's parts. Where PEFT's calls of the parts do more (linlora.calls), the base layer
-is called and the update added, and a plain adapter runs PEFT's own forward, both with a warning; a linearized one is
-refused.
+is called and the update added, or all parts are (linlora.called), both with a warning.
 
 At layer scope the layer returns primal + tangent. At model scope, where it has a `stream`, it returns both as a
 DualTensor (linlora.stream).
@@ -27,6 +26,7 @@ from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
+from linlora.called import called_update
 from linlora.calls import beyond_product, hooks_of_all_modules, is_product
 from linlora.mixed_batches import mixed_batch
 from linlora.ops import dual
@@ -91,6 +91,8 @@ class FusedLoraLinear(PeftLoraLinear):
             return self._called(x, active)
         factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
         p = self._dropout_p(active)
+        if p == 1.0:
+            return self._called(x, active)
         return self._one_stream(x, factors, p, torch.randint(2**31, (), device=x.device) if p > 0.0 else None)
 
     def _more_than_factors(self, adapters: Sequence[str]) -> bool:
@@ -101,34 +103,44 @@ class FusedLoraLinear(PeftLoraLinear):
         return not all(is_product(A[name]) and is_product(B[name]) and is_product(dropout[name]) for name in adapters)
 
     def _called(self, x: Tensor, adapters: Sequence[str], **kwargs: Any) -> Tensor:
-        """PEFT's own forward, which calls every part; a linearized adapter, which PEFT does not know, is refused."""
-        why = called_parts(self, adapters) or (
-            "hooks of all modules are for lora_A and lora_B too"
-            if hooks_of_all_modules()
-            else f"its base layer {beyond_product(self.base_layer)}"
-        )
-        self._refuse_linearized(adapters, why)
-        warnings.warn(f"layer '{self.layer_name}': {why}, so PEFT's forward runs, not fused", stacklevel=2)
-        return super().forward(x, **kwargs)
+        """Every part called: by PEFT's own forward, and where an adapter is linearized by `called_update`."""
+        names = kwargs.get("adapter_names")
+        self._warn_of_calls(adapters)
+        if all(self.states.get(name, "plain") == "plain" for name in adapters):
+            return super().forward(x, **kwargs)
+        y = self.base_layer(x)
+        if names is None:
+            return y + sum(called_update(self, adapters, x)).to(y.dtype)
+        for adapter in adapters:
+            rows = torch.tensor([row for row, name in enumerate(names) if name == adapter], device=x.device)
+            y = y.index_add(0, rows, sum(called_update(self, [adapter], x[rows])).to(y.dtype))
+        return y
+
+    def _warn_of_calls(self, adapters: Sequence[str]) -> None:
+        why = called_parts(self, adapters)
+        if why is None and hooks_of_all_modules():
+            why = "hooks of all modules are for its parts too"
+        elif why is None:
+            why = f"its base layer {beyond_product(self.base_layer)}"
+        warnings.warn(f"layer '{self.layer_name}': {why}, so all of them are called, not fused", stacklevel=3)
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """Asked by PEFT's forward. One kept from before the layer was linearized may call it, and is refused."""
         super()._check_forward_args(x, *args, **kwargs)
         if not (self._disable_adapters or self.merged_adapters):
-            self._refuse_linearized(kwargs.get("adapter_names") or self.active_adapters, "PEFT's forward is called")
-
-    def _refuse_linearized(self, adapters: Sequence[str], why: str) -> None:
-        linearized = sorted({name for name in adapters if self.states.get(name, "plain") != "plain"})
-        if linearized:
-            raise ValueError(
-                f"layer '{self.layer_name}': {why}, which does not go with {linearized}, linearized in the values of A "
-                "and B. Hook the LoRA layer or its base_layer instead, or call linlora.delinearize(model)"
-            )
+            adapters = kwargs.get("adapter_names") or self.active_adapters
+            linearized = sorted({name for name in adapters if self.states.get(name, "plain") != "plain"})
+            if linearized:
+                raise ValueError(
+                    f"layer '{self.layer_name}': PEFT's own forward is called, which does not know {linearized}, "
+                    "linearized by linlora; call the layer, or linlora.delinearize(model)"
+                )
 
     def _one_stream(self, x: Tensor, factors: Factors, p: float, seed: Tensor | None) -> Tensor:
         """Layer scope, and plain LoRA: primal + tangent."""
         if not is_product(self.base_layer):
-            return low_rank_update(self._called_base(x), autocast_input(x), *factors, p, seed)
+            self._warn_of_base()
+            return low_rank_update(self.base_layer(x), autocast_input(x), *factors, p, seed)
         weight = self.matrix
         x = autocast_input(x)
         if x.shape[-1] != weight.shape[1] or x.device != weight.device or x.dtype != weight.dtype:
@@ -151,8 +163,6 @@ class FusedLoraLinear(PeftLoraLinear):
                 f"layer '{self.layer_name}': adapter {plain} is not linearized, the model is (model scope); activate a "
                 "linearized adapter, or delinearize the model and linearize it again with all its adapters"
             )
-        if self._more_than_factors(active):
-            return self._called(x, active)
         assert self.stream is not None
         x, x_tangent = self.stream.enter(x)
         if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.base_layer.parameters()):
@@ -163,8 +173,23 @@ class FusedLoraLinear(PeftLoraLinear):
         factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
         p = self._dropout_p(active)
         seed = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
-        y, y_tangent = self._two_streams(x, x_tangent, factors, p, seed)
+        if self._more_than_factors(active) or p == 1.0:
+            y, y_tangent = self._called_streams(x, x_tangent, active)
+        else:
+            y, y_tangent = self._two_streams(x, x_tangent, factors, p, seed)
         return y if self.stream.output == "primal" else DualTensor(y, y_tangent, self.stream)
+
+    def _called_streams(self, x: Tensor, x_tangent: Tensor | None, adapters: list[str]) -> tuple[Tensor, Tensor]:
+        self._warn_of_calls(adapters)
+        y, y_tangent = self._base_streams(x, x_tangent)
+        update, tangent = (of.to(y.dtype) for of in called_update(self, adapters, x, x_tangent, two=True))
+        return y + update, tangent if y_tangent is None else y_tangent + tangent
+
+    def _base_streams(self, x: Tensor, x_tangent: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The base layer called, on both streams."""
+        assert self.stream is not None
+        y = self.base_layer(x if x_tangent is None else DualTensor(x, x_tangent, self.stream))
+        return (y.primal, y.tangent) if isinstance(y, DualTensor) else (y, None)
 
     def _two_streams(
         self, x: Tensor, x_tangent: Tensor | None, factors: Factors, p: float, seed: Tensor | None
@@ -172,20 +197,18 @@ class FusedLoraLinear(PeftLoraLinear):
         self._check_input(autocast_input(x), self.matrix)
         if is_product(self.base_layer):
             return dual.lora_linear(x, x_tangent, self.matrix, self.base_layer.bias, *factors, p, seed)
-        assert self.stream is not None
-        y = self._called_base(x if x_tangent is None else DualTensor(x, x_tangent, self.stream))
-        y, y_tangent = (y.primal, y.tangent) if isinstance(y, DualTensor) else (y, None)
+        self._warn_of_base()
+        y, y_tangent = self._base_streams(x, x_tangent)
         x_tangent = None if x_tangent is None else autocast_input(x_tangent)
         return dual_low_rank_update(y, y_tangent, autocast_input(x), x_tangent, *factors, p, seed)
 
-    def _called_base(self, x: Tensor) -> Tensor:
-        """The base layer's output where calling it is more than the fused product, which reads its weight."""
+    def _warn_of_base(self) -> None:
+        """Where calling the base layer is more than the fused product, which reads its weight."""
         warnings.warn(
             f"layer '{self.layer_name}': its base layer {beyond_product(self.base_layer)}, so it is called and the "
             "update added, not fused",
-            stacklevel=2,
+            stacklevel=3,
         )
-        return self.base_layer(x)
 
     def factors(self, adapter: str) -> Factors:
         """The factors of one adapter. Those of the linearization point take no gradient: nothing may move the point."""
@@ -198,7 +221,13 @@ class FusedLoraLinear(PeftLoraLinear):
             return Factors(A, None, None, B, self.scaling[adapter])
         if B.requires_grad:
             B = B.detach()
-        return Factors(A, B, self.lora_dA[adapter], self.lora_dB[adapter], self.scaling[adapter])
+        dA = self.lora_dA[adapter]
+        if dA.shape != A.shape:
+            raise ValueError(
+                f"layer '{self.layer_name}': lora_A of adapter '{adapter}' was replaced by one of {tuple(A.shape)} "
+                f"(hotswap_adapter does that), its dA is {tuple(dA.shape)}; linearize after the adapter is in place"
+            )
+        return Factors(A, B, dA, self.lora_dB[adapter], self.scaling[adapter])
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW of one adapter in fp32 (or wider), in the layout of the base weight; PEFT's name for it."""

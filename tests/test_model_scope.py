@@ -161,7 +161,7 @@ def test_inputs_stay_plain_until_the_first_adapter():
         seen[name] = type(args[0]) if args else None
 
     for name, module in model.get_base_model().named_modules():
-        if not name.endswith("base_layer") and "lora_" not in name:
+        if not name.endswith("base_layer"):
             module.register_forward_pre_hook(lambda _, args, name=name: note(name, args))
     model(**tiny_batch("bert"))
     assert seen["bert.encoder.layer.0.output.dense"] is torch.Tensor
