@@ -87,6 +87,7 @@ def not_vanilla_config(config: Mapping[str, Any] | LoraConfig, in_its_model: boo
     in_file = isinstance(config, Mapping)
     for name, value in (config if isinstance(config, Mapping) else _changed(config)).items():
         off = value is None or value is False or (in_its_model and name == "layer_replication")
+        off = off or (name == "target_parameters" and not value)  # PEFT leaves an empty set on every mixture of experts
         if name in REFUSED and not off:
             return f"{name} is set: {REFUSED[name]}"
         if name not in FOLLOWED | INERT | REFUSED.keys() and not (in_file and (off or value in ("", [], {}))):
