@@ -38,6 +38,7 @@ from linlora.peft_names import ChangesOfB
 from linlora.restoring import restoring
 from linlora.sharding import check_there
 from linlora.stream import DualTensor, Stream
+from linlora.stream.evaluation import recording, unrecorded
 from linlora.stream.tensor import refuse_inside_function
 from linlora.tensor_files import finite
 from linlora.vanilla import not_vanilla_layer
@@ -165,19 +166,17 @@ class FusedLoraLinear(PeftLoraLinear):
             )
         assert self.stream is not None
         x, x_tangent = self.stream.enter(x)
-        if torch.is_grad_enabled() and any(parameter.requires_grad for parameter in self.base_layer.parameters()):
+        if recording() and any(parameter.requires_grad for parameter in self.base_layer.parameters()):
             raise ValueError(
                 f"layer '{self.layer_name}': its base weight asks for a gradient, but model scope linearizes in the "
                 "adapter alone; freeze it with requires_grad_(False)"
             )
-        factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
+        factors = unrecorded(self.factors(active[0]) if len(active) == 1 else self._stacked(active))
         p = self._dropout_p(active)
         seed = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
         if self._more_than_factors(active) or p == 1.0:
-            y, y_tangent = self._called_streams(x, x_tangent, active)
-        else:
-            y, y_tangent = self._two_streams(x, x_tangent, factors, p, seed)
-        return y if self.stream.output == "primal" else DualTensor(y, y_tangent, self.stream)
+            return self.stream.leave(*self._called_streams(x, x_tangent, active))
+        return self.stream.leave(*self._two_streams(x, x_tangent, factors, p, seed))
 
     def _called_streams(self, x: Tensor, x_tangent: Tensor | None, adapters: list[str]) -> tuple[Tensor, Tensor]:
         self._warn_of_calls(adapters)

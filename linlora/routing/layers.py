@@ -35,6 +35,7 @@ from linlora.routing.context import Context, Routing
 from linlora.routing.inventory import center, in_words, skill
 from linlora.routing.selectors import Selector
 from linlora.stream import DualTensor, Stream
+from linlora.stream.evaluation import unrecorded
 from linlora.stream.tensor import refuse_inside_function
 
 
@@ -231,13 +232,12 @@ class RoutedLoraLinear(RoutedLayer):
         assert self.stream is not None
         assert self.A0 is not None
         x, x_tangent = self.stream.enter(x)
-        factors = routing.factors[self.layer_name]
+        factors = unrecorded(routing.factors[self.layer_name])
         groups = routing.groups(self._lead(x, routing.places), x.device)
-        y, y_tangent = dual.grouped_lora_linear(
+        return self.stream.leave(*dual.grouped_lora_linear(
             x, x_tangent, weight, bias, self.A0, self.B0, *factors, groups, self.sizes.scaling,
             **options,
-        )  # fmt: skip
-        return y if self.stream.output == "primal" else DualTensor(y, y_tangent, self.stream)
+        ))  # fmt: skip
 
     def _lead(self, x: Tensor, places: Tensor) -> tuple[int, ...]:
         """The leading dimensions of x, the first of which holds the examples (or copies of each in succession)."""

@@ -11,6 +11,7 @@ from torch.nn import functional
 from linlora.ops import dual
 from linlora.ops.aten.activations import Kind
 from linlora.stream.arithmetic import product, tangent
+from linlora.stream.evaluation import recording
 from linlora.stream.tensor import DualTensor, TangentError, collapse, duals, primals, rebind, rule, where, wrap
 
 LOSSES = (
@@ -193,7 +194,8 @@ def _forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:
 
 def check_frozen(func: Any, *parameters: Tensor | None) -> None:
     """A parameter that trains beside the adapter would not get the gradient of the tangent."""
-    if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in parameters):
+    records = torch.is_grad_enabled() and recording()
+    if records and any(p is not None and p.requires_grad for p in parameters):
         raise TangentError(
             f"{where(func)}: a parameter of a function that the stream runs through asks for a gradient, but model "
             "scope linearizes in the adapter alone; freeze it, or name its module in modules_to_save"

@@ -15,7 +15,7 @@ from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from linlora.stream import border
+from linlora.stream import border, evaluation
 from linlora.stream.outside import refuse_loss
 from linlora.stream.sharded import follow_sharding, forget_sharding
 from linlora.stream.tensor import DualTensor, Stream, collapse, rebuilt
@@ -31,6 +31,8 @@ def attach(model: PeftModel, stream: Stream) -> None:
     stream.bordered = True
     for network in dict.fromkeys((model, base)):
         network.register_forward_pre_hook(border.entered)
+        network.register_forward_pre_hook(evaluation.begin)
+        network.register_forward_hook(evaluation.end, prepend=True, always_call=True)
         network.register_forward_hook(collapse_outputs, prepend=True)
     base.register_forward_pre_hook(follow_sharding)
     for module in model.modules():
@@ -47,6 +49,7 @@ def detach(model: PeftModel) -> None:
             for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
+                module._forward_hooks_always_called.pop(key, None)
 
 
 def collapse_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
@@ -59,7 +62,7 @@ def collapse_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     return collapse(args), collapse(kwargs)
 
 
-_HOOKS = (border.entered, collapse_outputs, collapse_inputs, follow_sharding)
+_HOOKS = (border.entered, evaluation.begin, evaluation.end, collapse_outputs, collapse_inputs, follow_sharding)
 
 
 def _collapsed(tree: Any, name: str, network: str) -> Any:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linlora.ops.transforms import transform_active
-from linlora.stream import border
+from linlora.stream import border, evaluation
 from linlora.stream.errors import TangentError
 
 Rule = Callable[[Any, tuple, dict], Any]
@@ -27,7 +27,8 @@ class Stream:
         output: what the model returns: "value", F = f + J δ; "both", DualTensors; "primal", f alone, with no tangent
             ever started. Users see "value", `linlora.functional.jvp` and `vjp` ask for the others.
         recorded: whether autograd was on where the stream began, at the first adapter of the latest forward pass. Then
-            what the model does under torch.no_grad() is a constant; else the whole pass is under it, and is not.
+            what the model does under torch.no_grad() is a constant, also where its forward is not called as a whole and
+            linlora.stream.evaluation does not know.
         bordered: whether it is that of a network, outside of which its tensors are F (linlora.stream.outside).
     """
 
@@ -48,10 +49,17 @@ class Stream:
         if isinstance(x, DualTensor) and not x.constant:
             return x.primal, x.tangent
         x = primals(x)
-        self.recorded = torch.is_grad_enabled()
+        self.recorded = evaluation.recording()
         if x.requires_grad and self.recorded and self.output == "value":
             x = border.without_input_gradient(x, self)
-        return x, None
+        return x if self.recorded else x.detach(), None
+
+    def leave(self, y: Tensor, y_tangent: Tensor) -> Tensor:
+        """The output of an adapter; a constant where the network calls it under its own torch.no_grad()."""
+        if self.output == "primal":
+            return y
+        dual = DualTensor(y, y_tangent, self)
+        return dual.detach() if evaluation.in_block() else dual
 
     @contextmanager
     def returning(self, output: Literal["both", "primal"]) -> Iterator[None]:
@@ -124,7 +132,9 @@ class DualTensor(Tensor):
         found = list(duals((args, kwargs)))
         if found and not border.inside(found[0].stream):
             return cls.outside(func, args, kwargs)
-        if not torch.is_grad_enabled() and any(dual.has_graph and dual.stream.recorded for dual in found):
+        if not torch.is_grad_enabled() and (
+            evaluation.in_block() or any(dual.has_graph and dual.stream.recorded for dual in found)
+        ):
             refuse_inside_function(where(func))
             return cls.constants(func, args, kwargs)  # under torch.no_grad() results are constants: no tangent
         if any(dual.constant for dual in found):
