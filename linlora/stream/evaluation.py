@@ -11,11 +11,13 @@ from __future__ import annotations
 import sys
 from threading import local
 from types import FrameType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
+
+Factors = TypeVar("Factors", bound=tuple)
 
 
 @torch.compiler.disable
@@ -47,7 +49,7 @@ def recording() -> bool:
     return _entries()[-1][2] if _entries() else torch.is_grad_enabled()
 
 
-def unrecorded(factors: Any) -> Any:
+def unrecorded(factors: Factors) -> Factors:
     """The factors of an adapter, a namedtuple, without their graph where none is asked for."""
     if recording():
         return factors

@@ -18,13 +18,13 @@ IMAGE = (1, 2, 6, 6)
 
 ONE = """abs acos acosh arctan asin asinh atan atanh angle ceil conj_physical cos cosh deg2rad digamma erf erfc erfinv
     exp exp2 expm1 fix floor frac i0 isfinite isnan lgamma log log10 log1p log2 logit nan_to_num neg positive rad2deg
-    reciprocal relu round rsqrt sgn sigmoid sign sin sinc sinh sqrt square tan tanh trunc amax amin aminmax argmax argmin
-    argsort max min mean median nanmean nanmedian nansum norm prod std std_mean sum unique var var_mean sort mode diag
-    diff fliplr flipud triu tril ravel rot90 t unbind count_nonzero nonzero corrcoef cov"""
-ALONG = """logcumsumexp cummax cummin cumprod cumsum logsumexp sort mode max min median nanmedian argsort amax amin any all
-    softmax log_softmax unbind"""
-ACTIVATIONS = """celu elu gelu hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish normalize relu relu6 selu silu
-    softplus softshrink hardshrink softsign tanhshrink glu"""
+    reciprocal relu round rsqrt sgn sigmoid sign sin sinc sinh sqrt square tan tanh trunc amax amin aminmax argmax
+    argmin argsort max min mean median nanmean nanmedian nansum norm prod std std_mean sum unique var var_mean sort
+    mode diag diff fliplr flipud triu tril ravel rot90 t unbind count_nonzero nonzero corrcoef cov"""
+ALONG = """logcumsumexp cummax cummin cumprod cumsum logsumexp sort mode max min median nanmedian argsort amax amin any
+    all softmax log_softmax unbind"""
+ACTIVATIONS = """celu elu gelu hardsigmoid hardswish hardtanh leaky_relu logsigmoid mish normalize relu relu6 selu
+    silu softplus softshrink hardshrink softsign tanhshrink glu"""
 TWO = """add atan2 copysign div fmax fmin fmod hypot logaddexp logaddexp2 maximum minimum mul remainder sub xlogy
     true_divide"""
 
