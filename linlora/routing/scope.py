@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from linlora.model_scope import check_attention, enter_model_scope, leave_model_scope
 from linlora.routing.layers import RoutedLoraLinear
 from linlora.stream import head
+from linlora.tensor_files import finite
 
 if TYPE_CHECKING:
     from linlora.routing.model import RoutedModel
@@ -24,6 +25,12 @@ SCOPES = ("layer", "model")
 def linearize(model: RoutedModel, scope: str) -> None:
     """Linearize a routed model at the means of its inventories, in place."""
     _check(model, scope)
+    for layer in model.routed_layers:
+        if not all(finite(skills) for skills in layer.skills()):
+            raise ValueError(
+                f"layer '{layer.layer_name}': a skill holds NaN or infinity, and the mean, which all skills are "
+                "linearized around, would too"
+            )
     for layer in model.routed_layers:
         layer.linearize()
     if scope == "model":

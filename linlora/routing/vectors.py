@@ -20,6 +20,7 @@ from linlora.routing.model import Inventory, RoutedModel
 from linlora.routing.selectors import Selector, Sizes
 from linlora.routing.variants import VARIANTS
 from linlora.task_vector import TaskVector
+from linlora.weight_vector import WeightVector
 
 
 class _Skills(NamedTuple):
@@ -112,10 +113,13 @@ def _layers(vectors: Sequence[TaskVector]) -> tuple[dict[str, _Skills], str | No
     """The skills of every layer by its name, and the scope of the vectors; None of plain adapters trained apart."""
     if not vectors:
         raise ValueError("from_vectors: no vectors were given")
-    if all(vector.scope == "lora" and vector.point == {} for vector in vectors):
-        names = {name: None for vector in vectors for name in vector.scalings}
-        return {name: _apart(vectors, name) for name in names}, None
     first = vectors[0]
+    if all(vector.scope == "weight" or (vector.scope == "lora" and vector.point == {}) for vector in vectors):
+        plain = [WeightVector.of(vector) for vector in vectors]
+        for vector in plain[1:]:
+            plain[0].check_same_point(vector)
+        names = {name: None for vector in plain for name in vector.scalings}
+        return {name: _apart(plain, name) for name in names}, None
     for vector in vectors[1:]:
         first.check_same_point(vector)
     point = next((vector.point for vector in vectors if vector.point is not None), None)
@@ -129,17 +133,18 @@ def _layers(vectors: Sequence[TaskVector]) -> tuple[dict[str, _Skills], str | No
             raise ValueError(f"from_vectors: the point of the vectors holds no factors of layer '{name}'")
         if first.scope == "lora":
             B = torch.zeros_like(factors[0][1]) if B0 is None else B0
-            plain = [(A0 if dA is None else A0 + dA, B + dB) for dA, dB in factors]
-            layers[name] = _Skills(scaling, None, None, plain)
+            skills = [(A0 if dA is None else A0 + dA, B + dB) for dA, dB in factors]
+            layers[name] = _Skills(scaling, None, None, skills)
         else:
             around = [(torch.zeros_like(A0) if dA is None else dA, dB) for dA, dB in factors]
             layers[name] = _Skills(scaling, A0, B0, around)
     return layers, first.scope
 
 
-def _apart(vectors: Sequence[TaskVector], name: str) -> _Skills:
+def _apart(vectors: Sequence[WeightVector], name: str) -> _Skills:
     """Adapters of any rank and scaling as skills of the largest rank and scaling 1; zeros of one without the layer."""
-    own = [(v.deltas[f"{name}.dA"], v.scalings[name] * v.deltas[f"{name}.dB"]) for v in vectors if name in v.scalings]
+    updates = [vector.update(name) for vector in vectors if name in vector.scalings]
+    own = [(update.A, update.B) for update in updates]
     A, B = own[0]
     for other_A, other_B in own[1:]:
         if other_A.shape[1:] != A.shape[1:] or other_B.shape[0] != B.shape[0]:

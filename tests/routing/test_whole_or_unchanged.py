@@ -160,6 +160,16 @@ def test_a_function_that_fails_leaves_the_model_as_it_was(monkeypatch, case):
     call()  # and it can be tried again
 
 
+def test_a_skill_that_is_not_finite_is_not_averaged_into_the_others():
+    routed = routed_model()
+    with torch.no_grad():
+        routed.layers[1].lora_B[0, 1, 0, 0] = torch.inf
+    before = everything(routed)
+    with pytest.raises(ValueError, match=rf"layer '{routed.layers[1].layer_name}': a skill holds NaN or infinity"):
+        linlora.linearize(routed)
+    same(before, everything(routed))
+
+
 def adapters(tmp_path, *options):
     """Plain PEFT adapters of one base in folders, and the logits of the base with each."""
     folders, logits = [], []
