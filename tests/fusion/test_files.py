@@ -48,11 +48,11 @@ def test_ties_in_files_elects_the_majority_where_values_cancel(made, tmp_path):
     rows = [{"a.dB": [2.0, 1.0], "b.dB": [-1.0, -1.0]}, {"a.dB": [-2.0, 1.0], "b.dB": [-1.0, -1.0]}]
     vectors = []
     for index, row in enumerate(rows):
-        deltas = {name: torch.tensor(values) for name, values in row.items()}
+        deltas = {name: torch.tensor(values).unsqueeze(1) for name, values in row.items()}
         vectors.append(TaskVector(deltas, None, "", {"a": 1.0, "b": 1.0}, "layer"))
         vectors[-1].save(tmp_path / str(index))
     fused = linlora.fuse([TaskVector.open(tmp_path / str(index)) for index in range(2)], "ties", keep=1.0)
-    assert fused.deltas["a.dB"].tolist() == [-2.0, 1.0]
+    assert fused.deltas["a.dB"].flatten().tolist() == [-2.0, 1.0]
     assert all(
         torch.equal(fused.deltas[name], linlora.fuse(vectors, "ties", keep=1.0).deltas[name]) for name in rows[0]
     )
