@@ -70,7 +70,9 @@ def lorahub_weights(
     check_count("lorahub", "budget", budget)
     if bound <= 0.0:
         raise ValueError(f"lorahub: bound has to be above 0, got {bound}")
+    drawn_from = np.random.get_state()  # for a seed that nevergrad then does not need
     space = nevergrad.p.Array(init=[0.0] * count, lower=[-bound] * count, upper=[bound] * count)
+    np.random.set_state(drawn_from)
     space.random_state = np.random.RandomState(seed)
     optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
     with warnings.catch_warnings():
