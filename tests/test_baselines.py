@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
@@ -19,7 +21,7 @@ def _moved(model, kinds: tuple[str, ...]) -> dict[str, torch.Tensor]:
             step = torch.randn(parameter.shape, generator=generator, dtype=parameter.dtype)
             with torch.no_grad():
                 parameter.add_(step, alpha=0.1)
-            layer = name.split("base_model.model.")[1].split(".lora_")[0]
+            layer = re.split(r"\.(?:of_)?lora_", name.split("base_model.model.")[1])[0]
             moved[f"{layer} {kind[-1]}"] = parameter
     return moved
 
