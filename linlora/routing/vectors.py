@@ -116,8 +116,8 @@ def _layers(vectors: Sequence[TaskVector]) -> tuple[dict[str, _Skills], str | No
     first = vectors[0]
     if all(vector.scope == "weight" or (vector.scope == "lora" and vector.point == {}) for vector in vectors):
         plain = [WeightVector.of(vector) for vector in vectors]
-        for vector in plain[1:]:
-            plain[0].check_same_point(vector)
+        for other in plain[1:]:
+            plain[0].check_same_point(other)
         names = {name: None for vector in plain for name in vector.scalings}
         return {name: _apart(plain, name) for name in names}, None
     for vector in vectors[1:]:
