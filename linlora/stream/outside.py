@@ -170,7 +170,7 @@ def hooked(func: Any, args: tuple, kwargs: dict, result: Any) -> Any:
     in_hook = bool(leaves) and place(found[0].stream) is Place.HOOK
     if not in_hook and not any(isinstance(leaf, Tensor) and not differentiable(leaf) for leaf in leaves):
         return result
-    value = _of_f(func, args, kwargs, None)
+    value = _of_f(func, args, kwargs, Randomness(tree_flatten((args, kwargs))[0]))
     if in_hook and not any(isinstance(leaf, Tensor) for leaf in leaves):
         return value
     return _paired(result, value, found, every=in_hook)
