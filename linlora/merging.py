@@ -12,7 +12,7 @@ import functools
 import os
 import shutil
 from collections import defaultdict, deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ from linlora import formats
 from linlora.files import install_file
 from linlora.formats.base_folder import beside_the_weights
 from linlora.formats.checkpoint import INDEX_FILE, Checkpoint, WrongBaseError
+from linlora.fusion.registry import FROM_VECTORS, METHODS, fuse
 from linlora.sharing import group_of
 from linlora.staging import unfinished_folder
 from linlora.tensor_files import TensorFile, finite, memory, shapes, write
@@ -53,6 +54,9 @@ def merge_files(
     adapters: Sequence[str | os.PathLike],
     out: str | os.PathLike,
     progress: Callable[[Sequence[str]], Iterator[str]] = iter,
+    weights: Sequence[float] | None = None,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> Merged:
     """Write the model that a base and adapters make together, as a folder that transformers loads.
 
@@ -62,6 +66,9 @@ def merge_files(
             adapter (a head) replaces the base's.
         out: the folder to write; it must not exist, or be empty.
         progress: goes through the names of the shards.
+        weights: what each ΔW is multiplied by, 1 if left out.
+        method, options: of `linlora.fuse`, which makes one vector in weight space of them, layer by layer, instead of
+            the sum.
 
     Raises, and writes nothing: FileExistsError; WrongBaseError where base and adapter do not fit; ValueError for no
     adapter, a quantized base, a vector of scope "model", one without its point, weights that overflow;
@@ -80,7 +87,10 @@ def merge_files(
     if out == Path.cwd() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
         raise FileExistsError(f"{folder} exists already; choose another folder, or remove it")
     checkpoint = Checkpoint(Path(base))
-    plan = _Plan(checkpoint, [formats.open(path) for path in adapters])
+    stored = [formats.open(path) for path in adapters]
+    summed = weights is None and method is None
+    changes = stored if summed else [_fused(stored, weights, method, options or {})]
+    plan = _Plan(checkpoint, stored, changes)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside, left_out = beside_the_weights(checkpoint.folder, {*checkpoint.files, INDEX_FILE})
     beside += [Path(INDEX_FILE)] if checkpoint.index is not None else []
@@ -102,14 +112,17 @@ def merge_files(
 class _Plan:
     """What becomes of each tensor of the base."""
 
-    def __init__(self, checkpoint: Checkpoint, adapters: Sequence[formats.Stored]) -> None:
+    def __init__(
+        self, checkpoint: Checkpoint, adapters: Sequence[formats.Stored], changes: Sequence[formats.Stored]
+    ) -> None:
         self.folds: dict[str, list[tuple[Path, Callable[[], Update]]]] = defaultdict(list)
         self.replacements: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
         self.groups: dict[str, set[str]] = {}
-        for adapter in adapters:
-            placed = checkpoint.place(adapter.layer_sizes())
+        for change in changes:
+            placed = checkpoint.place(change.layer_sizes())
             for layer, (key, transposed) in placed.items():
-                self.folds[key].append((adapter.path, _reader(adapter, layer, transposed)))
+                self.folds[key].append((change.path, _reader(change, layer, transposed)))
+        for adapter in adapters:
             self._replace(checkpoint, adapter)
         for key in self.folds.keys() & self.replacements.keys():
             own = self.replacements[key][0]  # with a LoRA of an output embedding PEFT saves the weight it is added to
@@ -200,6 +213,23 @@ def _is_untouched(file: TensorFile, key: str, tensor: Tensor) -> bool:
     height = max(1, tensor.shape[0] * BLOCK // max(1, tensor.numel()))
     blocks = (slice(at, min(at + height, tensor.shape[0])) for at in range(0, tensor.shape[0], height))
     return all(torch.equal(file.read_rows(key, rows).to(tensor.dtype), tensor[rows]) for rows in blocks)
+
+
+def _fused(
+    adapters: Sequence[formats.Stored], weights: Sequence[float] | None, method: str | None, options: Mapping[str, Any]
+) -> formats.Stored:
+    """Adapters as one, whose layers are computed when they are asked for."""
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if len(weights) != len(adapters):
+        raise ValueError(f"merge: {len(weights)} weights for {len(adapters)} adapters; one each is needed")
+    if method in METHODS and method not in FROM_VECTORS:
+        raise ValueError(f"merge: {method} needs a model and data; from files: {', '.join(FROM_VECTORS)}")
+    vectors = [adapter.vector.cast("weight") for adapter in adapters]
+    if method is None:
+        fused = fuse(vectors, "task_arithmetic", scaling=weights, **options)
+    else:
+        fused = fuse([weight * vector for weight, vector in zip(weights, vectors, strict=True)], method, **options)
+    return formats.Stored(Path(" + ".join(str(adapter.path) for adapter in adapters)), "fused adapters", fused)
 
 
 def _reader(adapter: formats.Stored, layer: str, transposed: bool) -> Callable[[], Update]:

@@ -132,6 +132,7 @@ class TaskVector:
             "point_hash": self.point_hash,
             "scalings": json.dumps(self.scalings),
             "base_model": self.base_model or "",
+            **self.own_metadata(),
         }
         save_tensors(path, StoredTensors(like, lambda name: home[name][name]), metadata)
 
@@ -183,9 +184,18 @@ class TaskVector:
         )  # fmt: skip
         if not point and vector.point_hash != point_hash({}):
             return replace(vector, point=None)
+        vector = vector.with_metadata(metadata)
         if not file.has_checksums and point_hash(vector.point or {}) != vector.point_hash:
             raise CorruptFileError(f"{path}: the linearization point does not match its hash; the file was altered")
         return vector
+
+    def own_metadata(self) -> dict[str, str]:
+        """What a file says of the vector beside its tensors and what every vector has."""
+        return {}
+
+    def with_metadata(self, metadata: Mapping[str, str]) -> TaskVector:
+        """The vector with what a file says of it beside that."""
+        return self
 
     def loaded(self) -> TaskVector:
         """The vector in memory: one that lies in files is read, or computed, whole."""

@@ -12,7 +12,7 @@ choice of layers add; a layer that one of them lacks is zero there. N×K matrice
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
@@ -26,11 +26,16 @@ from linlora.tensor_files import StoredTensors, shapes
 from linlora.weights import Update, stacked
 
 
+@dataclass(frozen=True, eq=False)
 class WeightVector(TaskVector, scope="weight"):
     """What an adapter adds to the weights: ΔW = s B A, with A '<layer>.dA' (R, K) and B '<layer>.dB' (N, R).
 
     `linlora.formats.read` of a plain adapter gives one, and `cast("weight")` of a vector of scope "layer" or "lora" at
     any starting point. There is no point, and `scalings` holds each s.
+
+    Attributes:
+        truncation_error: of the vector that was cut to a smaller rank to give this one, the part of the norm that was
+            lost; 0 where none was.
 
     >>> import linlora
     >>> linlora.testing.tiny_model("bert", trained=True, r=2).save_pretrained("two")
@@ -40,6 +45,8 @@ class WeightVector(TaskVector, scope="weight"):
     >>> difference.scope, len(difference.scalings), {size.rank for size in difference.sizes().values()}
     ('weight', 11, {2, 10})
     """
+
+    truncation_error: float = 0.0
 
     @classmethod
     def of(cls, vector: TaskVector) -> WeightVector:
@@ -105,6 +112,15 @@ class WeightVector(TaskVector, scope="weight"):
         return replace(self, scalings={layer: scaling * factor for layer, scaling in self.scalings.items()})
 
     __rmul__ = __mul__
+
+    def own_metadata(self) -> dict[str, str]:
+        return {"truncation_error": repr(self.truncation_error)} if self.truncation_error else {}
+
+    def with_metadata(self, metadata: Mapping[str, str]) -> WeightVector:
+        try:
+            return replace(self, truncation_error=float(metadata.get("truncation_error", 0.0)))
+        except ValueError:
+            return self
 
     def dot(self, other: TaskVector) -> float:
         """⟨self, other⟩ = Σ tr ΔWᵀ ΔW' over the layers of both, in float64."""

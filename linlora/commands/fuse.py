@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def fuse(
     vectors: Annotated[list[str], typer.Argument(help="Task vectors or adapter folders; then options of the method.")],
     out: Annotated[Path, typer.Option(help="The task vector to write, a .safetensors file.")],
-    method: Annotated[str, typer.Option(help="average, task_arithmetic, ties, dare or negation.")] = "task_arithmetic",
+    method: Annotated[str, typer.Option(help="A method of linlora.fuse that needs no data.")] = "task_arithmetic",
     scope: Annotated[
         str | None, typer.Option(help="weight: fuse what the adapters add to the weights, whatever they are.")
     ] = None,
@@ -28,8 +28,10 @@ def fuse(
     layers, and linearized ones among them, are fused as what they add to the weights of their base model: Σ λ ΔW.
 
     The options of the method are those of `linlora.fuse`: --scaling 0.3, or --scaling 0.3,0.5,0.2 for one each; --keep
-    for ties; --drop, --seed and --combine for dare. The files are streamed through: memory holds a few tensors,
-    whatever their number. Where λ comes from: `linlora eval ... --fuse METHOD --search` on a validation split.
+    for ties; --drop, --seed and --combine for dare. In weight space there are also tsv, iso_c, iso_cts, knots_ties,
+    compress_then_merge and wudi_minimiser, and --out-rank 16 or --energy 0.99 for the best adapter of a smaller rank.
+    The files are streamed through: memory holds a few tensors, whatever their number. Where λ comes from: `linlora eval
+    ... --fuse METHOD --search` on a validation split.
     """
     from rich.console import Console
 
@@ -60,6 +62,10 @@ def fuse(
                 "note: plain LoRA adapters of one start are fused factor by factor, Σ dB_i and Σ dA_i: their product "
                 "has the cross terms B_i A_j. What they add to the weights has none: --scope weight"
             )
+        if isinstance(fused, linlora.WeightVector):
+            ranks = sorted({size.rank for size in fused.sizes().values()})
+            lost = f"; cut off: {fused.truncation_error:.2%} of the norm" if fused.truncation_error else ", exact"
+            console.print(f"rank {' to '.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}{lost}", markup=False)
         extras = sorted({name for adapter in stored for name in adapter.extras})
         if extras:
             console.print(f"note: not fused, trained beside the adapters: {', '.join(extras)}", markup=False)
@@ -76,13 +82,10 @@ def _of_one_space(stored: list[Stored], scope: str | None) -> list[Stored]:
     from dataclasses import replace
 
     from linlora import DifferentPointError
-    from linlora.vanilla import refuse_changed_base
 
     if scope not in (None, "weight"):
         raise ValueError(f"--scope {scope}: 'weight', or the scope of the vectors if left out")
     if scope or any(adapter.vector.scope == "weight" for adapter in stored):
-        for adapter in stored:
-            refuse_changed_base(adapter.config.get("init_lora_weights"), str(adapter.path))
         stored = [replace(adapter, vector=adapter.vector.cast("weight")) for adapter in stored]
     for one, other in itertools.combinations(stored, 2):
         try:

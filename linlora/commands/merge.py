@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from pathlib import Path
 from typing import Annotated
@@ -13,10 +14,22 @@ from linlora.commands.errors import user_errors
 
 def merge(
     base: Annotated[Path, typer.Argument(help="Folder of the base model (safetensors).")],
-    adapters: Annotated[list[Path], typer.Argument(help="Task vectors or adapter folders; their changes are summed.")],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(help="Task vectors or adapter folders, each with a weight if one is given: A:0.6 B:-0.2."),
+    ],
     out: Annotated[Path, typer.Option(help="Folder of the merged model; it must not exist.")],
+    method: Annotated[
+        str | None, typer.Option(help="Fuse the adapters by this method of linlora.fuse; their sum if left out.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="An option of the method: --set scaling=0.5 (repeatable).")
+    ] = None,
 ) -> None:
     """Merge adapters into the weights of a base model, from file to file: linlora merge BASE ADAPTER --out MERGED
+
+    Several are summed as ΔW, whatever their ranks and layers, each times its weight: linlora merge BASE A:0.6 B:-0.2.
+    Or they are fused, --method tsv: then the weights multiply ΔW before.
 
     W + ΔW is summed in float32 and rounded to the dtype of W once. The model is not built: a shard streams through
     memory, weight by weight. The result is a plain model folder for transformers, vLLM or SGLang.
@@ -26,9 +39,18 @@ def merge(
     with user_errors(interrupted="interrupted; nothing was written"):
         from linlora.fusion.search import bar
         from linlora.merging import merge_files
+        from linlora.training.recipe import assigned
 
         start = time.perf_counter()
-        merged = merge_files(base, adapters, out, progress=lambda shards: bar(shards, "merging"))
+        paths, weights = zip(*map(weighted, adapters), strict=True)
+        given = any(weight is not None for weight in weights)
+        if set_ and method is None:
+            raise ValueError("--set is an option of a method; name it with --method")
+        merged = merge_files(
+            base, paths, out, progress=lambda shards: bar(shards, "merging"), method=method,
+            weights=[1.0 if weight is None else weight for weight in weights] if given else None,
+            options=dict(assigned(set_ or [])),
+        )  # fmt: skip
         seconds = time.perf_counter() - start
         console = Console(soft_wrap=True, highlight=False, markup=False)
         replaced = f", {merged.replaced} replaced" if merged.replaced else ""
@@ -39,3 +61,21 @@ def merge(
         if merged.left_out:
             console.print(f"not copied, of the base alone: {', '.join(merged.left_out)}")
         console.print(f"next: AutoModel....from_pretrained({str(out)!r})")
+
+
+def weighted(argument: str) -> tuple[str, float | None]:
+    """A path and the weight behind it.
+
+    >>> weighted("adapters/a:-0.2"), weighted("adapters/a")
+    (('adapters/a', -0.2), ('adapters/a', None))
+    """
+    path, colon, text = argument.rpartition(":")
+    if not colon or Path(argument).exists():
+        return argument, None
+    try:
+        weight = float(text)
+    except ValueError:
+        return argument, None
+    if not math.isfinite(weight):
+        raise ValueError(f"{argument}: the weight has to be finite")
+    return path, weight

@@ -16,7 +16,6 @@ from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE, open_peft_ada
 from linlora.formats.stored import Stored
 from linlora.task_vector import FORMAT, DifferentPointError, TaskVector, point_hash, point_name
 from linlora.tensor_files import TensorFile, shapes
-from linlora.vanilla import refuse_changed_base
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
 _ADAPTER_FILES = (TASK_VECTOR_FILE, LINEARIZED_FILE, TENSOR_FILE, PICKLE_FILE)
@@ -41,10 +40,8 @@ def read(path: str | os.PathLike, point: TaskVector | str | os.PathLike | None =
     >>> vector.scope, len(vector.scalings)
     ('weight', 11)
     """
-    stored = open(path)
-    if point is None and stored.vector.scope == "weight":
-        refuse_changed_base(stored.config.get("init_lora_weights"), str(path))
-    return (stored.vector if point is None else from_start(stored.vector, point)).loaded()
+    vector = open(path).vector
+    return (vector if point is None else from_start(vector, point)).loaded()
 
 
 def open(path: str | os.PathLike) -> Stored:

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from linlora.fusion.checks import check_finite, check_number, plain
-from linlora.fusion.layerwise import fused_layers, peek, weight_vectors
+from linlora.fusion.layerwise import Layer, fused_layers, peek, weight_vectors
 from linlora.fusion.rule import Rule, fused, zeros
+from linlora.fusion.truncation import Cut, OutRank
 from linlora.task_vector import TaskVector
 from linlora.weight_vector import WeightVector
 from linlora.weights import Update
@@ -21,18 +22,23 @@ from linlora.weights import Update
 PUBLISHED_SCALING = 0.3
 
 
-def average(vectors: Iterable[TaskVector]) -> TaskVector:
-    """Σᵢ δᵢ / n.
+def average(vectors: Iterable[TaskVector], out_rank: OutRank = "exact", energy: float | None = None) -> TaskVector:
+    """Σᵢ δᵢ / n. In weight space `out_rank` and `energy` cut the rank of the result (`linlora.fusion.truncation`).
 
     >>> import torch
     >>> u, v = (TaskVector({"q.dB": torch.tensor(x)}, None, "", {"q": 1.0}, "layer") for x in ([1.0, 2.0], [3.0, -2.0]))
     >>> average([u, v]).deltas["q.dB"].tolist()
     [2.0, 0.0]
     """
-    return _summed(vectors, WeightedSum("average", 1.0, mean=True))
+    return _summed(vectors, WeightedSum("average", 1.0, mean=True), out_rank, energy)
 
 
-def task_arithmetic(vectors: Iterable[TaskVector], scaling: float | Sequence[float] = PUBLISHED_SCALING) -> TaskVector:
+def task_arithmetic(
+    vectors: Iterable[TaskVector],
+    scaling: float | Sequence[float] = PUBLISHED_SCALING,
+    out_rank: OutRank = "exact",
+    energy: float | None = None,
+) -> TaskVector:
     """Σᵢ λᵢ δᵢ (arXiv 2212.04089): one λ for all, 0.3 as published, or one for each vector.
 
     Search λ on a validation split (`linlora.fusion.search`), never on the test split.
@@ -44,10 +50,15 @@ def task_arithmetic(vectors: Iterable[TaskVector], scaling: float | Sequence[flo
     >>> task_arithmetic([u, v], scaling=[1.0, -2.0]).deltas["q.dB"].tolist()
     [-5.0, 6.0]
     """
-    return _summed(vectors, WeightedSum("task_arithmetic", scaling))
+    return _summed(vectors, WeightedSum("task_arithmetic", scaling), out_rank, energy)
 
 
-def negation(vectors: Iterable[TaskVector], scaling: float = 1.0) -> TaskVector:
+def negation(
+    vectors: Iterable[TaskVector],
+    scaling: float = 1.0,
+    out_rank: OutRank = "exact",
+    energy: float | None = None,
+) -> TaskVector:
     """−λ Σᵢ δᵢ (arXiv 2212.04089): forgetting the task of a vector, or the tasks of several.
 
     The largest λ that keeps 95 % of the accuracy on a control task is chosen there; 1 is the plain negative.
@@ -58,19 +69,24 @@ def negation(vectors: Iterable[TaskVector], scaling: float = 1.0) -> TaskVector:
     [-0.5, 1.0]
     """
     check_number("negation", "scaling", scaling)
-    return _summed(vectors, WeightedSum("negation", -float(scaling)))
+    return _summed(vectors, WeightedSum("negation", -float(scaling)), out_rank, energy)
 
 
-def _summed(vectors: Iterable[TaskVector], rule: WeightedSum) -> TaskVector:
+def _summed(vectors: Iterable[TaskVector], rule: WeightedSum, out_rank: OutRank, energy: float | None) -> TaskVector:
     kind, vectors = peek(vectors)
-    if kind is not WeightVector:
-        return fused(vectors, rule)
-    in_weights = weight_vectors(vectors)
-    return fused_layers(in_weights, side_by_side, rule.weights_of(len(in_weights)))
+    if kind is WeightVector:
+        in_weights = weight_vectors(vectors)
+        return fused_layers(in_weights, side_by_side, rule.weights_of(len(in_weights)), out_rank, energy)
+    if not Cut(out_rank, energy).exact:
+        raise ValueError(
+            f"{rule.method}: out_rank and energy cut what adapters add to the weights; vector.cast('weight') is that"
+        )
+    return fused(vectors, rule)
 
 
-def side_by_side(updates: list[Update]) -> Update:
+def side_by_side(layer: Layer) -> Update:
     """Σ ΔW as one product of the factors of all."""
+    updates = layer.updates
     return Update(torch.cat([update.A for update in updates]), torch.cat([update.B for update in updates], dim=1))
 
 

@@ -12,51 +12,110 @@ from __future__ import annotations
 import itertools
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from linlora.fusion.truncation import Cut, OutRank, Spectrum
 from linlora.task_vector import DifferentPointError, TaskVector
 from linlora.tensor_files import StoredTensors, finite, memory
 from linlora.weight_vector import Size, WeightVector, common_base, stored_factors, weight_vector
 from linlora.weights import Update
 
-Merge = Callable[[list[Update]], Update]
-"""The ΔW of one layer, one or more, into one."""
 T = TypeVar("T")
 
 
-def fused_layers(vectors: Sequence[WeightVector], merge: Merge, weights: Sequence[float] | None = None) -> WeightVector:
+@dataclass(frozen=True)
+class Layer:
+    """What vectors in weight space have of one layer.
+
+    Attributes:
+        indices: of the vectors that change it, by their place in the list.
+        updates: their ΔW, times their weights.
+    """
+
+    name: str
+    indices: list[int]
+    updates: list[Update]
+
+
+Merge = Callable[[Layer], Update | Spectrum]
+"""The ΔW of one layer, one or more, into one."""
+
+
+def fused_layers(
+    vectors: Sequence[WeightVector],
+    merge: Merge,
+    weights: Sequence[float] | None = None,
+    out_rank: OutRank = "exact",
+    energy: float | None = None,
+) -> WeightVector:
     """The vector a method makes of vectors in weight space, each times its weight, layer by layer.
 
-    The factors of the result have the sum of the ranks; where `merge` needs fewer, the others are zero. So sizes are
-    known before a tensor is read.
+    Exactly, it has factors of the sum of the ranks, zeros where `merge` needs fewer, so that sizes are known before a
+    tensor is read. Cut to a rank, or to an energy, the result is computed at once and held: one adapter of that rank.
+
+    Args:
+        out_rank, energy: see `Cut`.
     """
-    weights = [1.0] * len(vectors) if weights is None else weights
+    cut, base_model = Cut(out_rank, energy), common_base(*vectors)
+    sizes = fused_sizes(vectors)
+    if cut.exact:
+        stored = stored_factors(sizes, lambda name: _factors(merge(layer(vectors, name, weights)), sizes[name]))
+        deltas = stored if all(isinstance(vector.deltas, StoredTensors) for vector in vectors) else dict(stored)
+        return weight_vector(vectors[0], deltas, dict.fromkeys(sizes, 1.0), base_model)
+    cut_deltas: dict[str, Tensor] = {}
+    lost = whole = 0.0
+    for name, size in sizes.items():
+        merged = merge(layer(vectors, name, weights))
+        spectrum = merged if isinstance(merged, Spectrum) else Spectrum.of(merged)
+        rank = cut.rank(spectrum.values)
+        squares = spectrum.values.square()
+        lost, whole = lost + float(squares[rank:].sum()), whole + float(squares.sum())
+        A, B = _factors(spectrum, size._replace(rank=rank))
+        cut_deltas[f"{name}.dA"], cut_deltas[f"{name}.dB"] = A, B
+    fused = weight_vector(vectors[0], cut_deltas, dict.fromkeys(sizes, 1.0), base_model)
+    return replace(fused, truncation_error=(lost / whole) ** 0.5 if whole else 0.0)
+
+
+def layers(vectors: Sequence[WeightVector], weights: Sequence[float] | None = None) -> Iterator[Layer]:
+    """All layers, one after the other."""
+    for name in fused_sizes(vectors):
+        yield layer(vectors, name, weights)
+
+
+def layer(vectors: Sequence[WeightVector], name: str, weights: Sequence[float] | None = None) -> Layer:
+    """What vectors have of a layer, in an order of its values. Raises ValueError where one is not finite."""
+    parts = []
+    for index, vector in enumerate(vectors):
+        if name in vector.scalings:
+            update = vector.update(name)
+            update = Update(update.A, (1.0 if weights is None else weights[index]) * update.B)
+            if not finite(update.A) or not finite(update.B):
+                raise ValueError(f"fuse: layer '{name}' of vector {index + 1} holds NaN or infinity")
+            parts.append((_by_value(update), index, update))
+    parts.sort(key=lambda part: part[0])
+    return Layer(name, [index for _, index, _ in parts], [update for _, _, update in parts])
+
+
+def fused_sizes(vectors: Sequence[WeightVector]) -> dict[str, Size]:
+    """The sizes of the factors of all vectors side by side."""
     sizes: dict[str, Size] = {}
     for vector in vectors:
-        for layer, size in vector.sizes().items():
-            sizes[layer] = _beside(sizes.get(layer), size)
-    sizes = {layer: sizes[layer] for layer in sorted(sizes)}
+        for name, size in vector.sizes().items():
+            sizes[name] = _beside(sizes.get(name), size)
+    return {name: sizes[name] for name in sorted(sizes)}
 
-    def factors(layer: str) -> tuple[Tensor, Tensor]:
-        parts = []
-        for index, (vector, weight) in enumerate(zip(vectors, weights, strict=True)):
-            if layer in vector.scalings:
-                update = vector.update(layer)
-                parts.append(Update(update.A, weight * update.B))
-                if not finite(update.A) or not finite(parts[-1].B):
-                    raise ValueError(f"fuse: layer '{layer}' of vector {index + 1} holds NaN or infinity")
-        size = sizes[layer]
-        made = merge(sorted(parts, key=_by_value))
-        missing = size.rank - len(made.A)
-        return pad(made.A, (0, 0, 0, missing)).to(size.dtype), pad(made.B, (0, missing)).to(size.dtype)
 
-    stored = stored_factors(sizes, factors)
-    deltas = stored if all(isinstance(vector.deltas, StoredTensors) for vector in vectors) else dict(stored)
-    return weight_vector(vectors[0], deltas, dict.fromkeys(sizes, 1.0), common_base(*vectors))
+def _factors(merged: Update | Spectrum, size: Size) -> tuple[Tensor, Tensor]:
+    """A and B of a size, filled up with zeros."""
+    update = merged.update(size.rank) if isinstance(merged, Spectrum) else merged
+    missing = size.rank - len(update.A)
+    A, B = update.A.to(size.dtype), update.B.to(size.dtype)
+    return pad(A, (0, 0, 0, missing)).contiguous(), pad(B, (0, missing)).contiguous()
 
 
 def _beside(left: Size | None, right: Size) -> Size:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 
 import numpy as np
 import torch
@@ -37,6 +37,37 @@ def kth_largest(pieces: Callable[[], Iterable[Tensor]], k: int) -> np.floating:
     rank = int(from_above[_BUCKETS - 1 - bucket]) - k  # from below, in the bucket
     found = [piece[_buckets(piece) == bucket].abs().numpy() for piece in pieces()]
     return np.partition(np.concatenate(found), rank)[rank]
+
+
+def kept_from(pieces: Callable[[], Iterable[Mapping[int, Tensor]]], count: int, keep: float) -> list[float]:
+    """The smallest magnitude that is kept of each of some streams: the k-th largest of d, k = ⌊keep · d⌋, at least 1.
+
+    As `kth_largest`, of all streams in two passes. Infinity for a stream without values.
+
+    Args:
+        pieces: of some of the streams, by number; flat float32, called once for each pass.
+
+    >>> kept_from(lambda: [{0: torch.tensor([1.0, -5.0])}, {0: torch.tensor([3.0]), 2: torch.ones(2)}], 3, 0.7)
+    [3.0, inf, 1.0]
+    """
+    counts = torch.zeros(count, _BUCKETS, dtype=torch.int64)
+    for piece in pieces():
+        for stream, values in piece.items():
+            counts[stream] += torch.bincount(_buckets(values), minlength=_BUCKETS)
+    chosen, ranks = [], []
+    for of_stream in counts:
+        kept = max(1, int(keep * int(of_stream.sum())))
+        from_above = of_stream.flip(0).cumsum(0)
+        chosen.append(_BUCKETS - 1 - int(torch.searchsorted(from_above, kept)))
+        ranks.append(int(from_above[_BUCKETS - 1 - max(0, chosen[-1])]) - kept)
+    found: list[list[np.ndarray]] = [[] for _ in range(count)]
+    for piece in pieces():
+        for stream, values in piece.items():
+            found[stream].append(values[_buckets(values) == chosen[stream]].abs().numpy())
+    return [
+        float(np.partition(np.concatenate(values), rank)[rank]) if sum(map(len, values)) else float("inf")
+        for values, rank in zip(found, ranks, strict=True)
+    ]
 
 
 def _buckets(piece: Tensor) -> Tensor:

@@ -9,9 +9,21 @@ from linlora.fusion.adamerging import adamerging
 from linlora.fusion.arithmetic import average, negation, task_arithmetic
 from linlora.fusion.checks import check_options, required
 from linlora.fusion.dare import dare
+from linlora.fusion.knots import compress_then_merge, knots_ties
 from linlora.fusion.lorahub import lorahub
+from linlora.fusion.spectral import iso_c, iso_cts, tsv, wudi_minimiser
 from linlora.fusion.ties import ties
 from linlora.task_vector import TaskVector
+
+IN_WEIGHT_SPACE: dict[str, Callable[..., TaskVector]] = {
+    "tsv": tsv,
+    "iso_c": iso_c,
+    "iso_cts": iso_cts,
+    "knots_ties": knots_ties,
+    "compress_then_merge": compress_then_merge,
+    "wudi_minimiser": wudi_minimiser,
+}
+"""The methods of vectors in weight space alone."""
 
 METHODS: dict[str, Callable[..., TaskVector]] = {
     "average": average,
@@ -21,6 +33,7 @@ METHODS: dict[str, Callable[..., TaskVector]] = {
     "negation": negation,
     "lorahub": lorahub,
     "adamerging": adamerging,
+    **IN_WEIGHT_SPACE,
 }
 
 FROM_VECTORS = tuple(name for name, method in METHODS.items() if not required(method))
@@ -36,11 +49,14 @@ def fuse(vectors: Iterable[TaskVector], method: str = "task_arithmetic", **optio
             loads one after the other, of which those methods that go through them once hold one at a time, and beside
             it what their docstrings say; or left in files, a list of `TaskVector.open`. Then the result is lazy, each
             of its tensors computed when it is asked for, and `save` streams: a few tensors are in memory.
-        method: "average", "task_arithmetic", "ties", "dare", "negation", "lorahub" or "adamerging".
+        method: "average", "task_arithmetic", "negation", "lorahub"; of vectors of one point "ties", "dare" and
+            "adamerging"; in weight space "tsv", "iso_c", "iso_cts", "knots_ties", "compress_then_merge" and
+            "wudi_minimiser". There most methods take `out_rank=r` or `energy=0.99`: the best adapter of a smaller rank,
+            whose `truncation_error` says what part of the norm was cut off.
 
     Returns: a TaskVector of the same point, dtypes and scope; sums are accumulated in float32 (float64 for float64
         vectors) and rounded once. A method sees vectors, not models, so it works at scopes "lora", "layer" and "model"
-        alike. In weight space it sees ΔW, and the result has the rank of all vectors together.
+        alike. In weight space it sees ΔW, and the result has the rank of all vectors together unless it is cut.
 
     Raises ValueError for no vectors, an unknown method, options the method does not take or cannot use,
     DifferentPointError for vectors of different points, scopes or layers.

@@ -62,8 +62,7 @@ def fused(vectors: Iterable[TaskVector], rule: Rule[Any]) -> TaskVector:
     if kind is WeightVector:
         raise ValueError(
             f"{rule.method}: picks single values, and those of ΔW = s B A make a matrix of full rank, which no adapter "
-            "holds; the values of A and B mean nothing by themselves. Fuse these adapters by average, task_arithmetic "
-            "or negation"
+            "holds; the values of A and B mean nothing by themselves. knots_ties is TIES in a basis of the adapters"
         )
     if isinstance(vectors, (list, tuple)) and vectors and all(_stored(vector) for vector in vectors):
         return _by_tensor(vectors, rule)

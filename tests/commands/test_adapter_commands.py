@@ -184,3 +184,56 @@ def test_a_fused_vector_takes_the_place_of_none_it_is_made_of(run, vectors, tmp_
     assert status == 2
     assert "is one of the vectors; name another file" in output
     assert (tmp_path / out).read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("line", "fused"),
+    [
+        ("a:0.6 b:-0.2", lambda a, b: 0.6 * a - 0.2 * b),
+        ("a b:-0.2", lambda a, b: a - 0.2 * b),
+        ("a b --method tsv", lambda a, b: linlora.fuse([a, b], "tsv")),
+        ("a:0.6 b --method iso_c --set out_rank=2", lambda a, b: linlora.fuse([0.6 * a, b], "iso_c", out_rank=2)),
+    ],
+)
+def test_a_merge_of_weighted_and_of_fused_adapters(run, line, fused):
+    tiny_model("bert", trained=True).save_pretrained("a")
+    other = tiny_model("bert", r=2, target_modules=["query"])
+    randomize(other, 7)
+    other.save_pretrained("b")
+    tiny_base("bert").save_pretrained("base")
+    status, output = run(f"merge base {line} --out merged")
+    assert status == 0, output
+    fused(formats.read("a"), formats.read("b")).save("f.safetensors")
+    linlora.merging.merge_files("base", ["f.safetensors"], "expected")
+    found, expected = (BertForSequenceClassification.from_pretrained(name).eval() for name in ("merged", "expected"))
+    torch.testing.assert_close(found.state_dict(), expected.state_dict(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("merge base a:nan --out f", "a:nan: the weight has to be finite"),
+        ("merge base a:much --out f", "a:much: no such file or folder"),
+        ("merge base a --method adamerging --out f", "adamerging needs a model and data; from files:"),
+        ("merge base a --set keep=1 --out f", "--set is an option of a method; name it with --method"),
+        ("merge base a --method tsv --set keep=1 --out f", "tsv takes no option 'keep'; its options are scaling,"),
+        ("merge base a --method dare --out f", "dare: picks single values"),
+    ],
+)
+def test_a_merge_that_cannot_be_done(run, tmp_path, line, message):
+    tiny_model("bert", trained=True).save_pretrained("a")
+    tiny_base("bert").save_pretrained("base")
+    status, output = run(line)
+    assert status == 2
+    assert message in output
+    assert not (tmp_path / "f").exists()
+
+
+def test_fuse_says_what_a_cut_costs(run):
+    tiny_model("bert", trained=True).save_pretrained("a")
+    status, output = run("fuse a a --method tsv --out-rank 2 --out f.safetensors")
+    assert status == 0
+    error = TaskVector.load("f.safetensors").truncation_error
+    assert f"rank 2; cut off: {error:.2%} of the norm" in output
+    status, output = run("fuse a a --method average --out-rank 9 --out f.safetensors")
+    assert "rank 4, exact" in output
