@@ -15,7 +15,7 @@ from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,8 @@ from linlora import formats
 from linlora.files import install_file
 from linlora.formats.base_folder import beside_the_weights
 from linlora.formats.checkpoint import INDEX_FILE, Checkpoint, WrongBaseError
+from linlora.fusion.checks import check_options
+from linlora.fusion.dense import DenseTies
 from linlora.fusion.registry import FROM_VECTORS, METHODS, fuse
 from linlora.sharing import group_of
 from linlora.staging import unfinished_folder
@@ -88,9 +90,10 @@ def merge_files(
         raise FileExistsError(f"{folder} exists already; choose another folder, or remove it")
     checkpoint = Checkpoint(Path(base))
     stored = [formats.open(path) for path in adapters]
-    summed = weights is None and method is None
-    changes = stored if summed else [_fused(stored, weights, method, options or {})]
-    plan = _Plan(checkpoint, stored, changes)
+    changes, dense = stored, None
+    if weights is not None or method is not None:
+        changes, dense = _fused(stored, weights, method, options or {})
+    plan = _Plan(checkpoint, stored, changes, dense)
     out.parent.mkdir(parents=True, exist_ok=True)
     beside, left_out = beside_the_weights(checkpoint.folder, {*checkpoint.files, INDEX_FILE})
     beside += [Path(INDEX_FILE)] if checkpoint.index is not None else []
@@ -113,15 +116,22 @@ class _Plan:
     """What becomes of each tensor of the base."""
 
     def __init__(
-        self, checkpoint: Checkpoint, adapters: Sequence[formats.Stored], changes: Sequence[formats.Stored]
+        self,
+        checkpoint: Checkpoint,
+        adapters: Sequence[formats.Stored],
+        changes: Sequence[formats.Stored],
+        dense: DenseTies | None,
     ) -> None:
         self.folds: dict[str, list[tuple[Path, Callable[[], Update]]]] = defaultdict(list)
+        self.indices: dict[str, list[int]] = defaultdict(list)
+        self.dense = dense
         self.replacements: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
         self.groups: dict[str, set[str]] = {}
-        for change in changes:
+        for index, change in enumerate(changes):
             placed = checkpoint.place(change.layer_sizes())
             for layer, (key, transposed) in placed.items():
                 self.folds[key].append((change.path, _reader(change, layer, transposed)))
+                self.indices[key].append(index)
         for adapter in adapters:
             self._replace(checkpoint, adapter)
         for key in self.folds.keys() & self.replacements.keys():
@@ -196,6 +206,9 @@ class _Plan:
                 "original weights"
             )
         updates = [read() for _, read in self.folds[key]]
+        if self.dense is not None:
+            yield from self._dense(self.dense, key, updates, like, read_rows)
+            return
         A, B = torch.cat([update.A for update in updates]), torch.cat([update.B for update in updates], dim=1)
         wide = torch.promote_types(A.dtype, like.dtype)
         update = Update(A.to(wide), B.to(wide), updates[0].transposed)
@@ -204,6 +217,17 @@ class _Plan:
                 yield folded(read_rows(rows), update, rows)
             except OverflowError as error:
                 raise ValueError(f"'{key}': {error}") from error
+
+    def _dense(
+        self, ties: DenseTies, key: str, updates: Sequence[Update], like: Tensor, read_rows: Callable[[slice], Tensor]
+    ) -> Iterator[Tensor]:
+        """round(W + ΔW) of a ΔW that has no factors."""
+        for rows in blocks(like.shape):
+            change = ties.rows(updates, self.indices[key], rows)
+            block = (read_rows(rows).to(torch.promote_types(change.dtype, like.dtype)) + change).to(like.dtype)
+            if not finite(block):
+                raise ValueError(f"'{key}': W + ΔW overflows in {like.dtype}; a smaller scaling is needed")
+            yield block
 
 
 def _is_untouched(file: TensorFile, key: str, tensor: Tensor) -> bool:
@@ -217,19 +241,21 @@ def _is_untouched(file: TensorFile, key: str, tensor: Tensor) -> bool:
 
 def _fused(
     adapters: Sequence[formats.Stored], weights: Sequence[float] | None, method: str | None, options: Mapping[str, Any]
-) -> formats.Stored:
-    """Adapters as one, whose layers are computed when they are asked for."""
+) -> tuple[list[formats.Stored], DenseTies | None]:
+    """Adapters as one, whose layers are computed when they are asked for; for TIES all of them, and the rule."""
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise ValueError(f"merge: {len(weights)} weights for {len(adapters)} adapters; one each is needed")
     if method in METHODS and method not in FROM_VECTORS:
         raise ValueError(f"merge: {method} needs a model and data; from files: {', '.join(FROM_VECTORS)}")
-    vectors = [adapter.vector.cast("weight") for adapter in adapters]
-    if method is None:
-        fused = fuse(vectors, "task_arithmetic", scaling=weights, **options)
-    else:
-        fused = fuse([weight * vector for weight, vector in zip(weights, vectors, strict=True)], method, **options)
-    return formats.Stored(Path(" + ".join(str(adapter.path) for adapter in adapters)), "fused adapters", fused)
+    vectors = [weight * adapter.vector.cast("weight") for weight, adapter in zip(weights, adapters, strict=True)]
+    if method == "ties":
+        check_options(method, METHODS[method], options)
+        changes = [replace(adapter, vector=vector) for adapter, vector in zip(adapters, vectors, strict=True)]
+        return changes, DenseTies(vectors, **options)
+    sum_of = {"scaling": 1.0} if method is None else {}
+    fused = fuse(vectors, method or "task_arithmetic", **sum_of, **options)
+    return [formats.Stored(Path(" + ".join(str(adapter.path) for adapter in adapters)), "fused adapters", fused)], None
 
 
 def _reader(adapter: formats.Stored, layer: str, transposed: bool) -> Callable[[], Update]:

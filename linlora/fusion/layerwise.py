@@ -92,8 +92,7 @@ def layer(vectors: Sequence[WeightVector], name: str, weights: Sequence[float] |
     parts = []
     for index, vector in enumerate(vectors):
         if name in vector.scalings:
-            update = vector.update(name)
-            update = Update(update.A, (1.0 if weights is None else weights[index]) * update.B)
+            update = (vector if weights is None else weights[index] * vector).update(name)
             if not finite(update.A) or not finite(update.B):
                 raise ValueError(f"fuse: layer '{name}' of vector {index + 1} holds NaN or infinity")
             parts.append((_by_value(update), index, update))
@@ -115,7 +114,9 @@ def _factors(merged: Update | Spectrum, size: Size) -> tuple[Tensor, Tensor]:
     update = merged.update(size.rank) if isinstance(merged, Spectrum) else merged
     missing = size.rank - len(update.A)
     A, B = update.A.to(size.dtype), update.B.to(size.dtype)
-    return pad(A, (0, 0, 0, missing)).contiguous(), pad(B, (0, missing)).contiguous()
+    if missing:
+        A, B = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
+    return A.contiguous(), B.contiguous()
 
 
 def _beside(left: Size | None, right: Size) -> Size:

@@ -11,6 +11,7 @@ from linlora.fusion.checks import check_options, required
 from linlora.fusion.dare import dare
 from linlora.fusion.knots import compress_then_merge, knots_ties
 from linlora.fusion.lorahub import lorahub
+from linlora.fusion.regmean import regmean
 from linlora.fusion.spectral import iso_c, iso_cts, tsv, wudi_minimiser
 from linlora.fusion.ties import ties
 from linlora.task_vector import TaskVector
@@ -33,6 +34,7 @@ METHODS: dict[str, Callable[..., TaskVector]] = {
     "negation": negation,
     "lorahub": lorahub,
     "adamerging": adamerging,
+    "regmean": regmean,
     **IN_WEIGHT_SPACE,
 }
 
@@ -50,7 +52,8 @@ def fuse(vectors: Iterable[TaskVector], method: str = "task_arithmetic", **optio
             it what their docstrings say; or left in files, a list of `TaskVector.open`. Then the result is lazy, each
             of its tensors computed when it is asked for, and `save` streams: a few tensors are in memory.
         method: "average", "task_arithmetic", "negation", "lorahub"; of vectors of one point "ties", "dare" and
-            "adamerging"; in weight space "tsv", "iso_c", "iso_cts", "knots_ties", "compress_then_merge" and
+            "adamerging"; "regmean", with moments of the inputs, of both;
+            in weight space "tsv", "iso_c", "iso_cts", "knots_ties", "compress_then_merge" and
             "wudi_minimiser". There most methods take `out_rank=r` or `energy=0.99`: the best adapter of a smaller rank,
             whose `truncation_error` says what part of the norm was cut off.
 

@@ -62,7 +62,8 @@ def fused(vectors: Iterable[TaskVector], rule: Rule[Any]) -> TaskVector:
     if kind is WeightVector:
         raise ValueError(
             f"{rule.method}: picks single values, and those of ΔW = s B A make a matrix of full rank, which no adapter "
-            "holds; the values of A and B mean nothing by themselves. knots_ties is TIES in a basis of the adapters"
+            "holds; the values of A and B mean nothing by themselves. knots_ties is TIES in a basis of the "
+            "adapters; linlora merge BASE A B --method ties picks values of ΔW, for a merged model"
         )
     if isinstance(vectors, (list, tuple)) and vectors and all(_stored(vector) for vector in vectors):
         return _by_tensor(vectors, rule)

@@ -140,7 +140,11 @@ def test_scaled_vectors_fuse_to_the_scaled_vector(made, flat, method, rows, expo
 class TestRefusals:
     @pytest.mark.parametrize("method", METHODS)
     def test_no_vectors(self, method):
-        options = {"lorahub": {"objective": float}, "adamerging": {"model": None, "inputs": []}}
+        options = {
+            "lorahub": {"objective": float},
+            "adamerging": {"model": None, "inputs": []},
+            "regmean": {"inputs": []},
+        }
         with pytest.raises(ValueError, match="no vectors"):
             linlora.fuse([], method, **options.get(method, {}))
 
@@ -181,7 +185,11 @@ class TestRefusals:
 
     @pytest.mark.parametrize("method", [name for name in METHODS if name not in IN_WEIGHT_SPACE])
     def test_vectors_that_do_not_add(self, made, method):
-        options = {"lorahub": {"objective": float}, "adamerging": {"model": None, "inputs": []}}.get(method, {})
+        options = {
+            "lorahub": {"objective": float},
+            "adamerging": {"model": None, "inputs": []},
+            "regmean": {"inputs": []},
+        }.get(method, {})
         u, v = made([1.0], [2.0])
         for other, message in (
             (replace(v, point_hash="other"), "different linearization points"),
