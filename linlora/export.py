@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from linlora.sharding import is_sharded, writes
 from linlora.sharing import refuse_shared
 from linlora.staging import unfinished_folder
 from linlora.task_vector import DifferentPointError, TaskVector, _one_adapter
-from linlora.tensor_files import save_tensors
+from linlora.tensor_files import StoredTensors, save_tensors, shapes
 from linlora.vanilla import refuse_changed_base
 from linlora.weight_vector import factors_of
 from linlora.weights import fold
@@ -154,31 +155,26 @@ def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.P
     vector = stored.vector
     config, extras, base_model = dict(stored.config), stored.extras, vector.base_model
     if base is not None and (Path(base) / CONFIG_FILE).is_file():
-        like = formats.open(base)
-        _check_adapter_of_base(stored, like)
-        config, extras, base_model = dict(like.config), like.extras, like.vector.base_model
+        adapter = formats.open(base)
+        _check_adapter_of_base(stored, adapter)
+        config, extras, base_model = dict(adapter.config), adapter.extras, adapter.vector.base_model
     elif base is not None:
         base_model = str(base)
         if Path(base).is_dir():
             placed = Checkpoint(Path(base)).place(stored.layer_sizes())
             config["fan_in_fan_out"] = any(place.transposed for place in placed.values())
-    tensors, sizes = {}, {}
-    for layer, scaling in vector.scalings.items():
-        A, B = (_narrowed(factor, vector.deltas[f"{layer}.dB"].dtype) for factor in factors_of(vector, layer))
-        if scaling <= 0.0:  # of a multiple; servers expect an alpha above 0
-            B, scaling = scaling * B, 1.0
-        tensors[f"base_model.model.{layer}.lora_A.weight"] = A
-        tensors[f"base_model.model.{layer}.lora_B.weight"] = B
-        sizes[layer] = (len(A), scaling * len(A))
-    for name, tensor in extras.items():
+    like, read, sizes = _stored_factors(vector)
+    for name, tensor in shapes(extras).items():
         layer, _, parameter = name.rpartition(".")
-        name = f"{layer}.base_layer.{parameter}" if layer in sizes else name  # the bias of an adapted layer
-        tensors[f"base_model.model.{name}"] = tensor
+        there = f"{layer}.base_layer.{parameter}" if layer in sizes else name  # the bias of an adapted layer
+        like[f"base_model.model.{there}"] = tensor
+        read[f"base_model.model.{there}"] = functools.partial(extras.__getitem__, name)
+    tensors = StoredTensors(like, lambda name: read[name]())
     kept = {key: config[key] for key in _KEPT if config.get(key)}
     lora = LoraConfig(target_modules=list(sizes), inference_mode=True, base_model_name_or_path=base_model, **kept)
     with _staging(directory) as staging:
         with_sizes(lora, sizes).save_pretrained(str(staging))
-        save_tensors(staging / TENSOR_FILE, tensors, {"format": "pt"})
+        save_tensors(staging / TENSOR_FILE, tensors, {"format": "pt", **vector.own_metadata()})
         if vector.point:
             vector.save(staging / TASK_VECTOR_FILE)
 
@@ -197,6 +193,38 @@ def _check_adapter_of_base(stored: Stored, like: Stored) -> None:
                 f"layer '{layer}' is {mine[layer]} in {stored.path} and {its[layer]} in {like.path}: they are of "
                 "different base models"
             )
+
+
+Read = dict[str, Callable[[], Tensor]]
+
+
+def _stored_factors(vector: TaskVector) -> tuple[dict[str, Tensor], Read, dict[str, tuple[int, float]]]:
+    """The shapes of an adapter's tensors, what makes each, and (rank, alpha) of every layer.
+
+    In weight space the factors are the vector's, which may lie in files: one layer is in memory at a time.
+    """
+    like: dict[str, Tensor] = {}
+    read: Read = {}
+    sizes = {}
+    for layer, scaling in vector.scalings.items():
+        a, b = (f"base_model.model.{layer}.lora_{kind}.weight" for kind in "AB")
+        if vector.scope == "weight" and scaling > 0.0:
+            stored = shapes(vector.deltas)
+            for name, own in ((a, f"{layer}.dA"), (b, f"{layer}.dB")):
+                like[name], read[name] = stored[own], functools.partial(vector.deltas.__getitem__, own)
+            rank = len(stored[f"{layer}.dA"])
+        else:
+            A, B = (_narrowed(factor, vector.deltas[f"{layer}.dB"].dtype) for factor in factors_of(vector, layer))
+            if scaling <= 0.0:  # of a multiple; servers expect an alpha above 0
+                B, scaling = scaling * B, 1.0
+            like |= shapes({a: A, b: B})
+            read[a], read[b], rank = functools.partial(_same, A), functools.partial(_same, B), len(A)
+        sizes[layer] = (rank, scaling * rank)
+    return like, read, sizes
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 def _narrowed(factor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -31,6 +31,7 @@ class DenseTies:
         keep: the part of the values of each adapter, over all its layers, that are kept; 0.2 as published.
         scaling: λ; 1 as published without a validation split.
 
+    >>> import torch
     >>> A, B = torch.eye(2), torch.tensor([[3.0, 1.0], [0.5, -2.0]])
     >>> vector = WeightVector({"q.dA": A, "q.dB": B}, {}, "", {"q": 1.0}, "weight")
     >>> ties = DenseTies([vector, -0.1 * vector], keep=0.5)

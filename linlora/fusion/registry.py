@@ -12,6 +12,7 @@ from linlora.fusion.dare import dare
 from linlora.fusion.knots import compress_then_merge, knots_ties
 from linlora.fusion.lorahub import lorahub
 from linlora.fusion.regmean import regmean
+from linlora.fusion.soup import soup
 from linlora.fusion.spectral import iso_c, iso_cts, tsv, wudi_minimiser
 from linlora.fusion.ties import ties
 from linlora.task_vector import TaskVector
@@ -23,6 +24,7 @@ IN_WEIGHT_SPACE: dict[str, Callable[..., TaskVector]] = {
     "knots_ties": knots_ties,
     "compress_then_merge": compress_then_merge,
     "wudi_minimiser": wudi_minimiser,
+    "soup": soup,
 }
 """The methods of vectors in weight space alone."""
 
@@ -52,10 +54,10 @@ def fuse(vectors: Iterable[TaskVector], method: str = "task_arithmetic", **optio
             it what their docstrings say; or left in files, a list of `TaskVector.open`. Then the result is lazy, each
             of its tensors computed when it is asked for, and `save` streams: a few tensors are in memory.
         method: "average", "task_arithmetic", "negation", "lorahub"; of vectors of one point "ties", "dare" and
-            "adamerging"; "regmean", with moments of the inputs, of both;
-            in weight space "tsv", "iso_c", "iso_cts", "knots_ties", "compress_then_merge" and
-            "wudi_minimiser". There most methods take `out_rank=r` or `energy=0.99`: the best adapter of a smaller rank,
-            whose `truncation_error` says what part of the norm was cut off.
+            "adamerging"; in weight space "tsv", "iso_c", "iso_cts", "knots_ties", "compress_then_merge",
+            "wudi_minimiser" and, with a model and labeled batches, "soup"; "regmean", with moments of the inputs, of
+            both. Most take in weight space `out_rank=r` or `energy=0.99`: the best adapter of a smaller rank, whose
+            `truncation_error` says what part of the norm was cut off.
 
     Returns: a TaskVector of the same point, dtypes and scope; sums are accumulated in float32 (float64 for float64
         vectors) and rounded once. A method sees vectors, not models, so it works at scopes "lora", "layer" and "model"

@@ -17,6 +17,10 @@ from linlora.testing import tiny_model
 
 SUMS = ("average", "task_arithmetic", "negation")
 ONE_PASS = (*SUMS, "ties", "dare")
+NEEDED = {
+    "lorahub": {"objective": float}, "adamerging": {"model": None, "inputs": []}, "regmean": {"inputs": []},
+    "soup": {"model": None, "batches": []},
+}  # fmt: skip
 
 
 def test_average(vectors, flat):
@@ -140,13 +144,8 @@ def test_scaled_vectors_fuse_to_the_scaled_vector(made, flat, method, rows, expo
 class TestRefusals:
     @pytest.mark.parametrize("method", METHODS)
     def test_no_vectors(self, method):
-        options = {
-            "lorahub": {"objective": float},
-            "adamerging": {"model": None, "inputs": []},
-            "regmean": {"inputs": []},
-        }
         with pytest.raises(ValueError, match="no vectors"):
-            linlora.fuse([], method, **options.get(method, {}))
+            linlora.fuse([], method, **NEEDED.get(method, {}))
 
     def test_unknown_method(self, made):
         with pytest.raises(ValueError, match="unknown method 'magic'; choose one of average, task_arithmetic, ties, "):
@@ -185,11 +184,7 @@ class TestRefusals:
 
     @pytest.mark.parametrize("method", [name for name in METHODS if name not in IN_WEIGHT_SPACE])
     def test_vectors_that_do_not_add(self, made, method):
-        options = {
-            "lorahub": {"objective": float},
-            "adamerging": {"model": None, "inputs": []},
-            "regmean": {"inputs": []},
-        }.get(method, {})
+        options = NEEDED.get(method, {})
         u, v = made([1.0], [2.0])
         for other, message in (
             (replace(v, point_hash="other"), "different linearization points"),

@@ -1,0 +1,112 @@
+"""LoRA-Soups: a weight for every adapter and layer, learnt on labeled examples of what the fused model is for.
+
+    ΔW of a layer = Σₜ softmax(w)ₜ ΔWₜ        w of each layer by Adam, everything else frozen        (arXiv 2410.13025)
+
+Factors side by side hold the result exactly, of the rank of all adapters. The weights of a layer are positive and add
+up to one, so a soup averages; it does not reach the sum.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from linlora.fusion.arithmetic import side_by_side
+from linlora.fusion.checks import check_count, check_number
+from linlora.fusion.layerwise import Layer, fused_layers, fused_sizes, layer, weight_vectors
+from linlora.fusion.search import bar
+from linlora.fusion.truncation import OutRank
+from linlora.products import evaluating
+from linlora.task_vector import TaskVector
+from linlora.weight_vector import WeightVector
+from linlora.weights import Update
+
+Loss = Callable[[nn.Module, Any], Tensor]
+
+
+def own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+    """The loss of a transformers model called with labels."""
+    return model(**batch).loss
+
+
+def soup(
+    vectors: Iterable[TaskVector],
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss = own_loss,
+    epochs: int = 1,
+    learning_rate: float = 1e-4,
+    out_rank: OutRank = "exact",
+    energy: float | None = None,
+    progress: bool = True,
+) -> TaskVector:
+    """LoRA-Soups CAT: Σₜ softmax(w)ₜ ΔWₜ of the w that lower a loss, one for each adapter and layer (arXiv 2410.13025).
+
+    Args:
+        model: the base model the adapters are of, without one; it is left unchanged.
+        batches: with labels, of a validation or training split, as a list or a DataLoader.
+        loss: of (model, batch).
+        epochs: through the batches; 1 of 10,000 examples as published, in batches of 10.
+        learning_rate: Adam's; 1e-4 as published. The w start at zero, the average, and not at random ones.
+        out_rank, energy: cut the rank of the result (`linlora.fusion.truncation`).
+        progress: show a bar, where stderr is a terminal.
+
+    Holds all vectors, on the device of the model.
+    """
+    in_weights = weight_vectors(vectors)
+    found = soup_weights(in_weights, model, batches, loss, epochs, learning_rate, progress)
+
+    def merge(of: Layer) -> Update:
+        shares = [float(found[of.name][i]) for i in of.indices]
+        parts = [Update(u.A, share * u.B) for share, u in zip(shares, of.updates, strict=True)]
+        return side_by_side(Layer(of.name, of.indices, parts))
+
+    return fused_layers(in_weights, merge, out_rank=out_rank, energy=energy)
+
+
+def soup_weights(
+    vectors: Sequence[WeightVector],
+    model: nn.Module,
+    batches: Sequence[Any],
+    loss: Loss = own_loss,
+    epochs: int = 1,
+    learning_rate: float = 1e-4,
+    progress: bool = True,
+) -> dict[str, Tensor]:
+    """softmax(w) of every layer, in the order of the vectors; a vector that lacks the layer is zero there."""
+    check_count("soup", "epochs", epochs)
+    check_number("soup", "learning_rate", learning_rate)
+    modules = dict(model.named_modules())
+    if not len(batches):
+        raise ValueError("soup: there is no batch")
+    if missing := [name for name in fused_sizes(vectors) if name not in modules]:
+        raise ValueError(f"soup: the model has no layer '{missing[0]}'; pass the base model, without an adapter")
+    device = next(model.parameters()).device
+    raw = {name: torch.zeros(len(vectors), device=device, requires_grad=True) for name in fused_sizes(vectors)}
+    optimizer = torch.optim.Adam(list(raw.values()), lr=learning_rate)
+    with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
+        for name, w in raw.items():
+            added = functools.partial(_with_soup, layer(vectors, name), w)
+            hooks.callback(modules[name].register_forward_hook(added).remove)
+        for batch in bar([batch for _ in range(epochs) for batch in batches], "soup", progress):
+            value = loss(model, batch)
+            if not value.isfinite():
+                raise ValueError(f"soup: the loss is {value}; the adapters or the model diverged")
+            for w, gradient in zip(raw.values(), torch.autograd.grad(value, list(raw.values())), strict=True):
+                w.grad = gradient
+            optimizer.step()
+    return {name: w.detach().double().softmax(0).cpu() for name, w in raw.items()}
+
+
+def _with_soup(of: Layer, w: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A forward hook of a linear layer: its output with that of Σₜ softmax(w)ₜ ΔWₜ added."""
+    shares = w.softmax(0)
+    for index, update in zip(of.indices, of.updates, strict=True):
+        A, B = update.A.to(inputs[0]), update.B.to(inputs[0])
+        output = output + (shares[index] * (inputs[0] @ A.T @ B.T)).to(output.dtype)
+    return output
