@@ -29,7 +29,7 @@ from linlora.sharing import refuse_shared
 from linlora.staging import unfinished_folder
 from linlora.task_vector import DifferentPointError, TaskVector, _one_adapter
 from linlora.tensor_files import StoredTensors, save_tensors, shapes
-from linlora.vanilla import refuse_changed_base
+from linlora.vanilla import changed_base, refuse_changed_base
 from linlora.weight_vector import factors_of
 from linlora.weights import fold
 
@@ -139,7 +139,7 @@ def export(
             "linlora.set_scope(model, 'layer')"
         )
     if any(fused_layers(source)):  # PEFT's own adapter says how it was initialized, and is loaded so
-        refuse_changed_base(source.peft_config[adapter].init_lora_weights, f"export: adapter '{adapter}'")
+        refuse_changed_base(changed_base(source.peft_config.values()), f"export: adapter '{adapter}'")
     state_dict = folded_state_dict(source)
     if not writes(source):
         return

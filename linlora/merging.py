@@ -32,6 +32,7 @@ from linlora.fusion.registry import FROM_VECTORS, METHODS, fuse
 from linlora.sharing import group_of
 from linlora.staging import unfinished_folder
 from linlora.tensor_files import TensorFile, finite, memory, shapes, write
+from linlora.vanilla import refuse_changed_base
 from linlora.weight_vector import factors_of
 from linlora.weights import BLOCK, Update, blocks, folded
 
@@ -90,6 +91,8 @@ def merge_files(
         raise FileExistsError(f"{folder} exists already; choose another folder, or remove it")
     checkpoint = Checkpoint(Path(base))
     stored = [formats.open(path) for path in adapters]
+    for adapter in stored:
+        refuse_changed_base(adapter.vector.changed_base, str(adapter.path))
     changes, dense = stored, None
     if weights is not None or method is not None:
         changes, dense = _fused(stored, weights, method, options or {})

@@ -24,7 +24,7 @@ from linlora.files import CorruptFileError, parse_json
 from linlora.restoring import restoring
 from linlora.sharding import check_there, sharded_like, whole
 from linlora.tensor_files import StoredTensors, TensorFile, finite, save_tensors, shapes
-from linlora.vanilla import not_vanilla_config, not_vanilla_layer, usable_scaling
+from linlora.vanilla import changed_base, not_vanilla_config, not_vanilla_layer, usable_scaling
 
 FORMAT = "linlora.task_vector"
 FORMAT_VERSION = "2"
@@ -49,6 +49,8 @@ class TaskVector:
         scalings: the LoRA scaling of each layer.
         scope: "layer" or "model" for a linearized adapter, "lora" for a plain one, "weight" for a `WeightVector`.
         base_model: the id of the base model, where PEFT knows it.
+        changed_base: the initialization (PiSSA and its kin) that took the adapter's start out of the base weights. The
+            vector is then of the changed weights: it goes into models that were started so, and into no weights.
 
     >>> import linlora
     >>> model = linlora.testing.tiny_model("bert")
@@ -64,6 +66,7 @@ class TaskVector:
     scalings: dict[str, float]
     scope: str
     base_model: str | None = None
+    changed_base: str | None = None
     _spaces: ClassVar[dict[str, Any]] = {}
 
     def __init_subclass__(cls, scope: str) -> None:
@@ -110,7 +113,8 @@ class TaskVector:
                 f"adapter '{adapter}' is linearized in some layers and plain in others: linearize the model"
             )
         base_model = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
-        vector = cls(deltas, points, point_hash(points), scalings, scopes.pop(), base_model)
+        changed = changed_base(model.peft_config.values())
+        vector = cls(deltas, points, point_hash(points), scalings, scopes.pop(), base_model, changed)
         if point is not None and point.point != {}:
             vector.check_same_point(replace(point, scalings=scalings))  # a point has none of its own
         return vector
@@ -132,6 +136,7 @@ class TaskVector:
             "point_hash": self.point_hash,
             "scalings": json.dumps(self.scalings),
             "base_model": self.base_model or "",
+            **({"changed_base": self.changed_base} if self.changed_base else {}),
             **self.own_metadata(),
         }
         save_tensors(path, StoredTensors(like, lambda name: home[name][name]), metadata)
@@ -181,6 +186,7 @@ class TaskVector:
         vector = cls._spaces.get(scope, cls)(
             StoredTensors(deltas, file.read), StoredTensors(point, file.read), metadata["point_hash"],
             {layer: float(s) for layer, s in scalings.items()}, scope, metadata["base_model"] or None,
+            metadata.get("changed_base"),
         )  # fmt: skip
         if not point and vector.point_hash != point_hash({}):
             return replace(vector, point=None)
@@ -346,11 +352,24 @@ class TaskVector:
             delta = deltas[name]
             assign(parameter, start[point_name(name)] + delta if point_name(name) in start else delta, name)
 
+    def check_base(self, model: PeftModel) -> None:
+        """Raise a DifferentPointError where a start changed the base weights of the model, or of the vector, alone."""
+        its = changed_base(model.peft_config.values())
+        if its != self.changed_base:
+            mine, others = (
+                f"those that {how} changed" if how else "the original ones" for how in (self.changed_base, its)
+            )
+            raise DifferentPointError(
+                f"the base weights of the vector are {mine}, those of the model {others} (init_lora_weights of its "
+                "configs); the vector goes into a model whose adapters are started as those of its own were"
+            )
+
     def _matching_layers(self, model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
         layers = list(adapter_layers(model, adapter))
         if set(self.scalings) != {name for name, _ in layers}:
             odd = sorted(set(self.scalings) ^ {name for name, _ in layers})
             raise DifferentPointError(f"the vector and the model's adapter '{adapter}' differ in layers: {_some(odd)}")
+        self.check_base(model)
         return layers
 
 

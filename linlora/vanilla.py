@@ -7,7 +7,7 @@ layers or tensors (`not_vanilla_layer`, `not_a_factor`). Whatever reads, exports
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from peft import LoraConfig
@@ -154,6 +154,16 @@ def changes_base(init_lora_weights: Any) -> bool:
     (True, False, False)
     """
     return isinstance(init_lora_weights, str) and init_lora_weights.lower().startswith(_CHANGE_THE_BASE)
+
+
+def changed_base(configs: Iterable[Any]) -> str | None:
+    """The initializations that changed the base weights of a model with adapters of these configs, or None.
+
+    >>> changed_base([LoraConfig(), LoraConfig(init_lora_weights="pissa_niter_4")])
+    'pissa_niter_4'
+    """
+    starts = {config.init_lora_weights.lower() for config in configs if changes_base(config.init_lora_weights)}
+    return ", ".join(sorted(starts)) or None
 
 
 def refuse_changed_base(init_lora_weights: Any, what: str) -> None:

@@ -23,6 +23,7 @@ from torch.nn.functional import pad
 
 from linlora.task_vector import DifferentPointError, TaskVector, adapter_layers, assign, check_values, point_hash
 from linlora.tensor_files import StoredTensors, shapes
+from linlora.vanilla import refuse_changed_base
 from linlora.weights import Update, stacked
 
 
@@ -52,7 +53,8 @@ class WeightVector(TaskVector, scope="weight"):
     def of(cls, vector: TaskVector) -> WeightVector:
         """What a vector adds to the base weights, its point's part included; the function is the same.
 
-        Raises ValueError for scope "model", whose function is no change of weights, and for a vector without its point.
+        Raises ValueError for scope "model", whose function is no change of weights, and for a vector without its point
+        or of base weights that its start changed.
         """
         if isinstance(vector, WeightVector):
             return vector
@@ -62,6 +64,7 @@ class WeightVector(TaskVector, scope="weight"):
                 "weights; it fuses with vectors of its own point only. vector.cast('layer') is another function, and "
                 "has one"
             )
+        refuse_changed_base(vector.changed_base, "cast: the vector")
         if vector.point is None:
             raise ValueError(
                 "cast: the vector was saved without its point (include_point=False), and ΔW is of both; use the vector "
@@ -197,7 +200,8 @@ def weight_vector(
 def factors_of(vector: TaskVector, layer: str) -> tuple[Tensor, Tensor]:
     """(A', B') with ΔW = s B' A' of a layer of a vector, in float32 or wider: what replaces the layer's adapter.
 
-    Raises ValueError for a vector of scope "model", which folds into no weight, and for one without its point.
+    Raises ValueError for a vector of scope "model", which folds into no weight, and for one without its point or of
+    base weights that its start changed.
 
     >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
     >>> A, B = factors_of(TaskVector(deltas, point, "", {"q": 0.5}, "layer"), "q")
@@ -209,6 +213,7 @@ def factors_of(vector: TaskVector, layer: str) -> tuple[Tensor, Tensor]:
             "no LoRA adapter, and no weight, has the function of a network linearized as a whole (scope 'model'). Run "
             "it in linlora, or give up the exact function: vector.cast('layer')"
         )
+    refuse_changed_base(vector.changed_base, "the vector")
     A0, B0, dA, dB = _of_layer(vector, layer)
     if vector.scope == "layer":
         assert A0 is not None

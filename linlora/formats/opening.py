@@ -82,7 +82,7 @@ def from_start(vector: TaskVector, start: TaskVector | str | os.PathLike) -> Tas
     vector, start = vector.loaded(), start.loaded()
     point = {point_name(name): _at(start, name) for name in start.deltas}
     deltas = {name: _at(vector, name) - point[point_name(name)] for name in vector.deltas}
-    return TaskVector(deltas, point, point_hash(point), vector.scalings, "lora", vector.base_model)
+    return TaskVector(deltas, point, point_hash(point), vector.scalings, "lora", vector.base_model, vector.changed_base)
 
 
 def _at(vector: TaskVector, name: str) -> Tensor:

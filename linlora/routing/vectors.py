@@ -82,6 +82,8 @@ def from_vectors(
                 "linlora.formats.read(adapter, point=start)"
             )
         options = {**options, "apart": True}
+    for vector in vectors:
+        vector.check_base(model)
     _check_model(model, layers)
     inventories: dict[str, Inventory] = {}
     selectors: dict[str, Selector] = {}

@@ -252,6 +252,30 @@ class TestRefusals:
         ):
             merge_files(base, [tmp_path / "a", tmp_path / "b"], tmp_path / "out")
 
+    @pytest.mark.parametrize("scope", ["lora", "layer"])
+    def test_a_vector_of_base_weights_that_its_start_changed(self, tmp_path, base, scope):
+        model = tiny_model("bert", init_lora_weights="pissa", target_modules=["query"])
+        start = TaskVector.from_model(model)
+        if scope == "layer":
+            linlora.linearize(model)
+        vector = TaskVector.from_model(model, point=start if scope == "lora" else None)
+        vector.save(tmp_path / "v.safetensors")
+        vector, message = TaskVector.load(tmp_path / "v.safetensors"), "init_lora_weights 'pissa' changes the base"
+        self.refused(tmp_path, base, tmp_path / "v.safetensors", ValueError, message)
+        for leave in (lambda: linlora.export(vector, tmp_path / "b"), lambda: vector.cast("weight")):
+            with pytest.raises(ValueError, match=message):
+                leave()
+        for enter in (
+            lambda of: linlora.apply(of, vector),
+            lambda of: linlora.linearize(of, point=vector),
+            lambda of: linlora.routing.from_vectors(of, [vector]),
+        ):
+            with pytest.raises(linlora.DifferentPointError, match="the vector are those that pissa changed"):
+                enter(tiny_model("bert", target_modules=["query"]))
+        linlora.apply(model, 2.0 * vector)
+        with pytest.raises(linlora.DifferentPointError, match="those of the model those that pissa changed"):
+            linlora.apply(model, TaskVector.from_model(tiny_model("bert", target_modules=["query"])))
+
     @pytest.mark.parametrize("init", ["pissa", "olora"])
     def test_an_adapter_of_base_weights_that_its_start_changed(self, tmp_path, base, init):
         def model():
