@@ -14,7 +14,6 @@ import shutil
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,7 @@ from linlora.staging import unfinished_folder
 from linlora.tensor_files import TensorFile, finite, memory, shapes, write
 from linlora.vanilla import refuse_changed_base
 from linlora.weight_vector import factors_of
-from linlora.weights import BLOCK, Update, blocks, folded
+from linlora.weights import BLOCK, Update, blocks, folded, one_thread
 
 _FLUSH = 2**27
 """Bytes after which what is written goes to the disk, beside the work; all of it at the end would be waited for."""
@@ -104,7 +103,8 @@ def merge_files(
         for path in beside:
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.folder / path, staging / path)
-        with _one_thread(), _Queue() as flushing, _Queue(3) as writing:
+        # a block keeps one thread busy for a millisecond, and the other core is the writing thread's
+        with one_thread(), _Queue() as flushing, _Queue(3) as writing:
             for name in progress(list(checkpoint.files)):
                 _write_shard(checkpoint.files[name], plan, staging / name, writing, flushing)
         os.chmod(staging, 0o755)
@@ -285,17 +285,6 @@ def _write_shard(file: TensorFile, plan: _Plan, path: Path, writing: _Queue, flu
     writing.put(file.copy, done, file.size, out.fileno())
     writing.put(flushing.put, out.close)
     writing.put(flushing.put, install_file, path, path)
-
-
-@contextmanager
-def _one_thread() -> Iterator[None]:
-    """One thread of PyTorch's: a block keeps it busy for a millisecond, and the other core is the writing thread's."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 class _Queue:

@@ -18,7 +18,7 @@ from linlora.fusion.layerwise import Layer, fused_layers, layers, weight_vectors
 from linlora.fusion.quantiles import kept_from
 from linlora.fusion.truncation import OutRank, Spectrum
 from linlora.task_vector import TaskVector
-from linlora.weights import Update
+from linlora.weights import Update, one_thread
 
 PUBLISHED_KEEP, PUBLISHED_SCALING = 0.2, 0.6
 _ROUNDING = 1e-12
@@ -49,7 +49,8 @@ def knots_ties(
 
     def pieces() -> Iterator[dict[int, Tensor]]:
         for layer in layers(in_weights):
-            _, coordinates = aligned(layer)
+            with one_thread():
+                _, coordinates = aligned(layer)
             yield {i: values.float().flatten() for i, values in zip(layer.indices, coordinates, strict=True)}
 
     smallest = kept_from(pieces, len(in_weights), keep)

@@ -23,7 +23,7 @@ from linlora.fusion.truncation import Cut, OutRank, Spectrum
 from linlora.task_vector import DifferentPointError, TaskVector
 from linlora.tensor_files import StoredTensors, finite, memory
 from linlora.weight_vector import Size, WeightVector, common_base, stored_factors, weight_vector
-from linlora.weights import Update
+from linlora.weights import Update, one_thread
 
 T = TypeVar("T")
 
@@ -64,14 +64,20 @@ def fused_layers(
     cut, base_model = Cut(out_rank, energy), common_base(*vectors)
     sizes = fused_sizes(vectors)
     if cut.exact:
-        stored = stored_factors(sizes, lambda name: _factors(merge(layer(vectors, name, weights)), sizes[name]))
+
+        def factors(name: str) -> tuple[Tensor, Tensor]:
+            with one_thread():
+                return _factors(merge(layer(vectors, name, weights)), sizes[name])
+
+        stored = stored_factors(sizes, factors)
         deltas = stored if all(isinstance(vector.deltas, StoredTensors) for vector in vectors) else dict(stored)
         return weight_vector(vectors[0], deltas, dict.fromkeys(sizes, 1.0), base_model)
     cut_deltas: dict[str, Tensor] = {}
     lost = whole = 0.0
     for name, size in sizes.items():
-        merged = merge(layer(vectors, name, weights))
-        spectrum = merged if isinstance(merged, Spectrum) else Spectrum.of(merged)
+        with one_thread():
+            merged = merge(layer(vectors, name, weights))
+            spectrum = merged if isinstance(merged, Spectrum) else Spectrum.of(merged)
         rank = cut.rank(spectrum.values)
         squares = spectrum.values.square()
         lost, whole = lost + float(squares[rank:].sum()), whole + float(squares.sum())

@@ -17,14 +17,22 @@ from linlora.training.recipe import recipe
 from linlora.training.settings import Settings
 from linlora.training.suite import Suite
 from linlora.training.task import load_task
+from linlora.weight_vector import WeightVector
 
 _SCALINGS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+_FUSED = (0.3, 0.5, 0.7, 0.9, 1.1, 1.5, 2.0)
 # What a search tries of a method's options, those aside that are given.
 GRIDS: dict[str, dict[str, Sequence[Any]]] = {
     "task_arithmetic": {"scaling": _SCALINGS},
     "ties": {"keep": (0.1, 0.2, 0.3), "scaling": (0.3, 0.5, 0.8, 1.0, 1.5, 2.0)},
     "dare": {"drop": (0.5, 0.9), "scaling": _SCALINGS},
     "negation": {"scaling": _SCALINGS},
+    "tsv": {"scaling": _FUSED},
+    "iso_c": {"scaling": _FUSED},
+    "iso_cts": {"scaling": _FUSED},
+    "knots_ties": {"scaling": _FUSED},
+    "wudi_minimiser": {"scaling": _FUSED},
+    "compress_then_merge": {"scaling": _FUSED},
 }
 _PROVIDED = {"lorahub": ("objective",), "adamerging": ("model", "inputs", "logits")}  # by `_data`
 _EXAMPLES = 16  # validation rows of each task in LoraHub's objective
@@ -101,7 +109,10 @@ def evaluate_fused(
     if method not in METHODS:
         raise ValueError(f"unknown method '{method}'; choose one of {', '.join(METHODS)}")
     check_options(method, METHODS[method], {**options, **dict.fromkeys(_PROVIDED.get(method, ()))})
-    suite = suite_of(tasks, vectors[0], split, *(["validation"] if searched else []))
+    if any(isinstance(vector, WeightVector) for vector in vectors):
+        vectors = [vector.cast("weight") for vector in vectors]
+    like = fuse(vectors, "average") if isinstance(vectors[0], WeightVector) else vectors[0]
+    suite = suite_of(tasks, like, split, *(["validation"] if searched else []))
     build = functools.partial(fuse, list(vectors), method, **_data(method, suite))
     curve = None
     if searched:

@@ -15,6 +15,7 @@ from linlora.training.adapted import adapt
 from linlora.training.evaluation import arithmetic, evaluate, on_device
 from linlora.training.head import set_head
 from linlora.training.task import Task
+from linlora.weight_vector import WeightVector
 
 _SHARED = ("model", "kind", "lora.", "model_options.")
 
@@ -24,7 +25,7 @@ class Suite:
 
     Args:
         tasks: by name; they share model, kind and LoRA settings.
-        like: a vector of the point and scope the model is put at.
+        like: a vector of the point and scope the model is put at; in weight space, of the layers and ranks it holds.
         heads: of the tasks whose head was trained (`Run.head`).
 
     Raises ValueError for tasks of different models or LoRA settings, or a trained head that is missing.
@@ -41,7 +42,10 @@ class Suite:
                 raise ValueError(f"tasks '{first.settings.name}' and '{name}' do not share one model: {'; '.join(odd)}")
             if self._needs_head(name):
                 raise ValueError(f"task '{name}' has a head that was trained; name the folder of its run")
-        self.model = adapt(first, like if like.point else None, method=like.scope).model
+        if isinstance(like, WeightVector):
+            self.model = adapt(first, method="lora", holding=like).model
+        else:
+            self.model = adapt(first, like if like.point is not None else None, method=like.scope).model
         device = "cuda" if torch.cuda.is_available() and not first.settings.training.get("use_cpu") else "cpu"
         self.model.to(device)
 

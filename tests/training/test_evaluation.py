@@ -149,6 +149,20 @@ def test_fused_scores_are_normalised_by_those_of_the_runs(runs):
     assert [of_task["score"] for of_task in alone["tasks"].values()] == [run.metrics["test"]["score"] for run in runs]
 
 
+def test_vectors_in_weight_space_are_scored_in_an_adapter_of_their_layers_and_ranks(runs):
+    """At B0 = 0 layer scope is linear in ΔW, so the two fusions are one function."""
+    tasks = judges([run.folder for run in runs])
+    vectors = [run.vector for run in runs]
+    expected = evaluate_fused(vectors, tasks, "test", "task_arithmetic", {"scaling": 0.5})
+    for given in ([vector.cast("weight") for vector in vectors], [vectors[0], vectors[1].cast("weight")]):
+        result = evaluate_fused(given, tasks, "test", "task_arithmetic", {"scaling": 0.5})
+        assert result["mean"]["score"] == pytest.approx(expected["mean"]["score"], abs=1e-6)
+    found = evaluate_fused(given, tasks, "test", "tsv", {"scaling": [0.5, 1.0], "out_rank": 2}, searched=True)
+    assert len(found["search"]) == 2
+    alone = evaluate_vector(given[1], tasks[1:], "test")
+    assert alone["mean"]["score"] == pytest.approx(runs[1].metrics["test"]["score"], abs=1e-6)
+
+
 def test_options_are_searched_on_validation_alone(runs):
     tasks = judges([run.folder for run in runs])
     vectors = [run.vector for run in runs]
