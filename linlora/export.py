@@ -12,6 +12,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from linlora import formats
 from linlora.files import install_file
@@ -28,17 +29,19 @@ from linlora.sharding import is_sharded, writes
 from linlora.sharing import refuse_shared
 from linlora.staging import unfinished_folder
 from linlora.task_vector import DifferentPointError, TaskVector, _one_adapter
-from linlora.tensor_files import StoredTensors, save_tensors, shapes
+from linlora.tensor_files import StoredTensors, finite, save_tensors, shapes
 from linlora.vanilla import changed_base, refuse_changed_base
-from linlora.weight_vector import factors_of
-from linlora.weights import fold
+from linlora.weight_vector import WeightVector, factors_of
+from linlora.weights import Update, check_sum, fold
 
 _KEPT = ("task_type", "fan_in_fan_out", "modules_to_save", "bias", "trainable_token_indices")
 """Configuration keys that are copied unchanged."""
 
 
-def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
+def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None = None) -> nn.Module:
     """Fold the active (or the named) adapters into the base weights and return the plain transformers model.
+
+    Or fold a task vector, as what it adds to the weights, into a plain model: merge(base, vector).
 
     W + ΔW is summed in fp32 and rounded to W's dtype once. In place, like PEFT's `merge_and_unload`: the PeftModel is
     used up. Raises ValueError, leaving the model whole, when an adapter holds NaN or does not exist, and for a weight
@@ -50,6 +53,8 @@ def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
     >>> type(linlora.merge(model)).__name__
     'BertForSequenceClassification'
     """
+    if isinstance(adapters, TaskVector):
+        return _merge_vector(model, WeightVector.of(adapters))
     if not isinstance(model, PeftModel):
         raise TypeError(
             f"merge takes a PeftModel, got {type(model).__name__}; a task of a routed model folds by "
@@ -82,6 +87,42 @@ def merge(model: PeftModel, adapters: list[str] | None = None) -> nn.Module:
         for weight, update in folds:  # last, because nothing undoes it
             fold(weight, update)
         return merged
+
+
+def _merge_vector(model: nn.Module, vector: WeightVector) -> nn.Module:
+    """W ← round(W + ΔW) of the layers of a plain model, in place. Everything is checked before anything is written."""
+    if isinstance(model, PeftModel):
+        raise TypeError("merge: a vector folds into the plain base model; into an adapter goes linlora.apply")
+    if is_sharded(model):
+        raise ValueError("merge: the weights are sharded (FSDP2), and no process holds them whole")
+    modules = dict(model.named_modules())
+    for name, size in vector.sizes().items():
+        layer = modules.get(name)
+        if not isinstance(layer, (nn.Linear, Conv1D)):
+            what = "no such layer" if layer is None else f"a {type(layer).__name__} there, no linear layer"
+            raise ValueError(f"merge: the vector is of a layer '{name}', and the model has {what}")
+        weight = layer.weight
+        shape = size[:2][::-1] if isinstance(layer, Conv1D) else size[:2]
+        if not weight.is_floating_point() or weight.element_size() == 1 or weight.is_meta:
+            raise ValueError(f"merge: layer '{name}' is {weight.dtype} on {weight.device}, in which ΔW would be lost")
+        if tuple(weight.shape) != shape:
+            raise ValueError(
+                f"merge: layer '{name}' is {size.inputs} -> {size.outputs} in the vector, its weight in the model "
+                f"{tuple(weight.shape)}: not the base model the vector is of"
+            )
+    refuse_shared(model, vector.scalings, "merge", "Untie the weights of the model first, or export the vector")
+    for checking in (True, False):
+        for name in vector.scalings:
+            weight, update = modules[name].weight.data, vector.update(name)
+            if not finite(update.A) or not finite(update.B):
+                raise ValueError(f"merge: layer '{name}' of the vector holds NaN or infinity; the model is unchanged")
+            wide = torch.promote_types(update.A.dtype, weight.dtype)
+            A, B = (factor.to(weight.device, wide) for factor in (update.A, update.B))
+            try:
+                (check_sum if checking else fold)(weight, Update(A, B, isinstance(modules[name], Conv1D)))
+            except OverflowError as error:
+                raise ValueError(f"merge: layer '{name}': {error}; the model is unchanged") from error
+    return model
 
 
 def _adapted(model: PeftModel, adapters: list[str] | None) -> list[str]:

@@ -138,6 +138,18 @@ def test_a_sum_of_adapters_of_any_origin_is_one_adapter_for_stock_peft(architect
     torch.testing.assert_close(logits(whole, architecture), logits(expected, architecture), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("architecture", ["bert", "gpt2"])
+def test_a_vector_merges_into_a_model_in_memory(architecture, tmp_path):
+    model = tiny_model(architecture, trained=True)
+    linlora.linearize(model)
+    randomize(model, 3, ("lora_dA", "lora_dB"))
+    merged = linlora.merge(tiny_base(architecture), TaskVector.from_model(model))
+    torch.testing.assert_close(logits(merged, architecture), logits(model, architecture), rtol=1e-4, atol=1e-5)
+    back = linlora.merge(merged, -1.0 * TaskVector.from_model(model).cast("weight"))
+    base = tiny_base(architecture)
+    torch.testing.assert_close(logits(back, architecture), logits(base, architecture), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("prepare", [lambda model: None, linlora.accelerate], ids=["PEFT", "accelerated"])
 def test_a_vector_goes_into_an_adapter_of_its_rank_or_more(prepare, tmp_path):
     source = tiny_model("bert", trained=True, r=3, lora_alpha=5, target_modules=["query"])
@@ -228,6 +240,28 @@ class TestRefusals:
         linlora.linearize(small)
         with pytest.raises(DifferentPointError, match=r"is linearized, .*delinearize\(model\)"):
             linlora.apply(small, vector)
+
+    def test_a_plain_model_it_does_not_fit(self):
+        base, vector = tiny_base("bert"), weight_of(tiny_model("bert", trained=True))
+        before = {name: value.clone() for name, value in base.state_dict().items()}
+        layer = list(vector.scalings)[-1]
+        wrong = {n: d for n, d in vector.deltas.items() if not n.startswith(layer)}
+        bad = WeightVector(
+            {**wrong, f"{layer}.dA": torch.full((1, 32), float("inf")), f"{layer}.dB": torch.ones(32, 1)},
+            {}, vector.point_hash, vector.scalings, "weight",
+        )  # fmt: skip
+        for other, message in (
+            (bad, "holds NaN or infinity; the model is unchanged"),
+            (made(1), "the vector is of a layer 'q', and the model has no such layer"),
+            (weight_of_query(3, 5), "not the base model the vector is of"),
+        ):
+            with pytest.raises(ValueError, match=message):
+                linlora.merge(base, other)
+        assert all(torch.equal(value, before[name]) for name, value in base.state_dict().items())
+        with pytest.raises(TypeError, match=r"into an adapter goes linlora\.apply"):
+            linlora.merge(tiny_model("bert"), vector)
+        with pytest.raises(ValueError, match=r"is not finite in torch\.float16; .* the model is unchanged"):
+            linlora.merge(base.half(), 1e5 * vector)
 
     def test_no_tangent_space(self):
         with pytest.raises(ValueError, match="no linearization point"):
