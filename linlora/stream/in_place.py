@@ -13,11 +13,13 @@ from linlora.stream.structural import tangent_or_zeros
 from linlora.stream.tensor import (
     DualTensor,
     Rule,
+    Stream,
     TangentError,
     differentiable,
     duals,
     primals,
     rebind,
+    relate,
     remedy,
     rule,
     running_modules,
@@ -97,28 +99,48 @@ def fill(func: Any, args: tuple, kwargs: dict) -> Any:
 
 def followed(target: Tensor, func: Any, arguments: Any) -> DualTensor:
     """The target of a write. A plain tensor becomes a DualTensor of tangent zero, and stays the same object to all who
-    hold it, where it owns its memory and no module keeps it: experts of a mixture add what they give to zeros."""
+    hold it, where no other tensor and no module keeps its memory: experts of a mixture add what they give to zeros.
+    So does, with it, the tensor that it is a view of: latent attention copies its parts into slices of its keys."""
     if isinstance(target, DualTensor):
         return target
-    if not _owns_memory(target) or any(target is kept for module in running_modules() for kept in _kept(module)):
+    base = target._base
+    if not _owns_memory(target, base) or any(
+        kept is target or (base is not None and kept is base) for module in running_modules() for kept in _kept(module)
+    ):
         raise TangentError(
-            f"{where(func)}: writes a value that carries a tangent into a tensor that has none and is a view, has "
-            f"views or is kept by a module; build the tensor with torch.cat, torch.stack or torch.where, {remedy()}"
+            f"{where(func)}: writes a value that carries a tangent into a tensor that has none and shares its memory "
+            "with others, or is kept by a module (in inference mode, also into a slice: use torch.no_grad); build the "
+            f"tensor with torch.cat, torch.stack or torch.where, {remedy()}"
         )
-    other = DualTensor(target.detach(), torch.zeros_like(target), next(duals(arguments)).stream)
-    torch.utils.swap_tensors(target, other)
-    target.primal = other  # type: ignore[attr-defined]
-    return target  # type: ignore[return-value]
+    stream = next(duals(arguments)).stream
+    if base is None:
+        return _become_dual(target, target.detach(), stream)
+    place = target.size(), target.stride(), target.storage_offset()
+    view = _become_dual(target, target.detach(), stream)
+    view.primal = None  # type: ignore[assignment]  # which is a view of the base as that was, and keeps it from changing
+    base = _become_dual(base, base.detach(), stream)
+    view.primal, view.tangent = base.primal.as_strided(*place), base.tangent.as_strided(*place)
+    relate(base, view)
+    return view
 
 
-def _owns_memory(x: Tensor) -> bool:
-    """Whether no other tensor or array sees the memory of a plain tensor."""
-    if type(x) is not Tensor or x._is_view() or weakref.getweakrefs(x):
+def _become_dual(x: Tensor, like: Tensor, stream: Stream) -> DualTensor:
+    dual = DualTensor(like, torch.zeros_like(like), stream)
+    torch.utils.swap_tensors(x, dual)
+    x.primal = dual  # type: ignore[attr-defined]
+    return x  # type: ignore[return-value]
+
+
+def _owns_memory(x: Tensor, base: Tensor | None) -> bool:
+    """Whether no other tensor or array sees the memory of a plain tensor, or of it and the one that it is a view of."""
+    holders = [x] if base is None else [x, base]
+    if any(type(holder) is not Tensor or weakref.getweakrefs(holder) for holder in holders):
         return False
-    if x._use_count() > 1:  # type: ignore[attr-defined]
+    if x._use_count() > 1 or (base is not None and base._use_count() > 2):  # type: ignore[attr-defined]
         return False
     storage = x.untyped_storage()
-    return storage.resizable() and torch._C._storage_Use_Count(storage._cdata) == 2  # the tensor's and this variable
+    # those of the holders and of this variable
+    return storage.resizable() and torch._C._storage_Use_Count(storage._cdata) == len(holders) + 1
 
 
 def _kept(module: Any) -> Iterator[Any]:

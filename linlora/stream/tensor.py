@@ -299,19 +299,51 @@ def relate(x: DualTensor, results: Any) -> Any:
 
 
 def rebind(target: DualTensor, result: Any, func: Any) -> DualTensor:
-    """x.op_(y): the target takes the value of the functional form. A view would need its base to follow."""
-    others = [relative() for relative in target.relatives]
-    if any(other is not None and other is not target and other is not result for other in others):
-        raise TangentError(
-            f"{where(func)}: in-place on a view (or on a tensor that has views) would not reach the other tensors of "
-            "this memory; write x = x + y in place of x += y, or use scope='layer'"
-        )
+    """x.op_(y): the target takes the value of the functional form, and so do the tensors that share its memory."""
+    living = [relative() for relative in target.relatives]
+    others = [other for other in living if other is not None and other is not target and other is not result]
     if result.shape != target.shape:
-        raise TangentError(f"{where(func)}: in-place result {tuple(result.shape)} in {tuple(target.shape)}")
+        raise TangentError(
+            f"{where(func)}: in-place result {tuple(result.shape)} in {tuple(target.shape)}; write x = x.op(...) in "
+            "place of x.op_(...)"
+        )
     primal = primals(result).to(target.primal.dtype)  # primal first: that of a pending activation is its argument's
     tangent = result.tangent if isinstance(result, DualTensor) else torch.zeros_like(primal)  # constant: x.round_()
-    target.primal, target.tangent = primal, like(tangent, primal)
+    if others:
+        _write_through(target, others, primal, like(tangent, primal), func)
+    else:
+        target.primal, target.tangent = primal, like(tangent, primal)
     return target
+
+
+def _write_through(target: DualTensor, others: list[Any], primal: Tensor, tangent: Tensor, func: Any) -> None:
+    """A write into memory that several tensors see: all become views of a copy of it, which autograd follows."""
+    members = [*others, target]
+    if any(type(other) is not DualTensor or _overlaps_itself(other.primal) for other in members):
+        raise TangentError(
+            f"{where(func)}: in-place on a tensor whose memory is also that of a constant, an activation or an "
+            "expanded tensor, which would not follow; write x = x + y in place of x += y, or use scope='layer'"
+        )
+    start = min(member.primal.storage_offset() for member in members)
+    places = [(m.primal.size(), m.primal.stride(), m.primal.storage_offset() - start) for m in members]
+    size = max(offset + 1 + sum((n - 1) * s for n, s in zip(*shape, strict=True)) for *shape, offset in places)
+    memory, of_tangents = (target.primal.new_zeros(size) for _ in range(2))
+    for member, place in zip(members, places, strict=True):
+        memory.as_strided(*place).copy_(member.primal)
+        of_tangents.as_strided(*place).copy_(member.tangent)
+    memory.as_strided(*places[-1]).copy_(primal)
+    of_tangents.as_strided(*places[-1]).copy_(tangent)
+    for member, place in zip(members, places, strict=True):
+        member.primal, member.tangent = memory.as_strided(*place), of_tangents.as_strided(*place)
+
+
+def _overlaps_itself(x: Tensor) -> bool:
+    reach = 1
+    for stride, length in sorted((s, n) for s, n in zip(x.stride(), x.size(), strict=True) if n > 1):
+        if stride < reach:
+            return True
+        reach = stride * (length - 1) + reach
+    return x.numel() == 0
 
 
 def refuse_inside_function(where: str) -> None:

@@ -49,16 +49,10 @@ class Straight(torch.autograd.Function):
         return g
 
 
-def in_place_on_a_view(x):
-    rows = x.view(-1)
-    rows += 1.0
-    return x
-
-
-def write_into_a_view_of_a_plain_tensor(x):
-    buffer = torch.zeros(2, 3, 4)
-    buffer[0][:] = x
-    return buffer
+def in_place_on_an_expanded_tensor(x):
+    rows = x[:1].expand(3, 4)
+    x += 1.0
+    return rows
 
 
 @torch.jit.script
@@ -70,11 +64,13 @@ PARAMETER = nn.Parameter(torch.zeros(3, 4))
 REFUSED = {
     "custom operator": (lambda x: custom_double(x), "linlora_tests::double"),
     "autograd Function": (Straight.apply, "the autograd Function Straight"),
-    "in-place on a view": (in_place_on_a_view, "in-place on a view"),
-    "write into a view": (write_into_a_view_of_a_plain_tensor, "writes a value that carries a tangent"),
-    "write into a tensor that has views": (lambda x: write_beside_a_view(x), "is a view, has views"),
-    "write into an array": (lambda x: torch.from_numpy(np.zeros((3, 4), np.float32)).copy_(x), "is a view, has views"),
-    "write into a parameter": (lambda x: PARAMETER.data.copy_(x), "is a view, has views"),
+    "in-place on an expanded tensor": (in_place_on_an_expanded_tensor, "an expanded tensor"),
+    "write into a tensor that has views": (lambda x: write_beside_a_view(x), "shares its memory"),
+    "write into an array": (
+        lambda x: torch.from_numpy(np.zeros((3, 4), np.float32)).copy_(x),
+        "shares its memory",
+    ),
+    "write into a parameter": (lambda x: PARAMETER.data.copy_(x), "shares its memory"),
     "out=": (lambda x: torch.add(x, 1.0, out=torch.empty(3, 4)), "out= is not supported"),
     "item": (lambda x: x.sum().item() * x, "branch on values"),
     "numpy": (lambda x: x.numpy(), "out of the stream"),
