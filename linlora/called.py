@@ -59,6 +59,13 @@ def called_update(
     return sum(primals[1:], primals[0]), tangent.detach() if two else tangent
 
 
+def called_plain_update(layer: FusedLoraLinear, adapter: str, x: Tensor) -> Tensor:
+    """The update of an adapter that is not linearized: s lora_B(lora_A(lora_dropout(x))), as PEFT calls it."""
+    A, B = layer.lora_A[adapter], layer.lora_B[adapter]
+    x = layer._cast_input_dtype(x, A.weight.dtype)
+    return layer.scaling[adapter] * B(A(layer.lora_dropout[adapter](x)))
+
+
 def _along(factor: Tensor, delta: Tensor | None, two: bool) -> Tensor:
     if delta is None:
         return factor

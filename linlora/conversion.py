@@ -37,6 +37,7 @@ def unfuse_layer(layer: FusedLoraLinear) -> None:
     """Turn a FusedLoraLinear back into the PEFT layer it was, in place; the adapters must be plain."""
     for attribute in ("lora_dA", "of_lora_B", "states", "stream", "folds", "layer_name"):
         delattr(layer, attribute)
+    layer.__dict__.pop("mixed", None)
     layer.__class__ = layer.__dict__.pop("peft_class", PeftLoraLinear)
     follow_class(layer)
 

@@ -14,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from linlora import backends, folding
+from linlora.adapter_names import accept_rows, refuse_rows
 from linlora.conversion import fuse_layer, unfuse_layer, unsupported
 from linlora.model_scope import check_model_scope, enter_model_scope, leave_model_scope
 from linlora.modules import FusedLoraLinear, fused_layers
@@ -171,6 +172,7 @@ def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: Task
             folding.accept_folded_factors(fused)
         folding.save_folded_factors(model)
         restore_on_error(model, *_ADDING)
+        accept_rows(model)
         fused_modules = enter_model_scope(model) if scope == "model" else ()
         return _report(f"linearized ({scope} scope)", model, layers, fused_modules)
 
@@ -231,6 +233,7 @@ def delinearize(model: PeftModel | Linearizable) -> PeftModel:
             _delinearize_layer(layer)
         folding.save_plain_factors(model)
         leave_to_class(model, *_ADDING)
+        refuse_rows(model)
     return model
 
 
@@ -249,6 +252,7 @@ def accelerate(model: nn.Module) -> Report:
             fuse_layer(layer, name)
         if isinstance(model, PeftModel):
             restore_on_error(model, *_ADDING)
+            accept_rows(model)
         return _report("accelerated (plain LoRA)", model, layers)
 
 

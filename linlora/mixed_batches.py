@@ -1,72 +1,99 @@
-"""Several adapters in one batch, as PEFT asks for them: `adapter_names`, the adapter of every example.
+"""One layer on a batch of several adapters, whose rows each have their own mixture of them (`linlora.mixtures`).
 
 Adapters of any rank, plain and linearized (each at its own point), become factors of one layout, and the layer runs as
-one grouped op. A batch that asks for one adapter alone runs as that adapter.
+one grouped op. A mixture is the adapters side by side, of the summed rank and each with its weight in B, so that the
+update of a row is Σ λ ΔW of its adapters, without cross terms:
+
+    y = x Wᵀ + b + Σ_a λ_a s_a (x A_aᵀ) B_aᵀ = x Wᵀ + b + (x [A_1; A_2; …]ᵀ) [λ_1 s_1 B_1, λ_2 s_2 B_2, …]ᵀ
+
+Rows of one mixture are a group. An adapter that no row of the batch has is not read, and gets no gradient: not zeros,
+but None, which optimizers skip.
 """
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+import warnings
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from linlora.called import called_plain_update, called_update
+from linlora.calls import is_product
+from linlora.mixtures import Rows
 from linlora.ops.checks import autocast_input
 from linlora.ops.grouped_lora_linear import grouped_lora_linear
-from linlora.ops.grouping import Groups
 from linlora.ops.linearized_lora_linear import unchecked
 from linlora.weights import stacked
 
 if TYPE_CHECKING:
     from linlora.modules import FusedLoraLinear
 
-BASE = "__base__"
-"""PEFT's name for no adapter."""
 
+def mixed_batch(layer: FusedLoraLinear, x: Tensor, rows: Rows) -> Tensor:
+    """One layer at layer scope on a batch x (examples, ..., K) with a mixture for every example.
 
-def mixed_batch(layer: FusedLoraLinear, x: Tensor, names: Sequence[str]) -> Tensor:
-    """One layer on a batch x (examples, ..., K) with an adapter name, or '__base__', for every example.
-
-    Another number of names and merged adapters the layer has refused in PEFT's words. Raises ValueError in training and
-    at model scope.
+    Another number of rows and merged adapters the layer has refused in PEFT's words. Raises ValueError at model scope.
     """
-    _check(layer)
-    asked = [name if name in layer.lora_A else BASE for name in names]
-    distinct = sorted(set(asked))
-    if distinct == [BASE] or not distinct:
-        return layer.base_layer(x)
-    weight, bias = layer.matrix, layer.base_layer.bias
-    if len(distinct) == 1:
-        return unchecked(autocast_input(x), weight, bias, *layer.factors(distinct[0]))
-    pairs = [None if name == BASE else stacked(*layer.factors(name), like=weight) for name in distinct]
-    rank = max(A.shape[0] for A, _ in filter(None, pairs))
-    k, n = weight.shape[1], weight.shape[0]
-    empty = (torch.zeros(0, k, device=x.device), torch.zeros(n, 0, device=x.device))
-    A = torch.stack([pad(A.t(), (0, rank - A.shape[0])) for A, _ in (pair or empty for pair in pairs)])
-    B = torch.stack([pad(B.t(), (0, 0, 0, rank - B.shape[1])) for _, B in (pair or empty for pair in pairs)])
-    groups = _groups(tuple(asked), x.shape[:-1].numel(), x.device, torch.is_inference_mode_enabled())
-    return grouped_lora_linear(x, weight, bias, A, B, groups, 1.0)
-
-
-@functools.lru_cache(maxsize=8)
-def _groups(names: tuple[str, ...], rows: int, device: torch.device, inference_mode: bool) -> Groups:
-    """The groups of the rows of a batch, found again by the other layers that see it. Those made in inference mode
-    hold tensors that autograd refuses, so they are others."""
-    distinct = sorted(set(names))
-    return Groups.of(torch.tensor([distinct.index(name) for name in names], device=device), len(distinct), rows)
-
-
-def _check(layer: FusedLoraLinear) -> None:
-    if layer.training:
-        raise ValueError(
-            f"layer '{layer.layer_name}': adapter_names is for inference; call model.eval(), or train adapters of "
-            "mixed tasks with linlora.routing.route(model, n_tasks, variant='private')"
+    begin_mixed(layer)
+    adapters = [name for name in rows.adapters if name in layer.lora_A]
+    dropouts = layer.dropouts(adapters) or {0.0}
+    if layer._more_than_factors(adapters) or not is_product(layer.base_layer):
+        layer._warn_of_calls(adapters)
+    elif len(dropouts) > 1 or dropouts == {1.0}:
+        warnings.warn(
+            f"layer '{layer.layer_name}': adapters {adapters} have dropouts {sorted(dropouts)} in one batch, so each "
+            "is called on its rows, not fused; with one dropout below 1 they are",
+            stacklevel=2,
         )
+    else:
+        layer._check_input(autocast_input(x), layer.matrix)
+        return _fused(layer, x, rows, dropouts.pop())
+    return called_by_rows(layer, x, rows)
+
+
+def begin_mixed(layer: FusedLoraLinear) -> None:
+    """Note that the layer runs with rows of its own, which it does at layer scope alone."""
     if layer.stream is not None:
         raise ValueError(
-            f"layer '{layer.layer_name}': adapters linearized at model scope share one point in a batch; put their "
-            "task vectors into one model, linlora.routing.from_vectors(model, vectors), and pass task_ids="
+            f"layer '{layer.layer_name}': adapters linearized at model scope share one point in a batch. Put their "
+            "task vectors into one model, linlora.routing.from_vectors(model, vectors), with task_ids= or mixture=; to "
+            "train several together, linlora.routing.route(model, n_tasks, variant='private')"
         )
+    layer.mixed = True
+
+
+def called_by_rows(layer: FusedLoraLinear, x: Tensor, rows: Rows) -> Tensor:
+    """The base layer called, and the parts of every adapter on the rows that have it."""
+    y = layer.base_layer(x)
+    for adapter in (name for name in rows.adapters if name in layer.lora_A):
+        places, weights = rows.weights_of(adapter)
+        at = torch.tensor(places, device=x.device)
+        plain = layer.states.get(adapter, "plain") == "plain"
+        parts = [called_plain_update(layer, adapter, x[at])] if plain else called_update(layer, [adapter], x[at])
+        update = sum(parts[1:], parts[0])
+        of_rows = torch.tensor(weights, dtype=update.dtype, device=x.device).view(-1, *[1] * (x.dim() - 1))
+        y = y.index_add(0, at, (of_rows * update).to(y.dtype))
+    return y
+
+
+def _fused(layer: FusedLoraLinear, x: Tensor, rows: Rows, p: float) -> Tensor:
+    mixtures = rows.only(layer.lora_A)
+    if not any(mixtures):
+        return layer.base_layer(x)
+    weight, bias = layer.matrix, layer.base_layer.bias
+    seed = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
+    if len(mixtures) == 1 and len(mixtures[0]) == 1:
+        ((name, of_row),) = mixtures[0]
+        A0, B0, dA, dB, scaling = layer.factors(name)
+        return unchecked(autocast_input(x), weight, bias, A0, B0, dA, dB, of_row * scaling, p, seed)
+    own = {name: stacked(*layer.factors(name), like=weight) for name in rows.adapters if name in layer.lora_A}
+    k, n = weight.shape[1], weight.shape[0]
+    none = torch.zeros(0, k, device=x.device), torch.zeros(n, 0, device=x.device)
+    As = [torch.cat([own[name][0] for name, _ in mixture] or [none[0]]) for mixture in mixtures]
+    Bs = [torch.cat([of_row * own[name][1] for name, of_row in mixture] or [none[1]], dim=1) for mixture in mixtures]
+    rank = max(A.shape[0] for A in As)
+    A = torch.stack([pad(A.t(), (0, rank - A.shape[0])) for A in As])
+    B = torch.stack([pad(B.t(), (0, 0, 0, rank - B.shape[1])) for B in Bs])
+    return grouped_lora_linear(x, weight, bias, A, B, rows.groups(x), 1.0, dropout_p=p, seed=seed)

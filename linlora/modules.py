@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from linlora.called import called_update
 from linlora.calls import beyond_product, hooks_of_all_modules, is_product
 from linlora.mixed_batches import mixed_batch
+from linlora.mixtures import Rows
 from linlora.ops import dual
 from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.dual.low_rank_update import low_rank_update as dual_low_rank_update
@@ -69,6 +70,7 @@ class FusedLoraLinear(PeftLoraLinear):
     layer_name: str
     states: dict[str, State]
     stream: Stream | None
+    mixed: bool = False  # whether the last forward pass had `adapter_names`
     folds: list[Fold]  # of the merges since the last unmerge
     lora_A: Any  # PEFT's ModuleDicts of nn.Linear by adapter
     lora_B: Any
@@ -83,6 +85,8 @@ class FusedLoraLinear(PeftLoraLinear):
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self._disable_adapters or self.merged_adapters or args or kwargs:
             return self._base_forward(x, *args, **kwargs)
+        if self.mixed:
+            self._end_of_mixed()
         active = [name for name in self.active_adapters if name in self.lora_A]
         if not active:
             return self.base_layer(x)
@@ -103,19 +107,13 @@ class FusedLoraLinear(PeftLoraLinear):
         A, B, dropout = (self._modules[kind]._modules for kind in LORA_PARTS)
         return not all(is_product(A[name]) and is_product(B[name]) and is_product(dropout[name]) for name in adapters)
 
-    def _called(self, x: Tensor, adapters: Sequence[str], **kwargs: Any) -> Tensor:
+    def _called(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
         """Every part called: by PEFT's own forward, and where an adapter is linearized by `called_update`."""
-        names = kwargs.get("adapter_names")
         self._warn_of_calls(adapters)
         if all(self.states.get(name, "plain") == "plain" for name in adapters):
-            return super().forward(x, **kwargs)
+            return super().forward(x)
         y = self.base_layer(x)
-        if names is None:
-            return y + sum(called_update(self, adapters, x)).to(y.dtype)
-        for adapter in adapters:
-            rows = torch.tensor([row for row, name in enumerate(names) if name == adapter], device=x.device)
-            y = y.index_add(0, rows, sum(called_update(self, [adapter], x[rows])).to(y.dtype))
-        return y
+        return y + sum(called_update(self, adapters, x)).to(y.dtype)
 
     def _warn_of_calls(self, adapters: Sequence[str]) -> None:
         why = called_parts(self, adapters)
@@ -352,17 +350,30 @@ class FusedLoraLinear(PeftLoraLinear):
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The calls that PEFT's own forward answers, and `adapter_names`."""
-        names = kwargs.get("adapter_names")
-        if self._disable_adapters or (self.merged_adapters and names is None):
+        if kwargs.get("adapter_names") is not None:
+            kwargs["adapter_names"] = Rows.of(kwargs["adapter_names"])
+        rows = kwargs.get("adapter_names")
+        if self._disable_adapters or (self.merged_adapters and rows is None):
             return super().forward(x, *args, **kwargs)
-        if names is None or args or len(kwargs) > 1:
+        if rows is None or args or len(kwargs) > 1:
             raise ValueError(f"layer '{self.layer_name}': unexpected arguments {args or list(kwargs)} beside the input")
         PeftLoraLinear._check_forward_args(self, x, **kwargs)
-        adapters = sorted({name for name in names if name in self.lora_A})
-        if self._more_than_factors(adapters) or not is_product(self.base_layer):
-            return self._called(x, adapters, adapter_names=names)
-        self._check_input(autocast_input(x), self.matrix)
-        return mixed_batch(self, x, names)
+        return self._by_rows(x, rows)
+
+    def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
+        """The layer with a mixture of adapters for every row."""
+        return mixed_batch(self, x, rows)
+
+    def _end_of_mixed(self) -> None:
+        """After a call with `adapter_names`, one without. In backward it would be a block that runs again without the
+        names it had, with gradients for the active adapter."""
+        if torch._C._current_graph_task_id() != -1:
+            raise RuntimeError(
+                f"layer '{self.layer_name}': the layer is recomputed in backward without the adapter_names it ran "
+                "with. Checkpoint with model.gradient_checkpointing_enable(), which keeps them, not with "
+                "torch.utils.checkpoint"
+            )
+        self.mixed = False
 
     def _check_input(self, x: Tensor, weight: Tensor) -> None:
         if x.shape[-1] != weight.shape[1]:
@@ -394,15 +405,19 @@ class FusedLoraLinear(PeftLoraLinear):
         return Factors(A0, B0, dA, dB, 1.0)
 
     def _dropout_p(self, adapters: list[str]) -> float:
-        """The dropout of some adapters: 0 where their modules, as PEFT asks them, are not in training mode."""
-        modules = self._modules["lora_dropout"]._modules
-        ps = {vars(modules[name]).get("p", 0.0) if modules[name].training else 0.0 for name in adapters}
+        """The one dropout of some adapters: 0 where their modules, as PEFT asks them, are not in training mode."""
+        ps = self.dropouts(adapters)
         if len(ps) > 1:
             raise ValueError(
                 f"layer '{self.layer_name}': the active adapters {adapters} have different dropouts {sorted(ps)}; "
                 "give them one dropout, or train one at a time with model.set_adapter(name)"
             )
         return ps.pop()
+
+    def dropouts(self, adapters: Sequence[str]) -> set[float]:
+        """Every dropout that one of these adapters has now."""
+        modules = self._modules["lora_dropout"]._modules
+        return {vars(modules[name]).get("p", 0.0) if modules[name].training else 0.0 for name in adapters}
 
 
 def called_parts(layer: Any, adapters: Sequence[str]) -> str | None:

@@ -12,6 +12,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from linlora.calls import is_called_plainly
+from linlora.mixed_batches import begin_mixed, called_by_rows
+from linlora.mixtures import Rows
 from linlora.modules import Factors, FusedLoraLinear
 from linlora.ops.checks import autocast_input
 from linlora.ops.dual.low_rank_update import low_rank_update as dual_low_rank_update
@@ -63,14 +65,9 @@ class QuantizedLoraLinear(FusedLoraLinear):
             y_tangent, x_tangent = linear_part(self.base_layer, x_tangent), autocast_input(x_tangent)
         return dual_low_rank_update(y, y_tangent, autocast_input(x), x_tangent, *factors, p, seed)
 
-    def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if kwargs.get("adapter_names") is not None:
-            raise ValueError(
-                f"layer '{self.layer_name}': adapter_names (several adapters in one batch) needs the weight, and the "
-                f"base is quantized ({self.kind}); run the rows of each adapter by themselves, after "
-                "model.set_adapter(name)"
-            )
-        return super()._base_forward(x, *args, **kwargs)
+    def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
+        begin_mixed(self)
+        return called_by_rows(self, x, rows)
 
     def _update(self, adapters: list[str]) -> Update:
         if self.stream is not None:

@@ -2,6 +2,7 @@
 
 import contextlib
 import sys
+from collections import OrderedDict
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ def state(model):
             type(module),
             module.training,
             {key: value for key, value in vars(module).items() if not callable(value)},
-            {key: list(hooks.items()) for key, hooks in vars(module).items() if key.endswith("_hooks")},
+            {key: list(hooks.items()) for key, hooks in vars(module).items() if isinstance(hooks, OrderedDict)},
             {key: value for key, value in vars(module).items() if callable(value)}.keys(),
             [(key, id(p), p.requires_grad, p.tolist()) for key, p in module._parameters.items() if p is not None],
             {key: dict(value) for key, value in vars(module).items() if type(value) is dict and key[0] != "_"},
@@ -65,7 +66,7 @@ STEPS = {
         [
             (linearize, "fuse_layer"), (linearize, "_linearize_adapter"), (folding, "accept_folded_factors"),
             (folding, "save_folded_factors"), (linearize, "restore_on_error"), (linearize, "_report"),
-            (task_vector, "_assign"), (conversion, "follow_class"),
+            (task_vector, "assign"), (conversion, "follow_class"),
         ],
     ),
     "linearize at model scope": (
@@ -90,7 +91,7 @@ STEPS = {
             (linearize, "unfuse_layer"), (folding, "save_plain_factors"), (linearize, "leave_to_class"),
         ],
     ),
-    "apply": ("layer", lambda made: linlora.apply(made, vector()), [(task_vector, "_assign")]),
+    "apply": ("layer", lambda made: linlora.apply(made, vector()), [(task_vector, "assign")]),
     "merge": (
         None,
         linlora.merge,

@@ -130,8 +130,18 @@ def test_merging_is_refused_with_the_remedy(pair):
     for merge in (linlora.merge, lambda m: m.merge_adapter()):
         with pytest.raises(ValueError, match=r"base is quantized .* Serve base and adapter unmerged, or merge"):
             merge(model)
-    with pytest.raises(ValueError, match=r"adapter_names .* needs the weight, and the base is quantized"):
-        model(**batch(), adapter_names=["default"] * 3)
+
+
+def test_every_row_has_its_mixture(pair):
+    model = pair()[0]
+    linlora.linearize(model)
+    displaced([model], 3)
+    model.eval()
+    with model.disable_adapter():
+        base = model(**batch()).logits
+    logits = model(**batch(), adapter_names=["default", "__base__", {"default": 1.0}]).logits
+    expected = model(**batch()).logits
+    torch.testing.assert_close(logits, torch.stack([expected[0], base[1], expected[2]]))
 
 
 def test_autocast_computes_in_its_dtype(pair):

@@ -173,15 +173,3 @@ def test_beams_keep_the_adapter_of_their_row():
         model.set_adapter(name)
         alone = model.generate(**rows_of(inputs, [row]), num_beams=3, max_new_tokens=4)
         assert torch.equal(together[row : row + 1, : alone.shape[1]], alone)
-
-
-def test_what_adapter_names_cannot_do_is_refused():
-    model = model_with_adapters("bert", linearize=True)
-    layer = next(m for m in model.modules() if isinstance(m, linlora.modules.FusedLoraLinear))
-    layer.train()
-    with pytest.raises(ValueError, match=r"adapter_names is for inference; call model.eval\(\)"):
-        layer(torch.randn(1, layer.in_features), adapter_names=["default"])
-    model.eval()
-    linlora.set_scope(model, "model")
-    with pytest.raises(ValueError, match=r"linlora.routing.from_vectors"):
-        model(**tiny_batch("bert", 1), adapter_names=["default"])
