@@ -63,11 +63,10 @@ def add_of_groups(b_y, b_low, d_expand, segments, place, end, o_place, o_r, o_n,
         m_group = (o_place >= place) & (o_place < past)
         b_of_group = tl.where(m_group[:, None], b_low, 0.0).to(b_low.dtype)
         b_factor = load_from(d_expand, i_group, o_r, o_n).to(b_low.dtype)
-        b_nothing = b_factor - b_factor  # NaN where the factor is not finite
+        b_nothing = b_factor - b_factor  # 0, NaN where the factor is not finite
         b_factor = tl.where(b_nothing == 0.0, b_factor, 0.0).to(b_low.dtype)
         b_y = dot(b_of_group, b_factor, b_y, PRECISION)
-        b_lost = tl.max(tl.where(b_nothing == 0.0, 0, 1), 0)
-        b_y = tl.where(m_group[:, None] & (b_lost > 0)[None, :], float("nan"), b_y)
+        b_y += tl.where(m_group[:, None], tl.sum(b_nothing.to(tl.float32), 0)[None, :], 0.0)
         place = past
     return b_y
 

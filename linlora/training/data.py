@@ -144,7 +144,7 @@ def _of_split(files: Sequence[str], columns: Sequence[str], label: str) -> Any:
             return datasets.load_dataset("parquet", data_files=[str(path) for path in paths], split="train")
     cells: tables.Columns = {column: [] for column in columns}
     for path in paths:
-        names, found = tables.read_columns(path, columns)
+        names, found = tables.read_columns(path, columns, label)
         _check_names(names, columns, str(path))
         for column in columns:
             cells[column] += found[column]
@@ -177,6 +177,19 @@ def _check_columns(rows: Any, columns: Sequence[str], where: str) -> None:
             raise ValueError(
                 f"column '{column}' of {where} is empty in {empty} rows; fill it in, or leave these rows out"
             )
+
+
+def notes_on_lines(data: Data, split: str, rows: Any) -> list[str]:
+    """How many rows of a csv or tsv file have a cell that spans lines, in words: rows may have been swallowed there."""
+    source = getattr(data, split)
+    source = source if isinstance(source, str) else data.train
+    path = source if is_file(source) else str(data.path)
+    if tables.ending(path) not in (".csv", ".tsv") and not Path(path).expanduser().is_dir():
+        return []
+    texts = [name for name, feature in rows.features.items() if getattr(feature, "dtype", None) == "string"]
+    found = [tables.lines_in_cells(rows[name]) for name in texts]
+    count, longest = max((cells for cells, _ in found), default=0), max((lines for _, lines in found), default=0)
+    return [f"{count} of {len(rows)} rows have a cell of several lines, the longest of {longest}"] if count else []
 
 
 def source_of(data: Data, split: str) -> str:

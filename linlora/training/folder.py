@@ -1,6 +1,7 @@
 """The folder of a run: whose settings it belongs to, where it stopped, and what it holds when it is done.
 
 settings.yaml                 what the run was started with
+rows.json                     how many rows each split had, with a digest
 point.safetensors             the linearization point, written before the first step
 checkpoint-N/                 of transformers' Trainer
 adapter_model.safetensors, adapter_config.json     for stock PEFT; none at model scope, which no adapter has

@@ -8,6 +8,8 @@ The reading rule:
 * csv: cells may stand in quotation marks, doubled inside; a mark that is not closed, or text behind a closing one, is
   an error with its line. tsv: written so, or with quotation marks as ordinary characters; a file that has other rows
   when read the other way is refused.
+* A cell may span lines in csv. A file is refused in which the lines of one read like rows of their own, with a label
+  of other rows in the label column: a mark that was not closed has swallowed them. `lines_in_cells` counts the rest.
 * Every row has as many cells as the header. Blank lines are none.
 * json: a list of objects, or objects one after the other. A key that stands twice in an object is an error.
 * A column holds numbers or booleans if each of its cells is written as Python writes them, so that no character is
@@ -23,7 +25,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,15 +43,17 @@ def ending(path: str | Path) -> str:
     return Path(str(path).removesuffix(".gz")).suffix.lower()
 
 
-def read_columns(file: Path, columns: Sequence[str]) -> tuple[list[str], Columns]:
+def read_columns(file: Path, columns: Sequence[str], label: str = "") -> tuple[list[str], Columns]:
     """The names of all columns of a file, and the cells of some of them, None where a cell is empty.
 
-    Columns that the file lacks are left out. Raises ValueError for a file that is not whole, with the line.
+    `label` is the name of the label column. Columns that the file lacks are left out. Raises ValueError for a file that is not whole, with the line.
     """
     text = _text(file)
     if ending(file) in (".json", ".jsonl"):
         return _of_json(file, text, columns)
     header, *rows = _rows(file, text, ",", csv.QUOTE_MINIMAL) if ending(file) == ".csv" else _tsv_rows(file, text)
+    if ending(file) == ".csv" and label in header:
+        _refuse_swallowed(file, text, [header, *rows], header.index(label))
     found = {}
     for column in dict.fromkeys(columns):
         if header.count(column) > 1:
@@ -176,6 +180,60 @@ def _rows(file: Path, text: str, delimiter: str, quoting: int) -> list[list[str]
     if not rows:
         raise ValueError(f"{file} has no data: it is empty")
     return rows
+
+
+def lines_in_cells(cells: Iterable[Any]) -> tuple[int, int]:
+    """How many cells span lines, and the lines of the longest.
+
+    >>> lines_in_cells(["one", "two\\nlines", "a\\r\\nb\\r\\nc"])
+    (2, 3)
+    """
+    counts = [len(_lines(cell)) for cell in cells if isinstance(cell, str)]
+    return sum(count > 1 for count in counts), max(counts, default=0)
+
+
+def _lines(cell: str) -> list[str]:
+    return re.split(r"\r\n|\r|\n", cell) if "\n" in cell or "\r" in cell else [cell]
+
+
+def _refuse_swallowed(file: Path, text: str, rows: list[list[str]], label: int) -> None:
+    """Raise a ValueError for a cell whose lines read like rows; see the reading rule. The header is rows[0].
+
+    Where a program has put marks around every cell, none of them is left open.
+    """
+    known = {row[label] for row in rows[1:] if len(_lines(row[label])) == 1}
+    numbers = all(_NUMBER.fullmatch(cell) for cell in known) and any(_FRACTION.search(cell) for cell in known)
+
+    def is_label(cell: str) -> bool:
+        return cell in known or bool(numbers and _NUMBER.fullmatch(cell))
+
+    for number, row in enumerate(rows):
+        if number and (inner := _swallowed(row, label, is_label)) and not _all_quoted(text, rows):
+            raise ValueError(
+                f"{file}: row {number} has a cell that spans lines, and one of these reads like the rest of a row, "
+                f'{_short(inner)}; if a quotation mark (") was not closed, close it or write "" for a mark that is '
+                "part of a text; if the text is meant so, write the file as .jsonl"
+            )
+
+
+def _all_quoted(text: str, rows: list[list[str]]) -> bool:
+    written = io.StringIO()
+    csv.writer(written, quoting=csv.QUOTE_ALL, lineterminator="\n").writerows(rows)
+    return written.getvalue().rstrip() == re.sub(r'"\r\n?', '"\n', text).rstrip()
+
+
+def _swallowed(row: list[str], label: int, is_label: Callable[[str], bool]) -> str | None:
+    """The line of a cell that has the cells of a row, from the cell's column, through or to it."""
+    for place, cell in enumerate(row):
+        lines = _lines(cell)
+        for i, line in enumerate(lines if len(lines) > 1 else []):
+            first = place if i == 0 else 0
+            last = place if i == len(lines) - 1 else len(row) - 1
+            if first <= label <= last and last > first:
+                cells = line.split(",") if '"' not in line else next(csv.reader([line]), [])
+                if len(cells) == last - first + 1 and is_label(cells[label - first]):
+                    return line
+    return None
 
 
 @contextmanager

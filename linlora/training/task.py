@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from linlora.training.data import SPLITS, load_split, source_of
+from linlora.training.data import SPLITS, load_split, notes_on_lines, source_of
 from linlora.training.labels import check_labels, distinct
 from linlora.training.metrics import check_metric, class_scores, default_metric, number_scores, text_scores
 from linlora.training.settings import Settings
@@ -24,7 +24,7 @@ class Task(ABC):
         settings: what it was made from.
         answer: what is predicted: "classes", "numbers" or "text".
         task_type: what PEFT calls the kind of model, or None.
-        notes: of each split that was checked, what is cut of its rows.
+        notes: of each split that was checked, what is odd in its rows and what is cut of them.
     """
 
     answer: str
@@ -66,7 +66,7 @@ class Task(ABC):
             check_labels(labels, column)
             for value in distinct(labels, column):
                 self.expected({column: value})
-            self.notes[split] = self.check_lengths(rows)
+            self.notes[split] = [*notes_on_lines(self.settings.data, split, rows), *self.check_lengths(rows)]
         except ValueError as error:
             raise ValueError(f"the {split} split, {source_of(self.settings.data, split)}: {error}") from None
 

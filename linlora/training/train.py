@@ -32,9 +32,10 @@ from linlora.training.folder import (
     write_metrics,
 )
 from linlora.training.head import HEAD_FILE, read_head
+from linlora.training.kept_rows import check_kept, keep, rows_of
 from linlora.training.settings import Settings
 from linlora.training.task import Task, load_task
-from linlora.training.trainer import TaskTrainer, training_arguments
+from linlora.training.trainer import TaskTrainer, check_optimizer, training_arguments
 
 
 def train(settings: Settings, fresh: bool = False, console: Console | None = None) -> Run:
@@ -48,8 +49,8 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
         console: where progress is printed; nowhere if None.
 
     Raises:
-        ValueError: settings, model and data that do not go together, a run of other settings in the folder, a loss
-            that is not finite. FileExistsError: the folder holds something else, or another process works in it.
+        ValueError: settings, model and data that do not go together, a run of other settings or of other rows in the
+            folder, a loss that is not finite. FileExistsError: the folder holds something else, or another process works in it.
     """
     state = process_group(settings)
     console = console if console is not None and state.is_main_process else Console(quiet=True)
@@ -58,14 +59,18 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
     state.wait_for_everyone()
     folder = Path(settings.out)
     if is_finished(settings):
-        console.print(f"{settings.name}: found finished in {folder}", highlight=False)
+        console.print(f"{settings.name}: found finished in {folder} (--fresh trains it again)", highlight=False)
         return Run.open(folder)
     task = checked_task(settings)
+    rows = rows_of(task)
+    check_kept(task, rows, folder)
     adapted = adapt(task, kept_point(settings))
+    check_optimizer(settings, adapted.model)
     console.print(_introduction(task, adapted), highlight=False, markup=False, soft_wrap=True)
     with only_run_in(folder, state):
         if state.is_main_process:
             settings.to_yaml(folder / SETTINGS_FILE)
+            keep(rows, folder)
             adapted.start.save(folder / POINT_FILE)
         trainer = TaskTrainer(task, adapted.model, console)
         begin = time.perf_counter()

@@ -57,6 +57,14 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     return arguments
 
 
+def check_optimizer(settings: Settings, model: torch.nn.Module) -> None:
+    """Raise a ValueError for an optimizer that cannot be made: a package is missing, or another setting."""
+    try:
+        Trainer.get_optimizer_cls_and_kwargs(training_arguments(settings), model)
+    except (ImportError, ValueError, RuntimeError) as error:
+        raise ValueError(f"training.optim: {str(error).splitlines()[0]}") from error
+
+
 def _every(share: float, settings: Settings) -> float:
     """A share of all steps: in steps where their number is set, as the share it is where epochs are."""
     steps = settings.training.get("max_steps", 0)

@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from linlora.training import Data
-from linlora.training.data import load_split
+from linlora.training.data import load_split, notes_on_lines
 
 ODD = [
     "None", "NA", "N/A", "nan", "NaN", "null", "NULL", "-", "?", "#N/A", "inf", "True", "false", "007", "1e5", "1.50",
@@ -129,8 +129,8 @@ def test_random_rows_come_back_or_their_quotation_marks_are_refused(tmp_path, wr
     try:
         found = pairs(read(tmp_path, ending, write(rows)))
     except ValueError as error:
-        assert ending == "tsv"
-        assert "quotation marks" in str(error)  # noqa: PT017
+        assert "quoted" not in writer or ending == "tsv"
+        assert ("spans lines" if "csv" in ending else "quotation marks") in str(error)  # noqa: PT017
         return
     assert [(str(text), str(label)) for text, label in found] == rows
 
@@ -219,3 +219,34 @@ def test_columns_that_are_not_used_may_hold_anything(tmp_path):
     rows = '{"text": "a", "label": 1, "more": [1]}\n{"text": "b", "label": 2, "more": {"x": null}}\n'
     assert pairs(read(tmp_path, "jsonl", rows.encode())) == [("a", 1), ("b", 2)]
     assert pairs(read(tmp_path, "csv", b"text,label,x,x\na,b,,1\n")) == [("a", "b")]
+
+
+SWALLOWED = [
+    'text,label\n"bad film,neg\nfine,pos\ngreat",neg\npoor,neg\n',
+    'text,label\n"bad film,neg\ngreat",pos\npoor,neg\n',
+    'label,text\nneg,"bad film\npos,fine\nneg,great"\npos,a\n',
+    'id,text,label\n1,"bad film,neg\n2,fine,pos\n3,great",neg\n',
+    'text,label,id\r\n"bad film,neg,9\r\nfine,pos,8\r\n"",pos,7\r\nlast",neg,6\r\n',
+    'text,label\n"bad film,0.5\nfine,1.25\ngreat",1.0\npoor,0.125\n',
+    'text,label,more\nfine,pos,"a\nbad,neg,b\ngreat,pos,c"\n',
+]
+
+
+@pytest.mark.parametrize("content", SWALLOWED)
+def test_a_mark_that_a_later_cell_closes_swallows_no_rows(tmp_path, content):
+    with pytest.raises(ValueError, match=r"row 1 has a cell that spans lines, and one of these reads like the rest of"):
+        read(tmp_path, "csv", content.encode())
+
+
+def test_cells_of_several_lines_are_read(tmp_path):
+    rows = [("a film,\nand a good one", "pos"), ("1,2\n3,4\r\n", "neg"), ("yes, pos\nno, neg", "neg"), ("neg\npos", "pos")]
+    ending, write = WRITERS["csv"]
+    assert pairs(read(tmp_path, ending, write(rows))) == rows
+
+
+@pytest.mark.parametrize("ending", ["csv", "tsv", "jsonl"])
+def test_a_table_says_how_many_rows_have_cells_of_several_lines(tmp_path, ending):
+    rows = [("a film,\nand a good\none", "pos"), ("one line", "neg"), ("two\nlines", "neg")]
+    data = Data(str(tmp_path / f"rows.{ending}"))
+    found = notes_on_lines(data, "train", read(tmp_path, ending, WRITERS[ending][1](rows)))
+    assert found == ([] if ending == "jsonl" else ["2 of 3 rows have a cell of several lines, the longest of 3"])

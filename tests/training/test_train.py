@@ -204,6 +204,48 @@ def test_settings_that_fail_leave_nothing_behind(settings, tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.parametrize(
+    ("optim", "method"),
+    [
+        ("adamw_torch", "layer"), ("adamw_torch_fused", "model"), ("adafactor", "model"), ("sgd", "layer"),
+        ("adagrad", "lora"), ("rmsprop", "lora-fa"),
+    ],
+)  # fmt: skip
+def test_optimizers_of_transformers_train(settings, optim, method):
+    run = train(settings("text", method=method, training={"optim": optim, "learning_rate": 1e-2, "max_steps": 2}))
+    assert 0 < run.vector.norm() < 10
+
+
+@pytest.mark.parametrize("optim", ["lomo", "schedule_free_adamw", "adamw_anyprecision", "galore_adamw"])
+def test_an_optimizer_of_a_missing_package_is_refused_before_anything_is_written(settings, tmp_path, optim):
+    out = tmp_path / "run"
+    with pytest.raises(ValueError, match=r"^training\.optim: .*install"):
+        train(settings("text", out=str(out), training={"optim": optim}))
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("change", ["a row more", "another cell"])
+def test_an_interrupted_run_does_not_go_on_with_other_rows(settings, tmp_path, review_files, monkeypatch, change):
+    for split in ("train", "validation", "test"):
+        shutil.copy(f"{review_files}/{split}.csv", tmp_path)
+    data = Data(str(tmp_path), test="test", text=("text",))
+    wanted = settings("text", data=data, out=str(tmp_path / "run"), training={"save_steps": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskTrainer, "_save_checkpoint", stop_after(TaskTrainer._save_checkpoint))
+        with pytest.raises(KeyboardInterrupt):
+            train(wanted)
+    file = tmp_path / "train.csv"
+    rows = file.read_text()
+    header, first, *rest = rows.splitlines(keepends=True)
+    changed = rows + first if change == "a row more" else "".join([header, "x" + first, *rest])
+    file.write_text(changed, newline="")
+    numbers = "48 and 49" if change == "a row more" else "48 and 48"
+    with pytest.raises(ValueError, match=rf"the train split, .*, has changed since the run .* \({numbers} rows\)"):
+        train(wanted)
+    file.write_text(rows)
+    assert train(wanted).metrics["continued_from"]
+
+
 def test_a_loss_that_is_not_finite_is_an_error_and_no_result(settings):
     wanted = settings("causal", training={"learning_rate": 1e38, "max_grad_norm": 0.0})
     with pytest.raises(ValueError, match=r"causal diverged .* choose a smaller training\.learning_rate"):
