@@ -46,7 +46,8 @@ def ending(path: str | Path) -> str:
 def read_columns(file: Path, columns: Sequence[str], label: str = "") -> tuple[list[str], Columns]:
     """The names of all columns of a file, and the cells of some of them, None where a cell is empty.
 
-    `label` is the name of the label column. Columns that the file lacks are left out. Raises ValueError for a file that is not whole, with the line.
+    `label` is the name of the label column. Columns that the file lacks are left out. Raises ValueError for a file that
+    is not whole, with the line.
     """
     text = _text(file)
     if ending(file) in (".json", ".jsonl"):

@@ -50,7 +50,8 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
 
     Raises:
         ValueError: settings, model and data that do not go together, a run of other settings or of other rows in the
-            folder, a loss that is not finite. FileExistsError: the folder holds something else, or another process works in it.
+            folder, a loss that is not finite. FileExistsError: the folder holds something else, or another process
+            works in it.
     """
     state = process_group(settings)
     console = console if console is not None and state.is_main_process else Console(quiet=True)

@@ -239,7 +239,12 @@ def test_a_mark_that_a_later_cell_closes_swallows_no_rows(tmp_path, content):
 
 
 def test_cells_of_several_lines_are_read(tmp_path):
-    rows = [("a film,\nand a good one", "pos"), ("1,2\n3,4\r\n", "neg"), ("yes, pos\nno, neg", "neg"), ("neg\npos", "pos")]
+    rows = [
+        ("a film,\nand a good one", "pos"),
+        ("1,2\n3,4\r\n", "neg"),
+        ("yes, pos\nno, neg", "neg"),
+        ("neg\npos", "pos"),
+    ]
     ending, write = WRITERS["csv"]
     assert pairs(read(tmp_path, ending, write(rows))) == rows
 
