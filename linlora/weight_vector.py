@@ -305,7 +305,7 @@ def total(updates: Sequence[Update]) -> Update:
 
 
 def common_base(*vectors: TaskVector) -> str | None:
-    """The base model that vectors name, which is one. Raises DifferentPointError for two.
+    """The base model that vectors name, which is one, by its shortest name. Raises DifferentPointError for two.
 
     >>> common_base(*(weight_vector(TaskVector({}, {}, "", {}, "weight", name), {}, {}) for name in ("a/Base", None)))
     'a/Base'
@@ -317,7 +317,7 @@ def common_base(*vectors: TaskVector) -> str | None:
                 f"the adapters are of different base models, '{named[0]}' and '{name}'. If the two are the same "
                 "weights, say so: dataclasses.replace(vector, base_model=...)"
             )
-    return named[0] if named else None
+    return min(named, key=lambda name: (len(name), name), default=None)
 
 
 def _model_name(base_model: str) -> str:
