@@ -134,8 +134,8 @@ def tucker(parts: Sequence[Tensor], rank: int, rounds: int) -> tuple[Tensor, Ten
 
 
 def leading(columns: Tensor, rank: int) -> Tensor:
-    """The first left singular vectors."""
-    return torch.linalg.svd(columns, full_matrices=False).U[:, :rank]
+    """The first left singular vectors, by the Gram matrix: there are many more columns than rows."""
+    return torch.linalg.eigh(columns @ columns.T).eigenvectors.flip(1)[:, :rank]
 
 
 def trimmed(values: Tensor, smallest: float) -> Tensor:
