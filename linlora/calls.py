@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from types import MethodType
 from typing import Any
 
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.modules.module import (
@@ -25,7 +26,14 @@ from torch.utils.module_tracker import ModuleTracker
 from transformers.pytorch_utils import Conv1D
 
 LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
+PATCHED = "the forward of PEFT's LoRA layer was replaced (peft.tuners.lora.layer.Linear.forward)"
+_PEFT_FORWARD = PeftLoraLinear.forward
 _FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (*LINEAR, nn.Dropout, nn.Identity)}
+
+
+def pefts_forward_is_its_own() -> bool:
+    """Whether the forward of PEFT's LoRA layer, which a fused layer takes the place of, is the class's as imported."""
+    return PeftLoraLinear.forward is _PEFT_FORWARD
 
 
 def is_product(part: nn.Module) -> bool:

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -24,15 +23,16 @@ from linlora.formats.opening import TASK_VECTOR_FILE
 from linlora.formats.peft_adapter import TENSOR_FILE
 from linlora.linearize import accelerate
 from linlora.modules import fused_layers
-from linlora.restoring import restoring
+from linlora.peft_merging import REMEDY
+from linlora.restoring import restoring, uninterrupted
 from linlora.sharding import is_sharded, writes
-from linlora.sharing import refuse_shared
+from linlora.sharing import adapted_layers, refuse_shared
 from linlora.staging import unfinished_folder
 from linlora.task_vector import DifferentPointError, TaskVector, _one_adapter
 from linlora.tensor_files import StoredTensors, finite, save_tensors, shapes
 from linlora.vanilla import changed_base, refuse_changed_base
 from linlora.weight_vector import WeightVector, factors_of
-from linlora.weights import Update, check_sum, fold
+from linlora.weights import Update, check_sum, fold, rehearse
 
 _KEPT = ("task_type", "fan_in_fan_out", "modules_to_save", "bias", "trainable_token_indices")
 """Configuration keys that are copied unchanged."""
@@ -68,9 +68,8 @@ def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None 
     unknown = sorted(set(adapters or ()) - set(model.peft_config))
     if unknown:
         raise ValueError(f"merge: no adapter {unknown}; the model has {sorted(model.peft_config)}")
-    remedy = "Serve the adapter unmerged (linlora.export), or untie the weights of the base model first"
-    refuse_shared(model, _adapted(model, adapters), "merge", remedy)
-    with restoring(model):
+    refuse_shared(model, adapted_layers(model, adapters or model.active_adapters), "merge", REMEDY)
+    with uninterrupted(), restoring(model):
         accelerate(model)  # plain layers merge by the same fp32 rule; linearized ones stay as they are
         folds = []
         for name, layer in fused_layers(model):
@@ -81,11 +80,19 @@ def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None 
                         f"layer '{name}': adapter '{adapter}' holds NaN or infinity; the model is unchanged"
                     )
             if names:
-                folds.append((layer.get_base_layer().weight.data, layer.update_that_fits(names)))
+                folds.append((name, layer.get_base_layer().weight.data, layer.update_that_fits(names)))
+                rehearse(*folds[-1][1:])
             layer.merged_adapters.extend(adapters or layer.active_adapters)  # PEFT leaves them to the loop below
-        merged = model.merge_and_unload(adapter_names=adapters)
-        for weight, update in folds:  # last, because nothing undoes it
-            fold(weight, update)
+        tuner = model.base_model
+        merged = type(tuner).merge_and_unload(tuner, adapter_names=adapters)
+        for name, weight, update in folds:  # last, because nothing undoes it
+            try:
+                fold(weight, update)
+            except Exception as error:
+                raise RuntimeError(
+                    f"merge: stopped at layer '{name}', when others had been folded; the weights are neither those of "
+                    "the base nor merged, load the base model again"
+                ) from error
         return merged
 
 
@@ -111,25 +118,20 @@ def _merge_vector(model: nn.Module, vector: WeightVector) -> nn.Module:
                 f"{tuple(weight.shape)}: not the base model the vector is of"
             )
     refuse_shared(model, vector.scalings, "merge", "Untie the weights of the model first, or export the vector")
-    for checking in (True, False):
-        for name in vector.scalings:
-            weight, update = modules[name].weight.data, vector.update(name)
-            if not finite(update.A) or not finite(update.B):
-                raise ValueError(f"merge: layer '{name}' of the vector holds NaN or infinity; the model is unchanged")
-            wide = torch.promote_types(update.A.dtype, weight.dtype)
-            A, B = (factor.to(weight.device, wide) for factor in (update.A, update.B))
-            try:
-                (check_sum if checking else fold)(weight, Update(A, B, isinstance(modules[name], Conv1D)))
-            except OverflowError as error:
-                raise ValueError(f"merge: layer '{name}': {error}; the model is unchanged") from error
+    with uninterrupted():
+        for checking in (True, False):
+            for name in vector.scalings:
+                weight, update = modules[name].weight.data, vector.update(name)
+                if not finite(update.A) or not finite(update.B):
+                    raise ValueError(f"merge: layer '{name}' of the vector holds NaN or infinity; the model is unchanged")
+                wide = torch.promote_types(update.A.dtype, weight.dtype)
+                A, B = (factor.to(weight.device, wide) for factor in (update.A, update.B))
+                try:
+                    for step in (check_sum, rehearse) if checking else (fold,):
+                        step(weight, Update(A, B, isinstance(modules[name], Conv1D)))
+                except OverflowError as error:
+                    raise ValueError(f"merge: layer '{name}': {error}; the model is unchanged") from error
     return model
-
-
-def _adapted(model: PeftModel, adapters: list[str] | None) -> list[str]:
-    """The layers that some adapters (the active ones) are of, by their names in the base model."""
-    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-    names = set(adapters or model.active_adapters)
-    return [name.removeprefix("base_model.model.") for name, layer in layers if names & layer.r.keys()]
 
 
 def export(

@@ -169,6 +169,8 @@ def refuse_folded_factors(layer: FusedLoraLinear) -> None:
 
 
 def _unfold(layer: FusedLoraLinear, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(f"{prefix}lora_dB.")]:  # where dB lay in linlora 0.1
+        state_dict[f"{prefix}of_lora_B.{key.removeprefix(prefix)}"] = state_dict.pop(key)
     for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
         a, b = f"{prefix}lora_A.{adapter}.weight", f"{prefix}lora_B.{adapter}.weight"
         d_a, d_b = (f"{prefix}{kind}.{adapter}" for kind in DELTAS)

@@ -15,9 +15,11 @@ from torch import Tensor, nn
 
 from linlora import backends, folding
 from linlora.adapter_names import accept_rows, refuse_rows
+from linlora.calls import PATCHED, pefts_forward_is_its_own
 from linlora.conversion import fuse_layer, unfuse_layer, unsupported
 from linlora.model_scope import check_model_scope, enter_model_scope, leave_model_scope
 from linlora.modules import FusedLoraLinear, fused_layers
+from linlora.peft_merging import guard_merging, unguard_merging
 from linlora.quantized import QuantizedLoraLinear
 from linlora.restoring import leave_to_class, restore_on_error, restoring
 from linlora.sharding import check_there, is_sharded
@@ -154,6 +156,10 @@ def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: Task
         )
     _check_whole(model, "linearize", "linearize it before fully_shard, or before accelerate or the Trainer prepare it")
     layers = _lora_layers(model)
+    if not pefts_forward_is_its_own():
+        raise UnsupportedLayerError(
+            f"{PATCHED}, and a linearized layer would not run it; linearize the model where it is PEFT's own"
+        )
     for name, layer in layers:
         linearized = [a for a, state in getattr(layer, "states", {}).items() if state != "plain"]
         if linearized:
@@ -173,6 +179,7 @@ def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: Task
         folding.save_folded_factors(model)
         restore_on_error(model, *_ADDING)
         accept_rows(model)
+        guard_merging(model)
         fused_modules = enter_model_scope(model) if scope == "model" else ()
         return _report(f"linearized ({scope} scope)", model, layers, fused_modules)
 
@@ -234,6 +241,7 @@ def delinearize(model: PeftModel | Linearizable) -> PeftModel:
         folding.save_plain_factors(model)
         leave_to_class(model, *_ADDING)
         refuse_rows(model)
+        unguard_merging(model)
     return model
 
 
@@ -253,6 +261,7 @@ def accelerate(model: nn.Module) -> Report:
         if isinstance(model, PeftModel):
             restore_on_error(model, *_ADDING)
             accept_rows(model)
+        guard_merging(model)
         return _report("accelerated (plain LoRA)", model, layers)
 
 

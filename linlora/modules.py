@@ -27,7 +27,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from linlora.called import called_update
-from linlora.calls import beyond_product, hooks_of_all_modules, is_product
+from linlora.calls import PATCHED, beyond_product, hooks_of_all_modules, is_product, pefts_forward_is_its_own
 from linlora.mixed_batches import mixed_batch
 from linlora.mixtures import Rows
 from linlora.ops import dual
@@ -102,7 +102,7 @@ class FusedLoraLinear(PeftLoraLinear):
 
     def _more_than_factors(self, adapters: Sequence[str]) -> bool:
         """Whether a call of a LoRA part of some adapters does more than what the op computes from its weight."""
-        if hooks_of_all_modules():
+        if hooks_of_all_modules() or not pefts_forward_is_its_own():
             return True
         A, B, dropout = (self._modules[kind]._modules for kind in LORA_PARTS)
         return not all(is_product(A[name]) and is_product(B[name]) and is_product(dropout[name]) for name in adapters)
@@ -112,13 +112,20 @@ class FusedLoraLinear(PeftLoraLinear):
         self._warn_of_calls(adapters)
         if all(self.states.get(name, "plain") == "plain" for name in adapters):
             return super().forward(x)
+        self._refuse_patched(adapters)
         y = self.base_layer(x)
         return y + sum(called_update(self, adapters, x)).to(y.dtype)
+
+    def _refuse_patched(self, adapters: Sequence[str]) -> None:
+        if not pefts_forward_is_its_own():
+            raise ValueError(f"layer '{self.layer_name}': {PATCHED}, and adapters {list(adapters)} are linearized")
 
     def _warn_of_calls(self, adapters: Sequence[str]) -> None:
         why = called_parts(self, adapters)
         if why is None and hooks_of_all_modules():
             why = "hooks of all modules are for its parts too"
+        elif why is None and not pefts_forward_is_its_own():
+            why = PATCHED
         elif why is None:
             why = f"its base layer {beyond_product(self.base_layer)}"
         warnings.warn(f"layer '{self.layer_name}': {why}, so all of them are called, not fused", stacklevel=3)
@@ -156,6 +163,11 @@ class FusedLoraLinear(PeftLoraLinear):
         """Model scope: the primal at (A0, B0) and the tangent in (dA, dB) and in the stream so far."""
         if not torch.is_grad_enabled():
             refuse_inside_function(f"layer '{self.layer_name}'")
+        if torch.jit.is_tracing():
+            raise ValueError(
+                f"layer '{self.layer_name}': torch.jit.trace does not see the tangent of a model linearized at model "
+                "scope; trace the layer-scope function (linlora.set_scope(model, 'layer')), or linlora.delinearize"
+            )
         plain = [name for name in active if self.states.get(name, "plain") == "plain"]
         if plain:
             raise ValueError(
@@ -177,6 +189,7 @@ class FusedLoraLinear(PeftLoraLinear):
         return self.stream.leave(*self._two_streams(x, x_tangent, factors, p, seed))
 
     def _called_streams(self, x: Tensor, x_tangent: Tensor | None, adapters: list[str]) -> tuple[Tensor, Tensor]:
+        self._refuse_patched(adapters)
         self._warn_of_calls(adapters)
         y, y_tangent = self._base_streams(x, x_tangent)
         update, tangent = (of.to(y.dtype) for of in called_update(self, adapters, x, x_tangent, two=True))
@@ -191,8 +204,8 @@ class FusedLoraLinear(PeftLoraLinear):
     def _two_streams(
         self, x: Tensor, x_tangent: Tensor | None, factors: Factors, p: float, seed: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        self._check_input(autocast_input(x), self.matrix)
         if is_product(self.base_layer):
+            self._check_input(autocast_input(x), self.matrix)
             return dual.lora_linear(x, x_tangent, self.matrix, self.base_layer.bias, *factors, p, seed)
         self._warn_of_base()
         y, y_tangent = self._base_streams(x, x_tangent)
@@ -358,6 +371,8 @@ class FusedLoraLinear(PeftLoraLinear):
         if rows is None or args or len(kwargs) > 1:
             raise ValueError(f"layer '{self.layer_name}': unexpected arguments {args or list(kwargs)} beside the input")
         PeftLoraLinear._check_forward_args(self, x, **kwargs)
+        if not pefts_forward_is_its_own():
+            raise ValueError(f"layer '{self.layer_name}': {PATCHED}, which is not run with adapter_names")
         return self._by_rows(x, rows)
 
     def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:

@@ -7,7 +7,7 @@ such a name: `<layer>.of_lora_B.lora_dB.<adapter>`. LoRA-FA has no pair to take 
 
 from __future__ import annotations
 
-from typing import NoReturn
+from typing import Any
 
 from torch import nn
 
@@ -23,11 +23,12 @@ class ChangesOfB(nn.Module):
         self.layer_name = layer_name
         self.lora_dB = nn.ParameterDict()
 
-    @property
-    def scaling(self) -> NoReturn:
-        """Asked for by `create_lorafa_optimizer`, of the module that holds a parameter with 'lora_' in its name."""
-        raise ValueError(
-            f"layer '{self.layer_name}': LoRA-FA trains B of pairs (A, B), and an adapter linearized at B0 != 0 trains "
-            "dA and dB. Use another optimizer, freezing lora_dA for the function LoRA-FA trains, or linearize at "
-            "B0 = 0, where A is frozen and LoRA-FA applies"
-        )
+    def __getattr__(self, name: str) -> Any:
+        """`create_lorafa_optimizer` asks the module that holds a parameter with 'lora_' in its name for its scaling."""
+        if name == "scaling":  # not a property, of which torch.jit.trace asks for all
+            raise ValueError(
+                f"layer '{self.layer_name}': LoRA-FA trains B of pairs (A, B), and an adapter linearized at B0 != 0 "
+                "trains dA and dB. Use another optimizer, freezing lora_dA for the function LoRA-FA trains, or "
+                "linearize at B0 = 0, where A is frozen and LoRA-FA applies"
+            )
+        return super().__getattr__(name)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import functools
+import signal
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -48,6 +50,27 @@ def restoring(model: nn.Module) -> Iterator[Callable[..., Any]]:
             _put_back(parameter, tensor, values)
             parameter.requires_grad_(requires_grad)
         raise
+
+
+@contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Let an interrupt (Ctrl-C) wait until the block is done; for changes that nothing undoes.
+
+    >>> with uninterrupted():
+    ...     print("whole")
+    whole
+    """
+    if threading.current_thread() is not threading.main_thread() or not callable(signal.getsignal(signal.SIGINT)):
+        yield  # interrupts go to the main thread, or nowhere
+        return
+    waiting: list[tuple[int, Any]] = []
+    handler: Any = signal.signal(signal.SIGINT, lambda *interrupt: waiting.append(interrupt))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if waiting:
+            handler(*waiting[0])
 
 
 def restore_on_error(model: nn.Module, *methods: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 
@@ -47,6 +48,12 @@ def refuse_shared(model: nn.Module, layers: Iterable[str], action: str, remedy: 
                 f"{action}: layer '{layer}' shares its weight with '{other}' (tied, or one layer used twice), which "
                 f"merging would change too; the model is unchanged. {remedy}"
             )
+
+
+def adapted_layers(model: nn.Module, adapters: Iterable[str]) -> list[str]:
+    """The layers that some adapters are of, by their names in the base model."""
+    layers, names = ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)), set(adapters)
+    return [name.removeprefix("base_model.model.") for name, layer in layers if names & layer.r.keys()]
 
 
 def group_of(name: str, groups: Sequence[Sequence[str]]) -> set[str]:

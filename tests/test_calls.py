@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.utils.flop_counter
 from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import nn
 from torch.nn.utils import parametrizations, prune, weight_norm
 
@@ -250,3 +251,40 @@ def test_a_base_that_alone_is_offloaded_is_called(scope):
     for each in (0, 2):
         accelerate.cpu_offload(model.base_model.model[each].base_layer, torch.device("cpu"))
     agrees(made(model, scope), oracle, scope)
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_replaced_forward_of_pefts_class_runs_or_is_refused(when, monkeypatch):
+    own = PeftLoraLinear.forward
+    plain, linearized, stock = mlp(), mlp(), mlp()
+    if when == "after":
+        made(plain, "plain")
+        made(linearized, "layer")
+    monkeypatch.setattr(PeftLoraLinear, "forward", lambda self, x, *args, **kwargs: 2 * own(self, x, *args, **kwargs))
+    if when == "before":
+        made(plain, "plain")
+    with pytest.warns(UserWarning, match="the forward of PEFT's LoRA layer was replaced"):
+        torch.testing.assert_close(plain(X), stock(X))
+    with pytest.raises((TypeError, ValueError), match="the forward of PEFT's LoRA layer was replaced"):
+        made(linearized, "layer") if when == "before" else linearized(X)
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_a_base_layer_put_in_the_place_of_another_is_called(scope):
+    stock, fused = mlp(), made(mlp(), scope)
+    for model in (stock, fused):
+        layer = model.base_model.model[2]
+        layer.base_layer = nn.Sequential(layer.base_layer, nn.Tanh())
+    with pytest.warns(UserWarning, match="its base layer is a Sequential, so it is called"):
+        torch.testing.assert_close(fused(X), stock(X))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("scope", SCOPES)
+def test_traced_by_jit_or_refused(scope):
+    model = made(mlp(), scope)
+    if scope == "model":
+        with pytest.raises(ValueError, match=r"torch\.jit\.trace does not see the tangent"):
+            torch.jit.trace(model, (X,))
+    else:
+        torch.testing.assert_close(torch.jit.trace(model, (X[:2],))(X), model(X))

@@ -186,3 +186,12 @@ def test_a_model_of_another_kind_is_refused_with_what_serves_a_routed_one(functi
     routed = linlora.routing.route(linlora.testing.tiny_base("bert"), n_tasks=2, target_modules=["query"])
     with pytest.raises(TypeError, match=rf"{function} takes a PeftModel.*linlora\.routing\.{function}_task"):
         getattr(linlora, function)(routed, *([tmp_path] if function == "export" else []))
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_state_dict_of_linlora_0_1_is_loaded(strict):
+    saved, fresh = linearized(trained=True), tiny_model("bert", trained=True)
+    linlora.linearize(fresh)
+    state = {key.replace("of_lora_B.lora_dB", "lora_dB"): value for key, value in saved.state_dict().items()}
+    assert not fresh.load_state_dict(state, strict=strict).unexpected_keys
+    assert torch.equal(logits(fresh, "bert"), logits(saved, "bert"))

@@ -1,6 +1,7 @@
 """Functions that change a model in place finish, or leave it as it was, whichever of their steps fails."""
 
 import contextlib
+import signal
 import sys
 from collections import OrderedDict
 
@@ -10,11 +11,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import linlora
-from linlora import conversion, folding, model_scope, modules, task_vector
+from linlora import conversion, folding, model_scope, modules, task_vector, weights
 from linlora.stream import head
 from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
 
 linearize = sys.modules["linlora.linearize"]  # the package's attribute of this name is the function
+export = sys.modules["linlora.export"]
 
 
 class FailedStepError(RuntimeError):
@@ -145,6 +147,58 @@ def test_merge_leaves_a_model_whose_sum_overflows_as_it_was(make):
     before = state(made)
     with pytest.raises(ValueError, match=r"layer '.*': merging \['default'\] gives NaN or infinity.*float16"):
         linlora.merge(made)
+    assert state(made) == before
+
+
+@pytest.mark.parametrize("merge", ["merge", "merge_adapter", "merge_and_unload"])
+def test_an_interrupt_waits_until_all_weights_are_folded(merge, monkeypatch):
+    expected = linlora.merge(model("layer"))(**tiny_batch("bert")).logits
+    made = model("layer")
+    owner, step = {
+        "merge": (export, "fold"),
+        "merge_adapter": (modules, "fold_keeping"),
+        "merge_and_unload": (modules, "fold_into"),
+    }[merge]
+    work = getattr(owner, step)
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        return work(*args)
+
+    monkeypatch.setattr(owner, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        linlora.merge(made) if merge == "merge" else getattr(made, merge)()
+    torch.testing.assert_close(made(**tiny_batch("bert")).logits, expected)
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("merge", [linlora.merge, lambda made: made.merge_and_unload()], ids=["linlora", "peft"])
+@pytest.mark.parametrize("call", [1, 3])
+def test_what_would_stop_a_fold_stops_it_before_the_first_weight_changes(merge, call, monkeypatch):
+    made, calls, work = model("layer"), [], weights.folded
+    before = state(made)
+
+    def failing(*args):
+        calls.append(1)
+        if len(calls) == call:
+            raise MemoryError
+        return work(*args)
+
+    monkeypatch.setattr(weights, "folded", failing)
+    with pytest.raises(MemoryError):
+        merge(made)
+    assert state(made) == before
+
+
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+def test_merging_by_peft_that_fails_at_a_layer_leaves_the_model_as_it_was(merge):
+    made = model("layer")
+    layers = [module for module in made.modules() if isinstance(module, modules.FusedLoraLinear)]
+    layers[3].lora_B["default"].weight.data[0, 0] = 1e38
+    layers[3].lora_A["default"].weight.data[0] = 1e38
+    before = state(made)
+    with pytest.raises(ValueError, match="gives NaN or infinity"):
+        getattr(made, merge)()
     assert state(made) == before
 
 

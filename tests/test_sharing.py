@@ -44,6 +44,18 @@ def test_a_tied_head_is_not_merged(targets):
     refused_unchanged(adapted(tied(), target_modules=targets), "'lm_head' shares its weight with 'model.embed_tokens'")
 
 
+@pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
+@pytest.mark.parametrize("make", [linlora.accelerate, linlora.linearize])
+def test_nor_by_peft_on_fused_layers(make, merge):
+    model = adapted(tied(), target_modules=["q_proj", "lm_head"])
+    make(model)
+    before = logits(model)
+    with pytest.raises(ValueError, match=f"{merge}: layer 'lm_head' shares its weight with 'model.embed_tokens'"):
+        getattr(model, merge)()
+    assert torch.equal(logits(model), before)
+    assert "merge_adapter" not in vars(linlora.delinearize(model).base_model)
+
+
 def test_repeated_layers_are_not_merged():
     model = adapted(tiny_base("llama"), layer_replication=[[0, 2], [1, 2]])
     refused_unchanged(model, r"layers\.1\.self_attn\.q_proj' shares its weight with 'model\.layers\.2")
