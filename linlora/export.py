@@ -123,7 +123,9 @@ def _merge_vector(model: nn.Module, vector: WeightVector) -> nn.Module:
             for name in vector.scalings:
                 weight, update = modules[name].weight.data, vector.update(name)
                 if not finite(update.A) or not finite(update.B):
-                    raise ValueError(f"merge: layer '{name}' of the vector holds NaN or infinity; the model is unchanged")
+                    raise ValueError(
+                        f"merge: layer '{name}' of the vector holds NaN or infinity; the model is unchanged"
+                    )
                 wide = torch.promote_types(update.A.dtype, weight.dtype)
                 A, B = (factor.to(weight.device, wide) for factor in (update.A, update.B))
                 try:
