@@ -42,7 +42,8 @@ class Rows(Sequence[Mixture]):
         every = tuple(mixtures)
         self.named = frozenset(named).union(name for mixture in every for name, _ in mixture)
         self.distinct = tuple(sorted(set(every)))
-        self.places = tuple(self.distinct.index(mixture) for mixture in every)
+        place_of = {mixture: place for place, mixture in enumerate(self.distinct)}
+        self.places = tuple(place_of[mixture] for mixture in every)
         self._groups: dict[tuple[int, torch.device, bool], Groups] = {}
 
     @classmethod

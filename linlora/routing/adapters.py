@@ -47,7 +47,8 @@ def task_weights(model: RoutedModel, task_id: int | None) -> dict[str, Tensor]:
         selector, sizes = layer.selector, layer.sizes
         if task_id is None and selector.apart:
             raise ValueError(
-                f"layer '{layer.layer_name}': its skills are adapters trained apart, which have no mean; pass a task id"
+                f"layer '{layer.layer_name}': its skills are adapters trained apart, which have no mean of their rank; "
+                "pass a task id, or fuse the vectors (linlora.fuse)"
             )
         if task_id is None:
             weights[layer.layer_name] = layer.lora_B.new_full((sizes.n_heads, sizes.n_skills), 1.0 / sizes.n_skills)

@@ -1,8 +1,9 @@
 """The routing of a batch: from task ids, or weights of the caller's, to the mixed factors of every layer.
 
 Weights that depend on the task alone are worked out once for every task that occurs, and the factors of those tasks are
-mixed for all layers at once (`linlora.ops.mix_inventories`). Where examples of one task differ, by noise in training,
-each layer mixes by the example instead.
+mixed for all layers at once (`linlora.ops.mix_inventories`; adapters trained apart are put side by side,
+`linlora.routing.side_by_side`). Where examples of one task differ, by noise in training, each layer mixes by the
+example instead.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from linlora.ops.routing_checks import check_task_ids
 from linlora.routing.context import Factors, Routing
 from linlora.routing.inventory import in_words
 from linlora.routing.layers import RoutedLoraLinear
+from linlora.routing.side_by_side import most_adapters, side_by_side
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 
@@ -56,7 +58,7 @@ def route_weights(layers: Sequence[RoutedLoraLinear], mixture: Tensor, examples:
 
     On a CPU rows that agree are one group; when all do, the layers run as with a single adapter.
 
-    Raises ValueError for weights of another number of examples, heads or skills.
+    Raises ValueError for weights of another number of examples, heads or skills, and, on a CPU, that are not finite.
     """
     if not layers:
         raise ValueError("mixture: this model has no inventory that weights could mix")
@@ -70,13 +72,10 @@ def route_weights(layers: Sequence[RoutedLoraLinear], mixture: Tensor, examples:
         shape = (layer.sizes.n_heads, layer.sizes.n_skills)
         if tuple(mixture.shape[1:] if mixture.dim() == 2 else mixture.shape[-2:]) not in (shape, shape[1:]):
             _refuse_mixture(mixture, f"layer '{layer.layer_name}' has {in_words(*shape[::-1])}")
-    if any(layer.selector.apart for layer in layers) and not _one_or_none(mixture):
-        _refuse_mixture(
-            mixture,
-            "the skills of this model are adapters trained apart: Σ w A and Σ w B of several are not the sum of their "
-            "updates. Give every row one skill (a single weight of 1), merge the adapters before (linlora merge), or "
-            "serve vectors of one start: linlora.formats.read(adapter, point=start)",
-        )
+    if mixture.device.type == "cpu" and not mixture.isfinite().all():
+        row = int((~mixture.isfinite()).nonzero()[0, 0])
+        _refuse_mixture(mixture, f"the weights of example {row} are not finite")
+    most = most_adapters(mixture) if any(layer.selector.apart for layer in layers) else 1
     lead = mixture.shape[: 2 if mixture.dim() == 4 else 1]
     rows = mixture.to(device).flatten(0, len(lead) - 1)
     places = torch.arange(len(rows), device=device)
@@ -85,7 +84,7 @@ def route_weights(layers: Sequence[RoutedLoraLinear], mixture: Tensor, examples:
     if rows.dim() == 2:
         rows = rows.unsqueeze(1)
     weights = {id(layer.selector): rows.to(layer.factor_dtype).expand(-1, layer.sizes.n_heads, -1) for layer in layers}
-    return Routing(places.view(lead), len(rows), _mix(layers, weights), {})
+    return Routing(places.view(lead), len(rows), _mix(layers, weights, most), {})
 
 
 def _rows(weights: Tensor | tuple[Tensor, Tensor], ids: Tensor) -> Tensor:
@@ -94,11 +93,16 @@ def _rows(weights: Tensor | tuple[Tensor, Tensor], ids: Tensor) -> Tensor:
 
 
 def _mix(
-    layers: Sequence[RoutedLoraLinear], weights: Mapping[int, Tensor | tuple[Tensor, Tensor]]
+    layers: Sequence[RoutedLoraLinear], weights: Mapping[int, Tensor | tuple[Tensor, Tensor]], most: int = 1
 ) -> dict[str, Factors]:
-    """The mixed factors of the layers whose selector has weights here, by layer name: one call a device."""
+    """The mixed factors of the layers whose selector has weights here, by layer name: one call a device, and one a
+    layer whose skills are adapters trained apart, of which a row has as many as `most`."""
     factors: dict[str, Factors] = {}
-    mixed = [layer for layer in layers if id(layer.selector) in weights]
+    mixed = [layer for layer in layers if id(layer.selector) in weights and not layer.selector.apart]
+    for layer in (layer for layer in layers if id(layer.selector) in weights and layer.selector.apart):
+        assert layer.lora_A is not None  # apart: not linearized, and in one head
+        of_layer = _pair(weights[id(layer.selector)], layer.weight.device)[0]
+        factors[layer.layer_name] = Factors(*side_by_side(layer.lora_A, layer.lora_B, of_layer, most))
     for device in {layer.weight.device for layer in mixed}:
         here = [layer for layer in mixed if layer.weight.device == device]
         for_A, for_B = zip(*(_pair(weights[id(layer.selector)], device) for layer in here), strict=True)
@@ -137,11 +141,6 @@ def _checked_ids(task_ids: Tensor | Sequence[int] | None, n_tasks: int, examples
         raise ValueError(f"task_ids: got {len(ids)} of them for a batch of {examples} examples")
     check_task_ids(ids.long().flatten(), n_tasks, "task_ids")
     return ids.long()
-
-
-def _one_or_none(mixture: Tensor) -> bool:
-    """Whether every row of weights, in every head, selects one skill with weight 1, or none."""
-    return bool((((mixture == 0) | (mixture == 1)).all(-1) & (mixture.sum(-1) <= 1)).all())
 
 
 def _refuse_mixture(mixture: Tensor, why: str) -> NoReturn:

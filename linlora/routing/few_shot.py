@@ -57,7 +57,9 @@ def mhr_mu(model: RoutedModel) -> RoutedReport:
     if len(model.routed_layers) < len(model.layers):
         raise ValueError("mhr_mu averages skills; a mixture of dyadic experts has rank-one experts instead")
     if any(selector.apart for selector in model.selector_by_name.values()):
-        raise ValueError("mhr_mu averages skills; those of this model are adapters trained apart, which have no mean")
+        raise ValueError(
+            "mhr_mu averages skills; those of this model are adapters trained apart, which have no mean of their rank"
+        )
     with restoring(model):
         for parameter in model.skills():
             parameter.requires_grad_(True)

@@ -193,6 +193,12 @@ class RoutedModel(nn.Module):
     def set_selectors(self, selectors: Mapping[str, Selector]) -> None:
         """Put other selectors in the place of those of the same names."""
         by_name = {**self.selector_by_name, **selectors}
+        for name, selector in self.selector_by_name.items():
+            if selector.apart and not by_name[name].apart:
+                raise ValueError(
+                    f"selector '{name}': the skills are adapters trained apart, whose factors a "
+                    f"{type(by_name[name]).__name__} would add; give every request its weights, mixture="
+                )
         with restoring(self):
             self.selectors = nn.ModuleList(by_name[name] for name in self.selector_names).train(self.training)
             for layer in self.routed_layers:

@@ -26,6 +26,12 @@ def linearize(model: RoutedModel, scope: str) -> None:
     """Linearize a routed model at the means of its inventories, in place."""
     _check(model, scope)
     for layer in model.routed_layers:
+        if layer.selector.apart:
+            raise ValueError(
+                f"layer '{layer.layer_name}': its skills are adapters trained apart, whose factors have no mean to "
+                "linearize around; read them with the adapter they started from: linlora.formats.read(adapter, "
+                "point=start)"
+            )
         if not all(finite(skills) for skills in layer.skills()):
             raise ValueError(
                 f"layer '{layer.layer_name}': a skill holds NaN or infinity, and the mean, which all skills are "

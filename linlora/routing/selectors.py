@@ -71,7 +71,7 @@ class Selector(nn.Module):
 
     @property
     def apart(self) -> bool:
-        """Whether a row takes one skill or none, because what the factors of several add up to is not their sum."""
+        """Whether the skills are adapters of no common start, whose factors do not add; `side_by_side` mixes them."""
         return bool(self.options.get("apart"))
 
     def description(self) -> dict[str, Any]:
@@ -188,8 +188,8 @@ class Private(Selector):
 
     Args:
         sizes: T = S and Q.
-        apart: the skills are adapters trained apart, of no common start. The factors of such do not add, so a mixture
-            of several is refused.
+        apart: the skills are adapters trained apart, of no common start, and in one head. Of such not the factors add
+            up in a mixture, but the updates (`linlora.routing.side_by_side`).
 
     >>> import torch
     >>> Private(Sizes(n_tasks=3, n_skills=3, n_heads=1, in_features=8)).weights(torch.tensor([2])).tolist()
@@ -201,6 +201,8 @@ class Private(Selector):
     def __init__(self, sizes: Sizes, apart: bool = False) -> None:
         if sizes.n_skills != sizes.n_tasks:
             raise ValueError(f"private routing has a skill a task, got {sizes.n_skills} skills, {sizes.n_tasks} tasks")
+        if apart and sizes.n_heads > 1:
+            raise ValueError(f"adapters trained apart (apart=True) are skills in one head, got {sizes.n_heads} heads")
         super().__init__(sizes, **({"apart": True} if apart else {}))
 
     def weights(self, rows: Tensor) -> Tensor:

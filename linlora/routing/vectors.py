@@ -42,11 +42,11 @@ def from_vectors(
         routed(**batch, task_ids=ids)        example i runs with vector ids[i]
         routed(**batch, mixture=weights)     example i runs with Σ_s weights[i, s] · vector s, weights (examples, n)
 
-    Linearized vectors mix exactly: a row is what the model with the summed vector applied computes. Of vectors of scope
-    "lora" the factors A and B are mixed separately, as in Poly, so that weights that sum to one give a LoRA adapter.
-
-    Plain adapters, which were read without the point their training started from, may differ in rank, scaling and
-    layers. Each is served exactly; they have no sum, so a mixture of several is refused.
+    Linearized vectors mix exactly: a row is what the model with the summed vector applied computes. So do plain
+    adapters, which were read without the point their training started from and may differ in rank, scaling and layers:
+    a row is what the model with Σ_s weights[i, s] ΔW_s merged computes, and an adapter of weight 0 has no part in it.
+    Of vectors of scope "lora" with a point the factors A and B are mixed separately, as in Poly, so that weights that
+    sum to one give a LoRA adapter; vector.cast("weight") makes a plain adapter of one.
 
     Args:
         model: the PEFT model the vectors are of; its own adapter is taken off and the PEFT model used up.
@@ -77,9 +77,9 @@ def from_vectors(
     if scope is None:
         if variant != "private":
             raise ValueError(
-                f"from_vectors: plain adapters trained apart have no sum that variant {variant!r} could weight; serve "
-                "them with variant='private', or read them with the adapter they started from: "
-                "linlora.formats.read(adapter, point=start)"
+                f"from_vectors: the factors of plain adapters trained apart do not add, as variant {variant!r} has it; "
+                "serve them with variant='private', whose mixture= weights the adapters of every request, or read them "
+                "with the adapter they started from: linlora.formats.read(adapter, point=start)"
             )
         options = {**options, "apart": True}
     for vector in vectors:

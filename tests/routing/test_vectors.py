@@ -111,6 +111,68 @@ def test_vectors_that_do_not_go_together():
         routing.from_vectors(model, vectors)
 
 
+# -- plain adapters trained apart -------------------------------------------------------------------------------------
+
+STRANGERS = (
+    {"r": 4, "target_modules": ["query"]},
+    {"r": 2, "lora_alpha": 3, "target_modules": ["query", "value"]},
+    {"r": 5, "use_rslora": True, "target_modules": ["value"]},
+)
+
+
+def strangers(folder):
+    """Adapters of other ranks, scalings and layers, as vectors in weight space, and a model for them."""
+    vectors = []
+    for seed, options in enumerate(STRANGERS):
+        model = tiny_model("bert", trained=True, seed=seed, **options)
+        model.save_pretrained(folder / str(seed))
+        vectors.append(linlora.formats.read(folder / str(seed)))
+    vectors[2] = 0.5 * vectors[2]
+    return tiny_model("bert").double(), vectors
+
+
+def merged(model, vectors, weights):
+    """The base model with Σ w ΔW in its weights."""
+    base = copy.deepcopy(model).unload()
+    for vector, weight in zip(vectors, weights, strict=True):
+        for name in vector.scalings:
+            update = vector.update(name)
+            base.get_submodule(name).weight.data += weight * (update.B.double() @ update.A.double())
+    return base
+
+
+def test_every_row_is_the_model_with_its_mixture_of_strangers_merged(tmp_path, batch, double):
+    model, vectors = strangers(tmp_path)
+    weights = torch.randn(5, 3, dtype=torch.float64)
+    weights[0], weights[1], weights[4] = torch.tensor([0.0, 1.0, 0.0]), 0.0, weights[2]
+    expected = torch.cat([merged(model, vectors, w)(**rows_of(batch, [i])).logits for i, w in enumerate(weights)])
+    routed = routing.from_vectors(model, vectors)
+    torch.testing.assert_close(routed(**batch, mixture=weights).logits, expected, rtol=1e-10, atol=1e-12)
+    one = routed(**batch, mixture=weights[3].expand(5, -1)).logits  # all rows agree
+    torch.testing.assert_close(one[3], expected[3], rtol=1e-10, atol=1e-12)
+    ids = routed(**batch, task_ids=[1] * 5).logits
+    torch.testing.assert_close(ids[0], expected[0], rtol=1e-10, atol=1e-12)
+    tokens = weights[:, None, None].expand(-1, batch["input_ids"].shape[1], -1, -1)  # a mixture for every token
+    torch.testing.assert_close(routed(**batch, mixture=tokens).logits, expected, rtol=1e-10, atol=1e-12)
+    weights[2, 1] = torch.inf
+    with pytest.raises(ValueError, match="the weights of example 2 are not finite"):
+        routed(**batch, mixture=weights)
+
+
+def test_the_weights_of_strangers_train_and_one_of_weight_zero_has_no_part(tmp_path, batch, double):
+    model, vectors = strangers(tmp_path)
+    routed = routing.from_vectors(model, vectors)
+    weights = torch.randn(5, 3, dtype=torch.float64).index_fill(0, torch.tensor([0]), 0.0)
+    function = lambda w: routed(**batch, mixture=w).logits  # noqa: E731
+    assert torch.autograd.gradcheck(function, weights.requires_grad_(), eps=1e-5, atol=1e-6, fast_mode=True)
+    weights = weights.detach()
+    weights[:, 1] = 0.0
+    expected = function(weights)
+    for layer in routed.routed_layers:
+        layer.lora_B.data[:, 1] = torch.nan
+    assert torch.equal(function(weights), expected)
+
+
 # -- PEFT's adapter_names ---------------------------------------------------------------------------------------------
 
 
