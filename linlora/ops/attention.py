@@ -26,7 +26,7 @@ from torch import Tensor
 from linlora import backends, reference
 from linlora.ops import aten
 from linlora.ops.aten.attention_adjoint import attention_dual_backward
-from linlora.ops.checks import autocast_input
+from linlora.ops.checks import DTYPES, autocast_input, check_dropout, check_number
 from linlora.ops.composed import backward_backend
 from linlora.ops.transforms import transform_active
 
@@ -73,7 +73,7 @@ def attention(
     >>> o.flatten().tolist(), o_tangent.flatten().tolist()
     ([0.5, 0.5, 0.5, 0.5], [1.0, 1.0, 1.0, 1.0])
     """
-    streams, scale = prepare(q, k, v, q_tangent, k_tangent, v_tangent, mask, scale)
+    streams, scale = prepare(q, k, v, q_tangent, k_tangent, v_tangent, mask, scale, dropout_p, seed)
     if transform_active():
         return reference.attention(*streams, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
     backend = attention_backend(*streams[:3])
@@ -128,8 +128,13 @@ def prepare(
     v_tangent: Tensor | None,
     mask: Tensor | None,
     scale: float | None,
+    dropout_p: float,
+    seed: Tensor | None,
 ) -> tuple[Streams, float]:
     """The checked inputs in the dtype of autocast, and the scale."""
+    check_number("attention", "scale", 1.0 if scale is None else scale)
+    check_dropout("attention", dropout_p, seed)
+    _check_placed(q, k, v, q_tangent, k_tangent, v_tangent, mask)
     q, k, v = autocast_input(q), autocast_input(k), autocast_input(v)
     tangents = [None if t is None else t.to(q.dtype) for t in (q_tangent, k_tangent, v_tangent)]
     _check(q, k, v, tangents, mask)
@@ -140,6 +145,23 @@ def attention_backend(q: Tensor, k: Tensor, v: Tensor) -> ModuleType:
     """The backend that runs the op: `torch` where an input is empty, for there is nothing to launch."""
     backend = backends.select(q.device, "attention")
     return aten if 0 in (q.numel(), k.numel(), v.numel()) else backend
+
+
+def _check_placed(q: Tensor, *others: Tensor | None) -> None:
+    """Raise a ValueError for integers and other dtypes, which softmax would round, and for tensors of two devices."""
+    floats = "float32, float16, bfloat16 (or float64 on the torch backend)"
+    for name, tensor in zip(("q", "k", "v", "q_tangent", "k_tangent", "v_tangent"), (q, *others[:5]), strict=True):
+        if tensor is not None and tensor.dtype not in DTYPES:
+            raise ValueError(f"attention: {name} is {tensor.dtype}: use {floats}")
+    mask = others[5]
+    if mask is not None and mask.dtype not in (torch.bool, *DTYPES):
+        raise ValueError(
+            f"attention: the mask is {mask.dtype}: use bool, True where a query sees a key, or scores to add, {floats}"
+        )
+    names = ("k", "v", "q_tangent", "k_tangent", "v_tangent", "the mask")
+    for name, tensor in zip(names, others, strict=True):
+        if tensor is not None and tensor.device != q.device:
+            raise ValueError(f"attention: {name} is on {tensor.device}, q on {q.device}: move the model or the input")
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor, tangents: list[Tensor | None], mask: Tensor | None) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
 def autocast_input(x: Tensor) -> Tensor:
@@ -19,6 +19,19 @@ def autocast_input(x: Tensor) -> Tensor:
 def autocast_enabled(device: str) -> bool:
     """Whether autocast is on for a device type; False for those it does not exist on ("meta")."""
     return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def check_number(op: str, name: str, value: float | Tensor) -> None:
+    """Raise a ValueError for a number that asks for a gradient, which no op gives."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        _refuse(op, f"{name} asks for a gradient, which this op does not give; pass a number, and scale an input by it")
+
+
+def check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
+    if not 0.0 <= dropout_p < 1.0:
+        _refuse(op, f"dropout_p is {dropout_p}: a probability below 1 is expected")
+    if dropout_p > 0.0 and seed is None:
+        _refuse(op, "dropout needs a seed: pass seed=torch.randint(2**31, (), device=x.device)")
 
 
 def check_lora_linear(
@@ -52,7 +65,7 @@ def check_lora_linear(
         _refuse(op, f"bias ({n},) is expected, got {_shapes(bias=bias)}")
     if x_tangent is not None and (x_tangent.shape != x.shape or x_tangent.dtype != x.dtype):
         _refuse(op, f"x_tangent is expected like x, got {_shapes(x=x, x_tangent=x_tangent)}")
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         _refuse(op, f"x is {x.dtype}: use float32, float16, bfloat16 (or float64 on the torch backend)")
     if weight.dtype != x.dtype and not autocast_enabled(x.device.type):
         _refuse(op, f"x is {x.dtype} and weight is {weight.dtype}: cast x, or run under torch.autocast")
@@ -62,12 +75,10 @@ def check_lora_linear(
                 _refuse(op, f"{name} is {factor.dtype}: factors are float32 or of x's dtype ({x.dtype})")
             if factor.device != x.device:
                 _refuse(op, f"{name} is on {factor.device}, x on {x.device}: move the model or the input")
-    if weight.device != x.device:
-        _refuse(op, f"weight is on {weight.device}, x on {x.device}: move the model or the input")
-    if not 0.0 <= dropout_p < 1.0:
-        _refuse(op, f"dropout_p is {dropout_p}: a probability below 1 is expected")
-    if dropout_p > 0.0 and seed is None:
-        _refuse(op, "dropout needs a seed: pass seed=torch.randint(2**31, (), device=x.device)")
+    for name, tensor in (("weight", weight), ("bias", bias), ("x_tangent", x_tangent)):
+        if tensor is not None and tensor.device != x.device:
+            _refuse(op, f"{name} is on {tensor.device}, x on {x.device}: move the model or the input")
+    check_dropout(op, dropout_p, seed)
 
 
 def _refuse(op: str, message: str) -> None:

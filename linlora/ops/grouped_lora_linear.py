@@ -24,7 +24,7 @@ from torch import Tensor
 
 from linlora import backends
 from linlora.ops import aten, composed, linearized_lora_linear
-from linlora.ops.checks import autocast_input
+from linlora.ops.checks import autocast_input, check_number
 from linlora.ops.composed import backward_backend
 from linlora.ops.grouping import Groups
 from linlora.ops.mixing import by_groups
@@ -77,6 +77,7 @@ def grouped_lora_linear(
     [[7.5, 7.5], [1.5, 1.5]]
     """
     x = autocast_input(x)
+    check_number("grouped_lora_linear", "scaling", scaling)
     check_grouped_lora_linear(
         x, weight, bias, A, B, groups, A0, B0, None, dropout_p, seed
     )  # fmt: skip

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from linlora import backends
 from linlora.ops import composed
-from linlora.ops.checks import autocast_input, check_lora_linear
+from linlora.ops.checks import autocast_input, check_lora_linear, check_number
 from linlora.ops.composed import backward_backend
 from linlora.ops.rows import as_rows
 from linlora.ops.transforms import transform_active
@@ -64,6 +64,7 @@ def linearized_lora_linear(
     [2.5, 2.5, 2.5]
     """
     x = autocast_input(x)
+    check_number("linearized_lora_linear", "scaling", scaling)
     check_lora_linear("linearized_lora_linear", x, weight, bias, A0, B0, dA, dB, None, dropout_p, seed)
     return unchecked(x, weight, bias, A0, B0, dA, dB, scaling, dropout_p, seed)
 

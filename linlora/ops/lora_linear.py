@@ -23,7 +23,7 @@ from torch import Tensor
 
 from linlora import backends
 from linlora.ops import composed
-from linlora.ops.checks import autocast_input, check_lora_linear
+from linlora.ops.checks import autocast_input, check_lora_linear, check_number
 from linlora.ops.composed import backward_backend
 from linlora.ops.linearized_lora_linear import factor_gradients
 from linlora.ops.rows import as_rows
@@ -72,6 +72,7 @@ def lora_linear(
     """
     x = autocast_input(x)
     x_tangent = None if x_tangent is None else autocast_input(x_tangent)
+    check_number("lora_linear", "scaling", scaling)
     check_lora_linear("lora_linear", x, weight, bias, A0, B0, dA, dB, x_tangent, dropout_p, seed)
     if B0 is None:
         dA = None

@@ -7,18 +7,24 @@ layer of rank S r:
 
     u = Σ_qs w_qs (x_q A_qs)           y_q += s Σ_s (w_qs u) B_qs
 
-A weight of 0 keeps a skill out of the first form; in the second every row meets every skill, and 0 · NaN is NaN.
+A weight of 0 keeps a skill out of the first form. In the second every row meets every skill, and 0 · NaN is NaN: unless
+the host has seen that no weight is 0, the products are of the finite factors, rows that select others are made NaN, and
+`_SkillProduct` keeps rows out of the gradients of skills that they do not select. (Not under torch.func transforms.)
 
 Both forms have static shapes and ask nothing of the host: they are what `torch.func` transforms and torch.compile see.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from linlora.ops.aten.grouping import Blocks
+from linlora.ops.aten.mixing import selected
+from linlora.ops.transforms import readable, transform_active
 from linlora.reference import dropout
 
 
@@ -76,12 +82,17 @@ def by_activations(
     wide = mixture.to(torch.promote_types(mixture.dtype, torch.float32))  # backward sums a task's rows in it
     w = wide[task_ids].to(x.dtype).transpose(0, 1)  # (Q, M, S)
     y, low = linear(x, _like(x, weight), _like(x, bias)), dropout(x, dropout_p, seed)
-    c = None if A is None else _shrink(low, _like(x, A), w)
+    A, B = _like(x, A), _like(x, B)
+    selects = None if readable(mixture) else w != 0
+    if selects is not None:
+        y = y + _nan_where_selected([B] if A is None else [A, B], selects)
+        A, B = (None if A is None else _finite(A)), _finite(B)
+    c = None if A is None else _shrink(low, A, w, selects)
     if A0 is None:
         assert c is not None
-        return torch.add(y, _expand(c, _like(x, B), w), alpha=scaling)
+        return torch.add(y, _expand(c, B, w, selects), alpha=scaling)
     u = linear(low, _like(x, A0))
-    y = torch.add(y, _expand(u, _like(x, B), w), alpha=scaling)
+    y = torch.add(y, _expand(u, B, w, selects), alpha=scaling)
     return y if B0 is None else torch.addmm(y, u if c is None else u + c, _like(x, B0).t(), alpha=scaling)
 
 
@@ -91,18 +102,62 @@ def _product(rows: Tensor, factors: Tensor, layout: Blocks) -> Tensor:
     return layout.scatter(blocks.flatten(0, 1))
 
 
-def _shrink(x: Tensor, A: Tensor, w: Tensor) -> Tensor:
+def _shrink(x: Tensor, A: Tensor, w: Tensor, selects: Tensor | None) -> Tensor:
     """Σ_qs w_qs (x_q A_qs), (M, r), of weights (Q, M, S)."""
     heads, skills, _, rank = A.shape
     per_head = x.unflatten(1, (heads, x.shape[1] // heads)).transpose(0, 1)
-    activations = torch.bmm(per_head, A.transpose(1, 2).flatten(2)).unflatten(2, (skills, rank))
-    return (w.unsqueeze(-1) * activations).sum((0, 2))
+    activations = _skill_product(per_head, A.transpose(1, 2).flatten(2), selects, rank, False)
+    return _weighted(w, activations.unflatten(2, (skills, rank)), selects).sum((0, 2))
 
 
-def _expand(u: Tensor, B: Tensor, w: Tensor) -> Tensor:
+def _expand(u: Tensor, B: Tensor, w: Tensor, selects: Tensor | None) -> Tensor:
     """Σ_s (w_qs u) B_qs in every head q, (M, N)."""
-    weighted = (w.unsqueeze(-1) * u.unsqueeze(1)).flatten(2)
-    return torch.bmm(weighted, B.flatten(1, 2)).transpose(0, 1).flatten(1)
+    weighted = _weighted(w, u.unsqueeze(1), selects).flatten(2)
+    return _skill_product(weighted, B.flatten(1, 2), selects, B.shape[2], True).transpose(0, 1).flatten(1)
+
+
+def _weighted(w: Tensor, activations: Tensor, selects: Tensor | None) -> Tensor:
+    """w (Q, M, S) times activations (..., S or 1, r), 0 where a skill is not selected."""
+    product = w.unsqueeze(-1) * activations
+    return product if selects is None else torch.where(selects.unsqueeze(-1), product, 0.0)
+
+
+def _finite(factors: Tensor) -> Tensor:
+    return torch.where(factors.isfinite(), factors, 0.0)
+
+
+def _nan_where_selected(factors: list[Tensor], selects: Tensor) -> Tensor:
+    """(M, 1): NaN for rows that select a skill which is not finite, 0 for the others."""
+    lost = torch.stack([~f.detach().isfinite().flatten(2).all(2) for f in factors]).any(0)  # (Q, S)
+    found = (selects & lost.unsqueeze(1)).any(2).any(0).unsqueeze(1)
+    return torch.where(found, torch.nan, torch.zeros((), dtype=factors[0].dtype, device=selects.device))
+
+
+def _skill_product(rows: Tensor, factors: Tensor, selects: Tensor | None, rank: int, expands: bool) -> Tensor:
+    """rows (Q, M, a) times factors (Q, a, b), of which a (`expands`) or b are the ranks of all skills."""
+    if selects is None or transform_active():
+        return torch.bmm(rows, factors)
+    return _SkillProduct.apply(rows, factors, selects.repeat_interleave(rank, 2), expands)
+
+
+class _SkillProduct(torch.autograd.Function):
+    """The product, with gradients for factors from the rows alone that select their skill: `selects` (Q, M, S r)."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, factors: Tensor, selects: Tensor, expands: bool) -> Tensor:
+        ctx.save_for_backward(rows, factors, selects)
+        ctx.expands = expands
+        return torch.bmm(rows, factors)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        rows, factors, selects = ctx.saved_tensors
+        d_factors = None
+        if ctx.needs_input_grad[1]:
+            of_ranks, wide = (rows, g) if ctx.expands else (g, rows)
+            d_factors = selected(of_ranks.mT, wide, selects.mT)
+            d_factors = d_factors if ctx.expands else d_factors.mT
+        return torch.bmm(g, factors.mT), d_factors, None, None
 
 
 def _like(x: Tensor, tensor: Tensor | None) -> Tensor:

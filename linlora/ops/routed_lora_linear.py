@@ -7,8 +7,8 @@ It is three ops in a row, for a layer of your own. A model does the first two on
     y      = grouped_lora_linear(x, W, b, A, B, groups)    linlora.ops.grouped_lora_linear
 
 Only tasks that occur are mixed. Where hardly any rows share a task, or the inventory is no wider than one adapter, the
-skills' activations are mixed instead of their factors (`linlora.ops.mixing.by_activations`), unless a weight is 0: a
-skill that is not selected has no part in a row, NaN or not, and only the first form keeps it out.
+skills' activations are mixed instead of their factors (`linlora.ops.mixing.by_activations`). A skill of weight 0 has no
+part in a row, NaN or not, in either form; where a weight is seen to be 0, the first one has less to do for it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor
 from linlora import backends
 from linlora.ops import composed, grouped_lora_linear
 from linlora.ops.aten.grouping import MIN_BLOCK
-from linlora.ops.checks import autocast_input
+from linlora.ops.checks import autocast_input, check_number
 from linlora.ops.grouping import Groups, unique_tasks
 from linlora.ops.mix_inventories import mix_inventories
 from linlora.ops.mixing import activations_pay, by_activations
@@ -67,8 +67,8 @@ def routed_lora_linear(
         plain        x Wᵀ + b + s (x A_z) B_z
         linearized   x Wᵀ + b + s [ (x A0ᵀ)(B0ᵀ + B_z) + (x A_z) B0ᵀ ]
 
-    A weight of exactly 0 leaves its skill out of the row, in both directions, whatever the skill holds. (On a GPU and
-    under transforms, where nothing looks at the weights, only where the rows of a task are mixed as a group.)
+    A weight of exactly 0 leaves its skill out of the row, in both directions, whatever the skill holds. (Under
+    torch.func transforms x and cotangents that are not finite reach the gradients of skills that their rows leave out.)
 
     Raises ValueError for shapes, dtypes, devices or task ids that do not fit (task ids on a GPU are asserted on the
     device, without waiting for it), BackendUnavailableError for a backend that has no such op.
@@ -81,6 +81,7 @@ def routed_lora_linear(
     [[1.0, 1.0], [5.5, 5.5], [1.0, 1.0]]
     """
     x = autocast_input(x)
+    check_number("routed_lora_linear", "scaling", scaling)
     check_routed_lora_linear(x, weight, bias, A, B, mixture, task_ids, A0, B0, dropout_p, seed)
     if task_ids is None:
         mixture = mixture.reshape(-1, *mixture.shape[-2:])

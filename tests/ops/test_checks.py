@@ -5,6 +5,7 @@ import torch
 
 import linlora
 from linlora import functional
+from linlora.ops import dual
 from linlora.ops.cuda import library
 
 BAD = {
@@ -22,6 +23,8 @@ BAD = {
     "dtype-of-factor": (dict(dB=torch.randn(7, 3).half()), "dB is torch.float16"),
     "device-of-factor": (dict(dB=torch.randn(7, 3, device="meta")), "dB is on meta, x on cpu"),
     "device-of-weight": (dict(weight=torch.randn(7, 11, device="meta")), "weight is on meta"),
+    "device-of-bias": (dict(bias=torch.randn(7, device="meta")), "bias is on meta, x on cpu"),
+    "gradient-of-scaling": (dict(scaling=torch.ones((), requires_grad=True)), "scaling asks for a gradient"),
     "probability": (dict(dropout_p=1.0), "dropout_p is 1.0"),
     "seedless": (dict(dropout_p=0.5), "dropout needs a seed"),
 }
@@ -53,3 +56,25 @@ def test_unknown_and_unavailable_backends(monkeypatch):
         pass
     with pytest.raises(ValueError, match="unknown op"):
         linlora.explain("matmul")
+
+
+HEADS = torch.randn(2, 3, 4, 8)
+BAD_ATTENTION = {
+    "integers": (dict.fromkeys("qkv", HEADS.long()), "q is torch.int64: use float32"),
+    "complex-k": (dict(k=HEADS.to(torch.complex64)), "k is torch.complex64: use float32"),
+    "float8": (dict.fromkeys("qkv", HEADS.to(torch.float8_e4m3fn)), "q is torch.float8_e4m3fn: use float32"),
+    "device-of-k": (dict(k=HEADS.to("meta")), "k is on meta, q on cpu: move"),
+    "device-of-tangent": (dict(v_tangent=HEADS.to("meta")), "v_tangent is on meta, q on cpu: move"),
+    "device-of-mask": (dict(mask=torch.ones(4, 4, device="meta")), "the mask is on meta, q on cpu: move"),
+    "mask-of-integers": (dict(mask=torch.ones(4, 4, dtype=torch.long)), "the mask is torch.int64: use bool, True"),
+    "gradient-of-scale": (dict(scale=torch.ones((), requires_grad=True)), "scale asks for a gradient"),
+    "probability": (dict(dropout_p=1.5, seed=torch.tensor(0)), "dropout_p is 1.5: a probability below 1"),
+    "seedless": (dict(dropout_p=0.5), "dropout needs a seed"),
+}
+
+
+@pytest.mark.parametrize(("change", "message"), BAD_ATTENTION.values(), ids=BAD_ATTENTION)
+@pytest.mark.parametrize("op", [functional.attention, dual.attention], ids=["functional", "model scope"])
+def test_bad_arguments_of_attention_are_named(op, change, message):
+    with pytest.raises(ValueError, match=f"attention: {message}"):
+        op(**{**dict.fromkeys("qkv", HEADS), **change})

@@ -45,7 +45,7 @@ def unmix_inventories(
             d_inventory = None
             if inventory is not None and d_mixed is not None and needs:
                 per_head = w.to(d_mixed.dtype).transpose(0, 1)
-                d_inventory = _selected(per_head.mT, d_mixed).view(inventory.shape).to(inventory.dtype)
+                d_inventory = selected(per_head.mT, d_mixed).view(inventory.shape).to(inventory.dtype)
             if inventory is not None and d_mixed is not None and w_needs:
                 part = torch.bmm(d_mixed, inventory.to(d_mixed.dtype).flatten(2).mT)
                 d_w = part if d_w is None else d_w + part
@@ -57,20 +57,21 @@ def unmix_inventories(
 def _mix(inventory: Tensor, mixture: Tensor) -> Tensor:
     """Σ_s w_qs inventory_qs: (T, Q, a, b), in the wider of the dtypes."""
     dtype = torch.promote_types(inventory.dtype, mixture.dtype)
-    mixed = _selected(mixture.to(dtype).transpose(0, 1), inventory.to(dtype).flatten(2))
+    mixed = selected(mixture.to(dtype).transpose(0, 1), inventory.to(dtype).flatten(2))
     return mixed.transpose(0, 1).unflatten(2, inventory.shape[2:])
 
 
-def _selected(weights: Tensor, values: Tensor) -> Tensor:
-    """Σ_j w_ij v_j over the j with w_ij ≠ 0: (Q, I, c) of weights (Q, I, J) and values (Q, J, c).
+def selected(weights: Tensor, values: Tensor, selects: Tensor | None = None) -> Tensor:
+    """Σ_j w_ij v_j over the j with w_ij ≠ 0, or those that `selects` says: (Q, I, c) of weights (Q, I, J), v (Q, J, c).
 
     Where everything is finite that is the product itself, which a CPU looks at. Elsewhere nothing waits to look: the
-    product of the finite values, with NaN where a weight that is not 0 meets another one.
+    product of the finite values, with NaN where a selected weight meets another one.
     """
     product = torch.bmm(weights, values)
     if readable(product) and bool(product.isfinite().all()):
         return product
+    selects = weights != 0 if selects is None else selects
     finite = values.isfinite()
-    reached = torch.bmm((weights != 0).to(values.dtype), (~finite).to(values.dtype)) > 0
-    of_finite = torch.bmm(weights, torch.where(finite, values, 0.0))
+    reached = torch.bmm(selects.to(values.dtype), (~finite).to(values.dtype)) > 0
+    of_finite = torch.bmm(torch.where(selects, weights, 0.0), torch.where(finite, values, 0.0))
     return torch.where(reached, torch.nan, of_finite)

@@ -42,7 +42,7 @@ def attention(
     Gradients reach q, k and v through o alone. Raises ValueError for what does not fit.
     """
     check_constants("attention", q_tangent=q_tangent, k_tangent=k_tangent, v_tangent=v_tangent)
-    streams, scale = prepare(q, k, v, q_tangent, k_tangent, v_tangent, mask, scale)
+    streams, scale = prepare(q, k, v, q_tangent, k_tangent, v_tangent, mask, scale, dropout_p, seed)
     backend = attention_backend(*streams[:3])
     o, o_tangent = _Attention.apply(*streams, mask, causal, scale, dropout_p, seed, backend)
     return o, torch.zeros_like(o) if o_tangent.shape != o.shape else o_tangent

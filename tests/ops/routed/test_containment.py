@@ -1,5 +1,7 @@
 """What is not finite in one task's rows, factors or cotangent stays in that task, forward and backward."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -131,6 +133,49 @@ def test_a_skill_of_weight_zero_has_no_part(backend, position, value, repeats, h
         rows = ids != 1
         results.append([y[rows], dx[rows], dA[:, [0, 2]], dB[:, [0, 2]]])
     torch.testing.assert_close(*results)
+
+
+@pytest.mark.parametrize(
+    ("unseen", "position"),
+    [*itertools.product(["compiled", "as on a GPU"], POISONS), ("torch.func", "A"), ("torch.func", "B")],
+)
+@pytest.mark.parametrize("form", ["plain", "short", "pair"])
+def test_a_skill_of_weight_zero_has_no_part_where_nobody_looks_at_the_weights(unseen, form, position, monkeypatch):
+    """Activations are mixed; rows of three tasks, as above."""
+    if unseen == "as on a GPU":
+        for module in ("routed_lora_linear", "mixing", "aten.mixing"):
+            monkeypatch.setattr(f"linlora.ops.{module}.readable", lambda _: False)
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.tensor([0, 1, 2, 1, 0])
+    table = torch.tensor([[0.5, 0.0, 0.5], [0.0, 1.0, 0.0], [1.0, 0.0, 0.0]]).unsqueeze(1).repeat(1, 2, 1)
+    shapes = {"x": (5, 3, 8), "A": (2, 3, 4, 2), "B": (2, 3, 2, 3), "g": (5, 3, 6), "A0": (2, 8), "B0": (6, 2)}
+    clean = {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+    dirty = {name: t.clone() for name, t in clean.items()}
+    dirty[position][(0, 1, 0, 0) if position in "AB" else (1, 0, 0)] = float("nan")
+    point = {"plain": {}, "short": {"A0": clean["A0"]}, "pair": {"A0": clean["A0"], "B0": clean["B0"]}}[form]
+
+    def layer(x, A, B):
+        return functional.routed_lora_linear(x, torch.ones(6, 8), None, A, B, table, 0.5, ids, **point)
+
+    function = torch.compile(layer, backend="aot_eager", fullgraph=True) if unseen == "compiled" else layer
+    results = []
+    for arguments in (clean, dirty):
+        x, A, B = (arguments[name].clone().requires_grad_() for name in ("x", "A", "B"))
+        if unseen == "torch.func":
+            y, pull = torch.func.vjp(function, x, A, B)
+            dx, dA, dB = pull(arguments["g"])
+        else:
+            y = function(x, A, B)
+            gradients = torch.autograd.grad(y, (x, A, B), arguments["g"], allow_unused=form == "short")
+            dx, dA, dB = (torch.zeros(()) if t is None else t for t in gradients)
+        rows = ids != 1
+        told = y.isfinite().all() and all(t.isfinite().all() for t in (dx, dA, dB))
+        results.append([y[rows], dx[rows], dA[:, [0, 2]] if dA.dim() else dA, dB[:, [0, 2]], told])
+    *wanted, all_finite = results[0]
+    *found, told = results[1]
+    torch.testing.assert_close(found, wanted)
+    assert all_finite
+    assert not told or (form == "short" and position == "A")
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])
