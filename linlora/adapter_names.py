@@ -97,7 +97,7 @@ def _checkpoint(
     """Checkpoint a function of a module so that it finds its rows when it runs again, after the forward pass."""
 
     def with_rows(*inputs: Any, **options: Any) -> Any:
-        with ExitStack() as until_here:
+        with ExitStack() as until_here, rows.kept():
             if not running.now:
                 _hook(module.modules(), rows, until_here)
             return function(*inputs, **options)

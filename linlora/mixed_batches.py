@@ -36,7 +36,7 @@ def mixed_batch(layer: FusedLoraLinear, x: Tensor, rows: Rows) -> Tensor:
 
     Another number of rows and merged adapters the layer has refused in PEFT's words. Raises ValueError at model scope.
     """
-    begin_mixed(layer)
+    begin_mixed(layer, rows)
     adapters = [name for name in rows.adapters if name in layer.lora_A]
     dropouts = layer.dropouts(adapters) or {0.0}
     if layer._more_than_factors(adapters) or not is_product(layer.base_layer):
@@ -53,7 +53,7 @@ def mixed_batch(layer: FusedLoraLinear, x: Tensor, rows: Rows) -> Tensor:
     return called_by_rows(layer, x, rows)
 
 
-def begin_mixed(layer: FusedLoraLinear) -> None:
+def begin_mixed(layer: FusedLoraLinear, rows: Rows) -> None:
     """Note that the layer runs with rows of its own, which it does at layer scope alone."""
     if layer.stream is not None:
         raise ValueError(
@@ -61,7 +61,7 @@ def begin_mixed(layer: FusedLoraLinear) -> None:
             "task vectors into one model, linlora.routing.from_vectors(model, vectors), with task_ids= or mixture=; to "
             "train several together, linlora.routing.route(model, n_tasks, variant='private')"
         )
-    layer.mixed = True
+    layer.mixed = layer.mixed or rows.may_be_lost
 
 
 def called_by_rows(layer: FusedLoraLinear, x: Tensor, rows: Rows) -> Tensor:

@@ -10,7 +10,8 @@ A weight of 0 leaves its adapter out of the row, whatever the adapter holds.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from typing import Any, overload
 
@@ -32,6 +33,7 @@ class Rows(Sequence[Mixture]):
     Attributes:
         distinct: those that occur. places: for every row, where in `distinct` its own is.
         named: every adapter that was named, also those with a weight of 0.
+        may_be_lost: whether autograd may run a layer again that will not find its rows (`linlora.adapter_names`).
 
     >>> rows = Rows.of(["a", {"b": 2, "a": 0.5}, "__base__", {"a": 1.0, "b": 0.0}])
     >>> rows.distinct, rows.places
@@ -44,6 +46,7 @@ class Rows(Sequence[Mixture]):
         self.distinct = tuple(sorted(set(every)))
         place_of = {mixture: place for place, mixture in enumerate(self.distinct)}
         self.places = tuple(place_of[mixture] for mixture in every)
+        self.may_be_lost = torch.is_grad_enabled()
         self._groups: dict[tuple[int, torch.device, bool], Groups] = {}
 
     @classmethod
@@ -88,6 +91,15 @@ class Rows(Sequence[Mixture]):
     def repeated(self, times: int) -> Rows:
         """Every row several times in succession, as beam search repeats the examples."""
         return Rows(mixture for mixture in self for _ in range(times))
+
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """Say that layers which run inside the block find their rows when they run again."""
+        before, self.may_be_lost = self.may_be_lost, False
+        try:
+            yield
+        finally:
+            self.may_be_lost = before
 
     def only(self, adapters: Collection[str]) -> list[Mixture]:
         """The distinct mixtures, of these adapters alone."""

@@ -70,7 +70,7 @@ class FusedLoraLinear(PeftLoraLinear):
     layer_name: str
     states: dict[str, State]
     stream: Stream | None
-    mixed: bool = False  # whether the last forward pass had `adapter_names`
+    mixed: bool = False  # whether the last call had rows of its own, which may be lost in backward
     folds: list[Fold]  # of the merges since the last unmerge
     lora_A: Any  # PEFT's ModuleDicts of nn.Linear by adapter
     lora_B: Any
@@ -380,8 +380,8 @@ class FusedLoraLinear(PeftLoraLinear):
         return mixed_batch(self, x, rows)
 
     def _end_of_mixed(self) -> None:
-        """After a call with `adapter_names`, one without. In backward it would be a block that runs again without the
-        names it had, with gradients for the active adapter."""
+        """After a call with `adapter_names`, one without. In backward it is one that runs again without the names it
+        had, which would give the active adapter gradients of their rows."""
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"layer '{self.layer_name}': the layer is recomputed in backward without the adapter_names it ran "

@@ -66,7 +66,7 @@ class QuantizedLoraLinear(FusedLoraLinear):
         return dual_low_rank_update(y, y_tangent, autocast_input(x), x_tangent, *factors, p, seed)
 
     def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
-        begin_mixed(self)
+        begin_mixed(self, rows)
         return called_by_rows(self, x, rows)
 
     def _update(self, adapters: list[str]) -> Update:

@@ -265,6 +265,23 @@ def test_checkpointed_blocks_run_again_with_their_rows(options):
     torch.testing.assert_close(gradients[1], gradients[0])
 
 
+def test_calls_with_and_without_rows_share_a_backward():
+    model, batch, names = model_of_strangers().train(), tiny_batch("bert", 3), ["a", "b", "c"]
+    model.set_requires_grad(list(ADAPTERS))
+    gradients = []
+    for checkpointed in (False, True):
+        if checkpointed:
+            model.gradient_checkpointing_enable()
+        loss = model(**batch).logits.sin().sum()
+        loss = loss + model(**batch, adapter_names=names).logits.cos().sum()
+        with torch.no_grad():
+            model(**batch, adapter_names=names[::-1])
+        loss.backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        model.zero_grad()
+    torch.testing.assert_close(gradients[1], gradients[0])
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_a_checkpoint_that_loses_the_rows_is_refused(reentrant):
     model = model_of_strangers().train()
