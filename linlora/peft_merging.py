@@ -1,4 +1,4 @@
-"""PEFT's own `merge_adapter` and `merge_and_unload` of a model with fused layers: they finish, or change nothing.
+"""PEFT's own ways to merge and unmerge, on a model with fused layers: they finish, or change nothing.
 
 Checked before the first weight changes: that no other module shares one (linlora.sharing), and that each holds W + ΔW.
 """
@@ -48,6 +48,11 @@ def _unmerge_to(layer: FusedLoraLinear, folds: int) -> None:
         unfold(layer.get_base_layer().weight.data, layer.folds.pop())
 
 
+def _unmerge_adapter(tuner: Any, model: nn.Module) -> None:
+    with uninterrupted():
+        type(tuner).unmerge_adapter(tuner)
+
+
 def _merge_and_unload(
     tuner: Any,
     model: nn.Module,
@@ -69,4 +74,8 @@ def _fused(tuner: nn.Module) -> list[FusedLoraLinear]:
     return [module for module in tuner.modules() if isinstance(module, FusedLoraLinear)]
 
 
-_METHODS: dict[str, Callable[..., Any]] = {"merge_adapter": _merge_adapter, "merge_and_unload": _merge_and_unload}
+_METHODS: dict[str, Callable[..., Any]] = {
+    "merge_adapter": _merge_adapter,
+    "unmerge_adapter": _unmerge_adapter,
+    "merge_and_unload": _merge_and_unload,
+}

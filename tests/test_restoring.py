@@ -172,6 +172,22 @@ def test_an_interrupt_waits_until_all_weights_are_folded(merge, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+def test_an_interrupt_waits_until_all_weights_are_unfolded(monkeypatch):
+    made = model("layer")
+    before = state(made)
+    made.merge_adapter()
+    work = modules.unfold
+
+    def interrupted(*args):
+        signal.raise_signal(signal.SIGINT)
+        work(*args)
+
+    monkeypatch.setattr(modules, "unfold", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        made.unmerge_adapter()
+    assert state(made) == before
+
+
 @pytest.mark.parametrize("merge", [linlora.merge, lambda made: made.merge_and_unload()], ids=["linlora", "peft"])
 @pytest.mark.parametrize("call", [1, 3])
 def test_what_would_stop_a_fold_stops_it_before_the_first_weight_changes(merge, call, monkeypatch):
