@@ -40,7 +40,8 @@ def backward_backend(op: str, backend: ModuleType, *cotangents: Tensor | None) -
     `torch.autograd.grad(..., is_grads_batched=True)` makes, which is no transform of torch.func.
     """
     refuse_double_backward(op)
-    if any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in cotangents):
+    compiling = torch.compiler.is_compiling()  # which does not trace the question, and has no such batch
+    if not compiling and any(g is not None and torch._C._functorch.is_legacy_batchedtensor(g) for g in cotangents):
         raise RuntimeError(
             f"{op}: the fused backward takes one cotangent, not a batch (is_grads_batched=True, vectorize=True). "
             "Take torch.func.vjp of the function and torch.func.vmap of that, or torch.func.jacrev."

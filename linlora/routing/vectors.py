@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn.functional import pad
 
+from linlora.calls import is_called_plainly
 from linlora.model_scope import leave_model_scope
 from linlora.modules import fused_layers
 from linlora.restoring import restoring
@@ -56,7 +57,8 @@ def from_vectors(
         options: the selector's.
 
     Raises DifferentPointError for vectors of different points, ValueError for none, for a vector without its point, for
-    layers the model lacks or has in another size, and for plain adapters another variant. The model is as it was then.
+    layers the model lacks or has in another size, hooks on its LoRA layers, and for plain adapters another variant.
+    The model is as it was then.
 
     >>> import torch, linlora
     >>> model, batch = linlora.testing.tiny_model("bert"), linlora.testing.tiny_batch("bert")
@@ -85,6 +87,7 @@ def from_vectors(
     for vector in vectors:
         vector.check_base(model)
     _check_model(model, layers)
+    _check_calls(model)
     inventories: dict[str, Inventory] = {}
     selectors: dict[str, Selector] = {}
     for name, (scaling, _, _, factors) in layers.items():
@@ -157,6 +160,21 @@ def _apart(vectors: Sequence[WeightVector], name: str) -> _Skills:
     return _Skills(
         1.0, None, None, [(pad(A, (0, 0, 0, rank - A.shape[0])), pad(B, (0, rank - B.shape[1]))) for A, B in factors]
     )
+
+
+def _check_calls(model: PeftModel) -> None:
+    """Raise a ValueError for hooks and forwards that would be lost with the LoRA layers that are taken off."""
+    found = []
+    for name, layer in model.named_modules():
+        if isinstance(layer, BaseTunerLayer):
+            parts = layer.named_modules(prefix=name)
+            taken = [(key, part) for key, part in parts if not key.startswith(f"{name}.base_layer")]
+            found += [key for key, part in taken if not is_called_plainly(part)]
+    if found:
+        raise ValueError(
+            f"from_vectors: '{found[0].removeprefix('base_model.model.')}' has hooks or a forward of its own, which "
+            "would be lost with the LoRA layer that is taken off; remove it, and put it on the routed layer afterwards"
+        )
 
 
 def _check_model(model: PeftModel, layers: dict[str, _Skills]) -> None:

@@ -95,6 +95,32 @@ def test_a_gate_weights_vectors_per_input_as_wemoe_writes_it(hidden, batch, doub
     assert all(p.grad is not None for p in routed.parameters() if p.requires_grad)
 
 
+@pytest.mark.parametrize("scope", SCOPES)
+@pytest.mark.parametrize("part", ["query", "query.lora_A.default", "query.lora_dropout.default"])
+def test_hooks_on_what_is_taken_off_are_refused_by_name(scope, part):
+    model, vectors = model_with_vectors(scope)
+    parts = {name: module for name, module in model.named_modules() if name.endswith(part)}
+    if not parts:  # linearized layers may keep a part elsewhere, or not at all
+        parts = {
+            name: module for name, module in model.named_modules() if "lora_A" in name and name.endswith("default")
+        }
+    name, module = next(iter(parts.items()))
+    module.register_forward_hook(lambda *_: None)
+    with pytest.raises(ValueError, match=f"from_vectors: '{name.removeprefix('base_model.model.')}' has hooks"):
+        routing.from_vectors(model, vectors)
+
+
+def test_hooks_that_stay_run(double):
+    model, vectors = model_with_vectors("layer")
+    seen = []
+    query = next(module for name, module in model.named_modules() if name.endswith("query"))
+    query.get_base_layer().register_forward_hook(lambda *_: seen.append("layer"))
+    model.get_base_model().register_forward_hook(lambda *_: seen.append("model"))
+    with pytest.warns(UserWarning, match="hooks"):
+        routing.from_vectors(model, vectors)(**tiny_batch("bert", 2), task_ids=[0, 1])
+    assert seen == ["layer", "model"]
+
+
 def test_vectors_that_do_not_go_together():
     model, vectors = model_with_vectors("layer")
     _, foreign = model_with_vectors("layer", trained=False)
