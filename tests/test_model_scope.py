@@ -224,7 +224,7 @@ def test_vectors_of_different_scopes_do_not_mix():
     with pytest.raises(linlora.DifferentPointError, match="scope"):
         linlora.apply(model, vector)
     linlora.apply(model, vector.cast("model"))
-    with pytest.raises(ValueError, match="choose 'layer' or 'model'"):
+    with pytest.raises(ValueError, match="choose 'layer', 'model' or 'weight'"):
         vector.cast("lora")
 
 

@@ -1,9 +1,13 @@
 """Whether code runs inside the network that is linearized, in a hook of one of its modules, or outside.
 
-The call stack knows, and no way of calling a network gets round it: `model(x)`, `model.forward(x)`, a method such as
-`get_image_features`, a submodule by itself, the recomputation of a checkpoint in the backward, another thread. Inside
-is what a method of one of the network's modules called. `entered` is the short way to that answer for ordinary calls:
-it notes the frame in which PyTorch runs the forward and the hooks of the whole network.
+A tensor of the stream means f with its tangent inside, and F to everybody else, so each torch function asks where it
+was called. A flag that hooks set would not do: forwards are called past their hooks (`model.forward(x)`, a method such
+as `get_image_features`, a submodule, the recomputation of a checkpoint in the backward), forwards of two networks are
+nested in one another, and an interrupt leaves a flag set. The call stack is right in all of these, in every thread:
+inside is what a method of one of the network's modules called.
+
+PyTorch runs a module's forward and its hooks from one function. The line of that function that is running tells them
+apart, and the lines that call the forward are read from its bytecode, because their numbers change with its version.
 """
 
 from __future__ import annotations
@@ -12,7 +16,7 @@ import dis
 import sys
 from collections.abc import Iterator
 from enum import Enum
-from threading import local
+from functools import cache
 from types import CodeType, FrameType
 from typing import Any
 
@@ -43,10 +47,7 @@ def unmark(network: nn.Module) -> None:
 
 def inside(stream: Any) -> bool:
     """Whether the network of a stream is running the code that calls this, be it in a hook of one of its modules."""
-    if not stream.bordered:
-        return True
-    frames = getattr(_entered, "frames", ())
-    return (bool(frames) and any(id(frame) in frames for frame in _stack())) or place(stream) is not Place.OUTSIDE
+    return place(stream) is not Place.OUTSIDE
 
 
 def place(stream: Any) -> Place:
@@ -55,9 +56,32 @@ def place(stream: Any) -> Place:
         return Place.NETWORK
     for frame in _stack():
         if _network(_owner(frame)) is stream:
-            lines = _FORWARD_LINES.get(frame.f_code)
+            lines = next((lines for code, lines in _FORWARD_LINES if frame.f_code is code), None)
             return Place.NETWORK if lines is None or frame.f_lineno in lines else Place.HOOK
     return Place.OUTSIDE
+
+
+def refuse_blocks(stream: Any) -> None:
+    """Raise where the network was called past its hooks without gradients, by code that has torch.no_grad() blocks.
+
+    Whether the code is in one of them cannot be seen there, and what it computes in a block is a constant to F.
+    """
+    frames = list(_stack())
+    last = max((n for n, frame in enumerate(frames) if _network(_owner(frame)) is stream), default=-1)
+    for n, frame in enumerate(frames[: last + 1]):
+        code = frame.f_code
+        # a method such as predict(), with all of the forward in its block, is only around the network
+        around = n == last and code.co_name != "forward"
+        of_libraries = frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "linlora")
+        if not around and not of_libraries and not _GRAD_MODES.isdisjoint(code.co_names):
+            raise TangentError(
+                f"the network's '{code.co_name}' has torch.no_grad() blocks of its own, which cannot be told from the "
+                "caller's where it is called past its hooks without gradients; call the model, model(...), in place of "
+                "model.forward(...) or a method of its, or call it with gradients enabled"
+            )
+
+
+_GRAD_MODES = {"no_grad", "inference_mode", "set_grad_enabled"}
 
 
 def without_input_gradient(x: Tensor, stream: Any) -> Tensor:
@@ -79,29 +103,6 @@ def inputs(stream: Any) -> list[Any]:
     return []
 
 
-@torch.compiler.disable
-def entered(module: nn.Module, args: tuple) -> None:
-    """A forward pre-hook of the whole network: the frame that called it is inside until `left`."""
-    stack = list(_stack())
-    running = {id(frame) for frame in stack}
-    kept = running & getattr(_entered, "frames", set())  # an interrupt may have left others behind
-    _entered.frames = kept | {
-        id(frame) for frame in stack[:4] if frame.f_code in _FORWARD_LINES and _owner(frame) is module
-    }
-
-
-@torch.compiler.disable
-def left(module: nn.Module) -> None:
-    """The end of `entered`, in a forward hook: what hooks come after it are outside."""
-    for frame in _stack():
-        if frame.f_code in _FORWARD_LINES and _owner(frame) is module:
-            getattr(_entered, "frames", set()).discard(id(frame))
-            return
-
-
-_entered = local()
-
-
 def _stack() -> Iterator[FrameType]:
     frame: FrameType | None = sys._getframe(2)
     while frame is not None:
@@ -114,10 +115,39 @@ def _network(module: Any) -> Any:
 
 
 def _owner(frame: FrameType) -> Any:
-    """The `self` of a method, or of the method that a function was made in."""
+    """The module whose method runs, or a function made in one: its `self`, or under another name the module that the
+    method is of. Other functions of a module are not of the network: `def features(network, x)` is its user's."""
     code = frame.f_code
-    named = "self" in code.co_varnames[: code.co_argcount] or "self" in code.co_freevars
-    return frame.f_locals.get("self") if named else None
+    names = code.co_varnames[: bool(code.co_argcount)] + code.co_freevars
+    if "self" in names:
+        return frame.f_locals.get("self")
+    if not names:
+        return None
+    for value in (frame.f_locals.get(name) for name in names):
+        if _network(value) is not None and _is_method(code, value):
+            return value
+    return None
+
+
+def _is_method(code: CodeType, module: Any) -> bool:
+    return getattr(module.forward, "__code__", None) is code or id(code) in _codes(type(module))  # type: ignore[arg-type]
+
+
+@cache
+def _codes(kind: Any) -> dict[int, CodeType]:
+    """The code of the methods of a class, of what they decorate and of the functions made in them."""
+    waiting = [value for base in kind.__mro__ if base is not object for value in vars(base).values()]
+    found: dict[int, CodeType] = {}
+    while waiting:
+        value = waiting.pop()
+        code = value if isinstance(value, CodeType) else getattr(value, "__code__", None)
+        if isinstance(code, CodeType) and id(code) not in found:
+            found[id(code)] = code
+            waiting.extend(constant for constant in code.co_consts if isinstance(constant, CodeType))
+        if not isinstance(value, (CodeType, type)):
+            inner = (getattr(value, name, None) for name in ("__wrapped__", "__func__", "fget"))
+            waiting.extend(function for function in inner if function is not None)
+    return found
 
 
 def _makes_leaves(network: Any) -> bool:
@@ -126,7 +156,7 @@ def _makes_leaves(network: Any) -> bool:
     return any(getattr(hook, "__name__", "") in names for hook in hooks)
 
 
-def _forward_lines() -> dict[CodeType, set[int]]:
+def _forward_lines() -> list[tuple[CodeType, set[int]]]:
     """The lines that call the forward, in the functions of PyTorch that run a module's forward and its hooks."""
     call = nn.Module._call_impl.__code__
     found: dict[CodeType, set[int]] = {}
@@ -136,7 +166,7 @@ def _forward_lines() -> dict[CodeType, set[int]]:
             line = starts.get(instruction.offset, line) or line
             if instruction.argval == "forward_call":
                 found.setdefault(code, set()).add(line)
-    return found
+    return list(found.items())
 
 
 _FORWARD_LINES = _forward_lines()

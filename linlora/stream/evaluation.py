@@ -61,6 +61,11 @@ def in_block() -> bool:
     return bool(_entries()) and not torch.is_grad_enabled()
 
 
+def past_hooks() -> bool:
+    """Whether the code that calls this runs without gradients in no call of a network that `begin` knows."""
+    return not _entries() and not torch.is_grad_enabled()
+
+
 _local = local()
 
 

@@ -30,7 +30,6 @@ def attach(model: PeftModel, stream: Stream) -> None:
     border.mark(base, stream)
     stream.bordered = True
     for network in dict.fromkeys((model, base)):
-        network.register_forward_pre_hook(border.entered)
         network.register_forward_pre_hook(evaluation.begin)
         network.register_forward_hook(evaluation.end, prepend=True, always_call=True)
         network.register_forward_hook(collapse_outputs, prepend=True)
@@ -54,7 +53,6 @@ def detach(model: PeftModel) -> None:
 
 def collapse_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
     """A forward hook. A key-value cache among the outputs keeps its tangents: the next token needs them."""
-    border.left(module)
     return _collapsed(output, "", type(module).__name__)
 
 
@@ -62,7 +60,7 @@ def collapse_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
     return collapse(args), collapse(kwargs)
 
 
-_HOOKS = (border.entered, evaluation.begin, evaluation.end, collapse_outputs, collapse_inputs, follow_sharding)
+_HOOKS = (evaluation.begin, evaluation.end, collapse_outputs, collapse_inputs, follow_sharding)
 
 
 def _collapsed(tree: Any, name: str, network: str) -> Any:

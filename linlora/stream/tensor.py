@@ -58,6 +58,8 @@ class Stream:
         """The output of an adapter; a constant where the network calls it under its own torch.no_grad()."""
         if self.output == "primal":
             return y
+        if self.bordered and evaluation.past_hooks():
+            border.refuse_blocks(self)
         dual = DualTensor(y, y_tangent, self)
         return dual.detach() if evaluation.in_block() else dual
 
@@ -137,6 +139,8 @@ class DualTensor(Tensor):
         ):
             refuse_inside_function(where(func))
             return cls.constants(func, args, kwargs)  # under torch.no_grad() results are constants: no tangent
+        if evaluation.past_hooks() and any(dual.stream.bordered and not dual.constant for dual in found):
+            border.refuse_blocks(found[0].stream)
         if any(dual.constant for dual in found):
             if all(dual.constant for dual in found):
                 return cls.constants(func, args, kwargs)
@@ -276,8 +280,6 @@ def _primal(dual: DualTensor) -> Tensor:
 def _reduced(func: Any, found: list[DualTensor], result: DualTensor) -> bool:
     """Whether a result is one number made of many: a sum or mean, say, or what is computed of such numbers alone."""
     with torch._C.DisableTorchFunctionSubclass():
-        if result.numel() != 1:
-            return False
         if result.dim() or func in DualTensor.moves:
             return all(dual.reduced for dual in found)
         return any(dual.reduced or dual.dim() for dual in found)
@@ -398,8 +400,8 @@ def running_modules() -> Iterator[nn.Module]:
     """The modules whose methods are on the call stack, from the innermost outwards."""
     frame = sys._getframe(1)
     while frame is not None:
-        if frame.f_code.co_varnames[:1] == ("self",):
-            owner = frame.f_locals.get("self")
+        if frame.f_code.co_argcount:
+            owner = frame.f_locals.get(frame.f_code.co_varnames[0])
             if isinstance(owner, nn.Module):
                 yield owner
         frame = frame.f_back  # type: ignore[assignment]

@@ -102,6 +102,32 @@ def test_training_evaluation_and_the_gradient_are_of_one_function(name):
     torch.testing.assert_close(change, along.detach())
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_a_forward_with_blocks_that_is_called_past_its_hooks_is_f_or_refused(grad):
+    class Inline(Net):
+        def forward(self, x):
+            hidden = self.a(x).tanh()
+            with torch.no_grad():
+                scale = hidden.abs().amax(-1, keepdim=True)
+            return self.b(hidden * scale)
+
+        def predict(self, x):
+            with torch.no_grad():
+                return self.scale(self, self.a(x).tanh())
+
+    torch.manual_seed(0)
+    model = get_peft_model(Inline(lambda net, hidden: net.b(hidden)), LoraConfig(r=2, target_modules=["a", "b"]))
+    linlora.linearize(model.double(), scope="model")
+    net, x = model.get_base_model(), torch.randn(4, 6, dtype=torch.float64)
+    with torch.set_grad_enabled(grad):
+        if grad:
+            torch.testing.assert_close(net.forward(x).detach(), model(x).detach())
+        else:
+            with pytest.raises(linlora.TangentError, match=r"call the model, model\(\.\.\.\)"):
+                net.forward(x)
+        assert net.predict(x).detach().shape == (4, 3)
+
+
 def test_a_custom_function_is_refused_in_evaluation_too():
     model, _, x = linearized(lambda net, hidden: Straight.apply(hidden))
     with pytest.raises(linlora.TangentError, match="autograd Function Straight"):
