@@ -17,6 +17,8 @@ class _Loader(yaml.SafeLoader):
     pass
 
 
+_LARGEST = 100_000
+"""Values in a YAML text; a recipe has some hundreds."""
 _FLOAT = re.compile(r"^[-+]?(?:(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?|\.inf|\.Inf|\.INF|\.nan|\.NaN|\.NAN)$")
 _INT = re.compile(r"^[-+]?\d+$")
 _Loader.yaml_implicit_resolvers = {
@@ -47,6 +49,21 @@ _Loader.add_constructor("tag:yaml.org,2002:map", _mapping)
 _Loader.add_constructor("tag:yaml.org,2002:int", _integer)
 
 
+def _size(node: yaml.Node | None, known: dict[int, int]) -> int:
+    """The values in a node, with those of its aliases (`*name`, and `<<` of them) counted where they stand."""
+    if node is None or id(node) in known:
+        return known.get(id(node), 1)
+    known[id(node)] = _LARGEST + 1  # of an alias to a node inside of which it stands, which never ends
+    inside = node.value if isinstance(node, yaml.CollectionNode) else []
+    each = [child for pair in inside for child in (pair if isinstance(pair, tuple) else (pair,))]
+    known[id(node)] = 1 + sum(_size(child, known) for child in each)
+    if known[id(node)] > _LARGEST:
+        raise yaml.constructor.ConstructorError(
+            None, None, f"aliases make more than {_LARGEST:,} values of it", node.start_mark
+        )
+    return known[id(node)]
+
+
 def parse(text: str, where: str = "YAML") -> Any:
     """The value of a YAML text.
 
@@ -57,7 +74,13 @@ def parse(text: str, where: str = "YAML") -> Any:
     ValueError: YAML, line 1: the key 'seed' stands twice in one section
     """
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        try:
+            node = loader.get_single_node()
+            _size(node, {})
+            return None if node is None else loader.construct_document(node)
+        finally:
+            loader.dispose()
     except yaml.MarkedYAMLError as error:
         line = "" if error.problem_mark is None else f", line {error.problem_mark.line + 1}"
         raise ValueError(f"{where}{line}: {error.problem}") from None
@@ -65,6 +88,8 @@ def parse(text: str, where: str = "YAML") -> Any:
         raise ValueError(f"{where}: not YAML ({error})") from None
     except RecursionError:
         raise ValueError(f"{where}: not YAML that can be meant: it nests too deep") from None
+    except ValueError as error:  # an integer of thousands of digits
+        raise ValueError(f"{where}: {error}") from None
 
 
 def read(path: str | Path) -> dict[str, Any]:

@@ -108,3 +108,24 @@ def test_a_recipe_shares_what_its_tasks_do_not_change(tmp_path):
 def test_epochs_are_not_cut_short_by_the_default_number_of_steps():
     settings = Settings.from_dict({**MINIMAL, "training": {"num_train_epochs": 2}})
     assert "max_steps" not in settings.training
+
+
+MULTIPLYING = {
+    "merge keys": ["a0: &a0 {x: 1}"] + [f"a{i}: &a{i}\n  <<: [{', '.join([f'*a{i - 1}'] * 4)}]" for i in range(1, 40)],
+    "lists": ["a0: &a0 [x, x]"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, 60)],
+    "an alias of what it is in": ["a: &a", "  <<: *a", "  b: 1"],
+}
+
+
+@pytest.mark.parametrize("lines", MULTIPLYING.values(), ids=list(MULTIPLYING))
+def test_aliases_that_multiply_are_refused(lines, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("\n".join(lines))
+    with pytest.raises(ValueError, match=r"recipe\.yaml, line \d+: aliases make more than 100,000 values"):
+        plain_yaml.read(tmp_path / "recipe.yaml")
+
+
+def test_aliases_that_do_not_are_read():
+    text = "base: &base {r: 4, seed: 1}\nrun: {<<: *base, seed: 2}\nboth: [*base, *base]"
+    assert plain_yaml.parse(text)["run"] == {"r": 4, "seed": 2}
+    with pytest.raises(ValueError, match=r"YAML: Exceeds the limit"):
+        plain_yaml.parse("9" * 10_000)
