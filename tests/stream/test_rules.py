@@ -103,6 +103,7 @@ ONE = {
     "in-place add": lambda x: (x * 1.0).add_(PLAIN),
     "in-place operators": lambda x: _in_place(x * 1.0),
     "writes into slices of a new tensor": lambda x: _into_slices(x),
+    "flatten of a broadcast tangent": lambda x: (x[:1] + PLAIN).flatten(1).view(-1).view(3, 24).view_as(PLAIN),
     "set item": lambda x: _set_item(x * 1.0),
     "swiglu": lambda x: F.silu(x) * (x + 1.0),
     "geglu with a plain gate": lambda x: PLAIN * F.gelu(x),
@@ -119,6 +120,11 @@ FALLBACK = {
     "conv1d": lambda x: F.conv1d(x, torch.ones(2, 4, 3, dtype=torch.float64)),
     "leaky relu": F.leaky_relu,
     "clamp": lambda x: x.clamp(-0.5, 0.5),
+    "linear with a weight that carries": lambda x: F.linear(x, x[0], x[0, :, 0]),
+    "layer norm with a weight that carries": lambda x: F.layer_norm(x, (6,), x[0, 0], x[1, 1]),
+    "rms norm with a weight that carries": lambda x: F.rms_norm(x, (6,), x[0, 0]),
+    "attention with a mask that carries": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x[..., :4]),
+    "addmm with a bias that carries": lambda x: torch.addmm(x[0, 0], x[1], WEIGHT[:, :6].T @ WEIGHT),
     "layer norm over two dimensions": lambda x: F.layer_norm(x, (4, 6)),
 }
 
@@ -214,6 +220,22 @@ def test_what_is_written_reaches_every_view():
     with torch.no_grad():  # differences, because torch.func.jvp is wrong here
         expected = (function(x + 1e-5 * tangent) - function(x - 1e-5 * tangent)) / 2e-5
     torch.testing.assert_close(y.tangent, expected, rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["group norm", "einsum", "conv1d", "logsumexp", "linear", "softmax", "layer_norm"])
+def test_both_streams_have_the_dtype_that_autocast_gives(name):
+    function = {
+        "conv1d": lambda x: F.conv1d(x, torch.ones(2, 4, 3)),
+        "linear": lambda x: F.linear(x, WEIGHT.float()),
+        "layer_norm": lambda x: F.layer_norm(x, (6,)),
+    }.get(name) or {**ONE, **FALLBACK, "softmax": lambda x: x.softmax(-1)}[name]
+    for dtype in (torch.float32, torch.bfloat16):
+        x, tangent = torch.randn(S, dtype=dtype), torch.randn(S, dtype=dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            y, expected = function(DualTensor(x, tangent, Stream())), function(x)
+        assert y.primal.dtype == y.tangent.dtype == expected.dtype
+        _, y_tangent = torch.func.jvp(lambda x: function(x.float()), (x,), (tangent,))
+        assert (y.tangent - y_tangent).norm() <= 0.05 * y_tangent.norm()
 
 
 def test_every_op_runs_without_a_graph_as_well():

@@ -4,7 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+import linlora
 from linlora.stream import DualTensor, Stream, TangentError
+from linlora.testing import tiny_batch, tiny_model
 
 FUNCTIONS = {
     "batch norm": lambda x, mean, var, g: F.batch_norm(x, mean, var, training=True),
@@ -36,3 +38,15 @@ def test_a_function_that_writes_an_argument_is_refused():
     x = DualTensor(torch.randn(3, 4), torch.randn(3, 4), Stream())
     with pytest.raises(TangentError, match="writes one of its arguments"):
         F.embedding(torch.tensor([0, 1]), x, max_norm=0.1)
+
+
+def test_the_hooks_of_a_fused_module_run_once_a_call_and_not_at_linearize():
+    model, calls = tiny_model("llama", trained=True), []
+    norm = model.get_base_model().model.norm
+    norm.register_forward_hook(lambda module, args, output: calls.append(output.detach() * 1))
+    norm.register_forward_pre_hook(lambda module, args: calls.append(args[0].detach() * 1))
+    report = linlora.linearize(model, scope="model")
+    assert "model.norm" in str(report) or type(norm).__mro__[1].__name__ == "FusedRMSNorm"
+    assert not calls
+    model(**tiny_batch("llama"))
+    assert len(calls) == 2
