@@ -144,3 +144,27 @@ def test_an_op_of_model_scope_is_not_differentiated_twice(op):
     y, _ = OF_MODEL_SCOPE[op](torch.ones_like(X), x)
     with pytest.raises(RuntimeError, match=rf"{op}.*create_graph"):
         torch.autograd.grad(y.sum(), x, create_graph=True)
+
+
+@pytest.mark.parametrize("poison", ["q", "k", "v"])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_padding_that_is_not_finite_reaches_no_more_than_in_torch(poison, backend):
+    """NaN in masked keys and in padded queries: what is finite in torch's own attention is finite here, and equal."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, g = (torch.randn(2, 2, 6, 8, generator=generator) for _ in range(4))
+    mask = torch.ones(2, 1, 6, 6, dtype=torch.bool)
+    mask[0, :, :, 4:] = False
+    mask[0, :, 4:] = False
+    {"q": q, "k": k, "v": v}[poison][0, :, 4:] = float("nan")
+    leaves = [x.requires_grad_() for x in (q, k, v)]
+    results = []
+    for function in (
+        torch.nn.functional.scaled_dot_product_attention,
+        lambda *a: functional.attention(*a, mask=mask)[0],
+    ):
+        with linlora.use_backend(backend):
+            o = function(*leaves) if results else function(*leaves, attn_mask=mask)
+        results.append((o, *torch.autograd.grad(o[:, :, :4], leaves, g[:, :, :4])))
+    for theirs, ours in zip(*results, strict=True):
+        finite = theirs.isfinite()
+        torch.testing.assert_close(ours[finite], theirs[finite], rtol=1e-4, atol=1e-5)
