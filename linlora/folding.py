@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import functools
 import re
+import sys
 import warnings
 from collections import Counter
 from collections.abc import Iterator
@@ -107,12 +108,14 @@ def save_folded_factors(model: PeftModel) -> None:
     """
     if has_folded_factors(model):
         model.__dict__["save_pretrained"] = functools.partial(_save_pretrained, model)
+        model.__dict__["state_dict"] = functools.partial(_state_dict, model)
         model.base_model.__dict__["add_weighted_adapter"] = functools.partial(_add_weighted_adapter, model.base_model)
 
 
 def save_plain_factors(model: PeftModel) -> None:
     """Undo `save_folded_factors`."""
     model.__dict__.pop("save_pretrained", None)
+    model.__dict__.pop("state_dict", None)
     model.base_model.__dict__.pop("add_weighted_adapter", None)
 
 
@@ -134,6 +137,16 @@ def _save_pretrained(model: PeftModel, save_directory: str, *args: Any, **kwargs
     state_dict = folded_state_dict(model, kwargs.pop("state_dict", None))
     with folded_configs(model):
         type(model).save_pretrained(model, save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _state_dict(model: PeftModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The model's own; to PEFT's `get_peft_model_state_dict`, which asks without arguments, the exact stock factors.
+
+    Another model would take A and B of the point from it, and leave dA and dB out without a word.
+    """
+    state_dict = type(model).state_dict(model, *args, **kwargs)
+    of_peft = sys._getframe(1).f_globals.get("__name__") == "peft.utils.save_and_load"
+    return folded_state_dict(model, state_dict) if of_peft else state_dict
 
 
 def _add_weighted_adapter(

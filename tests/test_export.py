@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
 import linlora
@@ -195,3 +195,16 @@ def test_a_state_dict_of_linlora_0_1_is_loaded(strict):
     state = {key.replace("of_lora_B.lora_dB", "lora_dB"): value for key, value in saved.state_dict().items()}
     assert not fresh.load_state_dict(state, strict=strict).unexpected_keys
     assert torch.equal(logits(fresh, "bert"), logits(saved, "bert"))
+
+
+def test_pefts_state_dict_of_an_adapter_has_its_function():
+    saved = linearized(trained=True)
+    factors, resumed = get_peft_model_state_dict(saved), tiny_model("bert", trained=True)
+    stock, smaller = tiny_model("bert", r=8, lora_alpha=16), tiny_model("bert")
+    linlora.linearize(resumed)
+    for model in (stock, resumed):
+        assert not set_peft_model_state_dict(model, factors).unexpected_keys
+        torch.testing.assert_close(logits(model), logits(saved), rtol=1e-5, atol=1e-6)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        set_peft_model_state_dict(smaller, factors)
+    assert any("lora_dA" in key for key in saved.state_dict())
