@@ -63,12 +63,12 @@ class FusedQuantizedLinear(Fused):
 
 
 def linear_part(module: nn.Module, x: Tensor) -> Tensor:
-    """An affine module without its bias, as a constant to autograd; to subtract the bias afterwards would round."""
+    """An affine module without its bias and its hooks, as a constant to autograd; to subtract the bias would round."""
     bias = module._parameters.get("bias")
     module._parameters["bias"] = None
     try:
         with torch.no_grad():
-            return module(x)
+            return module.forward(x)
     finally:
         module._parameters["bias"] = bias
 
