@@ -6,7 +6,12 @@ update of a row is Σ λ ΔW of its adapters, without cross terms:
 
     y = x Wᵀ + b + Σ_a λ_a s_a (x A_aᵀ) B_aᵀ = x Wᵀ + b + (x [A_1; A_2; …]ᵀ) [λ_1 s_1 B_1, λ_2 s_2 B_2, …]ᵀ
 
-Rows of one mixture are a group. An adapter that no row of the batch has is not read, and gets no gradient: not zeros,
+Rows of one mixture are a group. Where all rows have the same adapters and other weights, they share the factors, and a
+row's weights scale its activations:
+
+    y = x Wᵀ + b + (λ ⊙ (x [A_1; A_2; …]ᵀ)) [s_1 B_1, s_2 B_2, …]ᵀ
+
+An adapter that no row of the batch has is not read, and gets no gradient: not zeros,
 but None, which optimizers skip.
 """
 
@@ -17,14 +22,17 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
+from torch.nn.functional import linear, pad
 
+from linlora import backends
 from linlora.called import called_plain_update, called_update
 from linlora.calls import is_product
-from linlora.mixtures import Rows
+from linlora.mixtures import Mixture, Rows
+from linlora.ops import aten
 from linlora.ops.checks import autocast_input
 from linlora.ops.grouped_lora_linear import grouped_lora_linear
 from linlora.ops.linearized_lora_linear import unchecked
+from linlora.reference import dropout
 from linlora.weights import stacked
 
 if TYPE_CHECKING:
@@ -89,6 +97,9 @@ def _fused(layer: FusedLoraLinear, x: Tensor, rows: Rows, p: float) -> Tensor:
         A0, B0, dA, dB, scaling = layer.factors(name)
         return unchecked(autocast_input(x), weight, bias, A0, B0, dA, dB, of_row * scaling, p, seed)
     own = {name: stacked(*layer.factors(name), like=weight) for name in rows.adapters if name in layer.lora_A}
+    shared = {tuple(name for name, _ in mixture) for mixture in mixtures}
+    if len(shared) == 1 < len(mixtures) and backends.select(x.device, "routed_lora_linear") is aten:
+        return _scaled(x, weight, bias, [own[name] for name in shared.pop()], mixtures, rows, dropped=(p, seed))
     k, n = weight.shape[1], weight.shape[0]
     none = torch.zeros(0, k, device=x.device), torch.zeros(n, 0, device=x.device)
     As = [torch.cat([own[name][0] for name, _ in mixture] or [none[0]]) for mixture in mixtures]
@@ -97,3 +108,23 @@ def _fused(layer: FusedLoraLinear, x: Tensor, rows: Rows, p: float) -> Tensor:
     A = torch.stack([pad(A.t(), (0, rank - A.shape[0])) for A in As])
     B = torch.stack([pad(B.t(), (0, 0, 0, rank - B.shape[1])) for B in Bs])
     return grouped_lora_linear(x, weight, bias, A, B, rows.groups(x), 1.0, dropout_p=p, seed=seed)
+
+
+def _scaled(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    factors: list[tuple[Tensor, Tensor]],
+    mixtures: list[Mixture],
+    rows: Rows,
+    dropped: tuple[float, Tensor | None],
+) -> Tensor:
+    """The layer on rows of the same adapters with other weights, composed of differentiable aten calls."""
+    x = autocast_input(x)
+    A, B = torch.cat([A for A, _ in factors]).to(x.dtype), torch.cat([B for _, B in factors], dim=1).to(x.dtype)
+    ranks = [len(A) for A, _ in factors]
+    of_rank = [[w for (_, w), rank in zip(mixture, ranks, strict=True) for _ in range(rank)] for mixture in mixtures]
+    scale = torch.tensor(of_rank, dtype=x.dtype, device=x.device)[torch.tensor(rows.places, device=x.device)]
+    activations = linear(dropout(x, *dropped), A).unflatten(0, (len(rows), -1)).flatten(1, -2)
+    scaled = (activations * scale.unsqueeze(1)).view(*x.shape[:-1], -1)
+    return linear(x, weight, bias) + linear(scaled, B)

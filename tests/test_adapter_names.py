@@ -74,6 +74,11 @@ def test_every_row_is_the_model_with_its_mixture_merged(make, architecture):
     for row, entry in enumerate(MIXED):
         alone = merged(model, as_mixture(entry))(**row_of(batch, row))[0]
         torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-10, atol=1e-12)
+    same = [{"a": 0.1 * row + 0.1, "b": -1.0, "c": row - 2.5} for row in range(len(MIXED))]  # adapters, other weights
+    together = model(**batch, adapter_names=same)[0]
+    for row, entry in enumerate(same):
+        alone = merged(model, entry)(**row_of(batch, row))[0]
+        torch.testing.assert_close(together[row : row + 1], alone, rtol=1e-10, atol=1e-12)
     for entry in (MIXED[0], "b", {"b": -0.5}, {}):  # rows that agree
         together = model(**batch, adapter_names=[entry] * len(MIXED))[0]
         alone = merged(model, as_mixture(entry))(**batch)[0]

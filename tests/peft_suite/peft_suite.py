@@ -4,7 +4,8 @@
 
 CHECKOUT is a source tree of the installed version of PEFT (its tests are not in the wheel: `pip download --no-deps
 --no-binary :all: peft==VERSION`); FILEs are of its tests/, FILES below where none is named. Tests that do not pass on
-stock models, of the hub for instance, are not counted. Exit status 1 where one passes on stock models alone.
+stock models, of the hub for instance, and those of WIDER are not counted. Exit status 1 where one passes on stock
+models alone.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 FILES = ("test_custom_models.py", "test_lorafa.py", "test_loraplus.py", "test_helpers.py")
+WIDER = {"test_mixed_adapter_batches_training_mode_raises": "fused layers train several adapters in one batch"}
+"""Tests that a call is refused, which linlora answers on purpose, and why."""
 HERE = Path(__file__).resolve().parent
 
 
@@ -57,7 +60,7 @@ def results(report: Path) -> dict[str, bool]:
 def main(checkout: str, *files: str) -> int:
     names = list(files or FILES)
     stock, accelerated = (run(Path(checkout), names, mode) for mode in ("stock", "accelerated"))
-    counted = [name for name, passed in stock.items() if passed]
+    counted = [name for name, passed in stock.items() if passed and not any(test in name for test in WIDER)]
     lost = [name for name in counted if not accelerated.get(name, False)]
     print(f"{len(counted) - len(lost)} of the {len(counted)} tests that pass on stock models pass on accelerated ones")
     print("\n".join(f"  fails: {name}" for name in lost))
