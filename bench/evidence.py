@@ -1,4 +1,4 @@
-"""What a GPU run proves: the table that `linlora.evidence` reads, by which `linlora.backends` chooses.
+"""What a GPU run proves: the table that `linlora.ops.evidence` reads, by which `linlora.ops.backends` chooses.
 
 An entry speaks of one backend and op, in a class of shapes, a dtype, with dropout or without. It is correct when every
 case of the op that ran in this dtype and with or without dropout was green, whatever its shape. The speed-up over
@@ -10,9 +10,9 @@ from __future__ import annotations
 from statistics import geometric_mean
 from typing import TYPE_CHECKING
 
-from linlora.backends import LAYER_OPS, OPS
-from linlora.evidence import ShapeClass, shape_class
 from linlora.ops import cuda
+from linlora.ops.backends import LAYER_OPS, OPS
+from linlora.ops.evidence import ShapeClass, shape_class
 
 from .cases import Case
 

@@ -17,7 +17,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import linlora
-from linlora import backends
+from linlora.ops import backends
 
 SHAPES = ((8, 64), (48, 128), (512, 256), (4096, 512))
 """Rows and features."""

@@ -104,7 +104,7 @@ def _latency(results: list[CaseResult]) -> Table:
 
 
 def _dispatch(results: Iterable[CaseResult]) -> Table:
-    """Which backend `auto` picks by these results, on this kind of GPU: `linlora.evidence` reads the same entries."""
+    """The backend that `auto` picks by these results on this GPU: `linlora.ops.evidence` reads the same entries."""
     table = Table(
         "op",
         "shapes",

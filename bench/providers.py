@@ -13,7 +13,8 @@ from peft import PeftModel
 from torch import nn
 
 import linlora
-from linlora import backends, baselines
+from linlora import baselines
+from linlora.ops import backends
 
 from . import layers, routing, streams, variants
 from .cases import Case, LayerOp, RoutingOp, Scope, StreamOp

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from linlora import backends
+from linlora.ops import backends
 
 from . import gate
 from .cases import Case

@@ -57,8 +57,8 @@ from linlora.ops.linearized_lora_linear import linearized_lora_linear
 from linlora.ops.lora_linear import lora_linear
 from linlora.ops.mix_inventories import mix_inventories
 from linlora.ops.routed_lora_linear import routed_lora_linear
-from linlora.products import jvp, vjp
-from linlora.solve import Solution, solve
+from linlora.vectors.products import jvp, vjp
+from linlora.vectors.solve import Solution, solve
 
 __all__ = [
     "Groups",

@@ -1,8 +1,8 @@
 """Adapters merged into a base model from file to file: the model is never built, a block of rows is in memory.
 
 The shards of the base are gone through in the order of their bytes. Of an adapted weight a block of rows is read,
-W + Σ ΔW is summed in float32 and rounded once (linlora.weights), and handed to a second thread, which writes it; a
-third flushes it to the disk. Everything between two weights is copied by the kernel. The folder appears under its
+W + Σ ΔW is summed in float32 and rounded once (linlora.layers.weights), and handed to a second thread, which writes
+it; a third flushes it to the disk. Everything between two weights is copied by the kernel. The folder appears under its
 name when it is whole.
 """
 
@@ -22,18 +22,18 @@ import torch
 from torch import Tensor
 
 from linlora import formats
-from linlora.files import install_file
 from linlora.formats.base_folder import beside_the_weights
 from linlora.formats.checkpoint import INDEX_FILE, Checkpoint, WrongBaseError
 from linlora.fusion.checks import check_options
 from linlora.fusion.dense import DenseTies
 from linlora.fusion.registry import FROM_VECTORS, METHODS, fuse
-from linlora.sharing import group_of
-from linlora.staging import unfinished_folder
-from linlora.tensor_files import TensorFile, finite, memory, shapes, write
-from linlora.vanilla import refuse_changed_base
-from linlora.weight_vector import factors_of
-from linlora.weights import BLOCK, Update, blocks, folded, one_thread
+from linlora.layers.sharing import group_of
+from linlora.layers.vanilla import refuse_changed_base
+from linlora.layers.weights import BLOCK, Update, blocks, folded, one_thread
+from linlora.storage.files import install_file
+from linlora.storage.staging import unfinished_folder
+from linlora.storage.tensor_files import TensorFile, finite, memory, shapes, write
+from linlora.vectors.weight_vector import factors_of
 
 _FLUSH = 2**27
 """Bytes after which what is written goes to the disk, beside the work; all of it at the end would be waited for."""

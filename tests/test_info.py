@@ -5,7 +5,8 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from linlora import bench, cli, evidence
+from linlora import bench, cli
+from linlora.ops import evidence
 from linlora.ops.cuda import library
 
 

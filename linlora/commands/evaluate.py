@@ -40,7 +40,7 @@ def evaluate(
         from rich.console import Console
 
         from linlora import formats
-        from linlora.files import write_text
+        from linlora.storage.files import write_text
         from linlora.training import fused, report
         from linlora.training.recipe import assigned
 

@@ -26,8 +26,8 @@ def export(
 
     with user_errors():
         from linlora import formats
-        from linlora.export import export_stored
         from linlora.formats.adapter_config import read_config
+        from linlora.formats.export import export_stored
 
         stored = formats.open(vector)
         export_stored(stored, out, base)

@@ -17,7 +17,7 @@ def info() -> None:
     import transformers
 
     import linlora
-    from linlora.backends import OPS
+    from linlora.ops.backends import OPS
 
     print(f"linlora {linlora.__version__}, Python {platform.python_version()}")
     print(f"torch {torch.__version__}, {_triton()}, transformers {transformers.__version__}, peft {peft.__version__}")
@@ -38,9 +38,9 @@ def info() -> None:
 
 def _table() -> Table:
     """Every op and its kernels: there or not, and the GPUs that have executed them by the runs in bench/results/."""
-    from linlora.backends import OPS
-    from linlora.evidence import executed_on
     from linlora.ops import cuda
+    from linlora.ops.backends import OPS
+    from linlora.ops.evidence import executed_on
 
     table = Table("op", "torch", "triton", "cuda", title="Kernels, and where runs in bench/results/ executed them")
     table.title_justify, table.box = "left", box.SIMPLE_HEAD

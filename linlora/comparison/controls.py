@@ -23,7 +23,7 @@ from torch import nn
 from linlora.comparison import delta_weight
 from linlora.comparison.models import model_for
 from linlora.fusion import cosines
-from linlora.task_vector import TaskVector, apply
+from linlora.vectors.task_vector import TaskVector, apply
 
 Trained = Literal["lora", "lora-fa", "layer", "model"]  # how an adapter was trained
 ELEMENTWISE = ("ties", "dare")  # methods that are not linear in the vectors: of ΔW they have to see the elements

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from linlora.task_vector import TaskVector
+from linlora.vectors.task_vector import TaskVector
 
 
 def stacked(vectors: Sequence[TaskVector]) -> list[TaskVector]:

@@ -21,14 +21,14 @@ import linlora
 from linlora.comparison.controls import Control, Trained
 from linlora.comparison.fuse import fuse_control, map_control
 from linlora.comparison.settings import Options, Start
-from linlora.export import TASK_VECTOR_FILE
+from linlora.formats.export import TASK_VECTOR_FILE
 from linlora.quickstart import Settings as QuickstartSettings
 from linlora.quickstart.backbone import features
 from linlora.quickstart.experiment import Experiment
 from linlora.quickstart.train import accuracy, adapted, batches, training_steps
-from linlora.run_directory import staged, write_json
-from linlora.task_vector import TaskVector
+from linlora.storage.run_directory import staged, write_json
 from linlora.training.adapted import freeze_A
+from linlora.vectors.task_vector import TaskVector
 
 START_FILE, RECORD_FILE, SCORES_FILE, MAP_FILE = "start.safetensors", "training.json", "scores.json", "map.json"
 

@@ -14,7 +14,7 @@ from linlora.comparison.controls import ELEMENTWISE, Control, Space, cosine_matr
 from linlora.comparison.settings import Options
 from linlora.comparison.tasks import Tasks
 from linlora.fusion import disentanglement, predictor, search
-from linlora.task_vector import TaskVector
+from linlora.vectors.task_vector import TaskVector
 
 _MAP_BATCH = 64  # inputs at a time
 

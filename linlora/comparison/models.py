@@ -10,9 +10,9 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-from linlora.linearize import accelerate, linearize
-from linlora.task_vector import TaskVector, apply
-from linlora.weight_vector import WeightVector
+from linlora.layers.linearize import accelerate, linearize
+from linlora.vectors.task_vector import TaskVector, apply
+from linlora.vectors.weight_vector import WeightVector
 
 
 def model_for(base: nn.Module, vector: TaskVector, trained_modules: Sequence[str] = ()) -> PeftModel:

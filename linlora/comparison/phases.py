@@ -12,13 +12,13 @@ from linlora.comparison import digits
 from linlora.comparison.controls import CONTROLS, Control, Trained
 from linlora.comparison.digits import Settings
 from linlora.comparison.settings import START_TITLES, Start
-from linlora.export import TASK_VECTOR_FILE
+from linlora.formats.export import TASK_VECTOR_FILE
 from linlora.quickstart.data import load_digits
 from linlora.quickstart.experiment import Experiment
 from linlora.quickstart.progress import Costs, WorkBar, image_cost
 from linlora.quickstart.tasks import select_tasks
 from linlora.quickstart.workers import Crew, Job
-from linlora.run_directory import is_whole
+from linlora.storage.run_directory import is_whole
 
 
 def controls_of(start: Start) -> tuple[Control, ...]:

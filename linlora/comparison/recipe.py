@@ -21,14 +21,14 @@ from linlora.comparison.fuse import fuse_control, map_control
 from linlora.comparison.results import control_results
 from linlora.comparison.settings import START_NOTES, START_TITLES, Options
 from linlora.comparison.write import write_report
-from linlora.products import evaluating
 from linlora.quickstart.results import environment
-from linlora.run_directory import is_whole, only_run_in, open_run_directory, read_json, staged, write_json
+from linlora.storage.run_directory import is_whole, only_run_in, open_run_directory, read_json, staged, write_json
 from linlora.training import Run, Task, evaluate, load_task, recipe, set_head, train
 from linlora.training import Settings as TaskSettings
 from linlora.training.adapted import read_point
 from linlora.training.evaluation import arithmetic, on_device
 from linlora.training.suite import Batches
+from linlora.vectors.products import evaluating
 
 _UNLABELED_ROWS = 256  # of each task: what AdaMerging goes through again and again, and the maps are drawn of
 

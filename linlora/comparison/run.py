@@ -21,7 +21,7 @@ from linlora.quickstart.results import environment
 from linlora.quickstart.run import check_device
 from linlora.quickstart.surroundings import surroundings
 from linlora.quickstart.workers import crew_of
-from linlora.run_directory import only_run_in, open_run_directory, read_json
+from linlora.storage.run_directory import only_run_in, open_run_directory, read_json
 
 
 def compare_digits(

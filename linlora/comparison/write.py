@@ -11,8 +11,8 @@ from rich.console import Console
 
 from linlora.comparison.figures import draw_all
 from linlora.comparison.report import markdown, reading, tables
-from linlora.files import write_text
-from linlora.run_directory import write_json
+from linlora.storage.files import write_text
+from linlora.storage.run_directory import write_json
 
 _OUTPUTS = {
     "results.json": "every number, by control, method, seed and task, with options, settings and environment",

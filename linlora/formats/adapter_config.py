@@ -10,9 +10,9 @@ from typing import Any
 
 from torch import Tensor
 
-from linlora.files import CorruptFileError, read_json
 from linlora.formats.patterns import Patterns
-from linlora.vanilla import REMEDY, not_vanilla_config, refuse_changed_base, usable_scaling
+from linlora.layers.vanilla import REMEDY, not_vanilla_config, refuse_changed_base, usable_scaling
+from linlora.storage.files import CorruptFileError, read_json
 
 CONFIG_FILE = "adapter_config.json"
 _DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8  # LoraConfig's, for configs that leave them out

@@ -10,10 +10,10 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from linlora.files import CorruptFileError, read_json
 from linlora.formats.adapter_config import CONFIG_FILE as ADAPTER_CONFIG_FILE
 from linlora.formats.l_lora import LINEARIZED_FILE
 from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE
+from linlora.storage.files import CorruptFileError, read_json
 
 _WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".gguf", ".pt", ".pth", ".ckpt", ".ot")
 _OF_A_MODULE = (".safetensors", ".bin")

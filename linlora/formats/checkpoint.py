@@ -10,10 +10,10 @@ from typing import NamedTuple
 
 from torch import nn
 
-from linlora.files import CorruptFileError, read_json
 from linlora.formats.base_folder import inside, shard
 from linlora.formats.renamed import names_in_files, skeleton, tied_in_files
-from linlora.tensor_files import Entry, TensorFile
+from linlora.storage.files import CorruptFileError, read_json
+from linlora.storage.tensor_files import Entry, TensorFile
 
 SINGLE_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.index.json", "config.json"
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")

@@ -18,12 +18,12 @@ from pathlib import Path
 
 from torch import Tensor
 
-from linlora.files import CorruptFileError
 from linlora.formats import keys
 from linlora.formats.adapter_config import read_config, scalings
 from linlora.formats.stored import Stored
-from linlora.task_vector import TaskVector, point_hash
-from linlora.tensor_files import TensorFile
+from linlora.storage.files import CorruptFileError
+from linlora.storage.tensor_files import TensorFile
+from linlora.vectors.task_vector import TaskVector, point_hash
 
 LINEARIZED_FILE = "linearized_adapter_model.safetensors"
 _STARTS = re.compile(r"(?P<layer>.+)\.params0_values\.(?P<index>\d+)")

@@ -9,13 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from linlora.files import CorruptFileError
 from linlora.formats.adapter_config import CONFIG_FILE, read_config
 from linlora.formats.l_lora import LINEARIZED_FILE, open_l_lora
 from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE, open_peft_adapter, parameters, split
 from linlora.formats.stored import Stored
-from linlora.task_vector import FORMAT, DifferentPointError, TaskVector, point_hash, point_name
-from linlora.tensor_files import TensorFile, shapes
+from linlora.storage.files import CorruptFileError
+from linlora.storage.tensor_files import TensorFile, shapes
+from linlora.vectors.task_vector import FORMAT, DifferentPointError, TaskVector, point_hash, point_name
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
 _ADAPTER_FILES = (TASK_VECTOR_FILE, LINEARIZED_FILE, TENSOR_FILE, PICKLE_FILE)

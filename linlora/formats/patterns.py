@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 
 import regex
 
-from linlora.files import CorruptFileError
+from linlora.storage.files import CorruptFileError
 
 _LONGEST = 10_000
 _OF_ONE_MATCH, _OF_ALL = 0.05, 5.0

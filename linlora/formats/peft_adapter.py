@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from linlora.files import CorruptFileError
 from linlora.formats import keys, pickles
 from linlora.formats.adapter_config import read_config, scalings
 from linlora.formats.stored import Stored
-from linlora.task_vector import point_hash
-from linlora.tensor_files import StoredTensors, TensorFile
-from linlora.vanilla import not_a_factor
-from linlora.weight_vector import WeightVector
+from linlora.layers.vanilla import not_a_factor
+from linlora.storage.files import CorruptFileError
+from linlora.storage.tensor_files import StoredTensors, TensorFile
+from linlora.vectors.task_vector import point_hash
+from linlora.vectors.weight_vector import WeightVector
 
 TENSOR_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from linlora.files import CorruptFileError
-from linlora.tensor_files import finite
+from linlora.storage.files import CorruptFileError
+from linlora.storage.tensor_files import finite
 
 
 def load(path: Path) -> dict[str, Tensor]:

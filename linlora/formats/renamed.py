@@ -12,8 +12,8 @@ import transformers
 from torch import nn
 from transformers.core_model_loading import revert_weight_conversion
 
-from linlora.files import CorruptFileError, read_json
-from linlora.sharing import shared_names
+from linlora.layers.sharing import shared_names
+from linlora.storage.files import CorruptFileError, read_json
 
 _MOST = 10_000
 """Layers, experts and the like; to build more modules takes longer than anyone waits."""

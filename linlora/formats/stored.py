@@ -9,8 +9,8 @@ from typing import Any
 
 from torch import Tensor
 
-from linlora.task_vector import TaskVector
-from linlora.tensor_files import shapes
+from linlora.storage.tensor_files import shapes
+from linlora.vectors.task_vector import TaskVector
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from linlora.fusion.checks import check_count, check_number, checked
 from linlora.fusion.inference import Logits, main_logits
 from linlora.fusion.rule import wide
 from linlora.fusion.search import bar
-from linlora.products import displaced, evaluating, trainable
-from linlora.task_vector import TaskVector, delta_parameters, point_name
+from linlora.vectors.products import displaced, evaluating, trainable
+from linlora.vectors.task_vector import TaskVector, delta_parameters, point_name
 
 
 def adamerging(

@@ -15,8 +15,8 @@ from linlora.fusion.arithmetic import task_arithmetic
 from linlora.fusion.checks import check_finite, checked
 from linlora.fusion.inference import Logits, main_logits
 from linlora.fusion.search import bar
-from linlora.products import evaluating
-from linlora.task_vector import TaskVector, apply
+from linlora.vectors.products import evaluating
+from linlora.vectors.task_vector import TaskVector, apply
 
 
 def cosines(vectors: Iterable[TaskVector]) -> np.ndarray:

@@ -15,9 +15,9 @@ from linlora.fusion.checks import check_finite, check_number, plain
 from linlora.fusion.layerwise import Layer, fused_layers, peek, weight_vectors
 from linlora.fusion.rule import Rule, fused, zeros
 from linlora.fusion.truncation import Cut, OutRank
-from linlora.task_vector import TaskVector
-from linlora.weight_vector import WeightVector
-from linlora.weights import Update
+from linlora.layers.weights import Update
+from linlora.vectors.task_vector import TaskVector
+from linlora.vectors.weight_vector import WeightVector
 
 PUBLISHED_SCALING = 0.3
 

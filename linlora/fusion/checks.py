@@ -9,8 +9,8 @@ from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
-from linlora.task_vector import TaskVector
-from linlora.tensor_files import shapes
+from linlora.storage.tensor_files import shapes
+from linlora.vectors.task_vector import TaskVector
 
 
 def checked(vectors: Iterable[TaskVector]) -> Iterator[TaskVector]:

@@ -42,7 +42,7 @@ class Core:
     def of(cls, layer: Layer) -> Core:
         """The core space of a layer.
 
-        >>> from linlora.weights import Update
+        >>> from linlora.layers.weights import Update
         >>> updates = [Update(torch.randn(2, 9), torch.randn(7, 2)) for _ in range(2)]
         >>> core = Core.of(Layer("q", [0, 1], updates))
         >>> [tuple(M.shape) for M in core.parts]

@@ -14,7 +14,7 @@ from linlora.fusion.arithmetic import WeightedSum, task_arithmetic
 from linlora.fusion.checks import check_number, check_options
 from linlora.fusion.rule import Rule, fused, mapped, wide
 from linlora.fusion.ties import Ties, ties
-from linlora.task_vector import TaskVector
+from linlora.vectors.task_vector import TaskVector
 
 
 def dare(

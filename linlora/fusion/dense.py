@@ -16,9 +16,9 @@ from linlora.fusion.knots import check_keep, disjoint_mean, trimmed
 from linlora.fusion.layerwise import weight_vectors
 from linlora.fusion.quantiles import kept_from
 from linlora.fusion.ties import PUBLISHED_KEEP, PUBLISHED_SCALING
-from linlora.task_vector import TaskVector
-from linlora.weight_vector import WeightVector
-from linlora.weights import Update, blocks
+from linlora.layers.weights import Update, blocks
+from linlora.vectors.task_vector import TaskVector
+from linlora.vectors.weight_vector import WeightVector
 
 
 class DenseTies:

@@ -11,8 +11,8 @@ import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from linlora.files import write_bytes
 from linlora.fusion.analysis import Disentanglement
+from linlora.storage.files import write_bytes
 
 
 def draw_cosines(matrix: np.ndarray, names: Sequence[str], path: str | os.PathLike) -> None:

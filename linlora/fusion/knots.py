@@ -17,8 +17,8 @@ from linlora.fusion.core_space import Core
 from linlora.fusion.layerwise import Layer, fused_layers, layers, weight_vectors
 from linlora.fusion.quantiles import kept_from
 from linlora.fusion.truncation import OutRank, Spectrum
-from linlora.task_vector import TaskVector
-from linlora.weights import Update, one_thread
+from linlora.layers.weights import Update, one_thread
+from linlora.vectors.task_vector import TaskVector
 
 PUBLISHED_KEEP, PUBLISHED_SCALING = 0.2, 0.6
 _ROUNDING = 1e-12

@@ -20,10 +20,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linlora.fusion.truncation import Cut, OutRank, Spectrum
-from linlora.task_vector import DifferentPointError, TaskVector
-from linlora.tensor_files import StoredTensors, finite, memory
-from linlora.weight_vector import Size, WeightVector, common_base, stored_factors, weight_vector
-from linlora.weights import Update, one_thread
+from linlora.layers.weights import Update, one_thread
+from linlora.storage.tensor_files import StoredTensors, finite, memory
+from linlora.vectors.task_vector import DifferentPointError, TaskVector
+from linlora.vectors.weight_vector import Size, WeightVector, common_base, stored_factors, weight_vector
 
 T = TypeVar("T")
 

@@ -11,7 +11,7 @@ import numpy as np
 from linlora.fusion.arithmetic import task_arithmetic
 from linlora.fusion.checks import check_count, check_number, checked
 from linlora.fusion.search import bar
-from linlora.task_vector import TaskVector
+from linlora.vectors.task_vector import TaskVector
 
 
 def lorahub(

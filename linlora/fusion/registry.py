@@ -15,7 +15,7 @@ from linlora.fusion.regmean import regmean
 from linlora.fusion.soup import soup
 from linlora.fusion.spectral import iso_c, iso_cts, tsv, wudi_minimiser
 from linlora.fusion.ties import ties
-from linlora.task_vector import TaskVector
+from linlora.vectors.task_vector import TaskVector
 
 IN_WEIGHT_SPACE: dict[str, Callable[..., TaskVector]] = {
     "tsv": tsv,

@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from linlora.fusion.checks import check_number, checked
 from linlora.fusion.layerwise import Layer, fused_layers, peek, weight_vectors
 from linlora.fusion.truncation import OutRank
-from linlora.products import evaluating
-from linlora.task_vector import TaskVector
-from linlora.weight_vector import WeightVector
-from linlora.weights import Update
+from linlora.layers.weights import Update
+from linlora.vectors.products import evaluating
+from linlora.vectors.task_vector import TaskVector
+from linlora.vectors.weight_vector import WeightVector
 
 PUBLISHED_SHRINK = 0.95
 Inputs = Mapping[str, Tensor]

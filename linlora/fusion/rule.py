@@ -19,9 +19,9 @@ from torch import Tensor
 
 from linlora.fusion.checks import checked
 from linlora.fusion.layerwise import peek
-from linlora.task_vector import TaskVector
-from linlora.tensor_files import StoredTensors, finite, shapes
-from linlora.weight_vector import WeightVector
+from linlora.storage.tensor_files import StoredTensors, finite, shapes
+from linlora.vectors.task_vector import TaskVector
+from linlora.vectors.weight_vector import WeightVector
 
 State = TypeVar("State")
 

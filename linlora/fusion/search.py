@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.progress import track
 
-from linlora.task_vector import TaskVector
+from linlora.vectors.task_vector import TaskVector
 
 T = TypeVar("T")
 

@@ -21,10 +21,10 @@ from linlora.fusion.checks import check_count, check_number
 from linlora.fusion.layerwise import Layer, fused_layers, fused_sizes, layer, weight_vectors
 from linlora.fusion.search import bar
 from linlora.fusion.truncation import OutRank
-from linlora.products import evaluating
-from linlora.task_vector import TaskVector
-from linlora.weight_vector import WeightVector
-from linlora.weights import Update
+from linlora.layers.weights import Update
+from linlora.vectors.products import evaluating
+from linlora.vectors.task_vector import TaskVector
+from linlora.vectors.weight_vector import WeightVector
 
 Loss = Callable[[nn.Module, Any], Tensor]
 

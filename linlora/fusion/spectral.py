@@ -16,7 +16,7 @@ from linlora.fusion.checks import check_number
 from linlora.fusion.core_space import Core, Rule, in_core_space, support
 from linlora.fusion.layerwise import fused_layers, weight_vectors
 from linlora.fusion.truncation import OutRank
-from linlora.task_vector import TaskVector
+from linlora.vectors.task_vector import TaskVector
 
 PUBLISHED_COMMON = 0.8
 

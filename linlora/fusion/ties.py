@@ -12,8 +12,8 @@ from torch.nn.functional import hardshrink
 from linlora.fusion.checks import check_number
 from linlora.fusion.quantiles import kth_largest
 from linlora.fusion.rule import Rule, fused, values, wide, zeros
-from linlora.task_vector import TaskVector
-from linlora.tensor_files import shapes
+from linlora.storage.tensor_files import shapes
+from linlora.vectors.task_vector import TaskVector
 
 PUBLISHED_KEEP, PUBLISHED_SCALING = 0.2, 1.0
 

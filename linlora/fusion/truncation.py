@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from linlora.weights import Update
+from linlora.layers.weights import Update
 
 OutRank = int | Literal["exact"]
 """The rank of the fused adapter: a number, or that of all adapters together."""

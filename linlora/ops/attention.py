@@ -23,8 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora import backends, reference
-from linlora.ops import aten
+from linlora import reference
+from linlora.ops import aten, backends
 from linlora.ops.aten.attention_adjoint import attention_dual_backward
 from linlora.ops.checks import DTYPES, autocast_input, check_dropout, check_number
 from linlora.ops.composed import backward_backend

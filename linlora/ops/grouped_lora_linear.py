@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora import backends
-from linlora.ops import aten, composed, linearized_lora_linear
+from linlora.ops import aten, backends, composed, linearized_lora_linear
 from linlora.ops.checks import autocast_input, check_number
 from linlora.ops.composed import backward_backend
 from linlora.ops.grouping import Groups

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora import backends
-from linlora.ops import composed
+from linlora.ops import backends, composed
 from linlora.ops.checks import autocast_input, check_lora_linear, check_number
 from linlora.ops.composed import backward_backend
 from linlora.ops.rows import as_rows
@@ -81,7 +80,7 @@ def unchecked(
     dropout_p: float = 0.0,
     seed: Tensor | None = None,
 ) -> Tensor:
-    """The op for callers that have checked its arguments once for all calls (linlora.modules); x is in its dtype."""
+    """The op for callers that check its arguments once for all calls (linlora.layers.lora_linear); x has its dtype."""
     if B0 is None:
         dA = None
     arguments = (x, weight, bias, A0, B0, dA, dB, scaling, dropout_p, seed)

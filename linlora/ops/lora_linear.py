@@ -21,8 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora import backends
-from linlora.ops import composed
+from linlora.ops import backends, composed
 from linlora.ops.checks import autocast_input, check_lora_linear, check_number
 from linlora.ops.composed import backward_backend
 from linlora.ops.linearized_lora_linear import factor_gradients

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora import backends
+from linlora.ops import backends
 from linlora.ops.aten.mixing import mix_inventories as composed
 from linlora.ops.checks import autocast_enabled
 from linlora.ops.composed import backward_backend

@@ -16,8 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linlora import backends
-from linlora.ops import composed, grouped_lora_linear
+from linlora.ops import backends, composed, grouped_lora_linear
 from linlora.ops.aten.grouping import MIN_BLOCK
 from linlora.ops.checks import autocast_input, check_number
 from linlora.ops.grouping import Groups, unique_tasks

@@ -8,6 +8,6 @@ that concerns one adapter or one fusion is a job, done by one of a few worker pr
 
 from linlora.quickstart.run import run
 from linlora.quickstart.settings import Settings
-from linlora.run_directory import DifferentSettingsError
+from linlora.storage.run_directory import DifferentSettingsError
 
 __all__ = ["DifferentSettingsError", "Settings", "run"]

@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTModel
 
 from linlora.quickstart.data import Split
 from linlora.quickstart.settings import Settings
-from linlora.tensor_files import load_tensors, save_tensors
+from linlora.storage.tensor_files import load_tensors, save_tensors
 
 PARTIAL_FILE = "pretraining.pt"
 

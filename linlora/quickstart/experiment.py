@@ -17,7 +17,7 @@ from linlora.quickstart.settings import Family, Settings
 from linlora.quickstart.surroundings import surroundings
 from linlora.quickstart.tasks import Task, select_tasks
 from linlora.quickstart.train import accuracy
-from linlora.run_directory import is_whole, read_json, staged, write_json
+from linlora.storage.run_directory import is_whole, read_json, staged, write_json
 
 BACKBONE_FILES = ("config.json", "model.safetensors", "heads.safetensors", "pretraining.json")
 

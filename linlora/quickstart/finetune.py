@@ -11,13 +11,13 @@ from peft import PeftModel
 
 import linlora
 from linlora import TaskVector
-from linlora.export import TASK_VECTOR_FILE
+from linlora.formats.export import TASK_VECTOR_FILE
 from linlora.quickstart.experiment import Experiment
 from linlora.quickstart.progress import Costs, WorkBar
 from linlora.quickstart.settings import FAMILIES, FAMILY_TITLES, Family
 from linlora.quickstart.train import accuracy, adapted, of_family, training_steps
 from linlora.quickstart.workers import Crew
-from linlora.run_directory import is_whole, read_json, staged, write_json
+from linlora.storage.run_directory import is_whole, read_json, staged, write_json
 
 RECORD_FILE = "training.json"
 _PEFT_FILES = ("adapter_config.json", "adapter_model.safetensors")

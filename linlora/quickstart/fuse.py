@@ -14,7 +14,7 @@ from linlora.quickstart.progress import Costs, WorkBar
 from linlora.quickstart.settings import FAMILY_TITLES, Family
 from linlora.quickstart.train import adapted, of_family
 from linlora.quickstart.workers import Crew
-from linlora.run_directory import is_whole, read_json, staged, write_json
+from linlora.storage.run_directory import is_whole, read_json, staged, write_json
 
 SCORES_FILE = "scores.json"
 FUSED = ("average", "task_arithmetic")

@@ -11,7 +11,6 @@ import torch
 from rich.console import Console
 
 import linlora
-from linlora.files import write_text
 from linlora.quickstart.experiment import prepare
 from linlora.quickstart.figures import draw_cosine_matrices, draw_scaling_curve
 from linlora.quickstart.finetune import fine_tune_all
@@ -23,7 +22,8 @@ from linlora.quickstart.settings import Settings
 from linlora.quickstart.step_time import step_time
 from linlora.quickstart.surroundings import surroundings
 from linlora.quickstart.workers import crew_of
-from linlora.run_directory import only_run_in, open_run_directory, write_json
+from linlora.storage.files import write_text
+from linlora.storage.run_directory import only_run_in, open_run_directory, write_json
 
 _OUTPUTS = {
     "results.json": "every number of the table, by task and seed, with settings and environment",

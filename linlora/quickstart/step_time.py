@@ -15,7 +15,7 @@ from linlora.quickstart.experiment import Experiment
 from linlora.quickstart.progress import Costs, WorkBar
 from linlora.quickstart.settings import Family, Settings
 from linlora.quickstart.train import adapted, of_family, training_steps
-from linlora.run_directory import is_whole, read_json, write_json
+from linlora.storage.run_directory import is_whole, read_json, write_json
 
 FILE = "step_time.json"
 # Each version with the family whose function and learning rate it has.

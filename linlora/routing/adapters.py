@@ -11,17 +11,17 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from linlora.calls import LINEAR, beyond_product, is_product
-from linlora.files import install_file
-from linlora.folding import with_sizes
-from linlora.linearize import linearize
-from linlora.restoring import restoring
+from linlora.layers.calls import LINEAR, beyond_product, is_product
+from linlora.layers.folding import with_sizes
+from linlora.layers.linearize import linearize
+from linlora.layers.restoring import restoring
+from linlora.layers.sharing import refuse_shared
 from linlora.routing.model import RoutedModel
 from linlora.routing.scope import scope_of
-from linlora.sharing import refuse_shared
-from linlora.staging import unfinished_folder
-from linlora.task_vector import delta_parameters
-from linlora.tensor_files import save_tensors
+from linlora.storage.files import install_file
+from linlora.storage.staging import unfinished_folder
+from linlora.storage.tensor_files import save_tensors
+from linlora.vectors.task_vector import delta_parameters
 
 
 @torch.no_grad()

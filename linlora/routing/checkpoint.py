@@ -16,11 +16,11 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from linlora.files import CorruptFileError, parse_json
 from linlora.routing.scope import scope_of
 from linlora.routing.selectors import Selector
 from linlora.routing.variants import make_selector
-from linlora.tensor_files import load_tensors, save_tensors
+from linlora.storage.files import CorruptFileError, parse_json
+from linlora.storage.tensor_files import load_tensors, save_tensors
 
 if TYPE_CHECKING:
     from linlora.routing.model import RoutedModel

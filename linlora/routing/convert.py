@@ -7,8 +7,8 @@ from peft.tuners.poly import PolyModel
 from peft.tuners.poly.layer import Linear as PeftPolyLinear
 from peft.utils import AuxiliaryTrainingWrapper
 
-from linlora.calls import is_called_plainly
-from linlora.restoring import restoring
+from linlora.layers.calls import is_called_plainly
+from linlora.layers.restoring import restoring
 from linlora.routing.layers import LayerSizes
 from linlora.routing.model import Inventory, RoutedModel
 from linlora.routing.selectors import Poly, Sizes

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from linlora.restoring import restoring
+from linlora.layers.restoring import restoring
 from linlora.routing.model import RoutedModel
 from linlora.routing.report import RoutedReport
 from linlora.routing.selectors import Poly, Uniform

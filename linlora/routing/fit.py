@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from linlora.products import at_point, main_output
 from linlora.routing.adapters import task_weights
 from linlora.routing.model import RoutedModel
 from linlora.routing.scope import scope_of
 from linlora.routing.selectors import Selector, Table
+from linlora.vectors.products import at_point, main_output
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The layer: a frozen linear layer with an inventory of skills, of which every row takes its own mixture.
 
-What a layer passes to the op is decided by its state, as in `linlora.modules`:
+What a layer passes to the op is decided by its state, as in `linlora.layers.lora_linear`:
 
     plain       A, B                   y = x Wᵀ + b + s (x A_z) B_z
     short       A0, B                  linearized at B0 = 0: y = x Wᵀ + b + s (x A0ᵀ) B_z
@@ -10,7 +10,7 @@ Linearized, A and B are the skills' offsets from the point (A0, B0). At model sc
 returns the primal (the layer at its point) and its tangent as a DualTensor.
 
 The op reads the weight of the base layer. Where a call of it is more than that product (hooks, a forward of its own:
-`linlora.calls`), it is called, with a warning, and the update is added.
+`linlora.layers.calls`), it is called, with a warning, and the update is added.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from linlora.calls import beyond_product, hooks_of_all_modules, is_product
 from linlora.functional import routed_lora_linear
-from linlora.modules import State
+from linlora.layers.calls import beyond_product, hooks_of_all_modules, is_product
+from linlora.layers.lora_linear import State
 from linlora.ops import dual
 from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.grouped_lora_linear import grouped_lora_linear

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, NoReturn, cast
 import torch
 from torch import Tensor, nn
 
-from linlora.restoring import restoring
+from linlora.layers.restoring import restoring
 from linlora.routing import checkpoint
 from linlora.routing import scope as scopes
 from linlora.routing.batch import route_tasks, route_weights

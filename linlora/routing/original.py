@@ -11,12 +11,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from linlora.files import CorruptFileError
-from linlora.restoring import restoring
+from linlora.layers.restoring import restoring
 from linlora.routing.inventory import in_words
 from linlora.routing.layers import LayerSizes
 from linlora.routing.model import Inventory, RoutedModel
 from linlora.routing.selectors import Poly, Private, Selector, Sizes
+from linlora.storage.files import CorruptFileError
 
 Layout = Literal["camera_ready", "skills_first"]
 _FACTOR = re.compile(r"^(?P<layer>.+?)\.(?:experts\.)?lora_a$")

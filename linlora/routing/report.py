@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from linlora import backends
+from linlora.ops import backends
 from linlora.routing.inventory import in_words
 from linlora.routing.layers import RoutedLayer, RoutedLoraLinear
 from linlora.routing.scope import scope_of

@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from linlora.model_scope import check_attention, enter_model_scope, leave_model_scope
+from linlora.layers.model_scope import check_attention, enter_model_scope, leave_model_scope
 from linlora.routing.layers import RoutedLoraLinear
+from linlora.storage.tensor_files import finite
 from linlora.stream import head
-from linlora.tensor_files import finite
 
 if TYPE_CHECKING:
     from linlora.routing.model import RoutedModel

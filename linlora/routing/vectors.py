@@ -11,17 +11,17 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor
 from torch.nn.functional import pad
 
-from linlora.calls import is_called_plainly
-from linlora.model_scope import leave_model_scope
-from linlora.modules import fused_layers
-from linlora.restoring import restoring
+from linlora.layers.calls import is_called_plainly
+from linlora.layers.lora_linear import fused_layers
+from linlora.layers.model_scope import leave_model_scope
+from linlora.layers.restoring import restoring
 from linlora.routing.inventory import skill
 from linlora.routing.layers import LayerSizes, check_linear
 from linlora.routing.model import Inventory, RoutedModel
 from linlora.routing.selectors import Selector, Sizes
 from linlora.routing.variants import VARIANTS
-from linlora.task_vector import TaskVector
-from linlora.weight_vector import WeightVector
+from linlora.vectors.task_vector import TaskVector
+from linlora.vectors.weight_vector import WeightVector
 
 
 class _Skills(NamedTuple):

@@ -11,12 +11,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from linlora import formats
-from linlora.linearize import Report, accelerate, linearize
-from linlora.task_vector import TaskVector
+from linlora.layers.linearize import Report, accelerate, linearize
 from linlora.training.checkpoints import quiet
 from linlora.training.settings import Settings
 from linlora.training.task import Task
-from linlora.weight_vector import WeightVector
+from linlora.vectors.task_vector import TaskVector
+from linlora.vectors.weight_vector import WeightVector
 
 
 @dataclass(frozen=True)

@@ -24,14 +24,14 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from torch import Tensor
 
-from linlora.export import TASK_VECTOR_FILE
-from linlora.files import read_json, write_text
-from linlora.run_directory import LOCK_FILE
-from linlora.run_directory import only_run_in as locked
-from linlora.task_vector import TaskVector
-from linlora.tensor_files import load_tensors
+from linlora.formats.export import TASK_VECTOR_FILE
+from linlora.storage.files import read_json, write_text
+from linlora.storage.run_directory import LOCK_FILE
+from linlora.storage.run_directory import only_run_in as locked
+from linlora.storage.tensor_files import load_tensors
 from linlora.training.head import HEAD_FILE
 from linlora.training.settings import Settings
+from linlora.vectors.task_vector import TaskVector
 
 SETTINGS_FILE = "settings.yaml"
 POINT_FILE = "point.safetensors"

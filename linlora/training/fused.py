@@ -11,13 +11,13 @@ from typing import Any
 
 from linlora.fusion import METHODS, fuse, grid, search
 from linlora.fusion.checks import check_options
-from linlora.task_vector import TaskVector
 from linlora.training.folder import Run
 from linlora.training.recipe import recipe
 from linlora.training.settings import Settings
 from linlora.training.suite import Suite
 from linlora.training.task import load_task
-from linlora.weight_vector import WeightVector
+from linlora.vectors.task_vector import TaskVector
+from linlora.vectors.weight_vector import WeightVector
 
 _SCALINGS = (0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
 _FUSED = (0.3, 0.5, 0.7, 0.9, 1.1, 1.5, 2.0)

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from linlora.sharding import whole
+from linlora.layers.sharding import whole
 
 HEAD_FILE = "head.safetensors"
 

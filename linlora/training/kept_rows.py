@@ -8,7 +8,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from linlora.files import read_json, write_text
+from linlora.storage.files import read_json, write_text
 from linlora.training.data import source_of
 from linlora.training.task import Task
 

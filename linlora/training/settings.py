@@ -194,7 +194,7 @@ training, model_options
         >>> Settings.from_dict(plain_yaml.parse(settings.to_yaml())) == settings
         True
         """
-        from linlora.files import write_text
+        from linlora.storage.files import write_text
 
         text = plain_yaml.dump(self.to_dict())
         if path is not None:
@@ -255,7 +255,7 @@ def _check_keys(where: str, content: Mapping[str, Any], kind: type) -> None:
 def _checked_lora(options: Mapping[str, Any]) -> dict[str, Any]:
     from peft import LoraConfig
 
-    from linlora.vanilla import refuse_changed_base
+    from linlora.layers.vanilla import refuse_changed_base
 
     options = _plain("lora", options)
     known = [f.name for f in fields(LoraConfig)]

@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linlora.products import evaluating
-from linlora.task_vector import TaskVector, apply
 from linlora.training.adapted import adapt
 from linlora.training.evaluation import arithmetic, evaluate, on_device
 from linlora.training.head import set_head
 from linlora.training.task import Task
-from linlora.weight_vector import WeightVector
+from linlora.vectors.products import evaluating
+from linlora.vectors.task_vector import TaskVector, apply
+from linlora.vectors.weight_vector import WeightVector
 
 _SHARED = ("model", "kind", "lora.", "model_options.")
 

@@ -11,7 +11,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
-from linlora.sharding import is_sharded
+from linlora.layers.sharding import is_sharded
 from linlora.training.answers import NO_NUMBER, match, number
 from linlora.training.checkpoints import check_kind, config_of, load_model, refuse_new, tokenizer_of
 from linlora.training.labels import Classes, check_labels, classes_of, distinct, is_number, number_of

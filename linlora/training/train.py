@@ -14,10 +14,9 @@ from accelerate import PartialState
 from rich.console import Console
 
 import linlora
-from linlora.export import TASK_VECTOR_FILE, export
-from linlora.sharding import is_sharded, whole
-from linlora.task_vector import TaskVector
-from linlora.tensor_files import save_tensors
+from linlora.formats.export import TASK_VECTOR_FILE, export
+from linlora.layers.sharding import is_sharded, whole
+from linlora.storage.tensor_files import save_tensors
 from linlora.training.adapted import Adapted, adapt
 from linlora.training.evaluation import evaluate
 from linlora.training.folder import (
@@ -36,6 +35,7 @@ from linlora.training.kept_rows import check_kept, keep, rows_of
 from linlora.training.settings import Settings
 from linlora.training.task import Task, load_task
 from linlora.training.trainer import TaskTrainer, check_optimizer, training_arguments
+from linlora.vectors.task_vector import TaskVector
 
 
 def train(settings: Settings, fresh: bool = False, console: Console | None = None) -> Run:

@@ -19,7 +19,7 @@ from linlora.bench.sanitize import cases as sanitized
 from linlora.bench.suites import suite
 from torch.nn.functional import scaled_dot_product_attention
 
-from linlora.backends import OPS
+from linlora.ops.backends import OPS
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 ATTENTION = attention_case("test", 2, 3, 40, 16, causal=True)

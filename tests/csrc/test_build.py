@@ -94,7 +94,8 @@ for name in ("linlora", "linlora_cuda"):
     }}
 
 import linlora
-from linlora import choice, functional
+from linlora import functional
+from linlora.ops import choice
 from torch._subclasses.fake_tensor import FakeTensorMode
 calls = []
 def spy(graph, inputs):

@@ -169,8 +169,8 @@ def test_a_plain_adapter_read_from_its_start_is_the_change_and_can_be_linearized
 
 def test_reading_leaves_tensors_in_the_file_until_they_are_asked_for(adapter, monkeypatch):
     asked = []
-    original = linlora.tensor_files.TensorFile.read
-    monkeypatch.setattr(linlora.tensor_files.TensorFile, "read", lambda f, n: asked.append(n) or original(f, n))
+    original = linlora.storage.tensor_files.TensorFile.read
+    monkeypatch.setattr(linlora.storage.tensor_files.TensorFile, "read", lambda f, n: asked.append(n) or original(f, n))
     stored = formats.open(adapter[0])
     assert not asked
     name = next(iter(stored.vector.deltas))

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 import linlora
 from linlora import TaskVector
 from linlora.fusion.quantiles import kth_largest
-from linlora.tensor_files import StoredTensors, TensorFile
+from linlora.storage.tensor_files import StoredTensors, TensorFile
 
 OPTIONS = [
     ("average", {}),

@@ -7,8 +7,8 @@ from torch import nn
 import linlora
 from linlora import TaskVector, WeightVector
 from linlora.fusion.regmean import input_moments
-from linlora.task_vector import point_hash
 from linlora.testing import randomize, relative_error, tiny_batch, tiny_model
+from linlora.vectors.task_vector import point_hash
 
 SIZE = {"q": (6, 10), "k": (9, 7)}
 

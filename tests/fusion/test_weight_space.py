@@ -8,9 +8,9 @@ from linlora import DifferentPointError, TaskVector, WeightVector
 from linlora.fusion import METHODS
 from linlora.fusion.registry import IN_WEIGHT_SPACE
 from linlora.fusion.truncation import basis
-from linlora.task_vector import point_hash
-from linlora.tensor_files import StoredTensors
+from linlora.storage.tensor_files import StoredTensors
 from linlora.testing import relative_error
+from linlora.vectors.task_vector import point_hash
 
 LAYERS = {"q": (24, 20), "k": (18, 30)}
 SPECTRAL = ["tsv", "iso_c", "iso_cts", "wudi_minimiser"]

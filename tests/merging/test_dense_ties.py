@@ -41,7 +41,7 @@ def expected(vectors, keep, scaling):
 @pytest.mark.parametrize("weights", [None, [1.0, -0.5, 2.0]], ids=["plain", "weighted"])
 @pytest.mark.parametrize("architecture", ["bert", "gpt2"])
 def test_a_merged_model_holds_ties_of_the_dense_matrices(architecture, weights, tmp_path, monkeypatch):
-    monkeypatch.setattr("linlora.weights.BLOCK", 300)  # several blocks of a tiny weight
+    monkeypatch.setattr("linlora.layers.weights.BLOCK", 300)  # several blocks of a tiny weight
     names = adapters(tmp_path, architecture)
     tiny_base(architecture).save_pretrained(tmp_path / "base")
     merge_files(

@@ -5,8 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from linlora import reference, weights
-from linlora.weights import Update, fold, fold_keeping, stacked, unfold
+from linlora import reference
+from linlora.layers import weights
+from linlora.layers.weights import Update, fold, fold_keeping, stacked, unfold
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32, torch.float64]
 

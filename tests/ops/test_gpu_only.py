@@ -8,7 +8,7 @@ from linlora.bench.data import random_layer
 from linlora.bench.job import switched
 from linlora.bench.layers import linearized
 
-from linlora import backends
+from linlora.ops import backends
 
 LAUNCHES = 1000
 

@@ -6,7 +6,7 @@ from peft import PeftModel
 
 import linlora
 from linlora import TaskVector
-from linlora.quantized import QuantizedLoraLinear
+from linlora.layers.quantized import QuantizedLoraLinear
 from linlora.testing import randomize, relative_error, tiny_batch
 
 SCOPES = ["layer", "model"]

@@ -14,7 +14,7 @@ from linlora.quickstart import DifferentSettingsError, backbone, finetune, run
 from linlora.quickstart.backbone import new_backbone, pretrain
 from linlora.quickstart.data import load_digits
 from linlora.quickstart.settings import FAMILIES
-from linlora.run_directory import only_run_in
+from linlora.storage.run_directory import only_run_in
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from linlora import backends
-from linlora.ops import aten
+from linlora.ops import aten, backends
 from linlora.ops.transforms import refuse_transform
 
 

@@ -18,8 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora import backends
-from linlora.ops import aten
+from linlora.ops import aten, backends
 from linlora.ops.checks import autocast_input, check_lora_linear
 from linlora.ops.composed import backward_backend
 from linlora.ops.dual.checks import check_constants

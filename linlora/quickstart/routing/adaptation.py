@@ -16,7 +16,7 @@ from linlora.quickstart.routing.methods import METHODS, Method
 from linlora.quickstart.routing.settings import RoutingSettings
 from linlora.quickstart.train import batches
 from linlora.routing import RoutedModel, add_task, collapse, fit_routing, mhr_mu, mhr_z
-from linlora.run_directory import is_whole, read_json, staged, write_json
+from linlora.storage.run_directory import is_whole, read_json, staged, write_json
 
 RECORD_FILE = "scores.json"
 

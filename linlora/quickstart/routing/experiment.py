@@ -19,7 +19,7 @@ from linlora.quickstart.routing.reader import Reader
 from linlora.quickstart.routing.settings import RoutingSettings
 from linlora.quickstart.routing.tasks import DOMAINS, QUESTIONS, Pair, divide
 from linlora.quickstart.surroundings import surroundings
-from linlora.run_directory import is_whole
+from linlora.storage.run_directory import is_whole
 
 HEADS_FILE = "questions.safetensors"
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from linlora.quickstart.routing.experiment import RoutingExperiment, Rows, accuracy
 from linlora.routing import RoutedModel, route
-from linlora.run_directory import is_whole, read_json, staged, write_json
+from linlora.storage.run_directory import is_whole, read_json, staged, write_json
 
 RECORD_FILE = "training.json"
 INVENTORY_FILE = "routed_model.safetensors"

@@ -10,7 +10,6 @@ from typing import Any
 from rich.console import Console
 
 import linlora
-from linlora.files import write_text
 from linlora.quickstart.progress import work_bar
 from linlora.quickstart.routing.adaptation import adapt_all, is_adapted
 from linlora.quickstart.routing.costs import RoutingCosts
@@ -24,7 +23,8 @@ from linlora.quickstart.routing.settings import RoutingSettings
 from linlora.quickstart.run import check_device
 from linlora.quickstart.surroundings import surroundings
 from linlora.quickstart.workers import Crew, crew_of
-from linlora.run_directory import only_run_in, open_run_directory, write_json
+from linlora.storage.files import write_text
+from linlora.storage.run_directory import only_run_in, open_run_directory, write_json
 
 _OUTPUTS = {
     "results.json": "every number of the table, by task and seed, with settings and environment",

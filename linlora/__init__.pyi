@@ -1,0 +1,30 @@
+from . import baselines as baselines
+from . import formats as formats
+from . import functional as functional
+from . import fusion as fusion
+from . import merging as merging
+from . import reference as reference
+from . import routing as routing
+from . import testing as testing
+from . import training as training
+from .formats.export import export as export
+from .formats.export import merge as merge
+from .fusion import fuse as fuse
+from .layers.linearize import NoLoraLayerError as NoLoraLayerError
+from .layers.linearize import Report as Report
+from .layers.linearize import UnsupportedLayerError as UnsupportedLayerError
+from .layers.linearize import accelerate as accelerate
+from .layers.linearize import delinearize as delinearize
+from .layers.linearize import linearize as linearize
+from .layers.linearize import set_scope as set_scope
+from .ops.backends import BackendUnavailableError as BackendUnavailableError
+from .ops.backends import explain as explain
+from .ops.backends import use_backend as use_backend
+from .storage.files import CorruptFileError as CorruptFileError
+from .stream import TangentError as TangentError
+from .vectors.task_vector import DifferentPointError as DifferentPointError
+from .vectors.task_vector import TaskVector as TaskVector
+from .vectors.task_vector import apply as apply
+from .vectors.weight_vector import WeightVector as WeightVector
+
+__version__: str

@@ -1,0 +1,291 @@
+"""Leaving linlora: `merge` into a plain transformers model, `export` as an adapter that stock PEFT loads."""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from linlora import formats
+from linlora.formats import Stored
+from linlora.formats.adapter_config import CONFIG_FILE
+from linlora.formats.checkpoint import Checkpoint
+from linlora.formats.opening import TASK_VECTOR_FILE
+from linlora.formats.peft_adapter import TENSOR_FILE
+from linlora.layers.folding import folded_configs, folded_state_dict, with_sizes
+from linlora.layers.linearize import accelerate
+from linlora.layers.lora_linear import fused_layers
+from linlora.layers.peft_merging import REMEDY
+from linlora.layers.restoring import restoring, uninterrupted
+from linlora.layers.sharding import is_sharded, writes
+from linlora.layers.sharing import adapted_layers, refuse_shared
+from linlora.layers.vanilla import changed_base, refuse_changed_base
+from linlora.layers.weights import Update, check_sum, fold, rehearse
+from linlora.storage.files import install_file
+from linlora.storage.staging import unfinished_folder
+from linlora.storage.tensor_files import StoredTensors, finite, save_tensors, shapes
+from linlora.vectors.task_vector import DifferentPointError, TaskVector, _one_adapter
+from linlora.vectors.weight_vector import WeightVector, factors_of
+
+_KEPT = ("task_type", "fan_in_fan_out", "modules_to_save", "bias", "trainable_token_indices")
+"""Configuration keys that are copied unchanged."""
+
+
+def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None = None) -> nn.Module:
+    """Fold the active (or the named) adapters into the base weights and return the plain transformers model.
+
+    Or fold a task vector, as what it adds to the weights, into a plain model: merge(base, vector).
+
+    W + ΔW is summed in fp32 and rounded to W's dtype once. In place, like PEFT's `merge_and_unload`: the PeftModel is
+    used up. Raises ValueError, leaving the model whole, when an adapter holds NaN or does not exist, and for a weight
+    that another module shares (a tied embedding).
+
+    >>> import linlora
+    >>> model = linlora.testing.tiny_model("bert")
+    >>> _ = linlora.linearize(model)
+    >>> type(linlora.merge(model)).__name__
+    'BertForSequenceClassification'
+    """
+    if isinstance(adapters, TaskVector):
+        return _merge_vector(model, WeightVector.of(adapters))
+    if not isinstance(model, PeftModel):
+        raise TypeError(
+            f"merge takes a PeftModel, got {type(model).__name__}; a task of a routed model folds by "
+            "linlora.routing.merge_task"
+        )
+    if is_sharded(model):
+        raise ValueError(
+            "merge: the weights are sharded (FSDP2), and no process holds them whole; linlora.export the adapter and "
+            "merge it in one process"
+        )
+    unknown = sorted(set(adapters or ()) - set(model.peft_config))
+    if unknown:
+        raise ValueError(f"merge: no adapter {unknown}; the model has {sorted(model.peft_config)}")
+    refuse_shared(model, adapted_layers(model, adapters or model.active_adapters), "merge", REMEDY)
+    with uninterrupted(), restoring(model):
+        accelerate(model)  # plain layers merge by the same fp32 rule; linearized ones stay as they are
+        folds = []
+        for name, layer in fused_layers(model):
+            names = [adapter for adapter in adapters or layer.active_adapters if adapter in layer.lora_A]
+            for adapter in names:
+                if not layer.is_finite(adapter):
+                    raise ValueError(
+                        f"layer '{name}': adapter '{adapter}' holds NaN or infinity; the model is unchanged"
+                    )
+            if names:
+                folds.append((name, layer.get_base_layer().weight.data, layer.update_that_fits(names)))
+                rehearse(*folds[-1][1:])
+            layer.merged_adapters.extend(adapters or layer.active_adapters)  # PEFT leaves them to the loop below
+        tuner = model.base_model
+        merged = type(tuner).merge_and_unload(tuner, adapter_names=adapters)
+        for name, weight, update in folds:  # last, because nothing undoes it
+            try:
+                fold(weight, update)
+            except Exception as error:
+                raise RuntimeError(
+                    f"merge: stopped at layer '{name}', when others had been folded; the weights are neither those of "
+                    "the base nor merged, load the base model again"
+                ) from error
+        return merged
+
+
+def _merge_vector(model: nn.Module, vector: WeightVector) -> nn.Module:
+    """W ← round(W + ΔW) of the layers of a plain model, in place. Everything is checked before anything is written."""
+    if isinstance(model, PeftModel):
+        raise TypeError("merge: a vector folds into the plain base model; into an adapter goes linlora.apply")
+    if is_sharded(model):
+        raise ValueError("merge: the weights are sharded (FSDP2), and no process holds them whole")
+    modules = dict(model.named_modules())
+    for name, size in vector.sizes().items():
+        layer = modules.get(name)
+        if not isinstance(layer, (nn.Linear, Conv1D)):
+            what = "no such layer" if layer is None else f"a {type(layer).__name__} there, no linear layer"
+            raise ValueError(f"merge: the vector is of a layer '{name}', and the model has {what}")
+        weight = layer.weight
+        shape = size[:2][::-1] if isinstance(layer, Conv1D) else size[:2]
+        if not weight.is_floating_point() or weight.element_size() == 1 or weight.is_meta:
+            raise ValueError(f"merge: layer '{name}' is {weight.dtype} on {weight.device}, in which ΔW would be lost")
+        if tuple(weight.shape) != shape:
+            raise ValueError(
+                f"merge: layer '{name}' is {size.inputs} -> {size.outputs} in the vector, its weight in the model "
+                f"{tuple(weight.shape)}: not the base model the vector is of"
+            )
+    refuse_shared(model, vector.scalings, "merge", "Untie the weights of the model first, or export the vector")
+    with uninterrupted():
+        for checking in (True, False):
+            for name in vector.scalings:
+                weight, update = modules[name].weight.data, vector.update(name)
+                if not finite(update.A) or not finite(update.B):
+                    raise ValueError(
+                        f"merge: layer '{name}' of the vector holds NaN or infinity; the model is unchanged"
+                    )
+                wide = torch.promote_types(update.A.dtype, weight.dtype)
+                A, B = (factor.to(weight.device, wide) for factor in (update.A, update.B))
+                try:
+                    for step in (check_sum, rehearse) if checking else (fold,):
+                        step(weight, Update(A, B, isinstance(modules[name], Conv1D)))
+                except OverflowError as error:
+                    raise ValueError(f"merge: layer '{name}': {error}; the model is unchanged") from error
+    return model
+
+
+def export(
+    source: PeftModel | TaskVector,
+    directory: str | os.PathLike,
+    adapter: str | None = None,
+    base: str | os.PathLike | None = None,
+) -> None:
+    """Write an adapter of a model (the active one if not named), or a task vector, for stock PEFT, vLLM or SGLang.
+
+    `adapter_model.safetensors` and `adapter_config.json` hold the exact LoRA factors of the layer-scope function, of
+    rank r where B0 = 0 and 2r elsewhere; `task_vector.safetensors` holds (dA, dB) and the linearization point, for
+    `TaskVector.load`. A plain LoRA adapter of a model has no linearization point, so no vector is written for it: save
+    `TaskVector.from_model(model, point=start)` beside it. Each file is replaced in one step.
+
+    Of a model sharded by FSDP2 every process has to call this, and rank 0 writes; under DDP let rank 0 call it.
+
+    Args:
+        base: for a task vector, what the adapter is of: the hub id or folder of the base model, or the folder of an
+            adapter of it, whose configuration (task type, head) is taken over. A folder is checked against the vector.
+
+    Raises ValueError for scope "model", which no LoRA adapter computes, and for a vector without its point;
+    WrongBaseError for a base that the vector does not fit.
+
+    >>> import linlora, peft
+    >>> model = linlora.testing.tiny_model("bert")
+    >>> _ = linlora.linearize(model)
+    >>> linlora.export(model, "adapter")
+    >>> linlora.export(2.0 * linlora.TaskVector.from_model(model), "doubled")
+    >>> base = linlora.testing.tiny_base("bert")
+    >>> print(type(peft.PeftModel.from_pretrained(base, "doubled")).__name__)
+    PeftModel
+    """
+    if isinstance(source, TaskVector):
+        return export_stored(Stored(Path(directory), "task vector", source), directory, base)
+    if not isinstance(source, PeftModel):
+        raise TypeError(
+            f"export takes a PeftModel or a TaskVector, got {type(source).__name__}; a task of a routed model is "
+            "exported by linlora.routing.export_task"
+        )
+    adapter = _one_adapter(source, adapter)
+    linearized = any(layer.states.get(adapter, "plain") != "plain" for _, layer in fused_layers(source))
+    vector = TaskVector.from_model(source, adapter) if linearized else None
+    if vector is not None and vector.scope == "model":
+        raise ValueError(
+            "export: no LoRA adapter has the function of a model linearized at model scope. Save its task vector, "
+            "TaskVector.from_model(model).save(path), or export the layer-scope function: "
+            "linlora.set_scope(model, 'layer')"
+        )
+    if any(fused_layers(source)):  # PEFT's own adapter says how it was initialized, and is loaded so
+        refuse_changed_base(changed_base(source.peft_config.values()), f"export: adapter '{adapter}'")
+    state_dict = folded_state_dict(source)
+    if not writes(source):
+        return
+    with _staging(directory) as staging:
+        with folded_configs(source):
+            type(source).save_pretrained(source, str(staging), selected_adapters=[adapter], state_dict=state_dict)
+        if vector is not None:
+            vector.save(staging / TASK_VECTOR_FILE)
+
+
+def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.PathLike | None = None) -> None:
+    """`export` of what lies in a file or folder: the vector, and what was trained beside it."""
+    vector = stored.vector
+    config, extras, base_model = dict(stored.config), stored.extras, vector.base_model
+    if base is not None and (Path(base) / CONFIG_FILE).is_file():
+        adapter = formats.open(base)
+        _check_adapter_of_base(stored, adapter)
+        config, extras, base_model = dict(adapter.config), adapter.extras, adapter.vector.base_model
+    elif base is not None:
+        base_model = str(base)
+        if Path(base).is_dir():
+            placed = Checkpoint(Path(base)).place(stored.layer_sizes())
+            config["fan_in_fan_out"] = any(place.transposed for place in placed.values())
+    like, read, sizes = _stored_factors(vector)
+    for name, tensor in shapes(extras).items():
+        layer, _, parameter = name.rpartition(".")
+        there = f"{layer}.base_layer.{parameter}" if layer in sizes else name  # the bias of an adapted layer
+        like[f"base_model.model.{there}"] = tensor
+        read[f"base_model.model.{there}"] = functools.partial(extras.__getitem__, name)
+    tensors = StoredTensors(like, lambda name: read[name]())
+    kept = {key: config[key] for key in _KEPT if config.get(key)}
+    lora = LoraConfig(target_modules=list(sizes), inference_mode=True, base_model_name_or_path=base_model, **kept)
+    with _staging(directory) as staging:
+        with_sizes(lora, sizes).save_pretrained(str(staging))
+        save_tensors(staging / TENSOR_FILE, tensors, {"format": "pt", **vector.own_metadata()})
+        if vector.point:
+            vector.save(staging / TASK_VECTOR_FILE)
+
+
+def _check_adapter_of_base(stored: Stored, like: Stored) -> None:
+    """Raise a DifferentPointError unless an adapter is of a vector's layers; in weight space, of some."""
+    mine, its = stored.layer_sizes(), like.layer_sizes()
+    odd = sorted(mine.keys() ^ its.keys()) if stored.vector.scope != "weight" or not mine.keys() & its.keys() else []
+    if odd:
+        raise DifferentPointError(
+            f"{stored.path} and {like.path} cover different layers; only one of them has {odd[0]}"
+        )
+    for layer in mine.keys() & its.keys():
+        if mine[layer] != its[layer]:
+            raise DifferentPointError(
+                f"layer '{layer}' is {mine[layer]} in {stored.path} and {its[layer]} in {like.path}: they are of "
+                "different base models"
+            )
+
+
+Read = dict[str, Callable[[], Tensor]]
+
+
+def _stored_factors(vector: TaskVector) -> tuple[dict[str, Tensor], Read, dict[str, tuple[int, float]]]:
+    """The shapes of an adapter's tensors, what makes each, and (rank, alpha) of every layer.
+
+    In weight space the factors are the vector's, which may lie in files: one layer is in memory at a time.
+    """
+    like: dict[str, Tensor] = {}
+    read: Read = {}
+    sizes = {}
+    for layer, scaling in vector.scalings.items():
+        a, b = (f"base_model.model.{layer}.lora_{kind}.weight" for kind in "AB")
+        if vector.scope == "weight" and scaling > 0.0:
+            stored = shapes(vector.deltas)
+            for name, own in ((a, f"{layer}.dA"), (b, f"{layer}.dB")):
+                like[name], read[name] = stored[own], functools.partial(vector.deltas.__getitem__, own)
+            rank = len(stored[f"{layer}.dA"])
+        else:
+            A, B = (_narrowed(factor, vector.deltas[f"{layer}.dB"].dtype) for factor in factors_of(vector, layer))
+            if scaling <= 0.0:  # of a multiple; servers expect an alpha above 0
+                B, scaling = scaling * B, 1.0
+            like |= shapes({a: A, b: B})
+            read[a], read[b], rank = functools.partial(_same, A), functools.partial(_same, B), len(A)
+        sizes[layer] = (rank, scaling * rank)
+    return like, read, sizes
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _narrowed(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A factor in the vector's own dtype, if that holds it exactly."""
+    narrow = factor.to(dtype)
+    return narrow if torch.equal(narrow.to(factor.dtype), factor) else factor
+
+
+@contextmanager
+def _staging(directory: str | os.PathLike) -> Iterator[Path]:
+    """A folder to write to, whose files then go to the directory, each in one step; an error leaves that as it was."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    with unfinished_folder(directory / "export") as staging:
+        yield staging
+        if not (staging / TASK_VECTOR_FILE).exists():
+            (directory / TASK_VECTOR_FILE).unlink(missing_ok=True)  # of the adapter that was there
+        for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+            install_file(file, directory / file.name)

@@ -1,0 +1,163 @@
+"""`model(..., adapter_names=[...])`: the adapter, or a mixture of adapters, of every example of a batch.
+
+PEFT hands the names to its layers by hooks, for the time of a call. `serve_rows` does this in its place on models with
+fused layers, and more: an entry may be a mapping of names to weights (`linlora.layers.mixtures`), a model may be
+training, and blocks that activation checkpointing runs again in backward find the names they had.
+
+In training every adapter gets the gradients of its own rows, and one without rows gets None:
+
+    model.set_requires_grad(["a", "b"])                 # PEFT trains the active adapter alone otherwise
+    losses = loss(model(**batch, adapter_names=names))  # one a row
+    sum(losses[of_a].mean() ...).backward()             # each adapter's own mean, as if it trained alone
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.lora.layer import LoraLayer
+from peft.utils import AuxiliaryTrainingWrapper
+from torch import nn
+
+from linlora.layers.lora_linear import FusedLoraLinear
+from linlora.layers.mixtures import BASE, Rows
+
+_METHOD = "_enable_peft_forward_hooks"
+_CHECKPOINTS = "_gradient_checkpointing_func"
+
+
+def accept_rows(model: PeftModel) -> None:
+    """Let a PEFT model with fused layers take mixtures and training in `adapter_names`; `leave_to_class` undoes it."""
+    tuner = model.base_model
+    if hasattr(type(tuner), _METHOD):
+        vars(tuner)[_METHOD] = functools.partial(serve_rows, tuner)
+
+
+def refuse_rows(model: PeftModel) -> None:
+    """Leave `adapter_names` to PEFT again."""
+    vars(model.base_model).pop(_METHOD, None)
+
+
+@contextmanager
+def serve_rows(tuner: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
+    """Inside the block the layers of a tuner (a PeftModel's `base_model`) run with the adapters of every row.
+
+    Modules in `modules_to_save` are taken whole, whatever the weight of the adapter they belong to.
+
+    Raises ValueError for adapters that do not exist, in PEFT's words, and for mixtures where a layer cannot mix.
+    """
+    names = kwargs.get("adapter_names")
+    if names is None or kwargs.get("alora_offsets") is not None:
+        with getattr(type(tuner), _METHOD)(tuner, *args, **kwargs):
+            yield
+        return
+    rows = Rows.of(names)
+    _check(tuner, rows)
+    beams = kwargs.get("num_beams")
+    of_decoder = rows.repeated(beams) if isinstance(beams, int) and beams > 1 else rows
+    in_encoder = _encoder_of(tuner.model) if of_decoder is not rows else set()
+    with ExitStack() as until_here:
+        _hook((m for m in tuner.modules() if m not in in_encoder), of_decoder, until_here)
+        _hook(in_encoder, rows, until_here)
+        running = _Running()
+        until_here.callback(running.end)
+        for module in tuner.modules():
+            if _CHECKPOINTS in vars(module):
+                original = vars(module)[_CHECKPOINTS]
+                vars(module)[_CHECKPOINTS] = functools.partial(_checkpoint, original, module, rows, running)
+                until_here.callback(vars(module).__setitem__, _CHECKPOINTS, original)
+        yield
+
+
+def _encoder_of(model: Any) -> set[nn.Module]:
+    """The modules that beam search runs once for all beams, as PEFT finds them: an encoder that is not the model."""
+    encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
+    return set() if encoder is None or encoder is model else set(encoder.modules())
+
+
+class _Running:
+    """Whether the forward pass is not over."""
+
+    def __init__(self) -> None:
+        self.now = True
+
+    def end(self) -> None:
+        self.now = False
+
+
+def _checkpoint(
+    original: Callable, module: nn.Module, rows: Rows, running: _Running, function: Callable, *args: Any, **kwargs: Any
+) -> Any:
+    """Checkpoint a function of a module so that it finds its rows when it runs again, after the forward pass."""
+
+    def with_rows(*inputs: Any, **options: Any) -> Any:
+        with ExitStack() as until_here, rows.kept():
+            if not running.now:
+                _hook(module.modules(), rows, until_here)
+            return function(*inputs, **options)
+
+    return original(with_rows, *args, **kwargs)
+
+
+def _hook(modules: Iterable[nn.Module], rows: Rows, until_here: ExitStack) -> None:
+    """Give the layers their rows, as each kind of layer takes them."""
+    for module in modules:
+        given: Any = None
+        if isinstance(module, FusedLoraLinear):
+            given = rows
+        elif isinstance(module, LoraLayer):
+            given = rows.names
+        elif isinstance(module, AuxiliaryTrainingWrapper):
+            given = [next((name for name, _ in mixture if name in module._adapters), BASE) for mixture in rows]
+        if given is not None:
+            handle = module.register_forward_pre_hook(functools.partial(_give, given), with_kwargs=True)
+            until_here.callback(handle.remove)
+
+
+def _give(given: Any, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+    return args, {**kwargs, "adapter_names": given}
+
+
+def _check(tuner: nn.Module, rows: Rows) -> None:
+    layers = [(name.removeprefix("model."), m) for name, m in tuner.named_modules() if isinstance(m, LoraLayer)]
+    existing = {name for _, layer in layers for name in (*layer.lora_A, *layer.lora_embedding_A)}
+    if unknown := sorted(rows.named - existing):
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")  # PEFT's words
+    for name, layer in layers:
+        if not isinstance(layer, FusedLoraLinear) and rows.names is None:
+            raise ValueError(
+                f"layer '{name}' is a {type(layer).__name__} of PEFT's own, which runs one adapter a row and knows no "
+                "weights; give every row one name, or call linlora.accelerate(model), which fuses layers added later"
+            )
+    for name, module in tuner.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            _check_whole(name.removeprefix("model."), module, rows)
+    if tuner.training and torch.is_grad_enabled():
+        _warn_of_frozen(tuner, rows)
+
+
+def _check_whole(name: str, module: AuxiliaryTrainingWrapper, rows: Rows) -> None:
+    """Raise a ValueError where a module that adapters train as a whole cannot be each row's own."""
+    for mixture in rows.distinct:
+        bring = [adapter for adapter, _ in mixture if adapter in module._adapters]
+        if len(bring) > 1:
+            raise ValueError(
+                f"module '{name}' was trained whole (modules_to_save) by each of {bring}, and modules have no mixture; "
+                "mix adapters of which one at most brings the module"
+            )
+
+
+def _warn_of_frozen(tuner: nn.Module, rows: Rows) -> None:
+    trained = {part for name, p in tuner.named_parameters() if p.requires_grad for part in name.split(".")}
+    if frozen := [name for name in rows.adapters if name not in trained]:
+        warnings.warn(
+            f"adapter_names: the model is training, and nothing of {frozen} is: PEFT trains the active adapter alone. "
+            f"model.set_requires_grad({frozen}) lets the rows of the others train them too",
+            stacklevel=2,
+        )

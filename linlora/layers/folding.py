@@ -1,0 +1,198 @@
+"""Layer scope as stock LoRA factors, and back: what makes a linearized adapter loadable by any LoRA server.
+
+A linearized layer is exactly a LoRA layer of rank at most 2r (ΔW = s [(B0 + dB) A0 + B0 dA])::
+
+    A' = [A0; dA]          (2r, K)
+    B' = [B0 + dB, B0]     (N, 2r)       same scaling
+
+At B0 = 0 it is (A0, dB) of rank r, which is what PEFT's own parameters hold already. Otherwise `save_pretrained` of a
+linearized model writes (A', B') with a matching `adapter_config.json`, and loading such a file into a linearized layer
+takes it apart again.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import re
+import sys
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel
+from torch import Tensor
+
+from linlora.layers.lora_linear import FusedLoraLinear
+from linlora.layers.peft_names import DELTAS
+from linlora.layers.sharding import whole
+from linlora.layers.vanilla import changes_base
+from linlora.layers.weights import stacked
+
+_HOOK = "_folded_factors_hook"
+
+
+def folded_state_dict(model: PeftModel, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The state dict of `model` with (A', B') in place of the factors of every adapter that started at B0 != 0.
+
+    Of a sharded model what PEFT saves is gathered, which takes every process; the base weights are not.
+    """
+    state_dict = dict(model.state_dict() if state_dict is None else state_dict)
+    for name in state_dict:
+        if "lora_" in name or "modules_to_save" in name:
+            state_dict[name] = whole(state_dict[name])
+    for path, layer in model.named_modules():
+        if isinstance(layer, FusedLoraLinear):
+            for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
+                a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
+                dA, dB = (state_dict.pop(f"{path}.{kind}.{adapter}") for kind in DELTAS)
+                state_dict[a], state_dict[b] = stacked(state_dict[a], state_dict[b], dA, dB)
+    return state_dict
+
+
+@contextmanager
+def folded_configs(model: PeftModel) -> Iterator[None]:
+    """Let the model's configs be those that fit `folded_state_dict` while a block saves them."""
+    configs: dict[str, Any] = model.peft_config
+    own = dict(configs)
+    configs.update({name: folded_config(model, name) for name in own})
+    try:
+        yield
+    finally:
+        configs.update(own)
+
+
+def folded_config(model: PeftModel, adapter: str) -> LoraConfig:
+    """The LoraConfig that fits `folded_state_dict`: rank and alpha of every layer as stored, scaling unchanged."""
+    config: Any = copy.deepcopy(model.peft_config[adapter])
+    sizes = {}
+    for path, layer in model.named_modules():
+        if isinstance(layer, FusedLoraLinear) and adapter in layer.states:
+            rank = layer.r[adapter] * (2 if layer.states[adapter] == "pair" else 1)
+            sizes[path.removeprefix("base_model.model.")] = (
+                rank,
+                layer.scaling[adapter] * (rank**0.5 if config.use_rslora else rank),
+            )
+    if not sizes:  # no layer of this adapter is fused: the config fits as it is
+        return config
+    start = config.init_lora_weights
+    with_sizes(config, sizes)
+    if changes_base(start):
+        config.init_lora_weights = start  # linlora's readers refuse it by this
+    return config
+
+
+def with_sizes(config: LoraConfig, sizes: dict[str, tuple[int, float]]) -> LoraConfig:
+    """Give a LoraConfig the (rank, alpha) of every layer, the commonest as its own, and return it."""
+    (config.r, config.lora_alpha), _ = Counter(sizes.values()).most_common(1)[0]
+    # A key of PEFT's patterns also matches behind a dot, so '^' keeps 'fc' from being the 'fc' in a block.
+    others = {f"^{re.escape(name)}": size for name, size in sizes.items() if size != (config.r, config.lora_alpha)}
+    config.rank_pattern = {name: rank for name, (rank, _) in others.items()}
+    config.alpha_pattern = {name: alpha for name, (_, alpha) in others.items()}
+    config.init_lora_weights = True
+    return config
+
+
+def has_folded_factors(model: PeftModel) -> bool:
+    """Whether some layer needs folding to be saved as stock LoRA: it started at B0 != 0."""
+    return any("pair" in m.states.values() for m in model.modules() if isinstance(m, FusedLoraLinear))
+
+
+def save_folded_factors(model: PeftModel) -> None:
+    """Make `model.save_pretrained` write the exact stock factors; nothing to do where PEFT's own are exact.
+
+    PEFT's `add_weighted_adapter`, which combines its own, is refused there.
+    """
+    if has_folded_factors(model):
+        model.__dict__["save_pretrained"] = functools.partial(_save_pretrained, model)
+        model.__dict__["state_dict"] = functools.partial(_state_dict, model)
+        model.base_model.__dict__["add_weighted_adapter"] = functools.partial(_add_weighted_adapter, model.base_model)
+
+
+def save_plain_factors(model: PeftModel) -> None:
+    """Undo `save_folded_factors`."""
+    model.__dict__.pop("save_pretrained", None)
+    model.__dict__.pop("state_dict", None)
+    model.base_model.__dict__.pop("add_weighted_adapter", None)
+
+
+def _save_pretrained(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
+    """`PeftModel.save_pretrained` of a linearized model: the exact stock factors and the config that fits them."""
+    for name, config in model.peft_config.items():
+        if changes_base(config.init_lora_weights):
+            warnings.warn(
+                f"save_pretrained: adapter '{name}' was started by '{config.init_lora_weights}', which changed the "
+                "base weights, and the files hold factors for the changed ones: they resume this training, and are no "
+                "adapter of the original model. linlora.merge(model) gives the whole model",
+                stacklevel=2,
+            )
+    if kwargs.get("path_initial_model_for_weight_conversion") is not None:
+        raise ValueError(
+            "save_pretrained: path_initial_model_for_weight_conversion subtracts a start from (A, B), and the files of "
+            "an adapter linearized at B0 != 0 hold (A', B') of twice the rank. Save without it"
+        )
+    state_dict = folded_state_dict(model, kwargs.pop("state_dict", None))
+    with folded_configs(model):
+        type(model).save_pretrained(model, save_directory, *args, state_dict=state_dict, **kwargs)
+
+
+def _state_dict(model: PeftModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """The model's own; to PEFT's `get_peft_model_state_dict`, which asks without arguments, the exact stock factors.
+
+    Another model would take A and B of the point from it, and leave dA and dB out without a word.
+    """
+    state_dict = type(model).state_dict(model, *args, **kwargs)
+    of_peft = sys._getframe(1).f_globals.get("__name__") == "peft.utils.save_and_load"
+    return folded_state_dict(model, state_dict) if of_peft else state_dict
+
+
+def _add_weighted_adapter(
+    tuner: Any, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd",
+    *args: Any, **kwargs: Any,
+) -> None:  # fmt: skip
+    """PEFT's, where it is of the ΔW of the adapters; its other combinations are of lora_A and lora_B alone."""
+    fused = [layer for layer in tuner.modules() if isinstance(layer, FusedLoraLinear)]
+    pairs = [name for name in adapters if any(layer.states.get(name) == "pair" for layer in fused)]
+    if pairs and (len(adapters) == 1 or not combination_type.endswith("svd")):
+        raise ValueError(
+            f"add_weighted_adapter: '{combination_type}' of {len(adapters)} adapters combines lora_A and "
+            f"lora_B, which of {pairs} are the linearization point without what training changed. Combine the task "
+            "vectors, linlora.fuse([TaskVector.from_model(model, name), ...]), or two adapters and more by 'svd'"
+        )
+    type(tuner).add_weighted_adapter(tuner, adapters, weights, adapter_name, combination_type, *args, **kwargs)
+
+
+def accept_folded_factors(layer: FusedLoraLinear) -> None:
+    """Let `layer.load_state_dict` take (A', B') of twice its rank: a saved linearized adapter, resumed.
+
+    A plain adapter of its own rank is taken with its function as well, as a point that nothing has moved from yet.
+    """
+    if not hasattr(layer, _HOOK):
+        setattr(layer, _HOOK, layer.register_load_state_dict_pre_hook(_unfold))
+
+
+def refuse_folded_factors(layer: FusedLoraLinear) -> None:
+    """Undo `accept_folded_factors`."""
+    if hasattr(layer, _HOOK):
+        getattr(layer, _HOOK).remove()
+        delattr(layer, _HOOK)
+
+
+def _unfold(layer: FusedLoraLinear, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+    for key in [key for key in state_dict if key.startswith(f"{prefix}lora_dB.")]:  # where dB lay in linlora 0.1
+        state_dict[f"{prefix}of_lora_B.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+    for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
+        a, b = f"{prefix}lora_A.{adapter}.weight", f"{prefix}lora_B.{adapter}.weight"
+        d_a, d_b = (f"{prefix}{kind}.{adapter}" for kind in DELTAS)
+        if a not in state_dict or b not in state_dict or d_a in state_dict:
+            continue
+        r = layer.r[adapter]
+        if state_dict[a].shape[0] == 2 * r:
+            A0, dA = state_dict[a].split(r)
+            B, B0 = state_dict[b].split(r, dim=1)
+            state_dict.update({a: A0, b: B0, d_a: dA, d_b: B - B0})
+        elif state_dict[a].shape[0] == r:
+            state_dict.update({d_a: torch.zeros_like(state_dict[a]), d_b: torch.zeros_like(state_dict[b])})

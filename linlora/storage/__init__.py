@@ -1,0 +1,1 @@
+"""Files and folders: atomic writes, tensor files with checksums, folders of runs."""

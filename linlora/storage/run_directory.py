@@ -1,0 +1,109 @@
+"""The run directory: whose settings it belongs to, and artefacts that are whole or absent."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from linlora.storage import files
+from linlora.storage.files import CorruptFileError, write_text
+from linlora.storage.tensor_files import load_tensors
+
+SETTINGS_FILE = "settings.json"
+LOCK_FILE = ".lock"
+
+
+class DifferentSettingsError(ValueError):
+    """The run directory was made with other settings; the message names them and what to do."""
+
+
+def open_run_directory(out: Path, fingerprint: dict[str, Any], fresh: bool, job: str) -> None:
+    """Create a run directory, or accept one of the same settings to continue. Raises DifferentSettingsError.
+
+    A directory with content whose `settings.json` does not name the job was not made by it, and is never written to,
+    nor emptied.
+    """
+    settings_file = out / SETTINGS_FILE
+    before = _settings(settings_file)
+    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
+    if not empty and before.get("job") != job:
+        raise FileExistsError(f"{out} is not empty and not a {job} run; choose another --out")
+    if fresh and before:
+        shutil.rmtree(out)
+        before = {}
+    now = json.loads(json.dumps({"job": job, **fingerprint}))  # tuples become lists, as in the file
+    different = sorted(key for key in before.keys() | now.keys() if before and before.get(key) != now.get(key))
+    if different:
+        changes = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in different)
+        raise DifferentSettingsError(
+            f"{out} holds a run with different settings ({changes}); choose another --out, or start over with --fresh"
+        )
+    write_text(settings_file, json.dumps(now, indent=2))
+
+
+def _settings(file: Path) -> dict[str, Any]:
+    """What a settings file holds; nothing, if it is not there or not one of ours."""
+    try:
+        return files.read_json(file)
+    except (OSError, CorruptFileError):
+        return {}
+
+
+@contextmanager
+def only_run_in(out: Path) -> Iterator[None]:
+    """Keep a second process out of a run directory: two would write the same files. The lock ends with the process."""
+    try:
+        import fcntl
+    except ImportError:  # no such lock on this platform
+        yield
+        return
+    with (out / LOCK_FILE).open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise FileExistsError(
+                f"another process is working in {out}; wait for it, or choose another --out"
+            ) from error
+        yield
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """An empty directory to fill, which takes the place of `directory` in one step when the block ends well.
+
+    So an artefact directory that exists is complete, however the run that was writing it ended.
+    """
+    staging = directory.with_name(f".{directory.name}.unfinished")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir(parents=True)
+    yield staging
+    shutil.rmtree(directory, ignore_errors=True)
+    staging.rename(directory)
+
+
+def is_whole(directory: Path, *files: str) -> bool:
+    """Whether all files of an artefact are there and readable; what is not will be made again."""
+    return all(_is_readable(directory / file) for file in files)
+
+
+def _is_readable(file: Path) -> bool:
+    try:
+        if file.suffix == ".safetensors":
+            load_tensors(file)
+        else:
+            files.read_json(file)
+    except (FileNotFoundError, CorruptFileError):
+        return False
+    return True
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    return files.read_json(path)

@@ -1,0 +1,1 @@
+"""Task vectors: their algebra in the tangent space and in weight space, products with the Jacobian, and `solve`."""

@@ -1,0 +1,377 @@
+"""Weight space: what adapters add to the weights of their base model, ΔW = s B A of every layer, kept as its factors.
+
+A vector here is relative to the base weights and not to a starting point, so adapters of any start, rank, scaling and
+choice of layers add; a layer that one of them lacks is zero there. N×K matrices are never formed:
+
+    sum        [s₁ B₁, s₂ B₂] [A₁; A₂]                          the ranks add up
+    multiple   another s
+    product    ⟨ΔW₁, ΔW₂⟩ = s₁ s₂ Σ (B₁ᵀ B₂) ⊙ (A₁ A₂ᵀ)         in float64
+    norm       s ‖R_B R_Aᵀ‖ of QR factors of B and Aᵀ           in float64: a product loses that of a small difference
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import PurePath
+from typing import Any, NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from torch.nn.functional import pad
+
+from linlora.layers.vanilla import refuse_changed_base
+from linlora.layers.weights import Update, stacked
+from linlora.storage.tensor_files import StoredTensors, shapes
+from linlora.vectors.task_vector import (
+    DifferentPointError,
+    TaskVector,
+    adapter_layers,
+    assign,
+    check_values,
+    point_hash,
+)
+
+
+@dataclass(frozen=True, eq=False)
+class WeightVector(TaskVector, scope="weight"):
+    """What an adapter adds to the weights: ΔW = s B A, with A '<layer>.dA' (R, K) and B '<layer>.dB' (N, R).
+
+    `linlora.formats.read` of a plain adapter gives one, and `cast("weight")` of a vector of scope "layer" or "lora" at
+    any starting point. There is no point, and `scalings` holds each s.
+
+    Attributes:
+        truncation_error: of the vector that was cut to a smaller rank to give this one, the part of the norm that was
+            lost; 0 where none was.
+
+    >>> import linlora
+    >>> linlora.testing.tiny_model("bert", trained=True, r=2).save_pretrained("two")
+    >>> linlora.testing.tiny_model("bert", trained=True, r=8, target_modules=["query"]).save_pretrained("eight")
+    >>> two, eight = linlora.formats.read("two"), linlora.formats.read("eight")
+    >>> difference = two - 0.5 * eight
+    >>> difference.scope, len(difference.scalings), {size.rank for size in difference.sizes().values()}
+    ('weight', 11, {2, 10})
+    """
+
+    truncation_error: float = 0.0
+
+    @classmethod
+    def of(cls, vector: TaskVector) -> WeightVector:
+        """What a vector adds to the base weights, its point's part included; the function is the same.
+
+        Raises ValueError for scope "model", whose function is no change of weights, and for a vector without its point
+        or of base weights that its start changed.
+        """
+        if isinstance(vector, WeightVector):
+            return vector
+        if vector.scope == "model":
+            raise ValueError(
+                "cast: a network linearized as a whole (scope 'model') computes f(φ0) + J δ, which is no change of its "
+                "weights; it fuses with vectors of its own point only. vector.cast('layer') is another function, and "
+                "has one"
+            )
+        refuse_changed_base(vector.changed_base, "cast: the vector")
+        if vector.point is None:
+            raise ValueError(
+                "cast: the vector was saved without its point (include_point=False), and ΔW is of both; use the vector "
+                "with its point"
+            )
+        if vector.scope == "lora" and not vector.point:
+            return weight_vector(vector, vector.deltas, vector.scalings)
+        sizes = {layer: _size(vector, layer) for layer in vector.scalings}
+        factors = stored_factors(sizes, lambda layer: factors_of(vector, layer))
+        deltas = factors if isinstance(vector.deltas, StoredTensors) else dict(factors)
+        return weight_vector(vector, deltas, vector.scalings)
+
+    def sizes(self) -> dict[str, Size]:
+        """(N, K), rank and dtype of every layer; the rank of ΔW may be smaller than that of its factors."""
+        like, found = shapes(self.deltas), {}
+        for layer in self.scalings:
+            A, B = like[f"{layer}.dA"], like[f"{layer}.dB"]
+            found[layer] = Size(B.shape[0], A.shape[1], A.shape[0], torch.promote_types(A.dtype, B.dtype))
+        return found
+
+    def update(self, layer: str) -> Update:
+        """ΔW of a layer, in float32 or wider."""
+        A, B = factors_of(self, layer)
+        return Update(A, self.scalings[layer] * B)
+
+    def __add__(self, other: TaskVector) -> WeightVector:
+        if not isinstance(other, TaskVector):
+            return NotImplemented
+        self.check_same_point(other)
+        assert isinstance(other, WeightVector)
+        deltas: dict[str, Tensor] = {}
+        scalings = {}
+        for layer in [*self.scalings, *(layer for layer in other.scalings if layer not in self.scalings)]:
+            there = [vector for vector in (self, other) if layer in vector.scalings]
+            if len(there) == 1:
+                A, B, scalings[layer] = *_stored_factors_of(there[0], layer), there[0].scalings[layer]
+            else:
+                update, scalings[layer] = total([vector.update(layer) for vector in there]), 1.0
+                A, B = update.A, update.B
+            deltas[f"{layer}.dA"], deltas[f"{layer}.dB"] = A, B
+        return weight_vector(self, deltas, scalings, common_base(self, other))
+
+    def __sub__(self, other: TaskVector) -> WeightVector:
+        return self + -1.0 * other if isinstance(other, TaskVector) else NotImplemented
+
+    def __mul__(self, factor: float) -> WeightVector:
+        factor = float(factor)
+        return replace(self, scalings={layer: scaling * factor for layer, scaling in self.scalings.items()})
+
+    __rmul__ = __mul__
+
+    def own_metadata(self) -> dict[str, str]:
+        return {"truncation_error": repr(self.truncation_error)} if self.truncation_error else {}
+
+    def with_metadata(self, metadata: Mapping[str, str]) -> WeightVector:
+        try:
+            return replace(self, truncation_error=float(metadata.get("truncation_error", 0.0)))
+        except ValueError:
+            return self
+
+    def dot(self, other: TaskVector) -> float:
+        """⟨self, other⟩ = Σ tr ΔWᵀ ΔW' over the layers of both, in float64."""
+        self.check_same_point(other)
+        assert isinstance(other, WeightVector)
+        both = [layer for layer in self.scalings if layer in other.scalings]
+        return sum(_product(self.update(layer), other.update(layer)) for layer in both)
+
+    def norm(self) -> float:
+        """The Euclidean norm of all ΔW, in float64."""
+        return sum(self.update(layer).norm() ** 2 for layer in self.scalings) ** 0.5
+
+    def cast(self, scope: str) -> TaskVector:
+        """The vector itself for "weight". It has no starting point, so it is in no tangent space."""
+        if scope == "weight":
+            return self
+        raise ValueError(
+            f"cast: to scope '{scope}': the vector starts from zero weights, and has no point to linearize at; a plain "
+            "adapter has to be read with the adapter its training started from: linlora.formats.read(folder, "
+            "point=start)"
+        )
+
+    def move_point(self, model: PeftModel) -> None:
+        raise ValueError(
+            "the vector is in weight space and has no linearization point, so no model can be put at it; load the "
+            "adapter into the model with PEFT, and linearize there"
+        )
+
+    def check_same_point(self, other: TaskVector) -> None:
+        """Raise a DifferentPointError unless both are in weight space and of one base model."""
+        self.check_same_scope(other)
+        assert isinstance(other, WeightVector)
+        common_base(self, other)
+        mine, others = self.sizes(), other.sizes()
+        for layer in mine:
+            if layer in others and mine[layer][:2] != others[layer][:2]:
+                (n, k), (m, j) = mine[layer][:2], others[layer][:2]
+                raise DifferentPointError(
+                    f"layer '{layer}' is {k} -> {n} in one of the adapters and {j} -> {m} in the other: they are of "
+                    "different base models"
+                )
+
+    def put_into(self, model: PeftModel, adapter: str) -> None:
+        """Let a plain adapter add ΔW to the weights: in the first rows of A, the others zero. See `linlora.apply`."""
+        layers = dict(adapter_layers(model, adapter))
+        if missing := [layer for layer in self.scalings if layer not in layers]:
+            raise DifferentPointError(
+                f"the vector changes layer '{missing[0]}', which adapter '{adapter}' does not: an adapter whose "
+                "target_modules cover it is needed, or linlora.export(vector, folder) and PEFT's load_adapter"
+            )
+        values = {}
+        for name, layer in layers.items():
+            if getattr(layer, "states", {}).get(adapter, "plain") != "plain":
+                raise DifferentPointError(
+                    f"adapter '{adapter}' is linearized, and a vector of scope 'weight' goes into a plain one; "
+                    "linlora.delinearize(model) makes it that"
+                )
+            values[name] = _padded(self, name, layer, adapter) if name in self.scalings else None
+        check_values({name: factor for name, pair in values.items() for factor in pair or ()})
+        for name, layer in layers.items():
+            if (pair := values[name]) is not None:
+                assign(layer.lora_A[adapter].weight, pair[0], f"{name}.dA")
+            assign(layer.lora_B[adapter].weight, 0.0 if pair is None else pair[1], f"{name}.dB")
+
+
+def weight_vector(
+    like: TaskVector, deltas: Mapping[str, Tensor], scalings: Mapping[str, float], base_model: str | None = None
+) -> WeightVector:
+    """The vector of some factors, of the base model of another vector if no other is named."""
+    base_model = base_model or like.base_model
+    return WeightVector(deltas, {}, point_hash({}), dict(scalings), "weight", base_model)
+
+
+def factors_of(vector: TaskVector, layer: str) -> tuple[Tensor, Tensor]:
+    """(A', B') with ΔW = s B' A' of a layer of a vector, in float32 or wider: what replaces the layer's adapter.
+
+    Raises ValueError for a vector of scope "model", which folds into no weight, and for one without its point or of
+    base weights that its start changed.
+
+    >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
+    >>> A, B = factors_of(TaskVector(deltas, point, "", {"q": 0.5}, "layer"), "q")
+    >>> (B @ A).tolist()
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    if vector.scope == "model":
+        raise ValueError(
+            "no LoRA adapter, and no weight, has the function of a network linearized as a whole (scope 'model'). Run "
+            "it in linlora, or give up the exact function: vector.cast('layer')"
+        )
+    refuse_changed_base(vector.changed_base, "the vector")
+    A0, B0, dA, dB = _of_layer(vector, layer)
+    if vector.scope == "layer":
+        assert A0 is not None
+        assert dB is not None
+        return stacked(A0, B0, dA, dB)
+    return stacked(_sum(A0, dA), None, None, _sum(B0, dB))
+
+
+def change_of_weight(vector: TaskVector, layer: str) -> Update:
+    """What the vector adds to the ΔW its layer starts with: s (dB A0 + B0 dA) linearized, s (B A - B0 A0) plain.
+
+    >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
+    >>> update = change_of_weight(TaskVector(deltas, point, "", {"q": 0.5}, "model"), "q")
+    >>> (update.B @ update.A).tolist()
+    [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
+    """
+    A0, B0, dA, dB = _of_layer(vector, layer)
+    scaling = vector.scalings[layer]
+    if vector.scope in ("layer", "model"):
+        assert A0 is not None
+        assert dB is not None
+        parts = [(A0, dB)] if B0 is None or dA is None else [(A0, dB), (dA, B0)]
+    else:
+        parts = [(_sum(A0, dA), _sum(B0, dB))] + ([] if A0 is None or B0 is None else [(A0, -B0)])
+    return Update(torch.cat([A for A, _ in parts]).float(), scaling * torch.cat([B for _, B in parts], dim=1).float())
+
+
+def _of_layer(vector: TaskVector, layer: str) -> list[Tensor | None]:
+    """A0, B0, dA, dB; None for zero."""
+    if vector.point is None:
+        raise ValueError(
+            "the vector was saved without its point (include_point=False), and its weights are those of the point and "
+            "the change; use the vector with its point"
+        )
+    names = (("point", "A0"), ("point", "B0"), ("deltas", "dA"), ("deltas", "dB"))
+    return [getattr(vector, part).get(f"{layer}.{kind}") for part, kind in names]
+
+
+def _sum(start: Tensor | None, delta: Tensor | None) -> Tensor:
+    assert delta is not None
+    return delta if start is None else start.to(torch.promote_types(start.dtype, torch.float32)) + delta
+
+
+class Size(NamedTuple):
+    """(N, K), the rank, and the dtype of the factors of a layer."""
+
+    outputs: int
+    inputs: int
+    rank: int
+    dtype: torch.dtype
+
+
+def stored_factors(sizes: Mapping[str, Size], factors: Callable[[str], tuple[Tensor, Tensor]]) -> StoredTensors:
+    """The tensors '<layer>.dA' and '<layer>.dB' of a weight vector, made by layer when they are asked for.
+
+    A and B of a layer are one computation, and asked for one after the other: the last layer's is kept.
+
+    Args:
+        factors: (A, B) of a layer.
+    """
+    like = {}
+    for layer, size in sizes.items():
+        like[f"{layer}.dA"] = torch.empty(size.rank, size.inputs, dtype=size.dtype, device="meta")
+        like[f"{layer}.dB"] = torch.empty(size.outputs, size.rank, dtype=size.dtype, device="meta")
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def read(name: str) -> Tensor:
+        layer, _, kind = name.rpartition(".")
+        if layer not in kept:
+            kept.clear()  # before the next one is made
+            kept[layer] = factors(layer)
+        return kept[layer][kind == "dB"]
+
+    return StoredTensors(like, read)
+
+
+def total(updates: Sequence[Update]) -> Update:
+    """Σ ΔW: factors side by side; of those that share A, B is added, so that a vector minus itself is zero."""
+    As: list[Tensor] = []
+    Bs: list[Tensor] = []
+    for update in updates:
+        same = next((i for i, A in enumerate(As) if A.shape == update.A.shape and torch.equal(A, update.A)), None)
+        if same is None:
+            As.append(update.A)
+            Bs.append(update.B)
+        else:
+            Bs[same] = Bs[same] + update.B
+    return Update(torch.cat(As), torch.cat(Bs, dim=1))
+
+
+def common_base(*vectors: TaskVector) -> str | None:
+    """The base model that vectors name, which is one, by its shortest name. Raises DifferentPointError for two.
+
+    >>> common_base(*(weight_vector(TaskVector({}, {}, "", {}, "weight", name), {}, {}) for name in ("a/Base", None)))
+    'a/Base'
+    """
+    named = [vector.base_model for vector in vectors if vector.base_model]
+    for name in named:
+        if _model_name(name) != _model_name(named[0]):
+            raise DifferentPointError(
+                f"the adapters are of different base models, '{named[0]}' and '{name}'. If the two are the same "
+                "weights, say so: dataclasses.replace(vector, base_model=...)"
+            )
+    return min(named, key=lambda name: (len(name), name), default=None)
+
+
+def _model_name(base_model: str) -> str:
+    """What a model is called whatever folder it is in, one of the hub's cache for instance.
+
+    >>> _model_name("/cache/hub/models--Org--Base/snapshots/0a1b"), _model_name("./Base/")
+    ('base', 'base')
+    """
+    parts = PurePath(base_model).parts
+    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
+    return (cached or parts or ("",))[-1].lower()
+
+
+def _product(left: Update, right: Update) -> float:
+    """⟨ΔW, ΔW'⟩ from the factors."""
+    A, B, C, D = (factor.double() for factor in (left.A, left.B, right.A, right.B))
+    return float(((B.T @ D) * (A @ C.T)).sum())
+
+
+def _size(vector: TaskVector, layer: str) -> Size:
+    """The size of the factors `factors_of` makes, without reading a tensor."""
+    point, deltas = shapes(vector.point or {}), shapes(vector.deltas)
+    A, dB, dtype = point[f"{layer}.A0"], deltas[f"{layer}.dB"], torch.float32
+    for factor in (A, dB, point.get(f"{layer}.B0", A), deltas.get(f"{layer}.dA", A)):
+        dtype = torch.promote_types(dtype, factor.dtype)
+    pair = vector.scope == "layer" and f"{layer}.B0" in point and f"{layer}.dA" in deltas
+    return Size(dB.shape[0], A.shape[1], A.shape[0] * (1 + pair), dtype)
+
+
+def _stored_factors_of(vector: WeightVector, layer: str) -> tuple[Tensor, Tensor]:
+    return vector.deltas[f"{layer}.dA"], vector.deltas[f"{layer}.dB"]
+
+
+def _padded(vector: WeightVector, name: str, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
+    """A and B of a layer of a vector, in the rank and for the scaling that a layer of a model has."""
+    A, B = factors_of(vector, name)
+    rank, inputs = layer.lora_A[adapter].weight.shape
+    outputs, scaling = layer.lora_B[adapter].weight.shape[0], float(layer.scaling[adapter])
+    if (len(B), A.shape[1]) != (outputs, inputs):
+        raise DifferentPointError(
+            f"layer '{name}' is {A.shape[1]} -> {len(B)} in the vector and {inputs} -> {outputs} in the model: not the "
+            "base model the vector is of"
+        )
+    if len(A) > rank or scaling == 0.0:
+        raise ValueError(
+            f"layer '{name}' has rank {len(A)} in the vector, and adapter '{adapter}' has rank {rank} and scaling "
+            f"{scaling:g}; an adapter of rank {len(A)} or more is needed, or linlora.export(vector, folder) and PEFT's "
+            "load_adapter"
+        )
+    return pad(A, (0, 0, 0, rank - len(A))), pad(B * (vector.scalings[name] / scaling), (0, rank - len(A)))

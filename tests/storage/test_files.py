@@ -1,0 +1,83 @@
+"""Files are whole or absent."""
+
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from linlora.storage import files, tensor_files
+
+
+def test_text_is_replaced_in_one_step(tmp_path):
+    files.write_text(tmp_path / "new" / "a.json", "one")
+    files.write_text(tmp_path / "new" / "a.json", "two")
+    assert (tmp_path / "new" / "a.json").read_text() == "two"
+    assert len(list((tmp_path / "new").iterdir())) == 1
+
+
+def test_tensors_round_trip_with_strides_and_metadata(tmp_path):
+    tensor = torch.arange(6.0).view(2, 3).t()
+    tensor_files.save_tensors(tmp_path / "t.safetensors", {"t": tensor}, {"key": "value"})
+    tensors, metadata = tensor_files.load_tensors(tmp_path / "t.safetensors")
+    assert torch.equal(tensors["t"], tensor)
+    assert metadata == {"key": "value"}
+
+
+def test_a_failed_write_leaves_nothing_behind(tmp_path):
+    with pytest.raises(AttributeError):
+        tensor_files.save_tensors(tmp_path / "t.safetensors", {"t": "not a tensor"}, {})
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_that_finds_no_place_leaves_nothing_behind(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError, match="folder"):
+        files.write_text(tmp_path / "folder", "text")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_tensors_of_several_dtypes_start_aligned(tmp_path):
+    """An odd number of bfloat16 before a float64 would leave that at an address it cannot be read from."""
+    tensors = {"a": torch.ones(3, dtype=torch.bfloat16), "b": torch.ones(2, dtype=torch.float64), "c": torch.ones(1)}
+    tensor_files.save_tensors(tmp_path / "t.safetensors", tensors, {})
+    with tensor_files.TensorFile(tmp_path / "t.safetensors") as file:
+        assert all(file.entries[name].start % tensor.element_size() == 0 for name, tensor in tensors.items())
+    loaded, _ = tensor_files.load_tensors(tmp_path / "t.safetensors")
+    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+
+
+def test_bytes_are_copied_also_where_the_kernel_cannot(tmp_path, monkeypatch):
+    tensor_files.save_tensors(tmp_path / "t.safetensors", {"t": torch.randn(1000)}, {})
+    monkeypatch.setattr(tensor_files, "_CHUNK", 300)
+    monkeypatch.delattr(tensor_files.os, "copy_file_range", raising=False)
+    with tensor_files.TensorFile(tmp_path / "t.safetensors") as file, open(tmp_path / "copy", "wb", buffering=0) as out:
+        file.copy(0, file.size, out.fileno())
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "t.safetensors").read_bytes()
+
+
+def test_bytes_are_copied_while_another_thread_reads(tmp_path, monkeypatch):
+    class Interrupted:
+        """A file whose position another thread may move as soon as it is set."""
+
+        def __init__(self, file):
+            self.file = file
+
+        def seek(self, position):
+            self.file.seek(position)
+            time.sleep(1e-3)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    tensor_files.save_tensors(tmp_path / "t.safetensors", {"t": torch.arange(2**10).reshape(8, -1)}, {})
+    monkeypatch.setattr(tensor_files, "_CHUNK", 512)
+    monkeypatch.delattr(tensor_files.os, "copy_file_range", raising=False)
+    file = tensor_files.TensorFile(tmp_path / "t.safetensors")
+    monkeypatch.setattr(file, "_file", Interrupted(file._file))
+    with open(tmp_path / "copy", "wb") as out, ThreadPoolExecutor(1) as thread:
+        copying = thread.submit(file.copy, 0, file.size, out.fileno())
+        while not copying.done():
+            assert file.read_rows("t", slice(1, 2))[0, 0] == 128
+        copying.result()
+    assert (tmp_path / "copy").read_bytes() == (tmp_path / "t.safetensors").read_bytes()

@@ -1,0 +1,54 @@
+"""What a run that was killed left behind: removed by the next, never while another one fills it."""
+
+import subprocess
+import sys
+
+import torch
+
+from linlora.storage.staging import unfinished_file, unfinished_folder
+from linlora.storage.tensor_files import load_tensors, save_tensors
+
+FILL = """
+import os, pathlib, signal, sys
+from linlora.storage.staging import unfinished_file, unfinished_folder
+place = pathlib.Path(sys.argv[1])
+with unfinished_folder(place) as folder, unfinished_file(place) as (file, _):
+    (folder / "model").write_bytes(bytes(1000))
+    file.write(bytes(1000))
+    print("filling", flush=True)
+    sys.stdin.read()
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def start(place):
+    process = subprocess.Popen([sys.executable, "-c", FILL, place], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert process.stdout.readline() == b"filling\n"
+    return process
+
+
+def test_what_a_killed_run_left_is_removed_but_not_what_another_one_fills(tmp_path):
+    place = tmp_path / "model"
+    killed, running = start(place), start(place)
+    killed.communicate()
+    (tmp_path / ".model.backup00.unfinished.old").mkdir()
+    (tmp_path / ".other.abcdefgh.unfinished").mkdir()
+    (tmp_path / ".model.notes").write_text("")
+    assert len(list(tmp_path.glob(".model.????????.unfinished"))) == 4
+    with unfinished_folder(place) as folder:
+        assert len(list(tmp_path.glob(".model.????????.unfinished"))) == 3
+        assert folder.is_dir()
+    running.communicate()
+    with unfinished_file(place):
+        pass
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {".model.backup00.unfinished.old", ".other.abcdefgh.unfinished", ".model.notes"}
+
+
+def test_a_link_in_the_place_of_what_was_left_is_not_followed(tmp_path):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("kept")
+    (tmp_path / ".v.abcdefgh.unfinished").symlink_to("precious")
+    save_tensors(tmp_path / "v", {"w": torch.ones(2)}, {})
+    assert load_tensors(tmp_path / "v")[0]["w"].tolist() == [1.0, 1.0]
+    assert (tmp_path / "precious" / "file").read_text() == "kept"
