@@ -67,8 +67,8 @@ def train(
         from linlora.training import report
         from linlora.training import train as train_task
         from linlora.training.folder import is_finished
+        from linlora.training.kinds import checked_task
         from linlora.training.recipe import assigned, nested
-        from linlora.training.train import checked_task
 
         overrides = nested([*_given(context.params), *assigned(set_ or [])])
         tasks = settings_of(recipe, task or [], overrides)

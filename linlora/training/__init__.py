@@ -15,15 +15,17 @@ from linlora.training.adapted import Adapted, adapt
 from linlora.training.evaluation import evaluate
 from linlora.training.folder import Run
 from linlora.training.head import read_head, set_head
-from linlora.training.recipe import recipe
+from linlora.training.kinds import load_task
+from linlora.training.recipe import Recipe, read_recipe, recipe
 from linlora.training.settings import Data, Settings
 from linlora.training.suite import Suite
-from linlora.training.task import Task, load_task
+from linlora.training.task import Task
 from linlora.training.train import train
 
 __all__ = [
     "Adapted",
     "Data",
+    "Recipe",
     "Run",
     "Settings",
     "Suite",
@@ -32,6 +34,7 @@ __all__ = [
     "evaluate",
     "load_task",
     "read_head",
+    "read_recipe",
     "recipe",
     "set_head",
     "train",

@@ -12,10 +12,10 @@ from typing import Any
 from linlora.fusion import METHODS, fuse, grid, search
 from linlora.fusion.checks import check_options
 from linlora.training.folder import Run
+from linlora.training.kinds import load_task
 from linlora.training.recipe import recipe
 from linlora.training.settings import Settings
 from linlora.training.suite import Suite
-from linlora.training.task import load_task
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
 

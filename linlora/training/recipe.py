@@ -1,4 +1,4 @@
-"""A recipe: one YAML file for one task, or for many that share most of their settings.
+"""The one reader of recipes: a YAML file that describes one task, or many that share most of their settings.
 
 model: google/flan-t5-base            # shared by all
 kind: text-to-text
@@ -9,11 +9,14 @@ tasks:
     data: {config: rte}
     prompt: "{sentence1} Does it follow that {sentence2}?"
     answers: [yes, no]
+experiment:                           # how `linlora compare` trains and fuses them; train and eval pass it over
+  seeds: 3
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,43 +24,77 @@ from linlora.training import plain_yaml
 from linlora.training.settings import Settings
 
 
-def recipe(
+@dataclass(frozen=True)
+class Recipe:
+    """A recipe as it was read.
+
+    Attributes:
+        tasks: the settings of every task, by name.
+        experiment: the section of that name, as plain values; `linlora compare` checks it.
+        where: the file, for messages.
+    """
+
+    tasks: dict[str, Settings]
+    experiment: dict[str, Any] = field(default_factory=dict)
+    where: str = "settings"
+
+
+def read_recipe(
     path: str | Path | None, tasks: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
-) -> dict[str, Settings]:
-    """The settings of every task of a YAML file, by name; of some tasks where they are named.
+) -> Recipe:
+    """Read a YAML file; of some tasks where they are named.
 
     Args:
         path: the file; None takes the overrides alone.
         overrides: settings that go before those of the file, nested as in the file: {"training": {"max_steps": 10}}.
+            The section `experiment` of them goes before that of the file.
 
     >>> import tempfile
-    >>> shared = "{model: gpt2, kind: text-to-text, data: {path: qa.csv}, out: runs/qa, tasks: "
+    >>> shared = "{model: gpt2, kind: text-to-text, data: {path: qa.csv}, out: runs/qa, experiment: {seeds: 2}, tasks: "
     >>> with tempfile.NamedTemporaryFile("w", suffix=".yaml") as file:
     ...     _ = file.write(shared + "{a: {prompt: '{q}'}, b: {prompt: 'Q: {q}', seed: 1}}}")
     ...     file.flush()
-    ...     found = recipe(file.name, overrides={"method": "model"})
-    >>> [(name, s.out, s.seed, s.method) for name, s in found.items()]
+    ...     found = read_recipe(file.name, overrides={"method": "model"})
+    >>> [(name, s.out, s.seed, s.method) for name, s in found.tasks.items()]
     [('a', 'runs/qa/a', 0, 'model'), ('b', 'runs/qa/b', 1, 'model')]
+    >>> found.experiment
+    {'seeds': 2}
     """
     content, where = ({}, "settings") if path is None else (plain_yaml.read(path), str(path))
-    shared = {key: value for key, value in content.items() if key != "tasks"}
-    named = content.get("tasks")
+    content = _merged(content, overrides or {})
+    experiment = _section(where, "experiment", content.pop("experiment", {}))
+    named = content.pop("tasks", None)
     if named is None:
         if tasks:
             raise ValueError(f"{where} holds one task, without a 'tasks' section; leave --task out")
-        settings = Settings.from_dict(_merged(shared, overrides or {}), where)
-        return {settings.name: settings}
-    if not isinstance(named, Mapping) or not named or not all(isinstance(own, Mapping) for own in named.values()):
-        raise ValueError(f"{where}: 'tasks' is a section with the name and the settings of each task")
+        settings = Settings.from_dict(content, where)
+        return Recipe({settings.name: settings}, experiment, where)
+    named = {name: _section(where, f"tasks.{name}", own) for name, own in _section(where, "tasks", named).items()}
+    if not named:
+        raise ValueError(f"{where}: 'tasks' names no task")
     for task in tasks:
         if task not in named:
             raise ValueError(f"{where} has no task '{task}'; its tasks are {', '.join(named)}")
     found = {}
     for name in tasks or named:
-        of_task = _merged(_merged(shared, named[name]), overrides or {})
+        of_task = _merged(_merged(content, named[name]), overrides or {})
+        of_task.pop("experiment", None)
         of_task = {"name": name, **of_task, "out": f"{of_task.get('out', 'runs')}/{name}"}
         found[name] = Settings.from_dict(of_task, f"{where}, task '{name}'")
-    return found
+    return Recipe(found, experiment, where)
+
+
+def recipe(
+    path: str | Path | None, tasks: Sequence[str] = (), overrides: Mapping[str, Any] | None = None
+) -> dict[str, Settings]:
+    """The tasks of `read_recipe`."""
+    return read_recipe(path, tasks, overrides).tasks
+
+
+def _section(where: str, key: str, value: Any) -> dict[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{where}: '{key}' is a section of 'key: value' lines, got {value!r}")
+    return dict(value)
 
 
 def assigned(assignments: Sequence[str]) -> list[tuple[str, Any]]:

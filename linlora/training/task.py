@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ IGNORED = -100  # labels that are not predicted
 
 
 class Task(ABC):
-    """What `linlora.training.load_task` returns for settings. Rows are read when they are first asked for.
+    """A task, as `linlora.training.load_task` makes it from settings. Rows are read when they are first asked for.
 
     Attributes:
         settings: what it was made from.
@@ -166,19 +166,3 @@ def images_of(rows: Sequence[Row], column: str) -> list[Any]:
             f"column '{column}' holds {type(rows[0][column]).__name__}, not images; name the column of the images in "
             "data.image"
         ) from None
-
-
-def load_task(settings: Settings) -> Task:
-    """The task of some settings. Its train split is read; `Task.check` checks the labels of a split."""
-    from linlora.training.classification import Classification
-    from linlora.training.text_to_text import TextToText
-    from linlora.training.zero_shot import ZeroShot
-
-    kinds: dict[str, Callable[[Settings], Task]] = {
-        "classification": Classification,
-        "text-to-text": TextToText,
-        "zero-shot": ZeroShot,
-    }
-    task = kinds[settings.kind](settings)
-    task.check_metric()
-    return task

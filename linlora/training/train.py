@@ -32,8 +32,9 @@ from linlora.training.folder import (
 )
 from linlora.training.head import HEAD_FILE, read_head
 from linlora.training.kept_rows import check_kept, keep, rows_of
+from linlora.training.kinds import checked_task
 from linlora.training.settings import Settings
-from linlora.training.task import Task, load_task
+from linlora.training.task import Task
 from linlora.training.trainer import TaskTrainer, check_optimizer, training_arguments
 from linlora.vectors.task_vector import TaskVector
 
@@ -98,14 +99,6 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
             write_metrics(folder, metrics)
         state.wait_for_everyone()
     return Run(folder, settings, metrics)
-
-
-def checked_task(settings: Settings) -> Task:
-    """The task of some settings, with the rows of all its splits checked."""
-    task = load_task(settings)
-    for split in task.splits:
-        task.check(split)
-    return task
 
 
 def process_group(settings: Settings) -> PartialState:

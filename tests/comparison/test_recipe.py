@@ -21,7 +21,7 @@ from linlora import TaskVector
 from linlora.cli import app
 from linlora.comparison import Options, compare_recipe, write
 from linlora.testing import tiny_base, tiny_model
-from linlora.training import Run, adapt, evaluate, load_task, set_head
+from linlora.training import Run, adapt, evaluate, load_task, plain_yaml, set_head
 
 WORDS = ["<pad>", "<unk>", "good", "bad", "red", "blue", "film", "day", "is", "the"]
 OPTIONS = Options(
@@ -170,12 +170,10 @@ def test_bad_flags_end_the_command_with_one_line(place, tmp_path, arguments, mes
     ],
 )
 def test_tasks_that_cannot_be_compared_are_refused(place, tmp_path, console, change, message):
-    import yaml
-
-    content = yaml.safe_load((place / "recipe.yaml").read_text())
+    content = plain_yaml.read(place / "recipe.yaml")
     for section, values in change.items():
         content["tasks"]["colour"].setdefault(section, {}).update(values)
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(content))
+    (tmp_path / "recipe.yaml").write_text(plain_yaml.dump(content))
     with pytest.raises(ValueError, match=message):
         compare_recipe(tmp_path / "recipe.yaml", tmp_path / "run", console=console)
     assert not (tmp_path / "run").exists()

@@ -77,10 +77,11 @@ def test_an_error_names_the_file(tmp_path):
 
 
 def test_numbers_and_words_are_read_as_yaml_1_2_has_them():
-    text = "{a: 1e-5, b: 1.0E+2, c: no, d: 'no', e: true, f: 07, g: ~, h: -3, i: on, j: 1_000, k: .5, l: .inf}"
+    words = "c: no, d: 'no', g: ~, i: on, m: 2020-01-01"
+    text = "{a: 1e-5, b: 1.0E+2, e: true, f: 07, h: -3, j: 1_000, k: .5, l: .inf, " + words + "}"
     assert plain_yaml.parse(text) == {
-        "a": 1e-5, "b": 100.0, "c": "no", "d": "no", "e": True, "f": 7, "g": None, "h": -3, "i": "on", "j": "1_000",
-        "k": 0.5, "l": float("inf"),
+        "a": 1e-5, "b": 100.0, "c": "no", "d": "no", "e": True, "f": 7, "g": None, "h": -3, "i": "on", "j": 1000,
+        "k": 0.5, "l": float("inf"), "m": "2020-01-01",
     }  # fmt: skip
 
 
