@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from linlora.ops import backends
+from linlora.storage.environment import environment
 
 from . import gate
 from .cases import Case
 from .data import Data, random_data
-from .environment import environment
 from .floors import roofline_seconds
 from .job import Job
 from .measure import DeviceClock, Turn, WallClock, copies_past_cache, interleaved, quantiles, ratio
