@@ -9,6 +9,7 @@ name when it is whole.
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 from collections import defaultdict, deque
@@ -23,16 +24,17 @@ from torch import Tensor
 
 from linlora import formats
 from linlora.formats.base_folder import beside_the_weights
-from linlora.formats.checkpoint import INDEX_FILE, Checkpoint, WrongBaseError
+from linlora.formats.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, WrongBaseError
+from linlora.formats.model_config import read_head_config
 from linlora.fusion.checks import check_options
 from linlora.fusion.dense import DenseTies
 from linlora.fusion.registry import FROM_VECTORS, METHODS, fuse
 from linlora.layers.sharing import group_of
 from linlora.layers.vanilla import refuse_changed_base
 from linlora.layers.weights import BLOCK, Update, blocks, folded, one_thread
-from linlora.storage.files import install_file
+from linlora.storage.files import install_file, write_text
 from linlora.storage.staging import unfinished_folder
-from linlora.storage.tensor_files import TensorFile, finite, memory, shapes, write
+from linlora.storage.tensor_files import StoredTensors, TensorFile, finite, memory, save_tensors, shapes, write
 from linlora.vectors.weight_vector import factors_of
 
 _FLUSH = 2**27
@@ -65,7 +67,8 @@ def merge_files(
     Args:
         base: folder of a model, safetensors in one file or in shards, as transformers writes them.
         adapters: files or folders of any format of `linlora.formats`; their ΔW are summed. What was trained beside an
-            adapter (a head) replaces the base's.
+            adapter (a head) replaces the base's, or is added to it: where the adapter's `model_config` says of which
+            class of model it is, the merged model is of that class and has its class names.
         out: the folder to write; it must not exist, or be empty.
         progress: goes through the names of the shards.
         weights: what each ΔW is multiplied by, 1 if left out.
@@ -103,15 +106,25 @@ def merge_files(
         for path in beside:
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.folder / path, staging / path)
+        plan.describe(checkpoint, staging)
         # a block keeps one thread busy for a millisecond, and the other core is the writing thread's
         with one_thread(), _Queue() as flushing, _Queue(3) as writing:
             for name in progress(list(checkpoint.files)):
-                _write_shard(checkpoint.files[name], plan, staging / name, writing, flushing)
+                file = checkpoint.files[name]
+                if plan.grows(file, name):
+                    _save_shard(file, plan, staging / name)
+                else:
+                    _write_shard(file, plan, staging / name, writing, flushing)
         os.chmod(staging, 0o755)
         os.replace(staging, out)
     nbytes = sum(e.stop - e.start for file in checkpoint.files.values() for e in file.entries.values())
     return Merged(
-        folder, len(plan.folds), len(plan.replacements), len(checkpoint.home), nbytes, tuple(map(str, left_out))
+        folder,
+        len(plan.folds),
+        len(plan.replacements),
+        len(plan.added.keys() | checkpoint.home.keys()),
+        nbytes,
+        tuple(map(str, left_out)),
     )
 
 
@@ -130,6 +143,9 @@ class _Plan:
         self.dense = dense
         self.replacements: dict[str, tuple[Path, Callable[[], Tensor]]] = {}
         self.groups: dict[str, set[str]] = {}
+        self.added: dict[str, Tensor] = {}  # keys that the base lacks, or has of another shape
+        self.last = list(checkpoint.files)[-1]
+        self.head: dict[str, Any] = {}
         for index, change in enumerate(changes):
             placed = checkpoint.place(change.layer_sizes())
             for layer, (key, transposed) in placed.items():
@@ -149,25 +165,29 @@ class _Plan:
     def _replace(self, checkpoint: Checkpoint, adapter: formats.Stored) -> None:
         keys = checkpoint.keys([f"{layer}.weight" for layer in adapter.vector.scalings] + list(adapter.extras))
         extras = {keys[name]: name for name in adapter.extras}
+        head = read_head_config(adapter.path)
         for name, like in shapes(adapter.extras).items():
             key = keys[name]
             there = checkpoint.entry(key).shape if key in checkpoint.home else None
             if there is None and self._is_copy_of_tied(checkpoint, adapter, key, extras):
                 continue
-            if there != tuple(like.shape):
+            if there != tuple(like.shape) and head and (there is None or len(like) == len(head.get("id2label", ()))):
+                self.added[key] = like.to(checkpoint.dtype)
+            elif there != tuple(like.shape):
                 raise WrongBaseError(
                     f"'{name}' {tuple(like.shape)} was trained beside the adapter {adapter.path}, and "
                     f"{checkpoint.folder} has {'no such tensor' if there is None else f'one of {there}'} to replace (a "
                     "head of its own?): build the model with this head, load the adapter with PEFT and call "
                     "linlora.merge(model).save_pretrained(folder)"
                 )
-            if _is_untouched(checkpoint.home[key], key, adapter.extras[name]):
+            elif _is_untouched(checkpoint.home[key], key, adapter.extras[name]):
                 continue  # PEFT saves the embeddings of the base beside an adapter of one
             if key in self.replacements:
                 raise ValueError(
                     f"'{name}' was trained beside {self.replacements[key][0]} and beside {adapter.path}, and a model "
                     "has one; merge one of the adapters, or remove the head from one"
                 )
+            self.head |= head or {}
             self.replacements[key] = (adapter.path, functools.partial(adapter.extras.__getitem__, name))
             self.groups[key] = group_of(key, checkpoint.tied) & extras.keys() | {key}
 
@@ -191,9 +211,23 @@ class _Plan:
                     "adapter unmerged"
                 )
 
+    def grows(self, file: TensorFile, name: str) -> bool:
+        """Whether a shard gets tensors that do not fit its places."""
+        return any(key in file.entries for key in self.added) or (name == self.last and bool(self.added))
+
+    def describe(self, checkpoint: Checkpoint, folder: Path) -> None:
+        """Name the class of the head, and its classes, in the configuration; and what is added, in the index."""
+        if self.head and checkpoint.config:
+            write_text(folder / CONFIG_FILE, json.dumps(checkpoint.config | self.head, indent=2) + "\n")
+        if (new := self.added.keys() - checkpoint.home.keys()) and checkpoint.index is not None:
+            index = dict(checkpoint.index)
+            index["weight_map"] = index["weight_map"] | dict.fromkeys(sorted(new), self.last)
+            index["metadata"] = {k: v for k, v in index.get("metadata", {}).items() if k != "total_size"}  # another now
+            write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+
     def merged(self, file: TensorFile, key: str) -> Iterator[Tensor]:
         """The tensor of a key in the merged model, in blocks of rows."""
-        like = file.like(key)
+        like = self.added[key] if key in self.added else file.like(key)
         read_rows: Callable[[slice], Tensor] = functools.partial(file.read_rows, key)
         if key in self.replacements:
             replacement = self.replacements[key][1]().to(like.dtype).contiguous()
@@ -285,6 +319,17 @@ def _write_shard(file: TensorFile, plan: _Plan, path: Path, writing: _Queue, flu
     writing.put(file.copy, done, file.size, out.fileno())
     writing.put(flushing.put, out.close)
     writing.put(flushing.put, install_file, path, path)
+
+
+def _save_shard(file: TensorFile, plan: _Plan, path: Path) -> None:
+    """The shard with other tensors in it than it had: all of it is written, one tensor at a time."""
+    like = {name: file.like(name) for name in file.entries}
+    like |= {name: tensor for name, tensor in plan.added.items() if name in like or path.name == plan.last}
+    changed = plan.folds.keys() | plan.replacements.keys()
+    tensors = StoredTensors(
+        like, lambda name: torch.cat(list(plan.merged(file, name))) if name in changed else file.read(name)
+    )
+    save_tensors(path, tensors, {"format": "pt", **file.metadata})
 
 
 class _Queue:

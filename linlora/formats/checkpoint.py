@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from linlora.formats.base_folder import inside, shard
@@ -85,6 +87,12 @@ class Checkpoint:
 
     def entry(self, key: str) -> Entry:
         return self.home[key].entries[key]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the largest weight."""
+        key = max(self.home, key=lambda key: math.prod(self.entry(key).shape))
+        return self.home[key].like(key).dtype
 
     def place(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, Placed]:
         """Where the weights of layers of shape (N, K) are. Raises WrongBaseError where the base has no such layer."""

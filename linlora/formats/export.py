@@ -17,6 +17,7 @@ from linlora import formats
 from linlora.formats import Stored
 from linlora.formats.adapter_config import CONFIG_FILE
 from linlora.formats.checkpoint import Checkpoint
+from linlora.formats.model_config import FOLDER, copy_model_config, write_model_config
 from linlora.formats.opening import TASK_VECTOR_FILE
 from linlora.formats.peft_adapter import TENSOR_FILE
 from linlora.layers.folding import folded_configs, folded_state_dict, with_sizes
@@ -146,8 +147,9 @@ def export(
 
     `adapter_model.safetensors` and `adapter_config.json` hold the exact LoRA factors of the layer-scope function, of
     rank r where B0 = 0 and 2r elsewhere; `task_vector.safetensors` holds (dA, dB) and the linearization point, for
-    `TaskVector.load`. A plain LoRA adapter of a model has no linearization point, so no vector is written for it: save
-    `TaskVector.from_model(model, point=start)` beside it. Each file is replaced in one step.
+    `TaskVector.load`; `model_config/config.json` the class names of a head. A plain LoRA adapter of a model has no
+    linearization point, so no vector is written for it: save `TaskVector.from_model(model, point=start)` beside it.
+    Each file is replaced in one step.
 
     Of a model sharded by FSDP2 every process has to call this, and rank 0 writes; under DDP let rank 0 call it.
 
@@ -191,6 +193,8 @@ def export(
     with _staging(directory) as staging:
         with folded_configs(source):
             type(source).save_pretrained(source, str(staging), selected_adapters=[adapter], state_dict=state_dict)
+        if getattr(source.peft_config[adapter], "modules_to_save", None):
+            write_model_config(source.get_base_model(), staging)
         if vector is not None:
             vector.save(staging / TASK_VECTOR_FILE)
 
@@ -199,10 +203,12 @@ def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.P
     """`export` of what lies in a file or folder: the vector, and what was trained beside it."""
     vector = stored.vector
     config, extras, base_model = dict(stored.config), stored.extras, vector.base_model
+    described = stored.path
     if base is not None and (Path(base) / CONFIG_FILE).is_file():
         adapter = formats.open(base)
         _check_adapter_of_base(stored, adapter)
         config, extras, base_model = dict(adapter.config), adapter.extras, adapter.vector.base_model
+        described = adapter.path
     elif base is not None:
         base_model = str(base)
         if Path(base).is_dir():
@@ -222,6 +228,7 @@ def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.P
         save_tensors(staging / TENSOR_FILE, tensors, {"format": "pt", **vector.own_metadata()})
         if vector.point:
             vector.save(staging / TASK_VECTOR_FILE)
+        copy_model_config(described, staging)
 
 
 def _check_adapter_of_base(stored: Stored, like: Stored) -> None:
@@ -288,4 +295,6 @@ def _staging(directory: str | os.PathLike) -> Iterator[Path]:
         if not (staging / TASK_VECTOR_FILE).exists():
             (directory / TASK_VECTOR_FILE).unlink(missing_ok=True)  # of the adapter that was there
         for file in sorted(path for path in staging.rglob("*") if path.is_file()):
-            install_file(file, directory / file.name)
+            place = directory / (FOLDER if file.parent.name == FOLDER else "")  # PEFT's own folders are left out
+            place.mkdir(exist_ok=True)
+            install_file(file, place / file.name)

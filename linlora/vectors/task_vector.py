@@ -38,7 +38,7 @@ class DifferentPointError(ValueError):
     """Vectors (or a vector and a model) of different linearization points, scopes or layers were combined."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class TaskVector:
     """The change of one adapter from its linearization point.
 
@@ -68,6 +68,22 @@ class TaskVector:
     base_model: str | None = None
     changed_base: str | None = None
     _spaces: ClassVar[dict[str, Any]] = {}
+
+    def __repr__(self) -> str:
+        """One line.
+
+        >>> TaskVector({"q.dB": torch.ones(4, 2)}, None, "", {"q": 1.0}, "layer", "bert-base")
+        TaskVector(scope='layer', 1 layer, rank 2, 8 values, base_model='bert-base')
+        """
+        like = shapes(self.deltas)
+        ranks = sorted({delta.shape[1] for name, delta in like.items() if name.endswith(".dB")})
+        layers = f"{len(self.scalings)} layer{'s' * (len(self.scalings) != 1)}"
+        rank = " to ".join(str(rank) for rank in ranks[:: max(1, len(ranks) - 1)])
+        values = sum(delta.numel() for delta in like.values())
+        return (
+            f"{type(self).__name__}(scope={self.scope!r}, {layers}, rank {rank}, {values:,} values, "
+            f"base_model={self.base_model!r})"
+        )
 
     def __init_subclass__(cls, scope: str) -> None:
         """Vectors of this scope are of the class, whose algebra is another."""

@@ -34,7 +34,7 @@ from linlora.vectors.task_vector import (
 )
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, repr=False)
 class WeightVector(TaskVector, scope="weight"):
     """What an adapter adds to the weights: ΔW = s B A, with A '<layer>.dA' (R, K) and B '<layer>.dB' (N, R).
 

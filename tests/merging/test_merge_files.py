@@ -7,7 +7,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 
 import linlora
 from linlora import TaskVector, formats
@@ -353,3 +353,42 @@ class TestRefusals:
 
         monkeypatch.setattr(linlora.merging, "folded", interrupted)
         self.refused(tmp_path, base, vector, KeyboardInterrupt, "stopped")
+
+
+@pytest.mark.parametrize("shards", [{}, {"max_shard_size": "20KB"}], ids=["one file", "shards"])
+@pytest.mark.parametrize("classes", [0, 3, 4], ids=["no head", "another head", "a head of that size"])
+def test_a_head_is_added_or_put_in_the_place_of_another_with_its_class_names(tmp_path, classes, shards):
+    names = ["red", "green", "blue", "grey"]
+    config = tiny_base("bert").config
+    if classes:
+        config.num_labels = classes
+        BertForSequenceClassification(config).to(torch.bfloat16).save_pretrained(tmp_path / "base", **shards)
+    else:
+        BertModel(config).to(torch.bfloat16).save_pretrained(tmp_path / "base", **shards)
+    base = BertForSequenceClassification.from_pretrained(
+        tmp_path / "base", id2label=dict(enumerate(names)), label2id={name: i for i, name in enumerate(names)},
+        ignore_mismatched_sizes=True,
+    )  # fmt: skip
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["query"], task_type="SEQ_CLS"))
+    linlora.linearize(model)
+    randomize(model, 3, ("lora_B", "modules_to_save"))
+    linlora.export(model, tmp_path / "adapter")
+    merged = merge_files(tmp_path / "base", [tmp_path / "adapter"], tmp_path / "out")
+    loaded, info = BertForSequenceClassification.from_pretrained(tmp_path / "out", output_loading_info=True)
+    assert not info["missing_keys"]
+    assert not info["mismatched_keys"]
+    assert [loaded.config.id2label[i] for i in range(4)] == names
+    expected = linlora.merge(model).state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+    assert merged.replaced == 2
+
+
+def test_a_vocabulary_that_grew_is_not_taken_for_a_head(tmp_path):
+    base = save_base(tmp_path, "llama")
+    grown = tiny_base("llama")
+    grown.resize_token_embeddings(grown.config.vocab_size + 8)
+    model = get_peft_model(grown, LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens"]))
+    linlora.linearize(model)
+    linlora.export(model, tmp_path / "adapter")
+    with pytest.raises(WrongBaseError, match="to replace"):
+        merge_files(base, [tmp_path / "adapter"], tmp_path / "out")
