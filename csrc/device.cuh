@@ -1,4 +1,4 @@
-// What kernel sources are written in: CUDA, or the emulated CUDA of emulator/ where LINLORA_EMULATE is defined.
+// The language of the kernel sources: CUDA, or with LINLORA_EMULATE the emulated CUDA of tests/csrc/emulator/.
 #pragma once
 
 #ifdef LINLORA_EMULATE

@@ -29,7 +29,7 @@
 //
 // Floor: one stream 2MNK + 4Mr(K + N) FLOPs; MK + NK + MN + 2r(K + N) + 2Mr elements, each moved once. Two streams
 // twice the FLOPs of the frozen product, and of the elements of x, y. Measured: not yet run on a GPU; emulated on the
-// CPU (emulator/) and compiled for sm_80, sm_90a and sm_100.
+// CPU (tests/csrc/emulator/) and compiled for sm_80, sm_90a and sm_100.
 #include "epilogue.cuh"
 #include "lora_linear_sm80.h"
 #include "problem_sm80.cuh"

@@ -1,5 +1,5 @@
 // The instructions of sm_80 that the kernels are made of. Shared memory is named by 32-bit addresses throughout. The
-// emulated twins, with the same names and meanings, are in emulator/ptx.h.
+// emulated twins, with the same names and meanings, are in tests/csrc/emulator/ptx.h.
 #pragma once
 
 #include "device.cuh"

@@ -1,6 +1,6 @@
 // The instructions of sm_90a around the products: clusters, mbarriers, TMA, fences between proxies. Emulated twins,
-// with the same names and meanings: emulator/ptx_sm90.h. Shared memory is named by 32-bit addresses of the CTA's own
-// window; an address of `in_cta` may lie in the other CTA of the cluster.
+// with the same names and meanings: tests/csrc/emulator/ptx_sm90.h. Shared memory is named by 32-bit addresses of the
+// CTA's own window; an address of `in_cta` may lie in the other CTA of the cluster.
 #pragma once
 
 #include "ptx.cuh"

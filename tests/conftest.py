@@ -8,7 +8,11 @@ import atexit
 import os
 import random
 import shutil
+import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import nullcontext
+from pathlib import Path
 
 import hypothesis
 import numpy as np
@@ -42,6 +46,8 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
+sys.path.insert(0, str(Path(__file__).parent / "csrc"))  # emulated, emulator
+
 # A busy machine takes its time: an example that is slow is not wrong.
 hypothesis.settings.register_profile(
     "any seed", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow], database=None
@@ -68,6 +74,21 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def cuda_kernels(device: str) -> Iterator[None]:
+    """The kernels of csrc/ serve the tensors of `device`: on the GPU, or emulated on the CPU."""
+    import emulated
+
+    from linlora.ops import cuda
+
+    if device == "cpu" and emulated.build.compiler() is None:
+        pytest.skip("no C++ compiler (g++ or clang++) to build the emulated kernels with")
+    with emulated.operators() if device == "cpu" else nullcontext():
+        if (obstacle := cuda.availability(torch.device(device))) is not None:
+            pytest.skip(obstacle)
+        yield
 
 
 @pytest.fixture

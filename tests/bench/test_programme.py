@@ -21,8 +21,6 @@ from linlora.bench.results import CaseResult, Outcome, Run
 from rich.console import Console
 from typer.testing import CliRunner
 
-from linlora.ops import cuda
-
 TINY = ["programme", "--suite", "quick", "--device", "cpu", "--case", "tiny", "--seconds", "2"]
 RATIOS = {"frozen": 1.0, "linlora-torch": 1.2, "linlora-triton": 1.1, "linlora-cuda": 1.02, "cuda-sm80": 1.3}
 
@@ -123,13 +121,6 @@ def test_heat_maps_hold_every_shape_and_rank(tmp_path: Path) -> None:
     assert names == {f"programme-{name}.png" for name in RATIOS if name != "frozen"}
 
 
-@pytest.fixture
-def kernels(device, monkeypatch):
-    """The host functions of both kinds of kernel: on the GPU, or interpreted and emulated."""
-    monkeypatch.setenv("LINLORA_CUDA_EMULATE", "0" if device == "cuda" else "1")
-    return torch.device(device)
-
-
 @pytest.mark.parametrize("phase", ["forward", "input_gradient"])
 @pytest.mark.parametrize(
     ("kernel", "form"),
@@ -138,21 +129,24 @@ def kernels(device, monkeypatch):
         *product((80, 90), ("short", "pair", "dual")),
     ],
 )
-def test_a_kernel_by_itself_computes_its_case(kernels: torch.device, kernel: str | int, form: str, phase: str) -> None:
+def test_a_kernel_by_itself_computes_its_case(
+    device: str, request: pytest.FixtureRequest, kernel: str | int, form: str, phase: str
+) -> None:
+    place = torch.device(device)
     op = "lora_linear" if form == "dual" else "linearized_lora_linear"
     case = Case("q", "tiny", 72, 64, 48, 8, "float16", "short" if form == "short" else "pair", phase, op, bias=True)
-    if isinstance(kernel, int) and (obstacle := cuda.availability(kernels)) is not None:
-        pytest.skip(obstacle)
-    data = random_layer(case, kernels)
+    if isinstance(kernel, int):
+        request.getfixturevalue("cuda_kernels")
+    data = random_layer(case, place)
     job = variants.triton(case, data, kernel) if isinstance(kernel, str) else variants.csrc(case, data, kernel)
-    expected = gate.expected(case, "linearized", data, kernels)
+    expected = gate.expected(case, "linearized", data, place)
     assert gate.verdict(case, gate.errors(job.results(), expected)) is None
 
 
-def test_a_design_that_a_case_has_not_is_said_to_be_missing(kernels: torch.device) -> None:
+def test_a_design_that_a_case_has_not_is_said_to_be_missing(device: str) -> None:
     case = Case("q", "tiny", 4, 64, 48, 8, "float16", phase="forward")
     with pytest.raises(NotImplementedError, match="flags"):
-        variants.triton(case, random_layer(case, kernels), "flags")
+        variants.triton(case, random_layer(case, torch.device(device)), "flags")
 
 
 @pytest.mark.parametrize("scope", ["layer", "model"])

@@ -1,19 +1,16 @@
 """CUDA kernels on the emulated machine: problems, what the kernels make of them, and what is right."""
 
 import ctypes
-import importlib.util
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
+from emulated import TYPES, LoraLinear, matrix
+from emulator import build as emulator
 from torch import Tensor
 
 from linlora import reference
-from linlora.ops.cuda.emulated import TYPES, LoraLinear, matrix
 from linlora.testing import relative_error
-
-CSRC = Path(__file__).parents[2] / "csrc"
 
 
 @dataclass
@@ -146,13 +143,10 @@ def check_outputs(problem: Problem, outputs: dict[str, Tensor]) -> None:
 
 @pytest.fixture(scope="session")
 def builder():
-    """csrc/emulator/build.py, where there is a compiler for it."""
-    spec = importlib.util.spec_from_file_location("linlora_emulator_build", CSRC / "emulator" / "build.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    if module.compiler() is None:
+    """emulator/build.py, where there is a compiler for it."""
+    if emulator.compiler() is None:
         pytest.skip("no C++ compiler (g++ or clang++) to build the emulated kernels with")
-    return module
+    return emulator
 
 
 @pytest.fixture(scope="session")

@@ -76,7 +76,7 @@ from pathlib import Path
 import linlora.kernels.library
 from linlora.ops.cuda import library
 library._LIBRARY, library.status = Path({str(built / csrc.LIBRARY)!r}), lambda: {{"built": True}}
-assert library.obstacle() is None
+assert library.load() is None
 def meta(*shape): return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
 x, W, A0, B0 = meta(5, 16), meta(8, 16), meta(3, 16), meta(8, 3)
 calls = [

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import linlora
 from linlora import functional, reference
-from linlora.ops import composed, cuda
+from linlora.ops import composed
 from linlora.testing import relative_error
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
@@ -92,15 +92,13 @@ def tolerance():
 
 
 @pytest.fixture
-def running(device, monkeypatch):
+def running(monkeypatch, request):
     """`with running(backend)`: a backend, by name; the CUDA kernels are emulated where there is no GPU."""
 
     def running(backend):
         monkeypatch.setattr(composed, "SMALL", 2**62 if backend == "composed" else 0)
         if backend == "cuda":
-            monkeypatch.setenv("LINLORA_CUDA_EMULATE", "0" if device == "cuda" else "1")
-            if (obstacle := cuda.availability(torch.device(device))) is not None:
-                pytest.skip(obstacle)
+            request.getfixturevalue("cuda_kernels")
         return linlora.use_backend("torch" if backend == "composed" else backend)
 
     return running

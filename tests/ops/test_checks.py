@@ -49,7 +49,7 @@ def test_tangent_has_to_be_like_x():
 
 def test_unknown_and_unavailable_backends(monkeypatch):
     monkeypatch.setattr(library, "status", lambda: {"built": False, "reason": "nvcc is not there"})
-    monkeypatch.setattr(library, "obstacle", library.obstacle.__wrapped__)  # remembers nothing
+    monkeypatch.setattr(library, "load", library.load.__wrapped__)  # remembers nothing
     with pytest.raises(ValueError, match="unknown backend 'cutlass': choose"), linlora.use_backend("cutlass"):
         pass
     with pytest.raises(linlora.BackendUnavailableError, match="no CUDA kernels"), linlora.use_backend("cuda"):

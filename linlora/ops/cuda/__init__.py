@@ -3,9 +3,6 @@
 The kernels serve float16 and bfloat16, ranks to 256, no dropout: `refusal` says so, once, for the automatic choice and
 for `use_backend("cuda")`, where it is an error. Which architecture's kernel runs follows from the device and the call:
 Hopper's own where it can, else the portable one.
-
-Tests run the same kernel sources on the CPU: with LINLORA_CUDA_EMULATE=1, in a checkout, on the emulated machine of
-csrc/emulator.
 """
 
 from __future__ import annotations
@@ -16,7 +13,7 @@ import torch
 from torch import Tensor
 
 from linlora import kernels
-from linlora.ops.cuda import emulated, library
+from linlora.ops.cuda import library
 
 OPS = ("linearized_lora_linear", "lora_linear")
 """What has a CUDA kernel."""
@@ -46,8 +43,7 @@ def linearized_lora_linear(
     kernel: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(y, u, c): see `linlora.kernels.linearized_lora_linear`. `kernel` is 80 or 90 to ask for an architecture's."""
-    run = library.linearized_lora_linear if x.is_cuda else emulated.linearized_lora_linear
-    return run(
+    return library.linearized_lora_linear(
         x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p, seed, adjoint, save, kernel=kernel
     )
 
@@ -69,8 +65,7 @@ def lora_linear(
     kernel: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, y_tangent, u, c): see `linlora.kernels.lora_linear`. `kernel` is 80 or 90 to ask for an architecture's."""
-    run = library.lora_linear if x.is_cuda else emulated.lora_linear
-    return run(
+    return library.lora_linear(
         x, x_tangent, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p, seed, adjoint, primal,
         kernel=kernel,
     )  # fmt: skip
@@ -78,15 +73,7 @@ def lora_linear(
 
 def availability(device: torch.device) -> str | None:
     """None when the kernels run on tensors of this device; otherwise the reason, with the remedy."""
-    if emulated.enabled():
-        if device.type != "cpu":
-            return f"with LINLORA_CUDA_EMULATE=1 the kernels run on the CPU, got {device}"
-        return emulated.obstacle() or kernels.availability(device)
-    if (obstacle := library.obstacle()) is not None:
-        return obstacle
-    if device.type != "cuda":
-        return f"the kernels need tensors on a CUDA GPU, got {device}"
-    return kernels.availability(device)
+    return library.obstacle(device) or kernels.availability(device)
 
 
 def refusal(dtype: torch.dtype | None, rank: int, dropout: bool) -> str | None:

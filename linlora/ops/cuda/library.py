@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,10 @@ from torch import Tensor
 
 from linlora.kernels import fakes
 from linlora.kernels.counters import counters
-from linlora.ops.cuda import checkout
 
 FOLDER = Path(__file__).parent
 _LIBRARY, _STATUS = FOLDER / "linlora_cuda.so", FOLDER / "build.json"
+_BUILDER = FOLDER.parents[2] / "csrc" / "build.py"
 REMEDY = "`make cuda` in a checkout builds them in place, LINLORA_BUILD_CUDA=1 insists when installing"
 
 
@@ -31,8 +32,8 @@ def status() -> dict[str, Any]:
 
 
 @functools.cache
-def obstacle() -> str | None:
-    """Why there are no operators, with the remedy; None once the library is loaded."""
+def load() -> str | None:
+    """Load the operators. Why there are none, with the remedy; None once they are there."""
     if not status()["built"]:
         return f"this build of linlora holds no CUDA kernels ({status()['reason']}); {REMEDY}"
     try:
@@ -44,10 +45,19 @@ def obstacle() -> str | None:
     return None
 
 
+def obstacle(device: torch.device) -> str | None:
+    """Why the operators take no tensors of a device, with the remedy; None when they do."""
+    if _registered(device):
+        return None
+    reason = load()
+    return reason if reason or _registered(device) else f"the kernels need tensors on a CUDA GPU, got {device}"
+
+
 def stale() -> bool:
     """Whether the library was built of other sources than those of this checkout."""
-    builder = checkout.script("build.py")
-    return builder is not None and status()["built"] and builder.source_hash() != status()["sources"]
+    if not _BUILDER.exists() or not status()["built"]:
+        return False
+    return runpy.run_path(str(_BUILDER))["source_hash"]() != status()["sources"]
 
 
 def linearized_lora_linear(x: Tensor, *arguments: Any, kernel: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -58,6 +68,13 @@ def linearized_lora_linear(x: Tensor, *arguments: Any, kernel: int = 0) -> tuple
 def lora_linear(x: Tensor, *arguments: Any, kernel: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(y, y_tangent, u, c) of the operator."""
     return torch.ops.linlora_cuda.lora_linear(x, *arguments, counters=_counters(x), kernel=kernel)
+
+
+def _registered(device: torch.device) -> bool:
+    """Whether the operators are there and have a kernel for such tensors: a GPU's, or one that somebody else gave."""
+    operator = getattr(torch.ops.linlora_cuda, "lora_linear", None)
+    key = torch._C._dispatch_key_for_device(device.type)
+    return operator is not None and torch._C._dispatch_has_kernel_for_dispatch_key("linlora_cuda::lora_linear", key)
 
 
 def _counters(x: Tensor) -> Tensor | None:

@@ -1,11 +1,11 @@
 // The entries of the emulated lora_linear_sm90, for ctypes.
-#include "../lora_linear_sm90.h"
+#include "lora_linear_sm90.h"
 
 #include <cstring>
 
-#include "../plan_sm90.cuh"
-#include "../swizzle.cuh"
-#include "../wgmma_sm90.cuh"
+#include "plan_sm90.cuh"
+#include "swizzle.cuh"
+#include "wgmma_sm90.cuh"
 
 using linlora::LoraLinear;
 namespace emulator = linlora::emulator;

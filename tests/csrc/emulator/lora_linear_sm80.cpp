@@ -1,7 +1,7 @@
-#include "../lora_linear_sm80.h"
+#include "lora_linear_sm80.h"
 
-#include "../scheduler.cuh"
-#include "../swizzle.cuh"
+#include "scheduler.cuh"
+#include "swizzle.cuh"
 #include "launch.h"
 
 // Null when all went well, else what went wrong; the text lasts until the next call.

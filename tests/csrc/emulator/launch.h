@@ -1,7 +1,7 @@
 // The host's side: launching a kernel on the emulated machine, on tensors that it may touch and no others.
 #pragma once
 
-#include "../lora_linear.h"
+#include "lora_linear.h"
 #include "machine.h"
 
 namespace linlora {

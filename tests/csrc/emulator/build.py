@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 EMULATOR = Path(__file__).resolve().parent
-CSRC = EMULATOR.parent
+CSRC = EMULATOR.parents[2] / "csrc"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS = ["-std=c++17", "-O2", *WARNINGS, "-shared", "-fPIC", "-DLINLORA_EMULATE"]
 
@@ -25,7 +25,7 @@ def compiler() -> str | None:
 
 
 def build(kernel: str) -> Path:
-    """The library of csrc/`kernel`.cu, with the entries of csrc/emulator/`kernel`.cpp."""
+    """The library of csrc/`kernel`.cu, with the entries of emulator/`kernel`.cpp."""
     return build_sources([CSRC / f"{kernel}.cu", EMULATOR / f"{kernel}.cpp"])
 
 
@@ -48,7 +48,17 @@ def build_sources(sources: Sequence[Path]) -> Path:
     if not library.exists():
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             built = Path(scratch) / library.name
-            command = [cxx, *FLAGS, f"-I{CSRC}", "-x", "c++", *map(str, sources), "-o", str(built)]
+            command = [
+                cxx,
+                *FLAGS,
+                f"-I{CSRC}",
+                f"-I{EMULATOR.parent}",
+                "-x",
+                "c++",
+                *map(str, sources),
+                "-o",
+                str(built),
+            ]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode != 0:
                 raise RuntimeError(f"{' '.join(command)}\n{result.stderr}")
