@@ -10,7 +10,7 @@ endif
 SANITIZER ?= compute-sanitizer
 LIMIT ?= 580s
 # The folder of the JSON files: bench/results/h200 on an NVIDIA H200.
-OUT ?= bench/results/$(shell $(PYTHON) -m linlora.bench.environment)
+OUT ?= bench/results/$(shell $(PYTHON) -m linlora.bench.folder)
 # pytest-xdist workers on the GPU; they share its memory.
 WORKERS ?= 12
 # Of what is random in test-everywhere, and the tests that it runs.
@@ -72,7 +72,8 @@ gpu-memcheck gpu-racecheck: gpu-%: require-gpu
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $(LIMIT) \
 	  $(SANITIZER) --tool $* --error-exitcode 9 $(PYTHON) -m linlora.bench.sanitize
 
-# One JSON a run under $(OUT); the exit status is 1 when a correctness check is red.
+# One JSON a run under $(OUT); the exit status is 1 when a correctness check is red. `linlora bench evidence` makes the
+# table by which linlora chooses a backend of those under bench/results/.
 gpu-bench: require-gpu
 	timeout $(LIMIT) $(PYTHON) -m linlora.bench --suite gpu --device cuda --seconds 480 --out $(OUT)
 

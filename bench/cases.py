@@ -6,6 +6,8 @@ import re
 from dataclasses import dataclass
 from typing import Literal
 
+from .shapes import LAYERS, MODELS
+
 LayerOp = Literal["linearized_lora_linear", "lora_linear"]
 StreamOp = Literal["linear", "attention", "layer_norm", "rms_norm", "activation", "gated_activation"]
 RoutingOp = Literal["routed_lora_linear"]
@@ -28,7 +30,7 @@ class Case:
     routing a LoRA layer on a mixed batch: M rows of `batch` examples, each of one of `tasks` tasks, whose factors are
             mixed from `skills` skills in `heads` heads. `tasks_in` a batch: "uniform", "skewed" (half of the examples
             are of the first task, a quarter of the second, ...) or "distinct" (every example is its own task).
-    model   a training step of `linlora.bench.models.MODELS[model]`, with M its tokens in a batch and K = N its hidden
+    model   a training step of `linlora.bench.shapes.MODELS[model]`, with M its tokens in a batch and K = N its hidden
             size. At `scope` "layer" the peers linearize every layer by itself, at "model" the network as a whole.
 
     In phase "forward_backward" the input asks for a gradient: the layer or op stands in the middle of a network. The
@@ -117,40 +119,6 @@ class Case:
         return f"{self.layer}{rank} {self.variant} {self.phase}{scope}{dropout} {self.dtype}"
 
 
-@dataclass(frozen=True)
-class LayerShape:
-    """A linear layer of a model."""
-
-    K: int
-    N: int
-    bias: bool = False
-
-
-LAYERS: dict[str, dict[str, LayerShape]] = {
-    "clip-vit-b16": {
-        "q": LayerShape(768, 768, True),
-        "fc1": LayerShape(768, 3072, True),
-        "fc2": LayerShape(3072, 768, True),
-    },
-    "flan-t5-base": {"q": LayerShape(768, 768), "wi": LayerShape(768, 2048), "wo": LayerShape(2048, 768)},
-    "flan-t5-large": {"q": LayerShape(1024, 1024)},
-    "flan-t5-xl": {"q": LayerShape(2048, 2048), "wi": LayerShape(2048, 5120), "wo": LayerShape(5120, 2048)},
-    "llama-3-8b": {
-        "q": LayerShape(4096, 4096),
-        "k": LayerShape(4096, 1024),
-        "up": LayerShape(4096, 14336),
-        "down": LayerShape(14336, 4096),
-    },
-    "qwen-2.5-7b": {
-        "q": LayerShape(3584, 3584, True),
-        "k": LayerShape(3584, 512, True),
-        "up": LayerShape(3584, 18944),
-        "down": LayerShape(18944, 3584),
-    },
-    "tiny": {"linear": LayerShape(8, 8)},  # nothing but the cost of a call
-}
-
-
 def layer_case(
     model: str,
     name: str,
@@ -204,9 +172,7 @@ def routing_case(
 
 
 def model_case(model: str, form: Form = "short", rank: int = 16, scope: Scope = "layer") -> Case:
-    """A training step of a model of `linlora.bench.models.MODELS`."""
-    from .models import MODELS  # transformers takes seconds to import: not for listing cases
-
+    """A training step of a model of `MODELS`."""
     spec = MODELS[model]
     tokens = spec.batch * spec.tokens
     return Case(

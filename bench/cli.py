@@ -12,8 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
-from . import suites
-from .cases import Case
+from .options import Device, Dtype, Filters, Ranks, Suite, chosen_cases, chosen_device
 from .programme import programme
 
 
@@ -32,19 +31,14 @@ app = typer.Typer(
     help="Measure linlora against torch.func, PEFT and the frozen layer. Alone it is 'run': the default suite.",
 )
 
-_Dtype = Annotated[str | None, typer.Option(help="float32, bfloat16 or float16; bfloat16 on a GPU if not given.")]
-_Ranks = Annotated[list[int] | None, typer.Option("--rank", help="Replace the ranks of the suite. Repeatable.")]
-_Filters = Annotated[list[str] | None, typer.Option("--case", help="Keep cases whose id holds this. Repeatable.")]
-_Suite = Annotated[str | None, typer.Option(help=f"One of {', '.join(suites.SUITES)}; 'gpu' on a GPU if not given.")]
-
 
 @app.command()
 def run(
-    suite: _Suite = None,
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
-    dtype: _Dtype = None,
-    rank: _Ranks = None,
-    case: _Filters = None,
+    suite: Suite = None,
+    device: Device = "auto",
+    dtype: Dtype = None,
+    rank: Ranks = None,
+    case: Filters = None,
     provider: Annotated[list[str] | None, typer.Option(help="Only this provider and the floor. Repeatable.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Providers under torch.compile as well.")] = False,
     out: Annotated[Path, typer.Option(help="Folder of the JSON file.")] = Path("runs/bench"),
@@ -57,6 +51,7 @@ def run(
     from .providers import providers  # torch and transformers take seconds to import
     from .report import print_run
     from .runner import run as run_cases
+    from .tables import wide_console
 
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft")
     place = chosen_device(device)
@@ -93,13 +88,27 @@ def run(
 
 
 @app.command("list")
-def list_cases(suite: _Suite = "default", dtype: _Dtype = None, rank: _Ranks = None, case: _Filters = None) -> None:
+def list_cases(suite: Suite = "default", dtype: Dtype = None, rank: Ranks = None, case: Filters = None) -> None:
     """List the cases of a suite, one id a line."""
     for chosen in chosen_cases(suite or "default", dtype, rank, case):
         typer.echo(chosen.id)
 
 
 app.command()(programme)
+
+
+@app.command()
+def evidence() -> None:
+    """Write the table by which linlora chooses a backend from the runs under bench/results/ of a checkout."""
+    from linlora.ops.evidence import TABLE
+    from linlora.storage.files import write_text
+
+    from .evidence import RESULTS, table
+
+    if not RESULTS.is_dir():
+        raise typer.BadParameter(f"there is no {RESULTS}: run this in a checkout")
+    write_text(TABLE, text := table())
+    typer.echo(f"Saved {TABLE}: {text.count('{')} entries")
 
 
 @app.command()
@@ -121,44 +130,8 @@ def plot(
         raise typer.BadParameter(str(error), param_hint="FILE") from None
 
 
-def chosen_cases(suite: str, dtype: str | None, ranks: list[int] | None, filters: list[str] | None) -> list[Case]:
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{dtype!r}: choose float32, bfloat16 or float16", param_hint="--dtype")
-    try:
-        every = suites.suite(suite)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--suite") from None
-    chosen = suites.select(every, dtype, ranks or (), filters or ())
-    if not chosen:
-        raise typer.BadParameter(
-            f"no case of suite {suite!r} holds {filters}; `linlora bench list --suite {suite}` shows them",
-            param_hint="--case",
-        )
-    return chosen
-
-
-def chosen_device(name: str) -> Any:
-    import torch
-
-    try:
-        device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-    except RuntimeError:
-        raise typer.BadParameter(f"{name!r} is not a device: use cpu, cuda or cuda:1", param_hint="--device") from None
-    if device.type not in ("cpu", "cuda"):
-        raise typer.BadParameter(f"{name!r}: the benchmark runs on cpu and cuda", param_hint="--device")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise typer.BadParameter("no CUDA GPU is available to this torch; use --device cpu", param_hint="--device")
-    return torch.device("cuda", torch.cuda.current_device()) if device == torch.device("cuda") else device
-
-
 def _new_file(folder: Path, suite: str) -> Path:
     """A file that does not exist yet, named by suite and time."""
     stem = f"{suite}-{datetime.now():%Y%m%d-%H%M%S}"
     candidates = [folder / f"{stem}.json", *(folder / f"{stem}-{i}.json" for i in range(2, 100))]
     return next(file for file in candidates if not file.exists())
-
-
-def wide_console() -> Console:
-    """Standard output; 120 columns wide where it is not a terminal."""
-    console = Console()
-    return console if console.is_terminal else Console(width=120)

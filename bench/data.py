@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -115,12 +116,7 @@ def random_data(case: Case, device: torch.device, seed: int = 0) -> Data | None:
 def random_layer(case: Case, device: torch.device, seed: int = 0) -> LayerData:
     """Normal noise of the magnitudes of a trained layer; the low-rank terms are as large as the base, so that an
     error in one of them shows in the output."""
-    generator = torch.Generator(device).manual_seed(seed)
-    dtype = getattr(torch, case.dtype)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
-
+    normal = _normal(case, device, seed)
     M, K, N, r = case.M, case.K, case.N, case.rank
     dual = case.op == "lora_linear"
     x, x_tangent = normal(M, K), normal(M, K) if dual else None
@@ -145,12 +141,7 @@ def random_layer(case: Case, device: torch.device, seed: int = 0) -> LayerData:
 
 def random_routed(case: Case, device: torch.device, seed: int = 0) -> RoutedData:
     """Normal noise of the magnitudes of a trained layer; the update, of scale 1 / r, is as large as the base."""
-    generator = torch.Generator(device).manual_seed(seed)
-    dtype = getattr(torch, case.dtype)
-
-    def normal(*shape: int, scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
-
+    normal = _normal(case, device, seed)
     K, N, r, Q, S, examples = case.K, case.N, case.rank, case.heads, case.skills, case.batch
     return RoutedData(
         case,
@@ -176,18 +167,16 @@ def tasks_of_batch(case: Case) -> Tensor:
 
 def random_streams(case: Case, device: torch.device, seed: int = 0) -> StreamData:
     """Normal noise; tangents as large as their primals, so that an error in one shows."""
-    generator = torch.Generator(device).manual_seed(seed)
-    dtype = getattr(torch, case.dtype)
-
-    def normal(shape: tuple[int, ...], scale: float = 1.0) -> Tensor:
-        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
-
+    normal = _normal(case, device, seed)
     inputs, parameters, output = stream_shapes(case)
     return StreamData(
-        {name: normal(shape).requires_grad_(case.phase != "forward") for name, shape in inputs.items()},
-        tuple(normal(shape) for shape in inputs.values()),
-        {name: normal(shape, shape[-1] ** -0.5 if len(shape) == 2 else 1.0) for name, shape in parameters.items()},
-        (normal(output),),
+        {name: normal(*shape).requires_grad_(case.phase != "forward") for name, shape in inputs.items()},
+        tuple(normal(*shape) for shape in inputs.values()),
+        {
+            name: normal(*shape, scale=shape[-1] ** -0.5 if len(shape) == 2 else 1.0)
+            for name, shape in parameters.items()
+        },
+        (normal(*output),),
     )
 
 
@@ -202,3 +191,14 @@ def stream_shapes(case: Case) -> tuple[dict[str, tuple[int, ...]], dict[str, tup
     inputs = ("gate", "up") if case.op == "gated_activation" else ("x",)
     parameters = {"layer_norm": ("weight", "bias"), "rms_norm": ("weight",)}.get(case.op, ())
     return dict.fromkeys(inputs, (M, N)), dict.fromkeys(parameters, (N,)), (M, N)
+
+
+def _normal(case: Case, device: torch.device, seed: int) -> Callable[..., Tensor]:
+    """Draws normal noise of a shape, times `scale`, in the dtype of the case."""
+    generator = torch.Generator(device).manual_seed(seed)
+    dtype = getattr(torch, case.dtype)
+
+    def normal(*shape: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(shape, generator=generator, device=device) * scale).to(dtype)
+
+    return normal

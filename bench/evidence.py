@@ -1,4 +1,4 @@
-"""What a GPU run proves: the table that `linlora.ops.evidence` reads, by which `linlora.ops.backends` chooses.
+"""The evidence of GPU runs: the table by which `linlora.ops.backends` chooses, made of the files under results/.
 
 An entry speaks of one backend and op, in a class of shapes, a dtype, with dropout or without. It is correct when every
 case of the op that ran in this dtype and with or without dropout was green, whatever its shape. The speed-up over
@@ -7,19 +7,39 @@ composed torch is the geometric mean over the cases of the class; of an op whose
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from statistics import geometric_mean
-from typing import TYPE_CHECKING
 
 from linlora.ops import cuda
 from linlora.ops.backends import LAYER_OPS, OPS
 from linlora.ops.evidence import ShapeClass, shape_class
 
 from .cases import Case
+from .results import CaseResult, Run
 
-if TYPE_CHECKING:
-    from .results import CaseResult
-
+RESULTS = Path(__file__).parent / "results"
+_KEY = ("op", "backend", "architecture", "gpu", "shape", "dtype", "dropout")
 _SHAPES: tuple[ShapeClass, ...] = ("small", "medium", "large")
+
+
+def table(folder: Path = RESULTS) -> str:
+    """linlora/ops/evidence.json: the newest entry of every kind on every GPU, the oldest run first, one a line.
+
+    Runs on a CPU prove nothing. Raises ValueError for a JSON file that is no run.
+    """
+    runs = [(Run.load(file), file) for file in sorted(folder.glob("*/*.json"))]
+    runs = sorted(((run, file) for run, file in runs if run.architecture), key=lambda pair: pair[0].environment["date"])
+    newest: dict[tuple, str] = {}
+    for run, file in runs:
+        about = {name: run.environment[name] for name in ("gpu", "date", "commit")}
+        source = {"architecture": run.architecture, **about, "file": f"bench/results/{file.relative_to(folder)}"}
+        for entry in evidence(run.results):
+            entry |= source
+            key = tuple(entry[name] for name in _KEY)
+            newest.pop(key, None)
+            newest[key] = json.dumps(entry)
+    return "[" + ",".join(f"\n{line}" for line in newest.values()) + "\n]\n"
 
 
 def evidence(results: list[CaseResult]) -> list[dict[str, object]]:

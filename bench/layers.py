@@ -21,7 +21,7 @@ from .job import Layer
 
 def frozen(data: LayerData) -> Layer:
     """The floor: the frozen `nn.Linear` alone, once for every stream."""
-    module = _linear(data)
+    module = frozen_linear(data.weight, data.bias)
     if data.x_tangent is None:
         return Layer(module, {}, _tensors(module))
     return Layer(lambda x, x_tangent: (module(x), linear(x_tangent, module.weight)), {}, _tensors(module))
@@ -29,7 +29,7 @@ def frozen(data: LayerData) -> Layer:
 
 def addmm(data: LayerData) -> Layer:
     """Plain LoRA with the update added by `addmm` into the output of the base layer; no module, no PEFT."""
-    module, A, B = _linear(data), nn.Parameter(data.A), nn.Parameter(data.B)
+    module, A, B = frozen_linear(data.weight, data.bias), nn.Parameter(data.A), nn.Parameter(data.B)
 
     def forward(x: Tensor) -> Tensor:
         return torch.addmm(linear(x, module.weight, module.bias), x @ A.t(), B.t(), alpha=data.scaling)
@@ -75,7 +75,7 @@ def functorch(data: LayerData, over: Over) -> Layer:
 def _dual(data: LayerData) -> Layer:
     if data.B0 is None or data.dA is None:
         raise ValueError("the op with two streams is measured at B0 ≠ 0: make it a case of form 'pair'")
-    module, dA, dB = _linear(data), nn.Parameter(data.dA), nn.Parameter(data.dB)
+    module, dA, dB = frozen_linear(data.weight, data.bias), nn.Parameter(data.dA), nn.Parameter(data.dB)
     A0, B0 = data.A0, data.B0
 
     def forward(x: Tensor, x_tangent: Tensor) -> tuple[Tensor, Tensor]:
@@ -88,7 +88,7 @@ def _dual(data: LayerData) -> Layer:
 
 
 def _dropped(data: LayerData) -> Layer:
-    module, dB = _linear(data), nn.Parameter(data.dB)
+    module, dB = frozen_linear(data.weight, data.bias), nn.Parameter(data.dB)
     dA = None if data.dA is None else nn.Parameter(data.dA)
     A0, B0 = data.A0, data.B0
 
@@ -120,18 +120,19 @@ def _peft_model(data: LayerData, A: Tensor, B: Tensor) -> PeftModel:
     config = LoraConfig(
         r=A.shape[0], lora_alpha=round(data.scaling * A.shape[0]), target_modules=["linear"], lora_dropout=0.0
     )
-    base = nn.Sequential(OrderedDict(linear=_linear(data)))
+    base = nn.Sequential(OrderedDict(linear=frozen_linear(data.weight, data.bias)))
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     adapter = _adapter(_lora_layer(model))
     adapter["A"].data, adapter["B"].data = A, B
     return model
 
 
-def _linear(data: LayerData) -> nn.Linear:
-    module = nn.Linear(data.weight.shape[1], data.weight.shape[0], bias=data.bias is not None, device="meta")
-    module.weight = nn.Parameter(data.weight, requires_grad=False)
-    if data.bias is not None:
-        module.bias = nn.Parameter(data.bias, requires_grad=False)
+def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    """An `nn.Linear` of these tensors, none of them copied."""
+    module = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    module.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        module.bias = nn.Parameter(bias, requires_grad=False)
     return module
 
 

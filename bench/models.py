@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
 from itertools import chain
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
@@ -19,35 +18,8 @@ from linlora.testing import randomize
 from .cases import Case
 from .data import SCALING
 from .job import switched
+from .shapes import MODELS, ModelSpec
 
-
-@dataclass(frozen=True)
-class ModelSpec:
-    """An architecture, its size and its batch. A "llama" has four heads of queries to one of keys and values."""
-
-    architecture: Literal["bert", "vit", "llama"]
-    layers: int
-    hidden: int
-    batch: int
-    tokens: int
-    head_size: int = 64
-
-    @property
-    def heads(self) -> int:
-        return max(self.hidden // self.head_size, 1)
-
-
-MODELS = {
-    "bert-2x32": ModelSpec("bert", 2, 32, 2, 8),
-    "llama-1x64": ModelSpec("llama", 1, 64, 2, 8, head_size=16),
-    "bert-4x256": ModelSpec("bert", 4, 256, 16, 64),
-    "vit-4x256": ModelSpec("vit", 4, 256, 16, 65),
-    "bert-6x384": ModelSpec("bert", 6, 384, 16, 128),
-    "llama-2x512": ModelSpec("llama", 2, 512, 1, 512),
-    "bert-12x768": ModelSpec("bert", 12, 768, 32, 128),
-    "vit-12x768": ModelSpec("vit", 12, 768, 32, 197),
-    "llama-1x4096": ModelSpec("llama", 1, 4096, 1, 4096, head_size=128),
-}
 _LABELS, _VOCABULARY, _PATCH = 10, 1024, 8
 
 

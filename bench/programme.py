@@ -14,8 +14,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from .options import Device, Dtype, Filters, Ranks, chosen_cases, chosen_device
+
 if TYPE_CHECKING:
-    from .results import Run
+    from .results import Run  # torch takes a second to import
 
 _SAME = ("gpu", "cpu", "torch", "triton", "linlora", "commit", "threads")
 """What has to be the same for a run to be continued."""
@@ -48,13 +50,13 @@ def resume(file: Path, suite: str, device: Any) -> Run:
 
 def programme(
     out: Annotated[Path, typer.Option(help="Folder of programme.json and the pictures.")] = Path("runs/programme"),
-    device: Annotated[str, typer.Option(help="cpu, cuda, cuda:1, ...; auto takes a GPU if there is one.")] = "auto",
+    device: Device = "auto",
     suite: Annotated[
         str, typer.Option(help="'programme', or a suite of `linlora bench` to try it with.")
     ] = "programme",
-    dtype: Annotated[str | None, typer.Option(help="bfloat16 on a GPU if not given.")] = None,
-    rank: Annotated[list[int] | None, typer.Option("--rank", help="Replace the ranks. Repeatable.")] = None,
-    case: Annotated[list[str] | None, typer.Option("--case", help="Keep cases whose id holds this.")] = None,
+    dtype: Dtype = None,
+    rank: Ranks = None,
+    case: Filters = None,
     seconds: Annotated[float, typer.Option(help="Wall-clock time of this sitting.", min=1)] = 540,
     fresh: Annotated[bool, typer.Option("--fresh", help="Forget what the folder holds.")] = False,
 ) -> None:
@@ -63,8 +65,8 @@ def programme(
     The exit status is 1 when a result is wrong: it has no time then.
     """
     from . import heatmaps, programme_report, runner
-    from .cli import chosen_cases, chosen_device, wide_console
     from .providers import EAGER, VARIANTS
+    from .tables import wide_console
 
     place = chosen_device(device)
     wanted = chosen_cases(suite, dtype or ("bfloat16" if place.type == "cuda" else None), rank, case)

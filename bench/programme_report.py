@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,19 +13,14 @@ from .evidence import evidence
 from .goals import GOALS
 from .providers import EAGER, FLOOR, PROVIDERS, VARIANTS
 from .results import CaseResult, Outcome, Run
+from .tables import LOOK, print_headline, shown
 
 _OURS = [*(p.name for p in EAGER if p.backend and p.name.count("-") == 1), *(p.name for p in VARIANTS)]
-_LOOK: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": (0, 1)}
 
 
 def print_programme(run: Run, console: Console) -> None:
     """Everything that has been measured so far, in 120 columns where the providers are few."""
-    about = run.environment
-    console.print(
-        f"\n[bold]linlora performance programme[/bold] on {about.get('gpu') or about['cpu']}, {about['date']}, commit "
-        f"{str(about['commit'])[:12]}, torch {about['torch']}, triton {about['triton']}",
-        highlight=False,
-    )
+    print_headline(run, "performance programme", console)
     results = [result for result in run.results if result.outcomes.get(FLOOR.name, Outcome("failed")).ratio is not None]
     for group in dict.fromkeys(result.case.group for result in results):
         console.print(_ratios(group, [result for result in results if result.case.group == group]))
@@ -34,7 +28,7 @@ def print_programme(run: Run, console: Console) -> None:
     if small:
         console.print(_latency(small))
     console.print(_dispatch(run.results))
-    goals = Table("goal (bfloat16, H200)", "at most", "", title="Goals: time over F.linear", **_LOOK)
+    goals = Table("goal (bfloat16, H200)", "at most", "", title="Goals: time over F.linear", **LOOK)
     for goal in GOALS:
         goals.add_row(goal.title, f"{goal.ratio:.2f}", goal.verdict(results))
     console.print(goals)
@@ -58,12 +52,12 @@ def _not_measured(run: Run) -> Iterable[str]:
 
 def _ratios(group: str, results: list[CaseResult]) -> Table:
     """Time over F.linear of every way of running a case, and what the best makes of cuBLAS and of the data sheet."""
-    table = Table(title=f"{group}: time over F.linear (frozen layer)", **_LOOK)
-    shown = _measured(results)
+    table = Table(title=f"{group}: time over F.linear (frozen layer)", **LOOK)
+    names = shown(results, _OURS)
     for column in ("case", "form", "r"):
         table.add_column(column, no_wrap=column == "case", justify="right" if column == "r" else "left")
     table.add_column("F.linear µs", justify="right")
-    for name in shown:
+    for name in names:
         table.add_column(_label(name), justify="right")
     table.add_column("best")
     gpu = any(outcome.roofline for result in results for outcome in result.outcomes.values())
@@ -71,9 +65,9 @@ def _ratios(group: str, results: list[CaseResult]) -> Table:
         table.add_column(column, justify="right")
     for result in results:
         ratios = {
-            name: o.ratio for name in shown if (o := result.outcomes.get(name)) is not None and o.ratio is not None
+            name: o.ratio for name in names if (o := result.outcomes.get(name)) is not None and o.ratio is not None
         }
-        cells = [f"{ratios[name]:.3f}" if name in ratios else _status(result.outcomes.get(name)) for name in shown]
+        cells = [f"{ratios[name]:.3f}" if name in ratios else _status(result.outcomes.get(name)) for name in names]
         if ratios:
             best = min(ratios, key=ratios.__getitem__)
             roof = result.outcomes[best].roofline
@@ -88,14 +82,14 @@ def _ratios(group: str, results: list[CaseResult]) -> Table:
 
 def _latency(results: list[CaseResult]) -> Table:
     """What a call of few rows costs: on the device, and (host) what queueing it costs the host."""
-    table = Table(title="M ≤ 64, forward: µs of the device / µs of the host, a call", **_LOOK)
-    shown = [FLOOR.name, *_measured(results)]
+    table = Table(title="M ≤ 64, forward: µs of the device / µs of the host, a call", **LOOK)
+    names = [FLOOR.name, *shown(results, _OURS)]
     table.add_column("case", no_wrap=True)
     table.add_column("form")
-    for name in shown:
+    for name in names:
         table.add_column("F.linear" if name == FLOOR.name else _label(name), justify="right")
     for result in sorted(results, key=lambda r: (r.case.layer.rsplit(" ", 1)[0], r.case.variant, r.case.M)):
-        outcomes = [result.outcomes.get(name) for name in shown]
+        outcomes = [result.outcomes.get(name) for name in names]
         cells = [
             f"{_micro(o.median_ms)} / {_micro(o.host_ms)}" if o is not None and o.median_ms else "-" for o in outcomes
         ]
@@ -115,7 +109,7 @@ def _dispatch(results: Iterable[CaseResult]) -> Table:
         "cuda",
         "auto",
         title="The backends that follow: times faster than composed torch",
-        **_LOOK,
+        **LOOK,
     )
     rows: dict[tuple, dict[str, dict[str, Any]]] = {}
     for entry in evidence(list(results)):
@@ -140,12 +134,6 @@ def _dispatch(results: Iterable[CaseResult]) -> Table:
 
 def _label(name: str) -> str:
     return PROVIDERS[name].label.removeprefix("linlora ")
-
-
-def _measured(results: list[CaseResult]) -> list[str]:
-    return [
-        n for n in _OURS if any(getattr(r.outcomes.get(n), "status", "unavailable") != "unavailable" for r in results)
-    ]
 
 
 def _status(outcome: Outcome | None) -> str:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
-from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from .providers import COMPILED, EAGER, FLOOR, PROVIDERS, Provider
 from .results import CaseResult, Outcome, Run
+from .tables import LOOK, print_headline, shown
 
 _OURS = [provider for provider in EAGER if provider.backend is not None]
-_LOOK: dict[str, Any] = {"title_justify": "left", "title_style": "bold", "box": box.SIMPLE_HEAD, "padding": (0, 1)}
 _PEERS = {
     "functorch-all": "jvp all", "functorch-ab": "jvp A,B", "functorch": "jvp", "jvp-flash": "jvp_flash",
     "peft": "PEFT", "addmm": "addmm", "poly": "Poly", "peft-loop": "loop",
@@ -24,12 +22,7 @@ _MEMORY_PEERS = {"peft": "PEFT", "functorch": "jvp", "poly": "Poly"}
 
 def print_run(run: Run, console: Console) -> None:
     """Everything there is to say about a run, in 120 columns."""
-    about = run.environment
-    console.print(
-        f"\n[bold]linlora bench[/bold] suite {run.suite} on {about.get('gpu') or about['cpu']}, {about['date']}, "
-        f"commit {str(about['commit'])[:12]}, torch {about['torch']}, {about['threads']} threads",
-        highlight=False,
-    )
+    print_headline(run, f"bench, suite {run.suite},", console)
     for group in dict.fromkeys(result.case.group for result in run.results):
         results = [result for result in run.results if result.case.group == group]
         console.print(_times(group, results))
@@ -42,15 +35,15 @@ def print_run(run: Run, console: Console) -> None:
 
 
 def _times(title: str, results: list[CaseResult], compiled_only: bool = False) -> Table:
-    table = Table(title=f"{title}: median ms", **_LOOK)
+    table = Table(title=f"{title}: median ms", **LOOK)
     table.add_column("case", no_wrap=True)
     table.add_column("form", no_wrap=True)
     table.add_column("r", justify="right")
-    shown = _timed_providers(results, [p.name for p in (COMPILED if compiled_only else EAGER)])
-    for name in shown:
+    names = shown(results, [p.name for p in (COMPILED if compiled_only else EAGER)])
+    for name in names:
         table.add_column(_heading(PROVIDERS[name], results[0]), justify="right")
     for result in results:
-        cells = [_time(result.outcomes.get(name)) for name in shown]
+        cells = [_time(result.outcomes.get(name)) for name in names]
         table.add_row(result.case.title, result.case.variant, _rank(result), *cells)
     return table
 
@@ -67,7 +60,7 @@ def _rank(result: CaseResult) -> str:
 
 def _gains(results: list[CaseResult]) -> Table:
     """Times over the floor, speed-ups and memory: a column for every peer that has a time in these results."""
-    table = Table(title="linlora: times faster than a peer, and memory over the peer's", **_LOOK)
+    table = Table(title="linlora: times faster than a peer, and memory over the peer's", **LOOK)
     timed = {name for result in results for name, outcome in result.outcomes.items() if outcome.ratio is not None}
     peers = {name: label for name, label in _PEERS.items() if name in timed}
     memory_peers = {name: label for name, label in _MEMORY_PEERS.items() if name in timed}
@@ -83,8 +76,8 @@ def _gains(results: list[CaseResult]) -> Table:
         table.add_column(f"mem / {label}", justify="right")
     with_roofline = any(o.roofline for result in results for o in result.outcomes.values())
     with_cublas = with_roofline and results[0].case.kind in ("layer", "routing")
-    for column, shown in (("TFLOP/s", attention), ("% cuBLAS", with_cublas), ("% roof", with_roofline)):
-        if shown:
+    for column, wanted in (("TFLOP/s", attention), ("% cuBLAS", with_cublas), ("% roof", with_roofline)):
+        if wanted:
             table.add_column(column, justify="right")
     for result in results:
         for provider in _OURS:
@@ -175,12 +168,6 @@ def _footnotes(run: Run) -> Iterable[str]:
         yield from (f"  {case.id}: {name} {o.status}: {escape(o.detail)}" for case, name, o in red)
     else:
         yield "\n[green]Every result that is timed passed the correctness gate before and after.[/green]"
-
-
-def _timed_providers(results: list[CaseResult], order: list[str]) -> list[str]:
-    """The providers that have something to show, time or red, in a stable order."""
-    seen = {name for result in results for name, outcome in result.outcomes.items() if outcome.status != "unavailable"}
-    return [name for name in order if name in seen]
 
 
 def _time(outcome: Outcome | None) -> str:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+from linlora.storage.files import write_text
+
 from .cases import Case
-from .evidence import evidence
 from .floors import flops
 
 SCHEMA = 1
@@ -68,7 +68,7 @@ class CaseResult:
 
 @dataclass
 class Run:
-    """A whole run. `architecture` ("sm_90") is set on a GPU only; there the file carries evidence."""
+    """A whole run. `architecture` ("sm_90") is set on a GPU only."""
 
     suite: str
     device: str
@@ -96,11 +96,8 @@ class Run:
             "not_run": self.not_run,
         }
         if self.architecture is not None:
-            content |= {"architecture": self.architecture, "evidence": evidence(self.results)}
-        path.parent.mkdir(parents=True, exist_ok=True)
-        draft = path.with_suffix(".tmp")
-        draft.write_text(json.dumps(_finite(content), indent=1) + "\n")
-        os.replace(draft, path)
+            content |= {"architecture": self.architecture}
+        write_text(path, json.dumps(_finite(content), indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> Run:

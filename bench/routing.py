@@ -25,11 +25,12 @@ from linlora import reference as formulas
 from .cases import Case
 from .data import RoutedData
 from .job import Layer
+from .layers import frozen_linear
 
 
 def frozen(case: Case, data: RoutedData) -> Layer:
     """The floor."""
-    module = _linear(data)
+    module = frozen_linear(data.weight, data.bias)
     return Layer(module, {}, list(module.parameters()))
 
 
@@ -47,7 +48,7 @@ def loop(case: Case, data: RoutedData) -> Layer:
 
 def routed(case: Case, data: RoutedData) -> Layer:
     """linlora's op, from the logits on."""
-    module = _linear(data)
+    module = frozen_linear(data.weight, data.bias)
     A, B, Z = (nn.Parameter(tensor) for tensor in (data.A, data.B, data.Z))
 
     def forward(x: Tensor) -> Tensor:
@@ -63,7 +64,9 @@ def poly(case: Case, data: RoutedData) -> Layer:
     config = PolyConfig(
         r=case.rank, n_tasks=case.tasks, n_skills=case.skills, n_splits=case.heads, target_modules=["linear"]
     )
-    model = get_peft_model(nn.Sequential(OrderedDict(linear=_linear(data))), config, autocast_adapter_dtype=False)
+    model = get_peft_model(
+        nn.Sequential(OrderedDict(linear=frozen_linear(data.weight, data.bias))), config, autocast_adapter_dtype=False
+    )
     layer: Any = model.base_model.model.linear
     trainable = {
         "A": layer.poly_lora_A["default"],
@@ -125,7 +128,7 @@ def _lora(data: RoutedData, tasks: list[int], forward: Any) -> Layer:
     """A PEFT LoRA layer with the adapters of these tasks."""
     rank, case = data.B.shape[2], data.case
     config = LoraConfig(r=rank, lora_alpha=1, target_modules=["linear"])
-    base = nn.Sequential(OrderedDict(linear=_linear(data)))
+    base = nn.Sequential(OrderedDict(linear=frozen_linear(data.weight, data.bias)))
     model = get_peft_model(base, config, adapter_name=f"task{tasks[0]}", autocast_adapter_dtype=False)
     for task in tasks[1:]:
         model.add_adapter(f"task{task}", config, autocast_adapter_dtype=False)
@@ -138,11 +141,3 @@ def _lora(data: RoutedData, tasks: list[int], forward: Any) -> Layer:
             trainable[f"{name}{task}"] = modules[f"task{task}"].weight
     layer.eval()
     return Layer(lambda x: forward(layer, x), trainable, list(model.parameters()))
-
-
-def _linear(data: RoutedData) -> nn.Linear:
-    module = nn.Linear(data.weight.shape[1], data.weight.shape[0], bias=data.bias is not None, device="meta")
-    module.weight = nn.Parameter(data.weight, requires_grad=False)
-    if data.bias is not None:
-        module.bias = nn.Parameter(data.bias, requires_grad=False)
-    return module

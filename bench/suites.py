@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import replace
 
-from .cases import LAYERS, Case, Phase, attention_case, dual_case, layer_case, model_case, routing_case, stream_case
+from .cases import Case, Phase, attention_case, dual_case, layer_case, model_case, routing_case, stream_case
 from .grid import programme
+from .shapes import LAYERS
 
 _PHASES: tuple[Phase, ...] = ("forward", "forward_backward")
 _ATTENTION: tuple[tuple[bool, Phase], ...] = ((False, "forward"), (True, "forward_backward"))

@@ -1,7 +1,8 @@
-"""What runs on GPUs have proven: the `evidence` of the files under bench/results/, read once.
+"""The evidence by which a backend is chosen: evidence.json, which `linlora bench evidence` makes of bench/results/.
 
-A run says of a backend, an op, an architecture, a class of shapes, a dtype and dropout or none: whether all its cases
-were correct, and how fast they were. The newest run that measured this decides. What no run measured is not proven.
+An entry says of a backend, an op, an architecture, a class of shapes, a dtype and dropout or none: whether all cases of
+a run on a GPU were correct, and how fast they were. The newest run that measured this decides. What no run measured is
+not proven.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Literal
 
 import torch
 
+TABLE = Path(__file__).with_name("evidence.json")
 ShapeClass = Literal["small", "medium", "large", "any"]
 
 
@@ -81,25 +83,5 @@ def executed_on(op: str, backend: str) -> list[str]:
 
 @functools.cache
 def entries() -> tuple[Entry, ...]:
-    """Every entry of every run, the oldest run first."""
-    import linlora.bench as bench  # the folder, for its data: nothing of it is imported
-
-    root = Path(bench.__path__[0])
-    runs = [(json.loads(file.read_text()), file) for file in sorted((root / "results").glob("*/*.json"))]
-    runs = sorted(((run, file) for run, file in runs if "evidence" in run), key=lambda pair: _date(pair[0]))
-    return tuple(
-        Entry(
-            **entry,
-            architecture=run["architecture"],
-            gpu=run["environment"]["gpu"],
-            date=_date(run),
-            commit=run["environment"]["commit"],
-            file=f"bench/{file.relative_to(root)}",
-        )
-        for run, file in runs
-        for entry in run["evidence"]
-    )
-
-
-def _date(run: dict) -> str:
-    return str(run["environment"]["date"])
+    """Every entry, the oldest run first."""
+    return tuple(Entry(**entry) for entry in json.loads(TABLE.read_text()))

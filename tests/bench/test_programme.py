@@ -39,7 +39,8 @@ def a_run(*cases: Case, **ratios: float) -> Run:
         return Outcome("green", "", {"y": 1e-3}, ratio, ratio, ratio, ratio, 9, host_ms=0.02, roofline=0.8 / ratio)
 
     named = RATIOS | {name.replace("_", "-"): ratio for name, ratio in ratios.items()}
-    about = {"date": "2026-01-02T03:04:05+00:00", "commit": "abc", "torch": "2", "triton": "3", "gpu": "NVIDIA H200"}
+    versions = {"commit": "abc", "torch": "2", "triton": "3", "threads": 2}
+    about = {"date": "2026-01-02T03:04:05+00:00", "gpu": "NVIDIA H200", **versions}
     results = [CaseResult(case, {name: outcome(ratio) for name, ratio in named.items()}) for case in cases]
     return Run("programme", "cuda:0", about, "sm_90", results)
 

@@ -1,16 +1,14 @@
-"""The file of a run, the evidence in it, and the pictures and tables made of it."""
+"""The file of a run, and the pictures and tables made of it."""
 
 from __future__ import annotations
 
 import io
-import json
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from linlora.bench.cases import Case, attention_case, stream_case
-from linlora.bench.environment import slug
-from linlora.bench.evidence import evidence
+from linlora.bench.cases import Case, attention_case
+from linlora.bench.folder import slug
 from linlora.bench.plot import plot_run
 from linlora.bench.report import losses, print_run
 from linlora.bench.results import CaseResult, Outcome, Run
@@ -31,72 +29,9 @@ def result(case: Case, **changed: Outcome) -> CaseResult:
 
 
 def a_run(*results: CaseResult, architecture: str | None = "sm_90") -> Run:
-    about = {"date": "2026-01-02T03:04:05+00:00", "commit": "abc", "torch": "2", "threads": 2, "cpu": "a CPU"}
+    versions = {"commit": "abc", "torch": "2", "triton": "3", "threads": 2}
+    about = {"date": "2026-01-02T03:04:05+00:00", "cpu": "a CPU", **versions}
     return Run("gpu", "cuda:0", about, architecture, list(results))
-
-
-def test_green_and_faster_is_evidence() -> None:
-    entries = evidence([result(LARGE), result(replace(LARGE, rank=64)), result(SMALL)])
-    assert {(entry["op"], entry["shape"]) for entry in entries} == {
-        ("linearized_lora_linear", "large"), ("linearized_lora_linear", "small"), ("factor_gradients", "any"),
-    }  # fmt: skip
-    for entry in entries:
-        assert (entry["backend"], entry["dtype"], entry["dropout"], entry["correct"]) == (
-            "triton",
-            "bfloat16",
-            False,
-            True,
-        )
-        assert entry["speedup_over_torch"] == pytest.approx(1.3 / 1.04, abs=1e-4)
-    (large,) = [entry for entry in entries if entry["shape"] == "large"]
-    assert (large["cases"], large["max_rank"]) == (2, 64)
-
-
-def test_one_red_case_takes_the_evidence_of_its_op() -> None:
-    red = result(SMALL, linlora_triton=Outcome("wrong", "y: rel err 1e0"))
-    entries = evidence([result(LARGE), red])
-    assert {entry["op"]: entry["correct"] for entry in entries} == {
-        "linearized_lora_linear": False, "factor_gradients": True,
-    }  # fmt: skip
-    failed = evidence([result(LARGE, linlora_triton=Outcome("failed", "out of resources"))])
-    assert [entry["correct"] for entry in failed] == [False, False]
-
-
-def test_another_dtype_and_dropout_have_evidence_of_their_own() -> None:
-    red = Outcome("wrong", "y: rel err 1e0")
-    results = [
-        result(LARGE),
-        result(replace(LARGE, dtype="float32"), linlora_triton=red),
-        result(replace(LARGE, dropout=0.1), linlora_triton=red),
-    ]
-    found = {(e["dtype"], e["dropout"]): e["correct"] for e in evidence(results) if e["op"] == "linearized_lora_linear"}
-    assert found == {("bfloat16", False): True, ("float32", False): False, ("bfloat16", True): False}
-
-
-def test_the_cuda_kernels_have_evidence_for_the_ops_they_have() -> None:
-    entries = evidence([result(LARGE, linlora_cuda=green(1.0))])
-    assert [entry["op"] for entry in entries if entry["backend"] == "cuda"] == ["linearized_lora_linear"]
-
-
-def test_what_was_not_timed_in_a_class_is_no_evidence_of_it() -> None:
-    assert {entry["shape"] for entry in evidence([result(SMALL)])} == {"small"}
-    untimed = result(LARGE, linlora_triton=Outcome("green"))
-    assert evidence([untimed]) == []
-
-
-def test_an_op_of_model_scope_has_evidence_of_its_own() -> None:
-    causal, full = (attention_case("llama-3-8b", 4, 32, 4096, 128, causal) for causal in (True, False))
-    norm = stream_case("llama-3-8b", "rms_norm", "rms_norm", 8192, 4096, 4096)
-    assert [entry["op"] for entry in evidence([result(causal), result(norm)])] == ["attention", "rms_norm"]
-    red = result(full, linlora_triton=Outcome("wrong", "y: rel err 1e0"))
-    found = {entry["op"]: entry["correct"] for entry in evidence([result(causal), red, result(norm)])}
-    assert found == {"attention": False, "rms_norm": True}
-    assert evidence([result(attention_case("llama-3-8b", 1, 2, 128, 64, False))]) == []
-
-
-def test_the_dual_op_has_evidence_of_its_own() -> None:
-    dual = replace(LARGE, op="lora_linear")
-    assert [entry["op"] for entry in evidence([result(dual)])] == ["lora_linear"]
 
 
 def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
@@ -105,16 +40,6 @@ def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:
     run.not_run.append("a case")
     run.save(tmp_path / "deep" / "run.json")
     assert Run.load(tmp_path / "deep" / "run.json") == run
-    content = json.loads((tmp_path / "deep" / "run.json").read_text())
-    assert content["architecture"] == "sm_90"
-    assert content["evidence"]
-
-
-def test_a_run_on_a_cpu_carries_no_evidence(tmp_path: Path) -> None:
-    a_run(result(LARGE), architecture=None).save(tmp_path / "run.json")
-    content = json.loads((tmp_path / "run.json").read_text())
-    assert "evidence" not in content
-    assert "architecture" not in content
 
 
 def test_a_file_that_is_not_a_run_is_refused_by_name(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ def test_routing_is_measured_against_poly_a_loop_and_one_adapter() -> None:
 
 
 def _environment() -> dict:
-    return {"gpu": None, "cpu": "a CPU", "date": "2026-01-01", "commit": "0" * 40, "torch": "2", "threads": 1}
+    versions = {"commit": "0" * 40, "torch": "2", "triton": "3", "threads": 1}
+    return {"gpu": None, "cpu": "a CPU", "date": "2026-01-01", **versions}
 
 
 def test_batches_are_uniform_skewed_or_of_distinct_tasks() -> None:

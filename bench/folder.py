@@ -1,4 +1,4 @@
-"""The folder of a device's results. `python -m linlora.bench.environment` prints the name of this machine's."""
+"""The folder of a device's results. `python -m linlora.bench.folder` prints the name of this machine's."""
 
 from __future__ import annotations
 
