@@ -50,12 +50,11 @@ class Core:
         >>> torch.allclose((core.U @ core.parts[1] @ core.V.T).float(), updates[1].B @ updates[1].A, atol=1e-5)
         True
         """
-        factors = [(update.B.double(), update.A.double()) for update in layer.updates]
-        U = basis(torch.cat([B for B, _ in factors], dim=1))
-        V = basis(torch.cat([A for _, A in factors]).T)
-        dtypes = [update.A.dtype for update in layer.updates]
-        tolerance = 16 * max(torch.finfo(dtype).eps for dtype in dtypes)
-        return cls(U, V, [(U.T @ B) @ (A @ V) for B, A in factors], max(tolerance, len(U) * 1e-15))
+        U, Bs = basis(torch.cat([update.B for update in layer.updates], dim=1).double())
+        V, As = basis(torch.cat([update.A for update in layer.updates]).double().T)
+        ranks = [len(update.A) for update in layer.updates]
+        parts = [B @ A.T for B, A in zip(Bs.split(ranks, 1), As.split(ranks, 1), strict=True)]
+        return cls(U, V, parts, tolerance(layer))
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -77,6 +76,11 @@ class Core:
         """The nearest columns that are orthonormal: P Qᵀ of P diag(σ) Qᵀ, on the support."""
         P, _, Q = self.support(columns)
         return P @ Q.T
+
+
+def tolerance(layer: Layer) -> float:
+    """The part of a layer's largest singular value below which one is rounding of its factors as they are stored."""
+    return max(layer.updates[0].B.shape[0] * 1e-15, *(16 * torch.finfo(u.A.dtype).eps for u in layer.updates))
 
 
 def support(M: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:

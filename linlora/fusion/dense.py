@@ -10,15 +10,18 @@ import functools
 from collections.abc import Iterator, Sequence
 
 from torch import Tensor
+from torch.nn.functional import hardshrink
 
 from linlora.fusion.checks import check_number
-from linlora.fusion.knots import check_keep, disjoint_mean, trimmed
 from linlora.fusion.layerwise import weight_vectors
-from linlora.fusion.quantiles import kept_from
+from linlora.fusion.quantiles import cut_below
+from linlora.fusion.sides import Sides, check_keep
 from linlora.fusion.ties import PUBLISHED_KEEP, PUBLISHED_SCALING
 from linlora.layers.weights import Update, blocks
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
+
+_ROUNDING = 1e-12
 
 
 class DenseTies:
@@ -45,9 +48,7 @@ class DenseTies:
         check_number("ties", "scaling", scaling)
         check_keep("ties", keep)
         self.scaling = scaling
-        self.smallest = [
-            kept_from(functools.partial(_values, vector), 1, keep)[0] for vector in weight_vectors(vectors)
-        ]
+        self.cuts = [cut_below(functools.partial(_values, v), 1, keep)[0] for v in weight_vectors(vectors)]
 
     def rows(self, updates: Sequence[Update], indices: Sequence[int], rows: slice) -> Tensor:
         """The merged ΔW of some rows of a stored weight.
@@ -55,8 +56,8 @@ class DenseTies:
         Args:
             updates: the ΔW of the layer, of the vectors at `indices`.
         """
-        parts = [trimmed(_block(update, rows), self.smallest[i]) for update, i in zip(updates, indices, strict=True)]
-        return self.scaling * disjoint_mean(parts)
+        parts = (hardshrink(_block(update, rows), self.cuts[i]) for update, i in zip(updates, indices, strict=True))
+        return self.scaling * Sides.of(parts).mean(rounding=_ROUNDING)
 
 
 def _values(vector: WeightVector) -> Iterator[dict[int, Tensor]]:
@@ -64,7 +65,7 @@ def _values(vector: WeightVector) -> Iterator[dict[int, Tensor]]:
     for layer, size in vector.sizes().items():
         update = vector.update(layer)
         for rows in blocks((size.outputs, size.inputs)):
-            yield {0: _block(update, rows).float().flatten()}
+            yield {0: _block(update, rows).flatten()}
 
 
 def _block(update: Update, rows: slice) -> Tensor:

@@ -8,8 +8,9 @@ from typing import Any
 from linlora.fusion.adamerging import adamerging
 from linlora.fusion.arithmetic import average, negation, task_arithmetic
 from linlora.fusion.checks import check_options, required
+from linlora.fusion.compress import compress_then_merge
 from linlora.fusion.dare import dare
-from linlora.fusion.knots import compress_then_merge, knots_ties
+from linlora.fusion.knots import knots_ties
 from linlora.fusion.lorahub import lorahub
 from linlora.fusion.regmean import regmean
 from linlora.fusion.soup import soup

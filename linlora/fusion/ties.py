@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn.functional import hardshrink
 
 from linlora.fusion.checks import check_number
-from linlora.fusion.quantiles import kth_largest
-from linlora.fusion.rule import Rule, fused, values, wide, zeros
-from linlora.storage.tensor_files import shapes
+from linlora.fusion.quantiles import cut_below
+from linlora.fusion.rule import Rule, fused, values, wide
+from linlora.fusion.sides import Sides, check_keep
 from linlora.vectors.task_vector import TaskVector
 
 PUBLISHED_KEEP, PUBLISHED_SCALING = 0.2, 1.0
@@ -42,36 +42,6 @@ def ties(vectors: Iterable[TaskVector], keep: float = PUBLISHED_KEEP, scaling: f
     return fused(vectors, Ties(keep, scaling))
 
 
-class Sides:
-    """The positive and the negative values seen of one tensor: their sums and their numbers."""
-
-    def __init__(self, like: Tensor) -> None:
-        self.up, self.down = zeros(like), zeros(like)
-        self.ups, self.downs = (torch.zeros(like.shape, dtype=torch.int16) for _ in range(2))
-
-    def add(self, values: Tensor) -> None:
-        positive = values.relu()
-        negative = values - positive  # exact: one of the two is zero
-        self.up += positive
-        self.down += negative
-        self.ups += positive > 0
-        self.downs += negative < 0
-
-    def signs(self) -> Tensor:
-        return (self.up + self.down).sign()
-
-    def cancel(self) -> bool:
-        """Whether values other than zero add up to zero somewhere, so that their sign decides nothing."""
-        return bool(((self.up + self.down == 0) & (self.ups > 0)).any())
-
-    def mean(self, majority: float) -> Tensor:
-        """Of the values with the elected sign."""
-        signs = self.signs()
-        signs = torch.where(signs == 0, majority, signs)
-        up, down = self.up / self.ups.clamp(min=1), self.down / self.downs.clamp(min=1)
-        return torch.where(signs > 0, up, torch.where(signs < 0, down, 0.0))
-
-
 class Ties(Rule[Sides]):
     """The rule of `ties`."""
 
@@ -79,18 +49,14 @@ class Ties(Rule[Sides]):
 
     def __init__(self, keep: float = PUBLISHED_KEEP, scaling: float = PUBLISHED_SCALING) -> None:
         check_number("ties", "scaling", scaling)
-        check_number("ties", "keep", keep)
-        if not 0.0 < keep <= 1.0:
-            raise ValueError(f"ties: keep is the fraction of values kept, above 0 and at most 1, got {keep}")
+        check_keep("ties", keep)
         self.keep, self.scaling = keep, scaling
         self.below: list[float] = []
         self.majority: float | None = None
 
     def look(self, index: int, vector: TaskVector) -> None:
-        """The smallest magnitude that is kept: the k-th largest of the d values, k = ⌊keep · d⌋ and at least 1."""
-        kept = max(1, int(self.keep * sum(like.numel() for like in shapes(vector.deltas).values())))
-        smallest = kth_largest(lambda: values(vector.deltas), kept)
-        self.below.append(float(np.nextafter(smallest, -1.0, dtype=smallest.dtype)))  # hardshrink keeps what is larger
+        """Find where the vector is cut."""
+        self.below += cut_below(lambda: ({0: piece} for piece in values(vector.deltas)), 1, self.keep)
 
     def zero(self, like: Tensor) -> Sides:
         return Sides(like)

@@ -20,6 +20,8 @@ OutRank = int | Literal["exact"]
 """The rank of the fused adapter: a number, or that of all adapters together."""
 _RESOLVED = 1e-14
 """An eigenvalue of a Gram matrix of unit columns, against the largest, below which it is rounding."""
+_FLAT = 1e-3
+"""The smallest eigenvalue against the largest, above which eigenvectors alone are orthonormal to 1e-13."""
 _DEPENDENT = 1e-12
 """The length of what is left of a unit column, below which the column is dependent on the others."""
 
@@ -40,9 +42,9 @@ class Spectrum:
         >>> Spectrum.of(update).values.tolist()
         [3.0, 2.0]
         """
-        B, A = update.B.double(), update.A.double()
-        U, V = basis(B), basis(A.T)
-        return cls.between(U, (U.T @ B) @ (A @ V), V)
+        U, inside = basis(update.B.double())
+        V, outside = basis(update.A.double().T)
+        return cls.between(U, inside @ outside.T, V)
 
     @classmethod
     def between(cls, U: Tensor, M: Tensor, V: Tensor) -> Spectrum:
@@ -95,20 +97,36 @@ class Cut:
         return max(1, there)
 
 
-def basis(columns: Tensor) -> Tensor:
-    """An orthonormal basis of the span of some columns, float64; zeros and what is dependent are left out.
+def basis(columns: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis U of the span of some columns, and Uᵀ columns; zeros and what is dependent are left out.
 
     By eigenvectors of the Gram matrix of the columns at length one, and once more of what those leave, so that a
     direction which is small in every column is found with its digits. Matrix products, on a CPU several times as fast
     as a QR decomposition.
 
+    Args:
+        columns: float64.
+
     >>> columns = torch.eye(5, dtype=torch.float64)[:, [0, 1, 1]]
-    >>> basis(columns * torch.tensor([1.0, 1e-9, 3.0])).shape
-    torch.Size([5, 2])
+    >>> U, inside = basis(columns * torch.tensor([1.0, 0.125, 3.0]))
+    >>> U.shape, inside.abs().sort(0).values.tolist()
+    (torch.Size([5, 2]), [[0.0, 0.0, 0.0], [1.0, 0.125, 3.0]])
     """
-    lengths = columns.norm(dim=0)
-    rest = columns = columns[:, lengths > 0] / lengths[lengths > 0]
-    found, rounding = columns[:, :0], _RESOLVED
+    gram = columns.T @ columns
+    lengths = gram.diagonal().sqrt()
+    there = lengths > 0
+    if bool(there.all()) and len(lengths):
+        values, vectors = torch.linalg.eigh(gram / lengths / lengths[:, None])
+        if float(values[0]) > _FLAT * float(values[-1]):  # as many directions as columns, each with its digits
+            combined = vectors / values.sqrt() / lengths[:, None]
+            return columns @ combined, combined.T @ gram
+    U = _basis_of_any(columns[:, there] / lengths[there])
+    return U, U.T @ columns
+
+
+def _basis_of_any(columns: Tensor) -> Tensor:
+    """The basis of columns of length one, which may be nearly dependent."""
+    rest, found, rounding = columns, columns[:, :0], _RESOLVED
     for _ in range(2):
         if not rest.shape[1]:
             break

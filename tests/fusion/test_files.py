@@ -3,7 +3,6 @@
 import gc
 import weakref
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +10,7 @@ from hypothesis import strategies as st
 
 import linlora
 from linlora import TaskVector
-from linlora.fusion.quantiles import kth_largest
+from linlora.fusion.quantiles import cut_below
 from linlora.storage.tensor_files import StoredTensors, TensorFile
 
 OPTIONS = [
@@ -90,17 +89,19 @@ def test_fused_files_can_be_fused_put_into_models_and_measured(vectors, files, f
 
 @given(
     rows=st.lists(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), max_size=20), min_size=1),
+    keep=st.floats(0.01, 1.0),
     wide=st.booleans(),
-    data=st.data(),
 )
 @settings(max_examples=60, deadline=None)
-def test_the_kth_largest_is_that_of_sorting(rows, wide, data):
+def test_what_exceeds_the_cut_are_the_largest(rows, keep, wide):
     dtype = torch.float64 if wide else torch.float32
-    pieces = [torch.tensor(row, dtype=dtype) for row in rows]
-    together = np.sort(torch.cat(pieces).abs().numpy())[::-1]
-    if together.size:
-        k = data.draw(st.integers(1, together.size))
-        assert kth_largest(lambda: pieces, k) == together[k - 1]
+    streams = [torch.tensor(row, dtype=dtype) for row in rows]
+    halves = [{i: half for i, row in enumerate(streams) if len(half := row[part::2])} for part in (0, 1)]
+    cuts = cut_below(lambda: halves, len(rows), keep)
+    for row, cut in zip(streams, cuts, strict=True):
+        order = row.abs().sort(descending=True).values
+        smallest = order[max(1, int(keep * len(row))) - 1] if len(row) else torch.tensor(torch.inf)
+        assert torch.equal(row.abs() > cut, row.abs() >= smallest)
 
 
 def test_an_interrupted_fusion_leaves_nothing(files, tmp_path, monkeypatch):

@@ -120,6 +120,29 @@ def knots_ties(vectors):
     }
 
 
+def compress_then_merge(rank):
+    """Higher-order orthogonal iteration by dense SVDs, as the paper states it, on the support."""
+
+    def rule(matrices):
+        def first(stack):
+            return svd(torch.cat(stack, 1))[0][:, :rank]
+
+        norms = [matrix.norm() for matrix in matrices]
+        mean = sum(norms) / len(norms)
+        drawn = [m * (0.25 + 0.75 * mean / norm) for m, norm in zip(matrices, norms, strict=True)]
+        whole = sum(m.square().sum() for m in drawn)
+        left, right, errors = first(drawn), first([m.T for m in drawn]), []
+        while len(errors) < 3 or abs(errors[-1] - errors[-2]) >= 1e-6:
+            left = first([m @ right for m in drawn])
+            right = first([m.T @ left for m in drawn])
+            inside = sum((left.T @ m @ right).square().sum() for m in drawn)
+            errors.append(float((whole - inside).abs() / whole) ** 0.5)
+        cores = [trim([left.T @ m @ right], 0.25)[0] for m in matrices]
+        return 0.75 * left @ disjoint_mean(cores) @ right.T
+
+    return rule
+
+
 ORACLES = {
     **{name: by_layer(rule) for name, rule in [
         ("tsv", tsv), ("iso_c", iso_c), ("iso_cts", iso_cts), ("wudi_minimiser", wudi_minimiser)
@@ -153,6 +176,14 @@ def deficient(seed):
 def test_a_method_is_its_formula_on_dense_matrices(method, given):
     vectors = SETS[given]()
     assert error(linlora.fuse(vectors, method), ORACLES[method](vectors)) < 1e-5
+
+
+@pytest.mark.parametrize("rank", [1, 2, 4, 16])
+@pytest.mark.parametrize("given", SETS, ids=[name.replace(" ", "-") for name in SETS])
+def test_compress_then_merge_is_its_formula_on_dense_matrices(given, rank):
+    vectors = SETS[given]()
+    expected = by_layer(compress_then_merge(rank))(vectors)
+    assert error(linlora.fuse(vectors, "compress_then_merge", rank=rank), expected) < 1e-5
 
 
 @pytest.mark.parametrize("method", ["tsv", "iso_c", "iso_cts", "wudi_minimiser"])
@@ -312,12 +343,23 @@ def test_a_basis_spans_columns_of_any_length_and_dependence():
     columns = torch.randn(50, 20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     columns[:, 1], columns[:, 2], columns[:, 3] = 2.0 * columns[:, 0], 0.0, columns[:, 4] + 1e-9 * columns[:, 5].sin()
     columns[:, 6] *= 1e-30
-    found = basis(columns)
+    found, inside = basis(columns)
     assert found.shape == (50, 18)
+    assert torch.equal(inside, found.T @ columns)
     assert (found.T @ found - torch.eye(18)).abs().max() < 1e-12
     left = (columns - found @ (found.T @ columns)).norm(dim=0)
     assert (left <= 1e-12 * columns.norm(dim=0)).all()
-    assert basis(columns[:, 2:3]).shape == (50, 0)
+    assert basis(columns[:, 2:3])[0].shape == (50, 0)
+
+
+@pytest.mark.parametrize("spread", [1.0, 30.0, 1e6])
+def test_a_basis_of_independent_columns_is_orthonormal(spread):
+    """At spread 1 the columns are far from dependent, at 1e6 all but dependent: two ways to the basis."""
+    columns = torch.randn(60, 12, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    columns = (columns[:, :1] * (spread - 1.0) + columns) * torch.logspace(-3, 3, 12, dtype=torch.float64)
+    found, inside = basis(columns)
+    assert (found.T @ found - torch.eye(12)).abs().max() < 1e-12
+    assert relative_error(found @ inside, columns) < 1e-12
 
 
 @pytest.mark.parametrize("method", IN_WEIGHTS)
