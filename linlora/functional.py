@@ -57,6 +57,7 @@ from linlora.ops.linearized_lora_linear import linearized_lora_linear
 from linlora.ops.lora_linear import lora_linear
 from linlora.ops.mix_inventories import mix_inventories
 from linlora.ops.routed_lora_linear import routed_lora_linear
+from linlora.stream.dual import dual
 from linlora.vectors.products import jvp, vjp
 from linlora.vectors.solve import Solution, solve
 
@@ -64,6 +65,7 @@ __all__ = [
     "Groups",
     "Solution",
     "attention",
+    "dual",
     "grouped_lora_linear",
     "jvp",
     "linearized_lora_linear",

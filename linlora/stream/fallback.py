@@ -18,17 +18,14 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from linlora.stream.caller import function_name, module_name, remedy, where
 from linlora.stream.tensor import (
     DualTensor,
     TangentError,
     differentiable,
     duals,
-    function_name,
-    module_name,
     primals,
     relate,
-    remedy,
-    where,
     wrap,
 )
 
@@ -61,15 +58,18 @@ def forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:
 
     The second, for the tangents, repeats its random numbers, and is given copies of the arguments it would write.
     """
+    flat, structure = tree_flatten((args, kwargs))
+    first = next(duals(flat))
+    otherwise = first.stream.otherwise
     if _is_custom(func):
         raise TangentError(
             f"{where(func)}: a custom operator, for which PyTorch's forward mode may return zero tangents silently; "
-            f"replace it by torch functions, {remedy()}"
+            f"replace it by torch functions, {remedy(otherwise)}"
         )
     if function_name(func).endswith("_") and not function_name(func).startswith("__"):
-        raise TangentError(f"{where(func)}: changes a tensor in place, in a way the tangent cannot follow; {remedy()}")
-    flat, structure = tree_flatten((args, kwargs))
-    first = next(duals(flat))
+        raise TangentError(
+            f"{where(func)}: changes a tensor in place, in a way the tangent cannot follow; {remedy(otherwise)}"
+        )
     before = [leaf.clone() if _is_statistic(func, leaf) else leaf for leaf in flat]
     versions, random = _versions(flat), Randomness(flat)
     with sdpa_kernel(SDPBackend.MATH):  # in both passes: another implementation would drop other elements
@@ -77,13 +77,13 @@ def forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:
         if _versions(flat) != versions and all(a is b for a, b in zip(flat, before, strict=True)):
             raise TangentError(
                 f"{where(func)}: writes one of its arguments, which its second pass, for the tangent, would do again; "
-                f"replace it by functions that return their result, {remedy()}"
+                f"replace it by functions that return their result, {remedy(otherwise)}"
             )
         leaves, shape = tree_flatten(y)
         if not any(differentiable(leaf) for leaf in leaves):
             return y
         with _counted(func, first), random.repeated():
-            tangents = _tangents(func, before, structure)
+            tangents = _tangents(func, before, structure, otherwise)
     results = [wrap(leaf, tangent, first.stream) for leaf, tangent in zip(leaves, tangents, strict=True)]
     for dual in duals(flat):
         relate(dual, results)
@@ -93,7 +93,7 @@ def forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:
 DualTensor.rules[None] = forward_mode
 
 
-def _tangents(func: Any, flat: list[Any], structure: Any) -> list[Tensor | None]:
+def _tangents(func: Any, flat: list[Any], structure: Any, otherwise: str) -> list[Tensor | None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))  # in which forward mode has no tangents
         stack.enter_context(torch.no_grad())
@@ -104,7 +104,7 @@ def _tangents(func: Any, flat: list[Any], structure: Any) -> list[Tensor | None]
         except (NotImplementedError, RuntimeError) as error:
             raise TangentError(
                 f"{where(func)}: PyTorch cannot differentiate it in forward mode ({error}); replace it by other torch "
-                f"functions, {remedy()}"
+                f"functions, {remedy(otherwise)}"
             ) from error
         return [forward_ad.unpack_dual(leaf).tangent if differentiable(leaf) else None for leaf in tree_flatten(y)[0]]
 

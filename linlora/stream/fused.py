@@ -11,8 +11,9 @@ from torch.nn import functional
 from linlora.ops import dual
 from linlora.ops.aten.activations import Kind
 from linlora.stream.arithmetic import product, tangent
+from linlora.stream.caller import where
 from linlora.stream.evaluation import recording
-from linlora.stream.tensor import DualTensor, TangentError, collapse, duals, primals, rebind, rule, where, wrap
+from linlora.stream.tensor import DualTensor, TangentError, collapse, duals, primals, rebind, rule, wrap
 
 LOSSES = (
     "cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits",
@@ -24,7 +25,7 @@ LOSSES_OF_PROBABILITIES = ("nll_loss", "kl_div", "binary_cross_entropy", "ctc_lo
 
 @rule("linear")
 def linear(func: Any, args: tuple, kwargs: dict) -> Any:
-    x, weight, bias = _bound(_LINEAR, args, kwargs)
+    x, weight, bias = bound(LINEAR, args, kwargs)
     if not isinstance(x, DualTensor) or _carry(weight, bias):
         return _forward_mode(func, args, kwargs)
     check_frozen(func, weight, bias)
@@ -42,7 +43,7 @@ def addmm(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @rule("layer_norm")
 def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
-    x, shape, weight, bias, eps = _bound(_LAYER_NORM, args, kwargs)
+    x, shape, weight, bias, eps = bound(LAYER_NORM, args, kwargs)
     if len(shape) != 1 or not isinstance(x, DualTensor) or _carry(weight, bias):
         return _forward_mode(func, args, kwargs)
     check_frozen(func, weight, bias)
@@ -51,7 +52,7 @@ def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @rule("rms_norm")
 def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
-    x, shape, weight, eps = _bound(_RMS_NORM, args, kwargs)
+    x, shape, weight, eps = bound(RMS_NORM, args, kwargs)
     if len(shape) != 1 or not isinstance(x, DualTensor) or _carry(weight):
         return _forward_mode(func, args, kwargs)
     check_frozen(func, weight)
@@ -61,7 +62,7 @@ def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @rule("scaled_dot_product_attention")
 def attention(func: Any, args: tuple, kwargs: dict) -> Any:
-    q, k, v, mask, dropout_p, causal, scale, grouped = _bound(_ATTENTION, args, kwargs)
+    q, k, v, mask, dropout_p, causal, scale, grouped = bound(ATTENTION, args, kwargs)
     if _carry(mask) or q.dim() not in (3, 4) or (q.shape[-3] != k.shape[-3] and not grouped):
         return _forward_mode(func, args, kwargs)
     stream = next(duals((q, k, v))).stream
@@ -84,7 +85,10 @@ class PendingActivation(DualTensor):
 
     @staticmethod
     def __new__(cls, gate: DualTensor, kind: Kind) -> PendingActivation:
-        pending = Tensor._make_wrapper_subclass(cls, gate.shape, dtype=gate.dtype, device=gate.device)
+        guard = gate.stream.guarded and gate.primal.requires_grad
+        pending = Tensor._make_wrapper_subclass(
+            cls, gate.shape, dtype=gate.dtype, device=gate.device, requires_grad=guard
+        )
         # a DualTensor of its own, which x += y does not rebind before this is computed
         pending.gate = DualTensor(gate.primal, gate.tangent, gate.stream)
         pending.kind, pending.stream, pending.relatives = kind, gate.stream, []
@@ -143,7 +147,7 @@ def dropout(func: Any, args: tuple, kwargs: dict) -> Any:
     """One mask for both streams."""
     if "train" in kwargs:  # torch.dropout's name for it
         kwargs = {"training": kwargs["train"], **kwargs}
-    x, p, training, inplace = _bound(_DROPOUT, args, kwargs)
+    x, p, training, inplace = bound(_DROPOUT, args, kwargs)
     if not training or p == 0.0:
         return x
     y, mask = torch.native_dropout(x.primal, p, True)
@@ -167,17 +171,17 @@ def loss_of_probabilities(func: Any, args: tuple, kwargs: dict) -> Any:
     )
 
 
-_LINEAR: dict[str, Any] = {"input": None, "weight": None, "bias": None}
-_LAYER_NORM = {"input": None, "normalized_shape": (), "weight": None, "bias": None, "eps": 1e-5}
-_RMS_NORM = {"input": None, "normalized_shape": (), "weight": None, "eps": None}
+LINEAR: dict[str, Any] = {"input": None, "weight": None, "bias": None}
+LAYER_NORM = {"input": None, "normalized_shape": (), "weight": None, "bias": None, "eps": 1e-5}
+RMS_NORM = {"input": None, "normalized_shape": (), "weight": None, "eps": None}
 _DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
-_ATTENTION = {
+ATTENTION = {
     "query": None, "key": None, "value": None, "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None,
     "enable_gqa": False,
 }  # fmt: skip
 
 
-def _bound(defaults: dict[str, Any], args: tuple, kwargs: dict) -> list[Any]:
+def bound(defaults: dict[str, Any], args: tuple, kwargs: dict) -> list[Any]:
     """The arguments of a call in the order of `defaults`."""
     given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
     return [given[name] for name in defaults]

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linlora.stream.caller import remedy, running_modules, where
 from linlora.stream.structural import tangent_or_zeros
 from linlora.stream.tensor import (
     DualTensor,
@@ -20,10 +21,7 @@ from linlora.stream.tensor import (
     primals,
     rebind,
     relate,
-    remedy,
     rule,
-    running_modules,
-    where,
     wrap,
 )
 
@@ -103,16 +101,15 @@ def followed(target: Tensor, func: Any, arguments: Any) -> DualTensor:
     So does, with it, the tensor that it is a view of: latent attention copies its parts into slices of its keys."""
     if isinstance(target, DualTensor):
         return target
-    base = target._base
+    base, stream = target._base, next(duals(arguments)).stream
     if not _owns_memory(target, base) or any(
         kept is target or (base is not None and kept is base) for module in running_modules() for kept in _kept(module)
     ):
         raise TangentError(
             f"{where(func)}: writes a value that carries a tangent into a tensor that has none and shares its memory "
             "with others, or is kept by a module (in inference mode, also into a slice: use torch.no_grad); build the "
-            f"tensor with torch.cat, torch.stack or torch.where, {remedy()}"
+            f"tensor with torch.cat, torch.stack or torch.where, {remedy(stream.otherwise)}"
         )
-    stream = next(duals(arguments)).stream
     if base is None:
         return _become_dual(target, target.detach(), stream)
     place = target.size(), target.stride(), target.storage_offset()

@@ -22,6 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from linlora.stream import fused, structural
 from linlora.stream.border import Place, place
+from linlora.stream.caller import function_name, where
 from linlora.stream.fallback import Randomness
 from linlora.stream.tensor import (
     DualTensor,
@@ -30,11 +31,9 @@ from linlora.stream.tensor import (
     collapse,
     differentiable,
     duals,
-    function_name,
     named,
     primals,
     replace_duals,
-    where,
 )
 
 

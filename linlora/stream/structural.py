@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from linlora.stream.border import Place, place
+from linlora.stream.caller import where
 from linlora.stream.tensor import (
     DualTensor,
     TangentError,
@@ -20,7 +21,6 @@ from linlora.stream.tensor import (
     primals,
     relate,
     rule,
-    where,
     wrap,
 )
 
@@ -140,11 +140,13 @@ def detached(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule(*_VALUES)
 def value(func: Any, args: tuple, kwargs: dict) -> Any:
     """Python and NumPy get F in a hook. The network itself would compute with it as with a constant."""
-    if place(next(duals((args, kwargs))).stream) is Place.HOOK:
+    stream = next(duals((args, kwargs))).stream
+    if place(stream) is Place.HOOK:
         return func(*collapse(args), **collapse(kwargs))
     raise TangentError(
         f"{where(func)}: takes the values of a tensor that carries a tangent out of the stream (a branch on values, a "
-        "conversion to Python or NumPy); a tangent cannot follow. Use scope='layer', or torch.where for the branch"
+        "conversion to Python or NumPy); a tangent cannot follow. Use torch.where for the branch, or "
+        f"{stream.otherwise}"
     )
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 
 from linlora.ops.transforms import transform_active
 from linlora.stream import border, evaluation
+from linlora.stream.caller import refuse_inside_function, remedy, where
 from linlora.stream.errors import TangentError
 
 Rule = Callable[[Any, tuple, dict], Any]
@@ -31,6 +31,10 @@ class Stream:
             linlora.stream.evaluation does not know.
         bordered: whether it is that of a network, outside of which its tensors are F (linlora.stream.outside).
     """
+
+    rules: ClassVar[dict[Any, Rule]] = {}  # those of a kind of stream, which come before DualTensor's
+    otherwise: ClassVar[str] = "use scope='layer'"  # what messages recommend at last
+    guarded: ClassVar[bool] = False  # whether C++ code that returns a DualTensor as it is must raise
 
     def __init__(self) -> None:
         self.fallbacks: dict[tuple[str, str], Any] = {}
@@ -62,6 +66,21 @@ class Stream:
             border.refuse_blocks(self)
         dual = DualTensor(y, y_tangent, self)
         return dual.detach() if evaluation.in_block() else dual
+
+    def inside(self) -> bool:
+        """Whether the network runs the code that calls this."""
+        return border.inside(self)
+
+    def outside(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        """A function of DualTensors that the network does not call."""
+        return DualTensor.outside(func, args, kwargs)
+
+    def blocked(self, func: Any, found: list[DualTensor]) -> bool:
+        """Whether a result, under torch.no_grad(), is a constant: has no tangent."""
+        if not evaluation.in_block() and not any(dual.has_graph and dual.stream.recorded for dual in found):
+            return False
+        refuse_inside_function(where(func))
+        return True
 
     @contextmanager
     def returning(self, output: Literal["both", "primal"]) -> Iterator[None]:
@@ -105,7 +124,12 @@ class DualTensor(Tensor):
     @staticmethod
     def __new__(cls, primal: Tensor, tangent: Tensor, stream: Stream) -> DualTensor:
         dual = Tensor._make_wrapper_subclass(
-            cls, primal.shape, strides=primal.stride(), dtype=primal.dtype, device=primal.device
+            cls,
+            primal.shape,
+            strides=primal.stride(),
+            dtype=primal.dtype,
+            device=primal.device,
+            requires_grad=stream.guarded and primal.requires_grad,
         )
         dual.primal, dual.tangent, dual.stream, dual.relatives = primal, like(tangent, primal), stream, []
         return dual
@@ -132,15 +156,13 @@ class DualTensor(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         found = list(duals((args, kwargs)))
-        if found and not border.inside(found[0].stream):
-            return cls.outside(func, args, kwargs)
-        if not torch.is_grad_enabled() and (
-            evaluation.in_block() or any(dual.has_graph and dual.stream.recorded for dual in found)
-        ):
-            refuse_inside_function(where(func))
-            return cls.constants(func, args, kwargs)  # under torch.no_grad() results are constants: no tangent
+        stream = found[0].stream if found else _NO_STREAM
+        if found and not stream.inside():
+            return stream.outside(func, args, kwargs)
+        if not torch.is_grad_enabled() and stream.blocked(func, found):
+            return cls.constants(func, args, kwargs)
         if evaluation.past_hooks() and any(dual.stream.bordered and not dual.constant for dual in found):
-            border.refuse_blocks(found[0].stream)
+            border.refuse_blocks(stream)
         if any(dual.constant for dual in found):
             if all(dual.constant for dual in found):
                 return cls.constants(func, args, kwargs)
@@ -148,7 +170,7 @@ class DualTensor(Tensor):
         if kwargs.get("out") is not None:
             raise TangentError(f"{where(func)}: out= is not supported on a tensor that carries a tangent")
         args, kwargs = _by_position(args, kwargs)
-        rule = cls.rules.get(func) or cls.rules[None]
+        rule = stream.rules.get(func) or cls.rules.get(func) or cls.rules[None]
         if kwargs.get("inplace"):
             result = rebind(args[0], rule(func, args, {**kwargs, "inplace": False}), func)
         else:
@@ -160,10 +182,16 @@ class DualTensor(Tensor):
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, *arguments: Any, **options: Any) -> Any:  # type: ignore[override]
+        stream = next((dual.stream for dual in duals((arguments, options))), _NO_STREAM)
+        refuse_inside_function(where(func), stream.otherwise)
         raise TangentError(
             f"{where(func)}: called from code that bypasses torch functions (an extension, a compiled or scripted "
-            f"function), which would lose the tangent; replace it by torch functions, {remedy()}"
+            f"function, torch.vmap), which would lose the tangent; replace it by torch functions, "
+            f"{remedy(stream.otherwise)}"
         )
+
+
+_NO_STREAM = Stream()
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
@@ -180,9 +208,9 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def named(name: str) -> list[Any]:
-    """What a model can call by a name: torch.name, Tensor.name, torch.nn.functional.name; of a property, its getter."""
+    """What a model can call by a name in these namespaces; of a property, its getter."""
     found = []
-    for namespace in (torch, Tensor, nn.functional, torch.special, torch._C._nn):
+    for namespace in (torch, Tensor, nn.functional, torch.special, torch.fft, torch._C._nn):
         target: Any = getattr(namespace, name, None)
         if callable(target) and not isinstance(target, type):
             found.append(target)
@@ -324,7 +352,7 @@ def _write_through(target: DualTensor, others: list[Any], primal: Tensor, tangen
     if any(type(other) is not DualTensor or _overlaps_itself(other.primal) for other in members):
         raise TangentError(
             f"{where(func)}: in-place on a tensor whose memory is also that of a constant, an activation or an "
-            "expanded tensor, which would not follow; write x = x + y in place of x += y, or use scope='layer'"
+            f"expanded tensor, which would not follow; write x = x + y in place of x += y, or {target.stream.otherwise}"
         )
     start = min(member.primal.storage_offset() for member in members)
     places = [(m.primal.size(), m.primal.stride(), m.primal.storage_offset() - start) for m in members]
@@ -346,62 +374,3 @@ def _overlaps_itself(x: Tensor) -> bool:
             return True
         reach = stride * (length - 1) + reach
     return x.numel() == 0
-
-
-def refuse_inside_function(where: str) -> None:
-    """Raise where an autograd Function is calling: its backward is its own, and no tangent follows from it."""
-    frame = sys._getframe()
-    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
-        if frame.f_code is torch.autograd.Function.apply.__func__.__code__:  # type: ignore[attr-defined]
-            name = frame.f_locals["cls"].__name__
-            instead = f"replace it by torch functions, {remedy()}"
-            if name == "CheckpointFunction":
-                instead = "checkpoint with use_reentrant=False (gradient_checkpointing_kwargs)"
-            raise TangentError(f"{where}: called by the autograd Function {name}, whose tangent is unknown; {instead}")
-
-
-def where(func: Any = None) -> str:
-    """The innermost module of the model that is running, and the function it called, for messages and reports."""
-    function = "" if func is None else f", function '{function_name(func)}'"
-    return f"module '{module_name()}'{function}"
-
-
-def function_name(func: Any) -> str:
-    """'softmax' of torch.softmax or Tensor.softmax; 'T' of the getter of a property; 'library::op' of an operator."""
-    if isinstance(func, torch._ops.OpOverload):
-        return func._schema.name
-    if isinstance(func, torch._ops.OpOverloadPacket):
-        return func._qualified_op_name
-    name = getattr(func, "__name__", None) or str(func)
-    return func.__self__.__name__ if name == "__get__" else name
-
-
-def remedy() -> str:
-    """What helps where a function cannot be followed, at the end of a message."""
-    if "expert" in module_name().lower():
-        return (
-            "or load the model with experts_implementation='batched_mm' (or 'eager'), whose functions are followed; "
-            "else use scope='layer'"
-        )
-    return "or use scope='layer'"
-
-
-def module_name() -> str:
-    """The name, in the model, of the innermost nn.Module whose method is on the call stack."""
-    modules = list(running_modules())
-    if not modules:
-        return "(outside a module)"
-    inner, outer = modules[0], modules[-1]
-    names = {id(module): name for name, module in outer.named_modules()}
-    return names.get(id(inner), "").removeprefix("base_model.model.") or type(inner).__name__
-
-
-def running_modules() -> Iterator[nn.Module]:
-    """The modules whose methods are on the call stack, from the innermost outwards."""
-    frame = sys._getframe(1)
-    while frame is not None:
-        if frame.f_code.co_argcount:
-            owner = frame.f_locals.get(frame.f_code.co_varnames[0])
-            if isinstance(owner, nn.Module):
-                yield owner
-        frame = frame.f_back  # type: ignore[assignment]

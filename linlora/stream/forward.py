@@ -1,0 +1,173 @@
+"""The stream of `linlora.functional.dual`: the tangents of a network in its inputs, whose parameters train.
+
+It differs from model scope's in what a tensor means. There the network is linearized, F = f + J δ, and frozen but for
+an adapter; here `primal` is what the module computes, with the module's own graph, so that
+
+    the primal runs as the module writes it, under autograd with its real weights; only the tangent is ours
+    losses are functions like others
+    torch.no_grad() takes the graph away, not the tangent, as in torch.func.jvp
+    branches and numbers of Python are those of the primal
+
+The rules here come before those of `linlora.stream.fused` and `structural`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from linlora.stream import fused
+from linlora.stream.caller import refuse_inside_function, where
+from linlora.stream.fallback import forward_mode
+from linlora.stream.multilinear import affine
+from linlora.stream.tensor import (
+    DualTensor,
+    Rule,
+    Stream,
+    TangentError,
+    duals,
+    named,
+    primals,
+    wrap,
+)
+
+
+class ForwardStream(Stream):
+    """The stream of one call of `dual`.
+
+    Attributes:
+        running: whether that call runs. Afterwards a DualTensor that somebody kept is its primal to every function,
+            but for the recomputation of a checkpoint in the backward, which runs the network again.
+    """
+
+    rules: ClassVar[dict[Any, Rule]] = {}
+    otherwise = "detach() its argument, whose tangent then ends there"
+    guarded = True
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running = False
+
+    def inside(self) -> bool:
+        return self.running or torch._C._current_graph_task_id() != -1
+
+    def outside(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        return func(*primals(args), **primals(kwargs))
+
+    def blocked(self, func: Any, found: list[DualTensor]) -> bool:
+        refuse_inside_function(where(func), self.otherwise)
+        return False
+
+
+def _rule(*names: str) -> Any:
+    def register(function: Rule) -> Rule:
+        ForwardStream.rules.update({target: function for name in names for target in named(name)})
+        return function
+
+    return register
+
+
+_rule("linear")(affine)
+_rule(*fused.LOSSES, *fused.LOSSES_OF_PROBABILITIES)(forward_mode)
+
+
+@_rule("addmm")
+def addmm(func: Any, args: tuple, kwargs: dict) -> Any:
+    """beta bias + alpha a b."""
+    bias, a, b = args
+    y = func(*primals(args), **primals(kwargs))
+    with torch.no_grad():
+        terms = [torch.mm(x.tangent, primals(b)) for x in (a,) if isinstance(x, DualTensor)]
+        terms += [torch.mm(primals(a), x.tangent) for x in (b,) if isinstance(x, DualTensor)]
+        terms = [term * kwargs.get("alpha", 1) for term in terms] if "alpha" in kwargs else terms
+        terms += [x.tangent * kwargs.get("beta", 1) for x in (bias,) if isinstance(x, DualTensor)]
+        return wrap(y, sum(terms[1:], terms[0]), next(duals(args)).stream)
+
+
+@_rule("layer_norm")
+def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
+    """y = w ⊙ x̂ + b,  y_t = w ⊙ J x_t + w_t ⊙ x̂ + b_t,  J = ∂x̂/∂x, symmetric: aten's backward applies it."""
+    x, shape, weight, bias, eps = fused.bound(fused.LAYER_NORM, args, kwargs)
+    shape = [shape] if isinstance(shape, int) else list(shape)
+    stream = next(duals((x, weight, bias))).stream
+    y, mean, rstd = torch.native_layer_norm(primals(x), shape, primals(weight), primals(bias), eps)
+    with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+        total = None
+        if isinstance(x, DualTensor):
+            total = torch.ops.aten.native_layer_norm_backward.default(
+                x.tangent.to(y.dtype), x.primal.to(y.dtype), shape, mean, rstd, None, None, [True, False, False]
+            )[0]
+            total = total if weight is None else total.mul_(primals(weight))
+        if isinstance(weight, DualTensor):
+            term = (primals(x) - mean) * rstd * weight.tangent
+            total = term if total is None else total + term
+        if isinstance(bias, DualTensor):
+            total = bias.tangent if total is None else total + bias.tangent
+    return wrap(y, total, stream)
+
+
+@_rule("rms_norm")
+def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
+    """y = w ⊙ x̂,  y_t = w ⊙ rstd (x_t − x̂ mean(x̂ ⊙ x_t)) + w_t ⊙ x̂."""
+    x, shape, weight, eps = fused.bound(fused.RMS_NORM, args, kwargs)
+    if not isinstance(x, DualTensor):
+        return forward_mode(func, args, kwargs)
+    y = func(x.primal, shape, primals(weight), eps)
+    with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+        wide = torch.promote_types(x.primal.dtype, torch.float32)
+        primal, tangent = x.primal.to(wide), x.tangent.to(wide)
+        eps = torch.finfo(x.primal.dtype).eps if eps is None else eps
+        over = list(range(-len(shape), 0))
+        rstd = primal.square().mean(over, keepdim=True).add_(eps).rsqrt_()
+        normalized = primal * rstd
+        y_tangent = (tangent - normalized * (normalized * tangent).mean(over, keepdim=True)).mul_(rstd)
+        y_tangent = y_tangent if weight is None else y_tangent.mul_(primals(weight))
+        if isinstance(weight, DualTensor):
+            y_tangent = y_tangent + normalized * weight.tangent
+    return wrap(y, y_tangent, x.stream)
+
+
+@_rule("scaled_dot_product_attention")
+def attention(func: Any, args: tuple, kwargs: dict) -> Any:
+    """The fused op, which takes no gradient of a mask; where one is asked for, or carries a tangent, its pieces."""
+    q, k, v, mask, dropout_p, causal, scale, grouped = fused.bound(fused.ATTENTION, args, kwargs)
+    trains = isinstance(mask, Tensor) and mask.requires_grad and torch.is_grad_enabled()
+    fits = q.dim() == k.dim() == v.dim() and q.dim() in (3, 4) and q.shape[:-3] == k.shape[:-3] == v.shape[:-3]
+    if not trains and fits and not isinstance(mask, DualTensor):
+        return fused.attention(func, args, kwargs)
+    if grouped:
+        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
+    scores = (q * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ k.mT
+    if mask is not None and mask.dtype == torch.bool:
+        scores = scores.masked_fill(~mask, -math.inf)
+    elif mask is not None:
+        scores = scores + mask
+    if causal:
+        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
+        scores = scores.masked_fill(ahead, -math.inf)
+    unseen = (scores == -math.inf).all(-1, keepdim=True)  # by a query that sees no key: zeros, as torch has it
+    probabilities = torch.softmax(scores.masked_fill(unseen, 0.0), -1).masked_fill(unseen, 0.0)
+    return functional.dropout(probabilities, dropout_p) @ v
+
+
+@_rule(
+    "__int__", "__float__", "__complex__", "__index__", "__bool__", "__format__", "item", "tolist", "is_nonzero",
+    "__contains__",
+)  # fmt: skip
+def value(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Numbers and branches of Python are the primal's, as in torch.func.jvp."""
+    return func(*primals(args), **primals(kwargs))
+
+
+def refuse_grad(func: Any, args: tuple, kwargs: dict) -> Any:
+    raise TangentError(
+        f"{where(func)}: a gradient taken inside of a network that carries tangents; nest torch.func.grad and "
+        "torch.func.jvp"
+    )
+
+
+ForwardStream.rules[torch.autograd.grad] = refuse_grad
