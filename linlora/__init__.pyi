@@ -10,13 +10,13 @@ from . import training as training
 from .formats.export import export as export
 from .formats.export import merge as merge
 from .fusion import fuse as fuse
-from .layers.linearize import NoLoraLayerError as NoLoraLayerError
-from .layers.linearize import Report as Report
-from .layers.linearize import UnsupportedLayerError as UnsupportedLayerError
+from .layers.finding import NoLoraLayerError as NoLoraLayerError
+from .layers.finding import UnsupportedLayerError as UnsupportedLayerError
 from .layers.linearize import accelerate as accelerate
 from .layers.linearize import delinearize as delinearize
 from .layers.linearize import linearize as linearize
 from .layers.linearize import set_scope as set_scope
+from .layers.report import Report as Report
 from .ops.backends import BackendUnavailableError as BackendUnavailableError
 from .ops.backends import explain as explain
 from .ops.backends import use_backend as use_backend

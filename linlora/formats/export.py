@@ -22,7 +22,7 @@ from linlora.formats.opening import TASK_VECTOR_FILE
 from linlora.formats.peft_adapter import TENSOR_FILE
 from linlora.layers.folding import folded_configs, folded_state_dict, with_sizes
 from linlora.layers.linearize import accelerate
-from linlora.layers.lora_linear import fused_layers
+from linlora.layers.lora_linear import converted_layers
 from linlora.layers.peft_merging import REMEDY
 from linlora.layers.restoring import restoring, uninterrupted
 from linlora.layers.sharding import is_sharded, writes
@@ -73,7 +73,7 @@ def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None 
     with uninterrupted(), restoring(model):
         accelerate(model)  # plain layers merge by the same fp32 rule; linearized ones stay as they are
         folds = []
-        for name, layer in fused_layers(model):
+        for name, layer in converted_layers(model):
             names = [adapter for adapter in adapters or layer.active_adapters if adapter in layer.lora_A]
             for adapter in names:
                 if not layer.is_finite(adapter):
@@ -177,7 +177,7 @@ def export(
             "exported by linlora.routing.export_task"
         )
     adapter = _one_adapter(source, adapter)
-    linearized = any(layer.states.get(adapter, "plain") != "plain" for _, layer in fused_layers(source))
+    linearized = any(layer.states.get(adapter, "plain") != "plain" for _, layer in converted_layers(source))
     vector = TaskVector.from_model(source, adapter) if linearized else None
     if vector is not None and vector.scope == "model":
         raise ValueError(
@@ -185,7 +185,7 @@ def export(
             "TaskVector.from_model(model).save(path), or export the layer-scope function: "
             "linlora.set_scope(model, 'layer')"
         )
-    if any(fused_layers(source)):  # PEFT's own adapter says how it was initialized, and is loaded so
+    if any(converted_layers(source)):  # PEFT's own adapter says how it was initialized, and is loaded so
         refuse_changed_base(changed_base(source.peft_config.values()), f"export: adapter '{adapter}'")
     state_dict = folded_state_dict(source)
     if not writes(source):

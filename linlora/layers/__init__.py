@@ -1,1 +1,1 @@
-"""PEFT layers on the fused ops: how one is made, how it runs, and whole models of them."""
+"""PEFT layers on linlora's ops: how a layer is converted, how it runs, and whole models of such layers."""

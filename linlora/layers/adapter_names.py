@@ -1,7 +1,7 @@
 """`model(..., adapter_names=[...])`: the adapter, or a mixture of adapters, of every example of a batch.
 
 PEFT hands the names to its layers by hooks, for the time of a call. `serve_rows` does this in its place on models with
-fused layers, and more: an entry may be a mapping of names to weights (`linlora.layers.mixtures`), a model may be
+converted layers, and more: an entry may be a mapping of names to weights (`linlora.layers.mixtures`), a model may be
 training, and blocks that activation checkpointing runs again in backward find the names they had.
 
 In training every adapter gets the gradients of its own rows, and one without rows gets None:
@@ -25,7 +25,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from linlora.layers.lora_linear import FusedLoraLinear
+from linlora.layers.lora_linear import LoraLinear
 from linlora.layers.mixtures import BASE, Rows
 
 _METHOD = "_enable_peft_forward_hooks"
@@ -33,7 +33,7 @@ _CHECKPOINTS = "_gradient_checkpointing_func"
 
 
 def accept_rows(model: PeftModel) -> None:
-    """Let a PEFT model with fused layers take mixtures and training in `adapter_names`; `leave_to_class` undoes it."""
+    """Let a PEFT model with converted layers take mixtures and training in `adapter_names`; `refuse_rows` undoes it."""
     tuner = model.base_model
     if hasattr(type(tuner), _METHOD):
         vars(tuner)[_METHOD] = functools.partial(serve_rows, tuner)
@@ -109,7 +109,7 @@ def _hook(modules: Iterable[nn.Module], rows: Rows, until_here: ExitStack) -> No
     """Give the layers their rows, as each kind of layer takes them."""
     for module in modules:
         given: Any = None
-        if isinstance(module, FusedLoraLinear):
+        if isinstance(module, LoraLinear):
             given = rows
         elif isinstance(module, LoraLayer):
             given = rows.names
@@ -130,10 +130,10 @@ def _check(tuner: nn.Module, rows: Rows) -> None:
     if unknown := sorted(rows.named - existing):
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")  # PEFT's words
     for name, layer in layers:
-        if not isinstance(layer, FusedLoraLinear) and rows.names is None:
+        if not isinstance(layer, LoraLinear) and rows.names is None:
             raise ValueError(
                 f"layer '{name}' is a {type(layer).__name__} of PEFT's own, which runs one adapter a row and knows no "
-                "weights; give every row one name, or call linlora.accelerate(model), which fuses layers added later"
+                "weights; give every row one name, or call linlora.accelerate(model), which converts layers added later"
             )
     for name, module in tuner.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):

@@ -7,22 +7,19 @@ gives its value and its derivative along (dA, dB), and x_t, in one call of each 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 from torch.func import functional_call
 
+from linlora.layers.adapters import LoraAdapters
 from linlora.layers.sharding import check_there
-
-if TYPE_CHECKING:
-    from linlora.layers.lora_linear import FusedLoraLinear
 
 
 @torch.compiler.disable
 def called_update(
-    layer: FusedLoraLinear, adapters: Sequence[str], x: Tensor, x_tangent: Tensor | None = None, two: bool = False
+    layer: LoraAdapters, adapters: Sequence[str], x: Tensor, x_tangent: Tensor | None = None, two: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Σ s g and Σ s dg of some adapters, those that are plain with dg = 0.
 
@@ -59,7 +56,7 @@ def called_update(
     return sum(primals[1:], primals[0]), tangent.detach() if two else tangent
 
 
-def called_plain_update(layer: FusedLoraLinear, adapter: str, x: Tensor) -> Tensor:
+def called_plain_update(layer: LoraAdapters, adapter: str, x: Tensor) -> Tensor:
     """The update of an adapter that is not linearized: s lora_B(lora_A(lora_dropout(x))), as PEFT calls it."""
     A, B = layer.lora_A[adapter], layer.lora_B[adapter]
     x = layer._cast_input_dtype(x, A.weight.dtype)

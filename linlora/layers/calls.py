@@ -1,6 +1,6 @@
-"""Calls that a fused layer replaces, and when it may.
+"""Calls that a converted layer replaces, and when it may.
 
-PEFT calls `base_layer`, `lora_A`, `lora_B` and `lora_dropout`. A fused layer reads their weights and calls none of
+PEFT calls `base_layer`, `lora_A`, `lora_B` and `lora_dropout`. A converted layer reads their weights and calls none of
 them, which is the same only where a call is the forward of a class this file knows, and nothing else: no hooks, of the
 module or of all modules, no forward set on the instance, no parametrization (which changes the class). `is_product` is
 the rule. It is asked when a layer is made and on every call, because hooks come and go.
@@ -32,7 +32,7 @@ _FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (*LINEAR, nn.Dropou
 
 
 def pefts_forward_is_its_own() -> bool:
-    """Whether the forward of PEFT's LoRA layer, which a fused layer takes the place of, is the class's as imported."""
+    """Whether the forward of PEFT's LoRA layer, which a converted layer replaces, is the one that was imported."""
     return PeftLoraLinear.forward is _PEFT_FORWARD
 
 

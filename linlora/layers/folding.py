@@ -26,7 +26,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from linlora.layers.lora_linear import FusedLoraLinear
+from linlora.layers.lora_linear import LoraLinear
 from linlora.layers.peft_names import DELTAS
 from linlora.layers.sharding import whole
 from linlora.layers.vanilla import changes_base
@@ -45,7 +45,7 @@ def folded_state_dict(model: PeftModel, state_dict: dict[str, Tensor] | None = N
         if "lora_" in name or "modules_to_save" in name:
             state_dict[name] = whole(state_dict[name])
     for path, layer in model.named_modules():
-        if isinstance(layer, FusedLoraLinear):
+        if isinstance(layer, LoraLinear):
             for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
                 a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
                 dA, dB = (state_dict.pop(f"{path}.{kind}.{adapter}") for kind in DELTAS)
@@ -70,13 +70,13 @@ def folded_config(model: PeftModel, adapter: str) -> LoraConfig:
     config: Any = copy.deepcopy(model.peft_config[adapter])
     sizes = {}
     for path, layer in model.named_modules():
-        if isinstance(layer, FusedLoraLinear) and adapter in layer.states:
+        if isinstance(layer, LoraLinear) and adapter in layer.states:
             rank = layer.r[adapter] * (2 if layer.states[adapter] == "pair" else 1)
             sizes[path.removeprefix("base_model.model.")] = (
                 rank,
                 layer.scaling[adapter] * (rank**0.5 if config.use_rslora else rank),
             )
-    if not sizes:  # no layer of this adapter is fused: the config fits as it is
+    if not sizes:  # no layer of this adapter is converted: the config fits unchanged
         return config
     start = config.init_lora_weights
     with_sizes(config, sizes)
@@ -98,7 +98,7 @@ def with_sizes(config: LoraConfig, sizes: dict[str, tuple[int, float]]) -> LoraC
 
 def has_folded_factors(model: PeftModel) -> bool:
     """Whether some layer needs folding to be saved as stock LoRA: it started at B0 != 0."""
-    return any("pair" in m.states.values() for m in model.modules() if isinstance(m, FusedLoraLinear))
+    return any("pair" in m.states.values() for m in model.modules() if isinstance(m, LoraLinear))
 
 
 def save_folded_factors(model: PeftModel) -> None:
@@ -154,8 +154,8 @@ def _add_weighted_adapter(
     *args: Any, **kwargs: Any,
 ) -> None:  # fmt: skip
     """PEFT's, where it is of the ΔW of the adapters; its other combinations are of lora_A and lora_B alone."""
-    fused = [layer for layer in tuner.modules() if isinstance(layer, FusedLoraLinear)]
-    pairs = [name for name in adapters if any(layer.states.get(name) == "pair" for layer in fused)]
+    converted = [layer for layer in tuner.modules() if isinstance(layer, LoraLinear)]
+    pairs = [name for name in adapters if any(layer.states.get(name) == "pair" for layer in converted)]
     if pairs and (len(adapters) == 1 or not combination_type.endswith("svd")):
         raise ValueError(
             f"add_weighted_adapter: '{combination_type}' of {len(adapters)} adapters combines lora_A and "
@@ -165,7 +165,7 @@ def _add_weighted_adapter(
     type(tuner).add_weighted_adapter(tuner, adapters, weights, adapter_name, combination_type, *args, **kwargs)
 
 
-def accept_folded_factors(layer: FusedLoraLinear) -> None:
+def accept_folded_factors(layer: LoraLinear) -> None:
     """Let `layer.load_state_dict` take (A', B') of twice its rank: a saved linearized adapter, resumed.
 
     A plain adapter of its own rank is taken with its function as well, as a point that nothing has moved from yet.
@@ -174,14 +174,14 @@ def accept_folded_factors(layer: FusedLoraLinear) -> None:
         setattr(layer, _HOOK, layer.register_load_state_dict_pre_hook(_unfold))
 
 
-def refuse_folded_factors(layer: FusedLoraLinear) -> None:
+def refuse_folded_factors(layer: LoraLinear) -> None:
     """Undo `accept_folded_factors`."""
     if hasattr(layer, _HOOK):
         getattr(layer, _HOOK).remove()
         delattr(layer, _HOOK)
 
 
-def _unfold(layer: FusedLoraLinear, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _unfold(layer: LoraLinear, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     for key in [key for key in state_dict if key.startswith(f"{prefix}lora_dB.")]:  # where dB lay in linlora 0.1
         state_dict[f"{prefix}of_lora_B.{key.removeprefix(prefix)}"] = state_dict.pop(key)
     for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:

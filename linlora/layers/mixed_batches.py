@@ -18,12 +18,12 @@ but None, which optimizers skip.
 from __future__ import annotations
 
 import warnings
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from linlora.layers.adapters import LoraAdapters
 from linlora.layers.called import called_plain_update, called_update
 from linlora.layers.calls import is_product
 from linlora.layers.mixtures import Mixture, Rows
@@ -34,11 +34,8 @@ from linlora.ops.grouped_lora_linear import grouped_lora_linear
 from linlora.ops.linearized_lora_linear import unchecked
 from linlora.reference import dropout
 
-if TYPE_CHECKING:
-    from linlora.layers.lora_linear import FusedLoraLinear
 
-
-def mixed_batch(layer: FusedLoraLinear, x: Tensor, rows: Rows) -> Tensor:
+def mixed_batch(layer: LoraAdapters, x: Tensor, rows: Rows) -> Tensor:
     """One layer at layer scope on a batch x (examples, ..., K) with a mixture for every example.
 
     Another number of rows and merged adapters the layer has refused in PEFT's words. Raises ValueError at model scope.
@@ -51,16 +48,16 @@ def mixed_batch(layer: FusedLoraLinear, x: Tensor, rows: Rows) -> Tensor:
     elif len(dropouts) > 1 or dropouts == {1.0}:
         warnings.warn(
             f"layer '{layer.layer_name}': adapters {adapters} have dropouts {sorted(dropouts)} in one batch, so each "
-            "is called on its rows, not fused; with one dropout below 1 they are",
+            "is called on its rows; with one dropout below 1 they run as one op",
             stacklevel=2,
         )
     else:
         layer._check_input(autocast_input(x), layer.matrix)
-        return _fused(layer, x, rows, dropouts.pop())
+        return _one_op(layer, x, rows, dropouts.pop())
     return called_by_rows(layer, x, rows)
 
 
-def begin_mixed(layer: FusedLoraLinear, rows: Rows) -> None:
+def begin_mixed(layer: LoraAdapters, rows: Rows) -> None:
     """Note that the layer runs with rows of its own, which it does at layer scope alone."""
     if layer.stream is not None:
         raise ValueError(
@@ -71,7 +68,7 @@ def begin_mixed(layer: FusedLoraLinear, rows: Rows) -> None:
     layer.mixed = layer.mixed or rows.may_be_lost
 
 
-def called_by_rows(layer: FusedLoraLinear, x: Tensor, rows: Rows) -> Tensor:
+def called_by_rows(layer: LoraAdapters, x: Tensor, rows: Rows) -> Tensor:
     """The base layer called, and the parts of every adapter on the rows that have it."""
     y = layer.base_layer(x)
     for adapter in (name for name in rows.adapters if name in layer.lora_A):
@@ -85,7 +82,7 @@ def called_by_rows(layer: FusedLoraLinear, x: Tensor, rows: Rows) -> Tensor:
     return y
 
 
-def _fused(layer: FusedLoraLinear, x: Tensor, rows: Rows, p: float) -> Tensor:
+def _one_op(layer: LoraAdapters, x: Tensor, rows: Rows, p: float) -> Tensor:
     mixtures = rows.only(layer.lora_A)
     if not any(mixtures):
         return layer.base_layer(x)

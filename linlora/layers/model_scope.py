@@ -17,7 +17,7 @@ _ATTENTION = ("eager", "sdpa")
 
 
 def enter_model_scope(model: Any) -> tuple[str, ...]:
-    """Give every linearized layer the stream of the model; returns the names of the modules fused as a whole."""
+    """Give every linearized layer the stream of the model; returns the names of the modules that run as one op."""
     stream = Stream()
     for module in _layers(model):
         module.stream = stream

@@ -1,4 +1,4 @@
-"""PEFT's own ways to merge and unmerge, on a model with fused layers: they finish, or change nothing.
+"""PEFT's methods that merge and unmerge, on a model with converted layers: they finish, or change nothing.
 
 Checked before the first weight changes: that no other module shares one (linlora.layers.sharing), and that each holds
 W + ΔW.
@@ -13,7 +13,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from linlora.layers.lora_linear import FusedLoraLinear
+from linlora.layers.lora_linear import LoraLinear
 from linlora.layers.restoring import leave_to_class, restoring, uninterrupted
 from linlora.layers.sharing import adapted_layers, refuse_shared
 from linlora.layers.weights import rehearse, unfold
@@ -39,12 +39,12 @@ def _merge_adapter(
 ) -> None:
     refuse_shared(model, adapted_layers(model, adapter_names or tuner.active_adapters), "merge_adapter", REMEDY)
     with uninterrupted(), restoring(tuner) as undo:
-        for layer in _fused(tuner):
+        for layer in _converted(tuner):
             undo(_unmerge_to, layer, len(layer.folds))
         type(tuner).merge_adapter(tuner, adapter_names, safe_merge)
 
 
-def _unmerge_to(layer: FusedLoraLinear, folds: int) -> None:
+def _unmerge_to(layer: LoraLinear, folds: int) -> None:
     while len(layer.folds) > folds:
         unfold(layer.get_base_layer().weight.data, layer.folds.pop())
 
@@ -64,15 +64,15 @@ def _merge_and_unload(
     adapters = adapter_names or tuner.active_adapters
     refuse_shared(model, adapted_layers(model, adapters), "merge_and_unload", REMEDY)
     with uninterrupted(), restoring(tuner):
-        for layer in _fused(tuner):
+        for layer in _converted(tuner):
             names = [name for name in adapters if name in layer.lora_A and name not in layer.merged_adapters]
             if names:
                 rehearse(layer.get_base_layer().weight.data, layer.update_that_fits(names))
         return type(tuner).merge_and_unload(tuner, progressbar, safe_merge, adapter_names)
 
 
-def _fused(tuner: nn.Module) -> list[FusedLoraLinear]:
-    return [module for module in tuner.modules() if isinstance(module, FusedLoraLinear)]
+def _converted(tuner: nn.Module) -> list[LoraLinear]:
+    return [module for module in tuner.modules() if isinstance(module, LoraLinear)]
 
 
 _METHODS: dict[str, Callable[..., Any]] = {

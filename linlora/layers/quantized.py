@@ -1,8 +1,8 @@
-"""LoRA over a quantized base layer: the base computes as it does, the low-rank part is added to its output.
+"""LoRA over a quantized base layer: the base runs unchanged, and the low-rank part is added to its output.
 
-The fused product of W with both factors is not to be had without W. So the layer is two steps, the quantized forward
-and one low-rank update, at layer scope; at model scope base(x) and base(x_t), with an update of both streams. The base
-is never dequantized: an adapter over it is served unmerged.
+One op for W and both factors needs W. Over a quantized base the layer is two steps: the quantized forward and one
+low-rank update at layer scope; base(x), base(x_t) and an update of both streams at model scope. The base is never
+dequantized: an adapter over it is served unmerged.
 """
 
 from __future__ import annotations
@@ -11,8 +11,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from linlora.layers.adapters import Factors
 from linlora.layers.calls import is_called_plainly
-from linlora.layers.lora_linear import Factors, FusedLoraLinear
+from linlora.layers.lora_linear import LoraLinear
 from linlora.layers.mixed_batches import begin_mixed, called_by_rows
 from linlora.layers.mixtures import Rows
 from linlora.layers.weights import Update
@@ -32,7 +33,7 @@ def quantized(layer: Any) -> bool:
     return isinstance(layer, QuantizedLoraLinear) or type(layer).__name__ in _CLASSES.get(type(layer).__module__, ())
 
 
-class QuantizedLoraLinear(FusedLoraLinear):
+class QuantizedLoraLinear(LoraLinear):
     """A LoRA layer over a quantized base, plain or linearized. Made by `linlora.layers.conversion`."""
 
     fan_in_fan_out = False

@@ -109,7 +109,7 @@ def _changed(config: LoraConfig) -> dict[str, Any]:
 
 
 def not_vanilla_layer(layer: Any, adapters: Sequence[str]) -> str | None:
-    """Why these adapters of a PEFT LoRA layer are not the B A x that is fused, or None."""
+    """Why these adapters of a PEFT LoRA layer are not the B A x that the op computes, or None."""
     variants = {type(layer.lora_variant[name]).__name__ for name in adapters if name in layer.lora_variant}
     if variants:
         return (

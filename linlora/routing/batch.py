@@ -19,7 +19,7 @@ from linlora.ops.mix_inventories import mix_inventories
 from linlora.ops.routing_checks import check_task_ids
 from linlora.routing.context import Factors, Routing
 from linlora.routing.inventory import in_words
-from linlora.routing.layers import RoutedLoraLinear
+from linlora.routing.routed_lora_linear import RoutedLoraLinear
 from linlora.routing.side_by_side import most_adapters, side_by_side
 
 INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)

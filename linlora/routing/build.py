@@ -12,9 +12,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from linlora.routing.granularity import selector_of
-from linlora.routing.layers import LayerSizes, RoutedLayer
-from linlora.routing.model import Inventory, RoutedModel
+from linlora.routing.model import RoutedModel
+from linlora.routing.routed_layer import LayerSizes, RoutedLayer
 from linlora.routing.selectors import Selector, Sizes
+from linlora.routing.structure import Inventory
 from linlora.routing.variants import VARIANTS
 
 LINEAR = (nn.Linear, Conv1D)  # by type: nn.MultiheadAttention reads the weight of its out_proj and never calls it

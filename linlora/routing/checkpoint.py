@@ -11,19 +11,17 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from linlora.routing.scope import scope_of
+from linlora.routing.scope import scope_of, set_scope
 from linlora.routing.selectors import Selector
+from linlora.routing.structure import RoutedStructure
 from linlora.routing.variants import make_selector
 from linlora.storage.files import CorruptFileError, parse_json
 from linlora.storage.tensor_files import load_tensors, save_tensors
-
-if TYPE_CHECKING:
-    from linlora.routing.model import RoutedModel
 
 FILE = "routed_model.safetensors"
 FORMAT = "linlora.routed_model"
@@ -42,24 +40,7 @@ class Saved:
     tensors: dict[str, Tensor]
 
 
-def base_names(model: RoutedModel) -> set[str]:
-    """The names in the model's state dict of what belongs to the base model and does not train."""
-    own = tuple(f"model.{name}." for name in model.modules_to_save)
-    inside = tuple(f"model.{layer.layer_name}." for layer in model.layers)
-    frozen = tuple(f"model.{layer.layer_name}.base_layer." for layer in model.layers)
-    parameters = model.named_parameters(remove_duplicate=False)
-    names = [name for name, parameter in parameters if not parameter.requires_grad]
-    names += [name for name, _ in model.named_buffers()]
-    return {
-        name
-        for name in names
-        if name.startswith("model.")
-        and not name.startswith(own)
-        and (name.startswith(frozen) or not name.startswith(inside))
-    }
-
-
-def write(model: RoutedModel, directory: str | os.PathLike) -> None:
+def write(model: RoutedStructure, directory: str | os.PathLike) -> None:
     """Write the file of a routed model into a directory."""
     description = {
         "layers": [
@@ -110,7 +91,7 @@ def check_base(model: nn.Module, saved: Saved, directory: str | os.PathLike) -> 
         )
 
 
-def restore(model: RoutedModel, saved: Saved, directory: str | os.PathLike) -> None:
+def restore(model: RoutedStructure, saved: Saved, directory: str | os.PathLike) -> None:
     """Bring a model just made from the description of a file to the state of the file."""
     for layer, (_, _, _, state) in zip(model.layers, saved.layers, strict=True):
         if state != "plain":
@@ -129,4 +110,4 @@ def restore(model: RoutedModel, saved: Saved, directory: str | os.PathLike) -> N
         for name, tensor in wanted.items():
             tensor.copy_(saved.tensors[name])
     if saved.scope is not None:
-        model.set_scope(saved.scope)
+        set_scope(model, saved.scope)

@@ -9,9 +9,10 @@ from peft.utils import AuxiliaryTrainingWrapper
 
 from linlora.layers.calls import is_called_plainly
 from linlora.layers.restoring import restoring
-from linlora.routing.layers import LayerSizes
-from linlora.routing.model import Inventory, RoutedModel
+from linlora.routing.model import RoutedModel
+from linlora.routing.routed_layer import LayerSizes
 from linlora.routing.selectors import Poly, Sizes
+from linlora.routing.structure import Inventory
 
 
 def convert(model: PeftModel, linearized: bool = False) -> RoutedModel:

@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 
 from linlora.ops.checks import autocast_input
 from linlora.routing.context import Context, Routing
-from linlora.routing.layers import LayerSizes, RoutedLayer
+from linlora.routing.routed_layer import LayerSizes, RoutedLayer
 
 
 class DyadicLoraLinear(RoutedLayer):

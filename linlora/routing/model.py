@@ -5,9 +5,9 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any, NamedTuple, NoReturn, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor, nn
@@ -16,21 +16,14 @@ from linlora.layers.restoring import restoring
 from linlora.routing import checkpoint
 from linlora.routing import scope as scopes
 from linlora.routing.batch import route_tasks, route_weights
-from linlora.routing.context import Context, Routing
-from linlora.routing.dyadic import DyadicLoraLinear
-from linlora.routing.layers import LayerSizes, RoutedLayer, RoutedLoraLinear
+from linlora.routing.context import Routing
 from linlora.routing.report import RoutedReport, report
+from linlora.routing.routed_layer import LayerSizes
 from linlora.routing.selectors import Selector
+from linlora.routing.structure import Inventory, RoutedStructure
 
 
-class Inventory(NamedTuple):
-    """What a layer is given: its sizes, and the name of its selector (None: mixture of dyadic experts)."""
-
-    sizes: LayerSizes
-    selector: str | None
-
-
-class RoutedModel(nn.Module):
+class RoutedModel(RoutedStructure):
     """A model with inventories of skills in its linear layers. Made by `linlora.routing.route`, `convert` and others.
 
     It takes the place of the base model, whose attributes it has, and is called as that is, with `task_ids=` or
@@ -53,45 +46,8 @@ class RoutedModel(nn.Module):
         selectors: Mapping[str, Selector],
         modules_to_save: Sequence[str] = (),
     ) -> None:
-        super().__init__()
-        with restoring(model):
-            self._put_into(model, layers, selectors, modules_to_save)
-
-    def _put_into(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, Inventory],
-        selectors: Mapping[str, Selector],
-        modules_to_save: Sequence[str],
-    ) -> None:
-        self.model = model
-        self.context = Context()
-        self.inventories, self.modules_to_save = dict(layers), tuple(modules_to_save)
-        self.selector_names = tuple(selectors)
-        self.selectors = nn.ModuleList(selectors.values())
-        made: list[RoutedLayer] = []
-        for name, (sizes, selector) in layers.items():
-            base_layer = model.get_submodule(name)
-            if selector is None:
-                made.append(DyadicLoraLinear(name, base_layer, self.context, sizes))
-            else:
-                made.append(RoutedLoraLinear(name, base_layer, self.context, selectors[selector], sizes))
-        model.requires_grad_(False)
-        for layer in made:
-            name, _, attribute = layer.layer_name.rpartition(".")
-            parent = model.get_submodule(name)
-            setattr(parent, attribute, layer.train(model.training))
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                # In eval mode it computes with the weights of its layers without calling them, unless they have hooks.
-                layer.register_forward_pre_hook(_be_called)
-        self.layers: tuple[RoutedLayer, ...] = tuple(made)
-        for name in modules_to_save:
-            model.get_submodule(name).requires_grad_(True)
-        self.train(model.training)
-        self.fused_modules: tuple[str, ...] = ()
+        super().__init__(model, layers, selectors, modules_to_save)
         self.forward = _SignedForward(self)  # type: ignore[method-assign]
-        self.register_state_dict_post_hook(_drop_base)
-        self.register_load_state_dict_post_hook(_ignore_base)
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -160,21 +116,6 @@ class RoutedModel(nn.Module):
     # -- as a model -----------------------------------------------------------------------------------------------
 
     @property
-    def routed_layers(self) -> tuple[RoutedLoraLinear, ...]:
-        """The layers that mix an inventory by a selector."""
-        return tuple(layer for layer in self.layers if isinstance(layer, RoutedLoraLinear))
-
-    @property
-    def n_tasks(self) -> int:
-        """How many tasks the selectors know; 0 where nothing depends on the task."""
-        return max((s.sizes.n_tasks for s in self.selector_by_name.values() if s.reads == "task"), default=0)
-
-    @property
-    def selector_by_name(self) -> dict[str, Selector]:
-        """The selectors by the name of what they are for: a layer, a block, or '' for the model."""
-        return dict(zip(self.selector_names, cast(Iterable[Selector], self.selectors), strict=True))
-
-    @property
     def base_model(self) -> RoutedModel:
         """Itself: what takes task ids here, as `base_model` does in PEFT."""
         return self
@@ -190,20 +131,6 @@ class RoutedModel(nn.Module):
                 raise
             return getattr(self.model, name)
 
-    def set_selectors(self, selectors: Mapping[str, Selector]) -> None:
-        """Put other selectors in the place of those of the same names."""
-        by_name = {**self.selector_by_name, **selectors}
-        for name, selector in self.selector_by_name.items():
-            if selector.apart and not by_name[name].apart:
-                raise ValueError(
-                    f"selector '{name}': the skills are adapters trained apart, whose factors a "
-                    f"{type(by_name[name]).__name__} would add; give every request its weights, mixture="
-                )
-        with restoring(self):
-            self.selectors = nn.ModuleList(by_name[name] for name in self.selector_names).train(self.training)
-            for layer in self.routed_layers:
-                layer.set_selector(by_name[self.inventories[layer.layer_name].selector or ""])
-
     def unload(self) -> nn.Module:
         """Put the frozen layers back in their places and return the base model; this model is used up."""
         with restoring(self):
@@ -212,11 +139,6 @@ class RoutedModel(nn.Module):
                 parent, _, attribute = layer.layer_name.rpartition(".")
                 setattr(self.model.get_submodule(parent), attribute, layer.base_layer)
             return self.model
-
-    def skills(self) -> Iterator[nn.Parameter]:
-        """The parameters of all inventories, without those of selectors and of modules_to_save."""
-        for layer in self.layers:
-            yield from (parameter for name, parameter in layer.named_parameters() if name.startswith("lora_"))
 
     def report(self) -> RoutedReport:
         """What the model consists of and what of it trains; print it."""
@@ -274,7 +196,8 @@ class RoutedModel(nn.Module):
     def delinearize(self) -> RoutedModel:
         """What `linlora.delinearize` does to a routed model: the skills as plain LoRA factors again."""
         with restoring(self):
-            return scopes.delinearize(self)
+            scopes.delinearize(self)
+        return self
 
     # -- files ----------------------------------------------------------------------------------------------------
 
@@ -307,8 +230,10 @@ class RoutedModel(nn.Module):
 
 
 class _SignedForward:
-    """`forward` of one routed model, with the signature of its base model's and `task_ids`: what the HF Trainer reads
-    to know which columns of a data set the model takes."""
+    """`forward` of one routed model, with the signature of its base model's and `task_ids` and `mixture`.
+
+    The HF Trainer reads there which columns of a data set the model takes.
+    """
 
     def __init__(self, model: RoutedModel) -> None:
         self.model = model
@@ -325,17 +250,3 @@ class _SignedForward:
         ]
         at = len(parameters) - sum(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
         return inspect.Signature([*parameters[:at], *own, *parameters[at:]])
-
-
-def _be_called(*_: Any) -> None:
-    """A hook that changes nothing."""
-
-
-def _drop_base(model: RoutedModel, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    for name in checkpoint.base_names(model):
-        state_dict.pop(prefix + name, None)
-
-
-def _ignore_base(model: RoutedModel, incompatible: Any) -> None:
-    base = tuple(checkpoint.base_names(model))
-    incompatible.missing_keys[:] = [name for name in incompatible.missing_keys if not name.endswith(base)]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 
 from linlora.layers.restoring import restoring
 from linlora.routing.inventory import in_words
-from linlora.routing.layers import LayerSizes
-from linlora.routing.model import Inventory, RoutedModel
+from linlora.routing.model import RoutedModel
+from linlora.routing.routed_layer import LayerSizes
 from linlora.routing.selectors import Poly, Private, Selector, Sizes
+from linlora.routing.structure import Inventory
 from linlora.storage.files import CorruptFileError
 
 Layout = Literal["camera_ready", "skills_first"]

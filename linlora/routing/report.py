@@ -11,11 +11,12 @@ from torch import nn
 
 from linlora.ops import backends
 from linlora.routing.inventory import in_words
-from linlora.routing.layers import RoutedLayer, RoutedLoraLinear
+from linlora.routing.routed_layer import RoutedLayer
+from linlora.routing.routed_lora_linear import RoutedLoraLinear
 from linlora.routing.scope import scope_of
+from linlora.routing.structure import RoutedStructure
 
 if TYPE_CHECKING:
-    from linlora.routing.model import RoutedModel
     from linlora.stream import Stream
     from linlora.stream.fallback import Fallback
 
@@ -37,7 +38,7 @@ class RoutedReport:
     scope: str | None
     backend: str
     modules_to_save: tuple[str, ...]
-    fused_modules: tuple[str, ...] = ()
+    whole_modules: tuple[str, ...] = ()
     stream: Stream | None = field(default=None, repr=False)
 
     @property
@@ -52,8 +53,8 @@ class RoutedReport:
         lines += [f"  {count:4d} x {kind}" for kind, count in self.layers.items()]
         lines += [f"  {count:4d} x selector {kind}" for kind, count in self.selectors.items()]
         lines += [f"  backend: {self.backend}"]
-        if self.fused_modules:
-            lines += [f"  fused as a whole: {len(self.fused_modules)} modules"]
+        if self.whole_modules:
+            lines += [f"  modules run whole, as one op: {len(self.whole_modules)}"]
         lines += [f"  without a rule, by forward mode: {fallback}" for fallback in self.fallbacks]
         lines += [f"  trained as it is: {name}" for name in self.modules_to_save]
         parts = ", ".join(f"{name} {count:,}" for name, count in self.trainable.items() if count)
@@ -61,7 +62,7 @@ class RoutedReport:
         return "\n".join(lines)
 
 
-def report(model: RoutedModel) -> RoutedReport:
+def report(model: RoutedStructure) -> RoutedReport:
     """The report of a routed model as it is now."""
     selectors = (f"{type(s).__name__}({s.extra_repr()})" for s in model.selector_by_name.values())
     device = model.layers[0].weight.device if model.layers else "cpu"
@@ -78,7 +79,7 @@ def report(model: RoutedModel) -> RoutedReport:
         scope=scope_of(model),
         backend=backends.explain("routed_lora_linear", device).backend,
         modules_to_save=model.modules_to_save,
-        fused_modules=model.fused_modules,
+        whole_modules=model.whole_modules,
         stream=model.layers[0].stream if model.layers else None,
     )
 

@@ -9,20 +9,16 @@ Where all B are zero, as in a fresh inventory, nothing changes.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from linlora.layers.model_scope import check_attention, enter_model_scope, leave_model_scope
-from linlora.routing.layers import RoutedLoraLinear
+from linlora.routing.routed_lora_linear import RoutedLoraLinear
+from linlora.routing.structure import RoutedStructure
 from linlora.storage.tensor_files import finite
 from linlora.stream import head
-
-if TYPE_CHECKING:
-    from linlora.routing.model import RoutedModel
 
 SCOPES = ("layer", "model")
 
 
-def linearize(model: RoutedModel, scope: str) -> None:
+def linearize(model: RoutedStructure, scope: str) -> None:
     """Linearize a routed model at the means of its inventories, in place."""
     _check(model, scope)
     for layer in model.routed_layers:
@@ -43,7 +39,7 @@ def linearize(model: RoutedModel, scope: str) -> None:
         _enter(model)
 
 
-def set_scope(model: RoutedModel, scope: str) -> None:
+def set_scope(model: RoutedStructure, scope: str) -> None:
     """Let a linearized routed model be that of the other scope: the same inventories, another function."""
     if model.layers and not any(layer.state != "plain" for layer in model.routed_layers):
         raise ValueError("set_scope: the model is not linearized; call linlora.linearize(model, scope)")
@@ -53,28 +49,27 @@ def set_scope(model: RoutedModel, scope: str) -> None:
         _enter(model)
 
 
-def leave(model: RoutedModel) -> None:
+def leave(model: RoutedStructure) -> None:
     """Let the model carry one stream of activations again."""
     leave_model_scope(model)
-    model.fused_modules = ()
+    model.whole_modules = ()
 
 
-def delinearize(model: RoutedModel) -> RoutedModel:
+def delinearize(model: RoutedStructure) -> None:
     """Give every skill its plain factors (A0 + dA_s, B0 + dB_s), in place."""
     leave(model)
     for layer in model.routed_layers:
         layer.delinearize()
-    return model
 
 
-def scope_of(model: RoutedModel) -> str | None:
+def scope_of(model: RoutedStructure) -> str | None:
     """ "layer" or "model" of a linearized model, None of a plain one."""
     if all(layer.state == "plain" for layer in model.routed_layers):
         return None
     return "layer" if model.layers[0].stream is None else "model"
 
 
-def _check(model: RoutedModel, scope: str) -> None:
+def _check(model: RoutedStructure, scope: str) -> None:
     if scope not in SCOPES:
         raise ValueError(f"unknown scope {scope!r}: choose 'layer' or 'model'")
     other = [layer for layer in model.layers if not isinstance(layer, RoutedLoraLinear)]
@@ -101,7 +96,7 @@ def _check(model: RoutedModel, scope: str) -> None:
         )
 
 
-def _check_order(model: RoutedModel) -> None:
+def _check_order(model: RoutedStructure) -> None:
     """A module trained as a whole ends the stream, so no inventory may come after it."""
     trained = None
     for name, module in model.model.named_modules():
@@ -114,12 +109,12 @@ def _check_order(model: RoutedModel) -> None:
             )
 
 
-def _enter(model: RoutedModel) -> None:
-    fused = enter_model_scope(model)
+def _enter(model: RoutedStructure) -> None:
+    whole = enter_model_scope(model)
     for module in _trained_modules(model):
         module.register_forward_pre_hook(head.collapse_inputs, with_kwargs=True)
-    model.fused_modules = fused
+    model.whole_modules = whole
 
 
-def _trained_modules(model: RoutedModel) -> list:
+def _trained_modules(model: RoutedStructure) -> list:
     return [model.model.get_submodule(name) for name in model.modules_to_save]

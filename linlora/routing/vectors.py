@@ -12,13 +12,14 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linlora.layers.calls import is_called_plainly
-from linlora.layers.lora_linear import fused_layers
+from linlora.layers.lora_linear import converted_layers
 from linlora.layers.model_scope import leave_model_scope
 from linlora.layers.restoring import restoring
 from linlora.routing.inventory import skill
-from linlora.routing.layers import LayerSizes, check_linear
-from linlora.routing.model import Inventory, RoutedModel
+from linlora.routing.model import RoutedModel
+from linlora.routing.routed_layer import LayerSizes, check_linear
 from linlora.routing.selectors import Selector, Sizes
+from linlora.routing.structure import Inventory
 from linlora.routing.variants import VARIANTS
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
@@ -72,9 +73,9 @@ def from_vectors(
         raise TypeError(f"from_vectors takes the PeftModel the vectors are of, got {type(model).__name__}")
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(sorted(VARIANTS))}")
-    for name, fused in fused_layers(model):
-        if fused.merged_adapters:
-            raise ValueError(f"layer '{name}': {fused.merged_adapters} are merged; call model.unmerge_adapter()")
+    for name, converted in converted_layers(model):
+        if converted.merged_adapters:
+            raise ValueError(f"layer '{name}': {converted.merged_adapters} are merged; call model.unmerge_adapter()")
     layers, scope = _layers(vectors)
     if scope is None:
         if variant != "private":

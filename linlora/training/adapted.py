@@ -11,7 +11,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from linlora import formats
-from linlora.layers.linearize import Report, accelerate, linearize
+from linlora.layers.linearize import accelerate, linearize
+from linlora.layers.report import Report
 from linlora.training.checkpoints import quiet
 from linlora.training.settings import Settings
 from linlora.training.task import Task

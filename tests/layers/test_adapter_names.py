@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch.nn.functional import cross_entropy
 
 import linlora
-from linlora.layers.lora_linear import fused_layers
+from linlora.layers.lora_linear import converted_layers
 from linlora.testing import randomize, tiny_base, tiny_batch
 
 pytestmark = pytest.mark.filterwarnings("ignore:Adapter name 'a' should not be contained in")
@@ -51,7 +51,7 @@ def model_of_strangers(make="accelerate", dtype=torch.float64, architecture="ber
 def merged(model, mixture):
     """The base model with Σ λ ΔW in its weights."""
     base = copy.deepcopy(model)
-    for (_, layer), (_, original) in zip(fused_layers(base), fused_layers(model), strict=True):
+    for (_, layer), (_, original) in zip(converted_layers(base), converted_layers(model), strict=True):
         for name, weight in mixture.items():
             if name in original.lora_A:
                 layer.base_layer.weight.data += weight * original.get_delta_weight(name)
@@ -85,24 +85,24 @@ def test_every_row_is_the_model_with_its_mixture_merged(make, architecture):
         torch.testing.assert_close(together, alone, rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.filterwarnings("ignore:.*called, not fused")
+@pytest.mark.filterwarnings("ignore:.*called, not run as one op")
 def test_layers_that_are_called_mix_too():
     model, batch = model_of_strangers("pair"), tiny_batch("bert", len(MIXED))
     expected = model(**batch, adapter_names=MIXED).logits
-    for _, layer in fused_layers(model):
+    for _, layer in converted_layers(model):
         for part in (layer.base_layer, *layer.lora_A.values()):
             part.register_forward_hook(lambda *_: None)
     torch.testing.assert_close(model(**batch, adapter_names=MIXED).logits, expected, rtol=1e-10, atol=1e-12)
     plain = model_of_strangers()
     expected = plain(**batch, adapter_names=MIXED).logits
-    next(m for _, m in fused_layers(plain)).lora_B["a"].register_forward_hook(lambda *_: None)
+    next(m for _, m in converted_layers(plain)).lora_B["a"].register_forward_hook(lambda *_: None)
     torch.testing.assert_close(plain(**batch, adapter_names=MIXED).logits, expected, rtol=1e-10, atol=1e-12)
 
 
 def test_an_adapter_of_weight_zero_has_no_part_in_its_row():
     model, batch = model_of_strangers(), tiny_batch("bert", 3)
     expected = model(**batch, adapter_names=["a", {"a": 2.0}, "__base__"]).logits
-    for _, layer in fused_layers(model):
+    for _, layer in converted_layers(model):
         if "c" in layer.lora_A:
             layer.lora_B["c"].weight.data.fill_(torch.nan)
     zero = [{"a": 1.0, "c": 0.0}, {"c": 0, "a": 2.0}, {"c": -0.0}]
@@ -291,7 +291,7 @@ def test_calls_with_and_without_rows_share_a_backward():
 def test_a_checkpoint_that_loses_the_rows_is_refused(reentrant):
     model = model_of_strangers().train()
     model.set_requires_grad(list(ADAPTERS))
-    layer = next(layer for _, layer in fused_layers(model))
+    layer = next(layer for _, layer in converted_layers(model))
     x = torch.randn(2, 32, dtype=torch.float64, requires_grad=True)
 
     def block(x):
@@ -312,7 +312,7 @@ def test_rows_of_adapters_that_do_not_train_are_warned_of():
 
 def test_dropout_is_drawn_for_every_row_fused_or_called():
     model = model_of_strangers(lora_dropout=0.5).train()
-    layer = next(layer for _, layer in fused_layers(model) if {"a", "b"} <= layer.lora_A.keys())
+    layer = next(layer for _, layer in converted_layers(model) if {"a", "b"} <= layer.lora_A.keys())
     x, names = torch.randn(32, dtype=torch.float64).expand(4000, -1), ["a", {"a": 0.5, "b": 1.0}] * 2000
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import linlora
-from linlora.layers.lora_linear import FusedLoraLinear, fused_layers
+from linlora.layers.lora_linear import LoraLinear, converted_layers
 from linlora.testing import ARCHITECTURES, randomize, tiny_base, tiny_batch, tiny_model
 
 
@@ -75,7 +75,7 @@ def test_conv1d_targets():
     before = logits(model, "gpt2")
     linlora.linearize(model)
     layer = model.get_submodule("base_model.model.transformer.h.0.attn.c_attn")
-    assert isinstance(layer, FusedLoraLinear)
+    assert isinstance(layer, LoraLinear)
     assert layer.fan_in_fan_out
     torch.testing.assert_close(logits(model, "gpt2"), before, rtol=1e-4, atol=1e-5)
 
@@ -143,7 +143,7 @@ def test_a_deleted_adapter_is_gone_everywhere(tmp_path):
     linlora.linearize(model)
     model.delete_adapter("default")
     assert not any("default" in name for name in model.state_dict())
-    assert all("default" not in layer.states for _, layer in fused_layers(model))
+    assert all("default" not in layer.states for _, layer in converted_layers(model))
     model.save_pretrained(tmp_path)
     linlora.delinearize(model)
 
@@ -228,7 +228,7 @@ def test_delinearize_of_a_trained_adapter_gives_point_plus_delta():
     A0 = next(layer.lora_A.default.weight.clone() for layer in model.modules() if hasattr(layer, "lora_A"))
     linlora.linearize(model)
     randomize(model, 4, ("lora_dA", "lora_dB"))
-    dA = next(layer.lora_dA["default"].clone() for _, layer in fused_layers(model))
+    dA = next(layer.lora_dA["default"].clone() for _, layer in converted_layers(model))
     linlora.delinearize(model)
     A = next(layer.lora_A.default.weight for layer in model.modules() if hasattr(layer, "lora_A"))
     torch.testing.assert_close(A, A0 + dA)
@@ -296,7 +296,7 @@ class TestRefusals:
         model = get_peft_model(base, LoraConfig(r=2, target_modules=["embedding", "conv", "linear"]))
         with pytest.raises(linlora.UnsupportedLayerError, match=r"(?s)'embedding': .*Embedding.*'conv': .*Conv2d"):
             linlora.linearize(model)
-        assert not any(isinstance(m, FusedLoraLinear) for m in model.modules())  # refused whole, not half done
+        assert not any(isinstance(m, LoraLinear) for m in model.modules())  # refused whole, not half done
 
     def test_linearizing_twice(self):
         model = tiny_model()

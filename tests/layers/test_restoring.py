@@ -2,7 +2,6 @@
 
 import contextlib
 import signal
-import sys
 from collections import OrderedDict
 
 import pytest
@@ -11,14 +10,12 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import linlora
-from linlora.layers import conversion, folding, model_scope, weights
+from linlora.formats import export
+from linlora.layers import conversion, folding, linearize, model_scope, report, weights
 from linlora.layers import lora_linear as modules
 from linlora.stream import head
 from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
 from linlora.vectors import task_vector
-
-linearize = sys.modules["linlora.layers.linearize"]
-export = sys.modules["linlora.formats.export"]
 
 
 class FailedStepError(RuntimeError):
@@ -68,8 +65,8 @@ STEPS = {
         None,
         lambda made: linlora.linearize(made, point=point()),
         [
-            (linearize, "fuse_layer"), (linearize, "_linearize_adapter"), (folding, "accept_folded_factors"),
-            (folding, "save_folded_factors"), (linearize, "restore_on_error"), (linearize, "_report"),
+            (linearize, "convert_layer"), (linearize, "_linearize_adapter"), (folding, "accept_folded_factors"),
+            (folding, "save_folded_factors"), (linearize, "restore_on_error"), (linearize, "report"),
             (task_vector, "assign"), (conversion, "follow_class"),
         ],
     ),
@@ -77,10 +74,10 @@ STEPS = {
         None,
         lambda made: linlora.linearize(made, scope="model"),
         [
-            (linearize, "enter_model_scope"), (head, "attach"), (model_scope, "fuse_modules"), (linearize, "_backend"),
+            (linearize, "enter_model_scope"), (head, "attach"), (model_scope, "fuse_modules"), (report, "_backend"),
         ],
     ),
-    "accelerate": (None, linlora.accelerate, [(linearize, "fuse_layer"), (linearize, "_report")]),
+    "accelerate": (None, linlora.accelerate, [(linearize, "convert_layer"), (linearize, "report")]),
     "set_scope to model": (
         "layer", lambda made: linlora.set_scope(made, "model"), [(head, "attach"), (model_scope, "fuse_modules")]
     ),
@@ -92,7 +89,7 @@ STEPS = {
         linlora.delinearize,
         [
             (linearize, "leave_model_scope"), (linearize, "_delinearize_layer"), (folding, "refuse_folded_factors"),
-            (linearize, "unfuse_layer"), (folding, "save_plain_factors"), (linearize, "leave_to_class"),
+            (linearize, "convert_back"), (folding, "save_plain_factors"), (linearize, "leave_to_class"),
         ],
     ),
     "apply": ("layer", lambda made: linlora.apply(made, vector()), [(task_vector, "assign")]),
@@ -100,17 +97,17 @@ STEPS = {
         None,
         linlora.merge,
         [
-            (modules.FusedLoraLinear, "update_that_fits"), (linearize, "fuse_layer"),
-            (modules.FusedLoraLinear, "unload_and_optionally_merge_module"),
+            (modules.LoraLinear, "update_that_fits"), (linearize, "convert_layer"),
+            (modules.LoraLinear, "unload_and_optionally_merge_module"),
         ],
     ),
     "merge of a linearized model": (
-        "layer", linlora.merge, [(modules.FusedLoraLinear, "unload_and_optionally_merge_module")]
+        "layer", linlora.merge, [(modules.LoraLinear, "unload_and_optionally_merge_module")]
     ),
     "add_adapter": (
         "layer",
         lambda made: made.add_adapter("later", LoraConfig(r=2, target_modules=["query", "key"])),
-        [(modules.FusedLoraLinear, "update_layer"), (modules, "not_vanilla_layer")],
+        [(modules.LoraLinear, "update_layer"), (modules, "not_vanilla_layer")],
     ),
 }  # fmt: skip
 CASES = [(name, *step) for name, (_, _, steps) in STEPS.items() for step in steps]
@@ -211,7 +208,7 @@ def test_what_would_stop_a_fold_stops_it_before_the_first_weight_changes(merge, 
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_merging_by_peft_that_fails_at_a_layer_leaves_the_model_as_it_was(merge):
     made = model("layer")
-    layers = [module for module in made.modules() if isinstance(module, modules.FusedLoraLinear)]
+    layers = [module for module in made.modules() if isinstance(module, modules.LoraLinear)]
     layers[3].lora_B["default"].weight.data[0, 0] = 1e38
     layers[3].lora_A["default"].weight.data[0] = 1e38
     before = state(made)

@@ -13,7 +13,7 @@ import linlora
 from linlora import TaskVector, formats
 from linlora.formats.export import export_stored
 from linlora.layers import vanilla
-from linlora.layers.linearize import UnsupportedLayerError
+from linlora.layers.finding import UnsupportedLayerError
 from linlora.merging import merge_files
 from linlora.testing import tiny_base, tiny_model
 

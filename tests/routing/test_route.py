@@ -222,7 +222,7 @@ class TestRefusals:
             ValueError, match=r"layer 'bert.encoder.layer.0.attention.self.query': n_heads = 5 does not"
         ):
             routing.route(base, 2, n_heads=5, target_modules=["query"])
-        assert not any(isinstance(m, routing.layers.RoutedLayer) for m in base.modules())
+        assert not any(isinstance(m, routing.routed_layer.RoutedLayer) for m in base.modules())
 
     def test_no_match_lists_the_candidates(self):
         with pytest.raises(

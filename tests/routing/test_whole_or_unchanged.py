@@ -9,8 +9,8 @@ from torch import nn
 import linlora
 from linlora import routing
 from linlora.routing.dyadic import DyadicLoraLinear
-from linlora.routing.layers import RoutedLoraLinear
 from linlora.routing.model import RoutedModel
+from linlora.routing.routed_lora_linear import RoutedLoraLinear
 from linlora.routing.selectors import Poly
 from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
 
@@ -306,4 +306,4 @@ def test_hooks_of_a_poly_layer_are_refused_by_its_name():
 @pytest.mark.parametrize("module", [nn.Embedding(4, 4), nn.Bilinear(2, 2, 2)], ids=lambda m: type(m).__name__)
 def test_layers_whose_weight_is_no_matrix_are_refused(module):
     with pytest.raises(ValueError, match=rf"layer 'x' is a {type(module).__name__}, whose weight is no plain matrix"):
-        routing.layers.check_linear("x", module)
+        routing.routed_layer.check_linear("x", module)

@@ -1,6 +1,6 @@
 """The layer: a frozen linear layer with an inventory of skills, of which every row takes its own mixture.
 
-What a layer passes to the op is decided by its state, as in `linlora.layers.lora_linear`:
+The state of a layer decides what is passed to the op, as in `linlora.layers.adapters`:
 
     plain       A, B                   y = x Wᵀ + b + s (x A_z) B_z
     short       A0, B                  linearized at B0 = 0: y = x Wᵀ + b + s (x A0ᵀ) B_z
@@ -8,148 +8,27 @@ What a layer passes to the op is decided by its state, as in `linlora.layers.lor
 
 Linearized, A and B are the skills' offsets from the point (A0, B0). At model scope, where the layer has a `stream`, it
 returns the primal (the layer at its point) and its tangent as a DualTensor.
-
-The op reads the weight of the base layer. Where a call of it is more than that product (hooks, a forward of its own:
-`linlora.layers.calls`), it is called, with a warning, and the update is added.
 """
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from linlora.functional import routed_lora_linear
-from linlora.layers.calls import beyond_product, hooks_of_all_modules, is_product
-from linlora.layers.lora_linear import State
+from linlora.layers.adapters import State
 from linlora.ops import dual
-from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.grouped_lora_linear import grouped_lora_linear
 from linlora.ops.mix_inventories import mix_inventories
 from linlora.routing.context import Context, Routing
 from linlora.routing.inventory import center, in_words, skill
+from linlora.routing.routed_layer import LayerSizes, RoutedLayer
 from linlora.routing.selectors import Selector
-from linlora.stream import DualTensor, Stream
 from linlora.stream.evaluation import unrecorded
 from linlora.stream.tensor import refuse_inside_function
-
-
-@dataclass(frozen=True)
-class LayerSizes:
-    """The inventory of one layer: S skills of rank r in Q heads, the scaling s of their update and its dropout."""
-
-    n_skills: int
-    n_heads: int
-    rank: int
-    scaling: float
-    dropout: float = 0.0
-
-    def description(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def check_linear(name: str, layer: Any) -> tuple[int, int]:
-    """(outputs, inputs) of a layer whose weight is a plain matrix; a ValueError for any other."""
-    if isinstance(layer, Conv1D):
-        return layer.weight.shape[1], layer.weight.shape[0]
-    if isinstance(layer, nn.Linear):
-        sizes = layer.out_features, layer.in_features
-        if layer.weight.is_floating_point() and tuple(layer.weight.shape) == sizes:
-            return sizes
-    raise ValueError(
-        f"layer '{name}' is a {type(layer).__name__}, whose weight is no plain matrix of its inputs and outputs; only "
-        "nn.Linear and transformers' Conv1D can be routed, so leave it out"
-    )
-
-
-class RoutedLayer(nn.Module):
-    """A frozen linear layer with something low-rank beside it: what all such layers share.
-
-    Attributes:
-        layer_name: its name in the base model. base_layer: the nn.Linear or Conv1D it replaces.
-        context: where it finds how the running batch is routed.
-        stream: at model scope, the stream of the model.
-    """
-
-    base_layer: Any
-    stream: Stream | None
-
-    def __init__(self, name: str, base_layer: nn.Module, context: Context, sizes: LayerSizes) -> None:
-        super().__init__()
-        check_linear(name, base_layer)
-        self.layer_name, self.base_layer, self.context, self.stream = name, base_layer, context, None
-        self.sizes = sizes
-
-    @property
-    def weight(self) -> Tensor:
-        """The frozen weight, which some models ask their layers for."""
-        return self.base_layer.weight
-
-    @property
-    def bias(self) -> Tensor | None:
-        return self.base_layer.bias
-
-    @property
-    def in_features(self) -> int:
-        return self._matrix.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self._matrix.shape[0]
-
-    @property
-    def _matrix(self) -> Tensor:
-        """The frozen weight as (N, K)."""
-        return self.weight.t() if isinstance(self.base_layer, Conv1D) else self.weight
-
-    @property
-    def factor_dtype(self) -> torch.dtype:
-        """Of the trained parameters: the weight's, but float32 for a half-precision one."""
-        return torch.promote_types(self.weight.dtype, torch.float32)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.context.disabled:
-            return self.base_layer(x)
-        routing = self.context.routing
-        if routing is None:
-            raise RuntimeError(
-                f"layer '{self.layer_name}': no batch is being routed. Call the routed model itself, "
-                "routed(**inputs, task_ids=...), not the model inside it. If this came up in backward, the layer is "
-                "recomputed: checkpoint with routed.gradient_checkpointing_enable(), or with torch.utils.checkpoint("
-                "..., use_reentrant=False, context_fn=routed.checkpoint_contexts)"
-            )
-        primal = autocast_input(x.primal if isinstance(x, DualTensor) else x)
-        self._check_input(primal)
-        if is_product(self.base_layer) and not hooks_of_all_modules():
-            return self.adapted(x, routing, self._matrix, self.bias)
-        why = "has hooks, those of all modules" if is_product(self.base_layer) else beyond_product(self.base_layer)
-        warnings.warn(
-            f"layer '{self.layer_name}': its base layer {why}, so it is called and the update added, not fused",
-            stacklevel=2,
-        )
-        return self.base_layer(x) + self.adapted(x, routing, self.weight.new_zeros(()).expand_as(self._matrix), None)
-
-    def adapted(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """x Wᵀ + b and the update of the layer."""
-        raise NotImplementedError
-
-    def _check_input(self, x: Tensor) -> None:
-        weight = self.weight
-        if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"layer '{self.layer_name}': the input {tuple(x.shape)} has {x.shape[-1]} features in its last "
-                f"dimension, the layer takes {self.in_features}"
-            )
-        if x.device != weight.device or (x.dtype != weight.dtype and not autocast_enabled(x.device.type)):
-            raise ValueError(
-                f"layer '{self.layer_name}': the input is {x.dtype} on {x.device}, the layer {weight.dtype} on "
-                f"{weight.device}; cast or move one of them, or run under torch.autocast"
-            )
 
 
 class RoutedLoraLinear(RoutedLayer):
