@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from peft import PeftModel
@@ -20,9 +20,6 @@ from linlora.layers.report import Report, report
 from linlora.layers.restoring import leave_to_class, restore_on_error, restoring
 from linlora.layers.sharding import check_there, is_sharded
 
-if TYPE_CHECKING:
-    from linlora.vectors.task_vector import TaskVector
-
 
 @runtime_checkable
 class Linearizable(Protocol):
@@ -35,7 +32,13 @@ class Linearizable(Protocol):
     def delinearize(self) -> Any: ...
 
 
-def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: TaskVector | None = None) -> Report:
+class Point(Protocol):
+    """A linearization point that a model can be put at, as a `TaskVector` holds one."""
+
+    def move_point(self, model: PeftModel) -> None: ...
+
+
+def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: Point | None = None) -> Report:
     """Linearize a PEFT model in its LoRA adapters, in place, at the adapters' current values.
 
     Layer scope (arXiv 2310.04742 as its code trains it): each layer returns

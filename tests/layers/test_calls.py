@@ -1,4 +1,4 @@
-"""Calls that a fused layer replaces: whatever they would run still runs, or the layer says what cannot."""
+"""Calls that a converted layer replaces: whatever they would run still runs, or the layer says what cannot."""
 
 import copy
 import warnings

@@ -11,8 +11,8 @@ from torch import nn
 
 import linlora
 from linlora.formats import export
-from linlora.layers import conversion, folding, linearize, model_scope, report, weights
-from linlora.layers import lora_linear as modules
+from linlora.layers import adapters, conversion, folding, layer_merging, linearize, model_scope, report, weights
+from linlora.layers.lora_linear import LoraLinear
 from linlora.stream import head
 from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
 from linlora.vectors import task_vector
@@ -97,17 +97,17 @@ STEPS = {
         None,
         linlora.merge,
         [
-            (modules.LoraLinear, "update_that_fits"), (linearize, "convert_layer"),
-            (modules.LoraLinear, "unload_and_optionally_merge_module"),
+            (LoraLinear, "update_that_fits"), (linearize, "convert_layer"),
+            (LoraLinear, "unload_and_optionally_merge_module"),
         ],
     ),
     "merge of a linearized model": (
-        "layer", linlora.merge, [(modules.LoraLinear, "unload_and_optionally_merge_module")]
+        "layer", linlora.merge, [(LoraLinear, "unload_and_optionally_merge_module")]
     ),
     "add_adapter": (
         "layer",
         lambda made: made.add_adapter("later", LoraConfig(r=2, target_modules=["query", "key"])),
-        [(modules.LoraLinear, "update_layer"), (modules, "not_vanilla_layer")],
+        [(LoraLinear, "update_layer"), (adapters, "not_vanilla_layer")],
     ),
 }  # fmt: skip
 CASES = [(name, *step) for name, (_, _, steps) in STEPS.items() for step in steps]
@@ -155,8 +155,8 @@ def test_an_interrupt_waits_until_all_weights_are_folded(merge, monkeypatch):
     made = model("layer")
     owner, step = {
         "merge": (export, "fold"),
-        "merge_adapter": (modules, "fold_keeping"),
-        "merge_and_unload": (modules, "fold_into"),
+        "merge_adapter": (layer_merging, "fold_keeping"),
+        "merge_and_unload": (layer_merging, "fold"),
     }[merge]
     work = getattr(owner, step)
 
@@ -175,13 +175,13 @@ def test_an_interrupt_waits_until_all_weights_are_unfolded(monkeypatch):
     made = model("layer")
     before = state(made)
     made.merge_adapter()
-    work = modules.unfold
+    work = layer_merging.unfold
 
     def interrupted(*args):
         signal.raise_signal(signal.SIGINT)
         work(*args)
 
-    monkeypatch.setattr(modules, "unfold", interrupted)
+    monkeypatch.setattr(layer_merging, "unfold", interrupted)
     with pytest.raises(KeyboardInterrupt):
         made.unmerge_adapter()
     assert state(made) == before
@@ -208,7 +208,7 @@ def test_what_would_stop_a_fold_stops_it_before_the_first_weight_changes(merge, 
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_merging_by_peft_that_fails_at_a_layer_leaves_the_model_as_it_was(merge):
     made = model("layer")
-    layers = [module for module in made.modules() if isinstance(module, modules.LoraLinear)]
+    layers = [module for module in made.modules() if isinstance(module, LoraLinear)]
     layers[3].lora_B["default"].weight.data[0, 0] = 1e38
     layers[3].lora_A["default"].weight.data[0] = 1e38
     before = state(made)
@@ -253,7 +253,7 @@ def test_a_refused_adapter_leaves_the_layers_before_it_alone():
     made = tiny_model("bert", target_modules=["value"])
     linlora.linearize(made)
     before = state(made)
-    with pytest.raises(ValueError, match="adapter 'later' cannot be added to a fused layer"):
+    with pytest.raises(ValueError, match="adapter 'later' cannot be added to a converted layer"):
         made.add_adapter("later", LoraConfig(r=2, target_modules=["query", "value"], use_dora=True))
     assert state(made) == before
     assert "later" not in made.peft_config

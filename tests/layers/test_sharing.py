@@ -46,7 +46,7 @@ def test_a_tied_head_is_not_merged(targets):
 
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 @pytest.mark.parametrize("make", [linlora.accelerate, linlora.linearize])
-def test_nor_by_peft_on_fused_layers(make, merge):
+def test_nor_by_peft_on_converted_layers(make, merge):
     model = adapted(tied(), target_modules=["q_proj", "lm_head"])
     make(model)
     before = logits(model)

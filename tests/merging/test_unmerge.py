@@ -1,4 +1,4 @@
-"""PEFT's merge_adapter, unmerge_adapter and merge_and_unload on fused layers."""
+"""PEFT's merge_adapter, unmerge_adapter and merge_and_unload on converted layers."""
 
 import warnings
 

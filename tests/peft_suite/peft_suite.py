@@ -19,7 +19,7 @@ import xml.etree.ElementTree as ElementTree
 from pathlib import Path
 
 FILES = ("test_custom_models.py", "test_lorafa.py", "test_loraplus.py", "test_helpers.py")
-WIDER = {"test_mixed_adapter_batches_training_mode_raises": "fused layers train several adapters in one batch"}
+WIDER = {"test_mixed_adapter_batches_training_mode_raises": "converted layers train several adapters in one batch"}
 """Tests that a call is refused, which linlora answers on purpose, and why."""
 HERE = Path(__file__).resolve().parent
 

@@ -1,4 +1,4 @@
-"""Mixed requests in one batch: task vectors as skills, and PEFT's adapter_names on fused layers."""
+"""Mixed requests in one batch: task vectors as skills, and PEFT's adapter_names on converted layers."""
 
 import copy
 
