@@ -94,6 +94,10 @@ def _csrc_build():
 setup(
     packages=[*find_packages(include=["linlora", "linlora.*"]), "linlora.kernels", "linlora.bench"],
     package_dir={"linlora.kernels": "kernels", "linlora.bench": "bench"},
-    package_data={"linlora": ["py.typed", "__init__.pyi"], "linlora.ops": ["evidence.json"]},
+    package_data={
+        "linlora": ["py.typed", "__init__.pyi"],
+        "linlora.ops": ["evidence.json"],
+        "linlora.quickstart.glyphs": ["data/*"],
+    },
     cmdclass={"build": Build, "build_cuda": BuildCuda, "bdist_wheel": Wheel},
 )

@@ -53,7 +53,8 @@ class FunctorchModel(nn.Module):
     `linlora.linearize(model, scope="model")` computes, by reverse mode over forward mode. Attention runs under
     SDPBackend.MATH, the only one with forward-mode AD, so scores of length × length stay in memory for backward.
 
-    Takes the model's inputs without labels and returns F of its first output (the logits); a loss is taken on that.
+    Takes the model's inputs without labels and returns F of its output, where that is a tensor, or of the first of its
+    outputs (the logits); a loss is taken on that.
 
     >>> from linlora import baselines, testing
     >>> model = baselines.FunctorchModel(testing.tiny_model("bert"))
@@ -71,7 +72,8 @@ class FunctorchModel(nn.Module):
             raise ValueError("FunctorchModel would linearize the loss too: leave the labels out, take the loss outside")
 
         def network(parameters: dict[str, Tensor]) -> Tensor:
-            return torch.func.functional_call(self.model, parameters, (), inputs)[0]
+            output = torch.func.functional_call(self.model, parameters, (), inputs)
+            return output if isinstance(output, Tensor) else output[0]
 
         with sdpa_kernel(SDPBackend.MATH):
             y, y_tangent = torch.func.jvp(network, *_point_and_delta(self, self.model, self.names))[:2]
