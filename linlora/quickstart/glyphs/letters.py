@@ -46,8 +46,8 @@ def appearance(character: str) -> Tensor:
 def distinct(characters: Iterable[str], unlike: Sequence[str] = (), count: int | None = None) -> list[str]:
     """The first `count` characters, in their order, that look like none kept before and like none of `unlike`.
 
-    >>> distinct("OOQXXI", unlike="X")
-    ['O', 'I']
+    >>> distinct("ABBAXY", unlike="X")
+    ['A', 'B', 'Y']
     """
     kept: list[str] = []
     looks = [appearance(character) for character in unlike]
