@@ -76,7 +76,7 @@ class TaskVector:
         TaskVector(scope='layer', 1 layer, rank 2, 8 values, base_model='bert-base')
         """
         like = shapes(self.deltas)
-        ranks = sorted({delta.shape[1] for name, delta in like.items() if name.endswith(".dB")})
+        ranks = sorted({delta.shape[-1] for name, delta in like.items() if name.endswith(".dB")})
         layers = f"{len(self.scalings)} layer{'s' * (len(self.scalings) != 1)}"
         rank = " to ".join(str(rank) for rank in ranks[:: max(1, len(ranks) - 1)])
         values = sum(delta.numel() for delta in like.values())
@@ -199,7 +199,7 @@ class TaskVector:
             scope = "weight"  # A and B without a start, as linlora wrote plain adapters before it knew weight space
         if scope == "weight" and (lost := [layer for layer in layers if f"{layer}.dA" not in deltas]):
             raise CorruptFileError(f"{path}: layer '{lost[0]}' has no A; the file was altered")
-        vector = cls._spaces.get(scope, cls)(
+        vector = (cls._spaces[scope] if scope == "weight" else cls)(
             StoredTensors(deltas, file.read), StoredTensors(point, file.read), metadata["point_hash"],
             {layer: float(s) for layer, s in scalings.items()}, scope, metadata["base_model"] or None,
             metadata.get("changed_base"),

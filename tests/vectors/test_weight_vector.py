@@ -1,5 +1,8 @@
 """Vectors in weight space: their algebra is that of dense ΔW, in float64."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -69,6 +72,13 @@ def test_the_norm_of_a_small_difference_keeps_its_digits(size):
     other = {name: delta + size * torch.randn_like(delta) for name, delta in u.deltas.items()}
     v = WeightVector(other, {}, u.point_hash, u.scalings, "weight")
     assert (v - u).norm() == pytest.approx(float((dense(v) - dense(u)).norm()), rel=1e-6)
+
+
+def test_a_file_is_opened_in_its_space_whatever_was_imported_before(tmp_path):
+    made(1).save(tmp_path / "vector")
+    opening = f"from linlora import TaskVector; print(type(TaskVector.open({str(tmp_path / 'vector')!r})).__name__)"
+    told = subprocess.run([sys.executable, "-c", opening], capture_output=True, text=True, check=True)
+    assert told.stdout.strip() == "WeightVector"
 
 
 def test_dtypes_do_not_depend_on_the_order():
