@@ -13,10 +13,7 @@ takes it apart again.
 from __future__ import annotations
 
 import copy
-import functools
 import re
-import sys
-import warnings
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -94,75 +91,6 @@ def with_sizes(config: LoraConfig, sizes: dict[str, tuple[int, float]]) -> LoraC
     config.alpha_pattern = {name: alpha for name, (_, alpha) in others.items()}
     config.init_lora_weights = True
     return config
-
-
-def has_folded_factors(model: PeftModel) -> bool:
-    """Whether some layer needs folding to be saved as stock LoRA: it started at B0 != 0."""
-    return any("pair" in m.states.values() for m in model.modules() if isinstance(m, LoraLinear))
-
-
-def save_folded_factors(model: PeftModel) -> None:
-    """Make `model.save_pretrained` write the exact stock factors; nothing to do where PEFT's own are exact.
-
-    PEFT's `add_weighted_adapter`, which combines its own, is refused there.
-    """
-    if has_folded_factors(model):
-        model.__dict__["save_pretrained"] = functools.partial(_save_pretrained, model)
-        model.__dict__["state_dict"] = functools.partial(_state_dict, model)
-        model.base_model.__dict__["add_weighted_adapter"] = functools.partial(_add_weighted_adapter, model.base_model)
-
-
-def save_plain_factors(model: PeftModel) -> None:
-    """Undo `save_folded_factors`."""
-    model.__dict__.pop("save_pretrained", None)
-    model.__dict__.pop("state_dict", None)
-    model.base_model.__dict__.pop("add_weighted_adapter", None)
-
-
-def _save_pretrained(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
-    """`PeftModel.save_pretrained` of a linearized model: the exact stock factors and the config that fits them."""
-    for name, config in model.peft_config.items():
-        if changes_base(config.init_lora_weights):
-            warnings.warn(
-                f"save_pretrained: adapter '{name}' was started by '{config.init_lora_weights}', which changed the "
-                "base weights, and the files hold factors for the changed ones: they resume this training, and are no "
-                "adapter of the original model. linlora.merge(model) gives the whole model",
-                stacklevel=2,
-            )
-    if kwargs.get("path_initial_model_for_weight_conversion") is not None:
-        raise ValueError(
-            "save_pretrained: path_initial_model_for_weight_conversion subtracts a start from (A, B), and the files of "
-            "an adapter linearized at B0 != 0 hold (A', B') of twice the rank. Save without it"
-        )
-    state_dict = folded_state_dict(model, kwargs.pop("state_dict", None))
-    with folded_configs(model):
-        type(model).save_pretrained(model, save_directory, *args, state_dict=state_dict, **kwargs)
-
-
-def _state_dict(model: PeftModel, *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """The model's own; to PEFT's `get_peft_model_state_dict`, which asks without arguments, the exact stock factors.
-
-    Another model would take A and B of the point from it, and leave dA and dB out without a word.
-    """
-    state_dict = type(model).state_dict(model, *args, **kwargs)
-    of_peft = sys._getframe(1).f_globals.get("__name__") == "peft.utils.save_and_load"
-    return folded_state_dict(model, state_dict) if of_peft else state_dict
-
-
-def _add_weighted_adapter(
-    tuner: Any, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "svd",
-    *args: Any, **kwargs: Any,
-) -> None:  # fmt: skip
-    """PEFT's, where it is of the ΔW of the adapters; its other combinations are of lora_A and lora_B alone."""
-    converted = [layer for layer in tuner.modules() if isinstance(layer, LoraLinear)]
-    pairs = [name for name in adapters if any(layer.states.get(name) == "pair" for layer in converted)]
-    if pairs and (len(adapters) == 1 or not combination_type.endswith("svd")):
-        raise ValueError(
-            f"add_weighted_adapter: '{combination_type}' of {len(adapters)} adapters combines lora_A and "
-            f"lora_B, which of {pairs} are the linearization point without what training changed. Combine the task "
-            "vectors, linlora.fuse([TaskVector.from_model(model, name), ...]), or two adapters and more by 'svd'"
-        )
-    type(tuner).add_weighted_adapter(tuner, adapters, weights, adapter_name, combination_type, *args, **kwargs)
 
 
 def accept_folded_factors(layer: LoraLinear) -> None:

@@ -16,6 +16,7 @@ from linlora.layers.finding import UnsupportedLayerError, check_factors, lora_la
 from linlora.layers.lora_linear import LoraLinear, converted_layers
 from linlora.layers.model_scope import check_model_scope, enter_model_scope, leave_model_scope
 from linlora.layers.peft_merging import guard_merging, unguard_merging
+from linlora.layers.peft_saving import guard_saving, unguard_saving
 from linlora.layers.report import Report, report
 from linlora.layers.restoring import leave_to_class, restore_on_error, restoring
 from linlora.layers.sharding import check_there, is_sharded
@@ -104,8 +105,8 @@ def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: Poin
             for adapter in converted.lora_A:
                 _linearize_adapter(converted, adapter)
             folding.accept_folded_factors(converted)
-        folding.save_folded_factors(model)
         restore_on_error(model, *_ADDING)
+        guard_saving(model)
         accept_rows(model)
         guard_merging(model)
         whole_modules = enter_model_scope(model) if scope == "model" else ()
@@ -167,7 +168,7 @@ def delinearize(model: PeftModel | Linearizable) -> PeftModel:
         leave_model_scope(model)
         for _, layer in layers:
             _delinearize_layer(layer)
-        folding.save_plain_factors(model)
+        unguard_saving(model)
         leave_to_class(model, *_ADDING)
         refuse_rows(model)
         unguard_merging(model)

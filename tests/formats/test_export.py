@@ -208,3 +208,32 @@ def test_pefts_state_dict_of_an_adapter_has_its_function():
     with pytest.raises(RuntimeError, match="size mismatch"):
         set_peft_model_state_dict(smaller, factors)
     assert any("lora_dA" in key for key in saved.state_dict())
+
+
+def test_a_state_dict_given_to_pefts_is_refused_where_it_holds_the_point():
+    for trained in (True, False):
+        model = linearized(trained=trained)
+        if trained:
+            with pytest.raises(ValueError, match=r"A and B of \['default'\] are the linearization point"):
+                get_peft_model_state_dict(model, model.state_dict())
+            linlora.delinearize(model)
+        assert len(get_peft_model_state_dict(model, model.state_dict())) == 22
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_pefts_reduction_of_intruders_is_of_what_a_layer_adds_or_refused(scope):
+    """At B0 = 0 and layer scope the copy of A and B is the adapter; elsewhere they are not what training gave."""
+    reduce_intruder_dimension = pytest.importorskip("peft.tuners.lora.intruders").reduce_intruder_dimension
+    for trained in (True, False):
+        model = linearized(trained=trained)
+        linlora.set_scope(model, scope)
+        names = set(model.state_dict())
+        if trained or scope == "model":
+            with pytest.raises(ValueError, match=r"reduce_intruder_dimension: it (copies lora_A|changes ΔW)"):
+                reduce_intruder_dimension(model, threshold_epsilon=0.0, logging_sink=None)
+            assert set(model.state_dict()) == names
+            assert list(model.peft_config) == ["default"]
+        else:
+            expected = logits(model)
+            reduce_intruder_dimension(model, threshold_epsilon=0.0, logging_sink=None)
+            torch.testing.assert_close(logits(model), expected, rtol=1e-5, atol=1e-6)

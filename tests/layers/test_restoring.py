@@ -66,7 +66,7 @@ STEPS = {
         lambda made: linlora.linearize(made, point=point()),
         [
             (linearize, "convert_layer"), (linearize, "_linearize_adapter"), (folding, "accept_folded_factors"),
-            (folding, "save_folded_factors"), (linearize, "restore_on_error"), (linearize, "report"),
+            (linearize, "restore_on_error"), (linearize, "guard_saving"), (linearize, "report"),
             (task_vector, "assign"), (conversion, "follow_class"),
         ],
     ),
@@ -89,7 +89,7 @@ STEPS = {
         linlora.delinearize,
         [
             (linearize, "leave_model_scope"), (linearize, "_delinearize_layer"), (folding, "refuse_folded_factors"),
-            (linearize, "convert_back"), (folding, "save_plain_factors"), (linearize, "leave_to_class"),
+            (linearize, "convert_back"), (linearize, "unguard_saving"), (linearize, "leave_to_class"),
         ],
     ),
     "apply": ("layer", lambda made: linlora.apply(made, vector()), [(task_vector, "assign")]),
