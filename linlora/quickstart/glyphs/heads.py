@@ -1,10 +1,13 @@
-"""Zero-shot heads, and the whole classifier as one module.
+"""The network up to normalised features, and zero-shot heads on them.
 
 A head knows a task's classes by print alone: lightly warped glyphs of each character, in the training faces on plain
-paper, as a text tower knows classes by their names. Nothing in it is trained. With the mean features mᵢ of class i,
-their mean m over the classes and the mean token f of an image,
+paper, as a text tower knows classes by their names. Nothing in it is trained. With the mean token f of an image, the
+mean features mᵢ of class i and their mean m over the classes,
 
-    scoreᵢ = 16 cos(f - m, mᵢ - m)
+    scoreᵢ = 16 cos(f, mᵢ - m)
+
+Pooling and normalisation are in the network and the head is a linear layer, so a network linearized as a whole gives
+scores that are linear in the adapter.
 """
 
 from __future__ import annotations
@@ -13,66 +16,58 @@ import functools
 
 import torch
 from torch import Generator, Tensor, nn
-from torch.nn.functional import linear, normalize
+from torch.nn.functional import normalize
 from transformers import ViTModel
 
 from linlora.quickstart.glyphs.drawing import plain
 from linlora.quickstart.glyphs.fonts import TRAINING_FACES, Characters
 from linlora.quickstart.glyphs.images import Task
-from linlora.quickstart.glyphs.vit import SCALE, backbone, pooled
+from linlora.quickstart.glyphs.vit import SCALE, WIDTH, backbone, pooled
 
 GLYPHS = 64
 """Glyphs of each class that a head is made from."""
 
 
-class Head(nn.Module):
-    """Pooling, normalisation and scores: the tokens (n, tokens, width) of an encoder to (n, classes)."""
+class Network(nn.Module):
+    """Encoder, pooling and normalisation: images (n, 1, 16, 16) to features (n, WIDTH) of norm 1.
 
-    def __init__(self, means: Tensor) -> None:
-        """`means` (classes, width): the mean features of each class."""
-        super().__init__()
-        centre = means.mean(0)
-        self.register_buffer("centre", centre)
-        self.register_buffer("prototypes", SCALE * normalize(means - centre, dim=-1))
-
-    centre: Tensor
-    prototypes: Tensor
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return linear(normalize(pooled(tokens) - self.centre, dim=-1), self.prototypes)
-
-
-class Classifier(nn.Module):
-    """Encoder and head in one: images (n, 1, 16, 16) to scores (n, classes).
-
-    With an adapter on the classifier, model scope linearizes up to the scores. With one on `classifier.encoder` it
-    linearizes up to the tokens, and the head stays outside, as it is.
+    With an adapter on the whole, model scope linearizes up to the features, and so up to the scores of any linear head.
+    With one on `encoder` alone it linearizes up to the tokens; they are pooled and normalised outside, as ever.
     """
 
-    def __init__(self, encoder: ViTModel, head: Head) -> None:
+    def __init__(self, encoder: ViTModel) -> None:
         super().__init__()
-        self.encoder, self.head = encoder, head
+        self.encoder = encoder
 
     def forward(self, pixel_values: Tensor) -> Tensor:
-        return self.head(self.encoder(pixel_values=pixel_values).last_hidden_state)
+        return normalize(pooled(self.encoder(pixel_values=pixel_values)[0]), dim=-1)
 
 
-def classifier(task: Task) -> Classifier:
-    """A new classifier for a task: the frozen backbone, and the task's zero-shot head.
+def network() -> Network:
+    """A new network on the pre-trained backbone, frozen, in evaluation mode."""
+    return Network(backbone()).eval()
 
-    >>> from linlora.quickstart.glyphs import tasks
-    >>> task = tasks(["lao"])[0]
-    >>> classifier(task)(task.test.images[:3]).shape
+
+def head(task: Task) -> nn.Linear:
+    """The frozen zero-shot head of a task, without bias: features (n, WIDTH) to scores (n, classes).
+
+    >>> from linlora.quickstart.glyphs import head, network, tasks
+    >>> [task] = tasks(["lao"])
+    >>> head(task)(network()(task.test.images[:3])).shape
     torch.Size([3, 10])
     """
-    return Classifier(backbone(), Head(_means(task.classes))).eval()
+    means = means_in_print(task.classes)
+    linear = nn.Linear(WIDTH, len(means), bias=False)
+    linear.load_state_dict({"weight": SCALE * normalize(means - means.mean(0), dim=-1)})
+    return linear.requires_grad_(False)
 
 
 @functools.cache
 @torch.no_grad()
-def _means(classes: tuple[str, ...]) -> Tensor:
+def means_in_print(classes: tuple[str, ...]) -> Tensor:
+    """The mean features, before normalisation, of each class in print: (classes, WIDTH)."""
     generator = Generator().manual_seed(0)
     labels = torch.arange(len(classes)).repeat_interleave(GLYPHS)
     images = plain(Characters(classes, TRAINING_FACES).draw(labels, generator), generator)
-    tokens = backbone()(pixel_values=images).last_hidden_state
+    tokens = backbone()(pixel_values=images)[0]
     return pooled(tokens).unflatten(0, (len(classes), GLYPHS)).mean(1)
