@@ -9,33 +9,12 @@
 
 A classifier's head is not part of the vector: `set_head(model, run.head)` puts it into the model. `Suite` does all of
 this for many tasks on one model, and has what LoraHub and AdaMerging ask for.
+
+`__init__.pyi` lists the public names. Each is imported when it is first asked for.
 """
 
-from linlora.training.adapted import Adapted, adapt
-from linlora.training.evaluation import evaluate
-from linlora.training.folder import Run
-from linlora.training.head import read_head, set_head
-from linlora.training.kinds import load_task
-from linlora.training.recipe import Recipe, read_recipe, recipe
-from linlora.training.settings import Data, Settings
-from linlora.training.suite import Suite
-from linlora.training.task import Task
-from linlora.training.train import train
+import lazy_loader
 
-__all__ = [
-    "Adapted",
-    "Data",
-    "Recipe",
-    "Run",
-    "Settings",
-    "Suite",
-    "Task",
-    "adapt",
-    "evaluate",
-    "load_task",
-    "read_head",
-    "read_recipe",
-    "recipe",
-    "set_head",
-    "train",
-]
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+from linlora.training.recipe import recipe as recipe  # noqa: E402  (before the module of that name is asked for)

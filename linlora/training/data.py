@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,23 +13,29 @@ from linlora.training.settings import Data
 
 _HOLD_OUT_SEED = 0  # the same rows for every seed of training
 SPLITS = ("train", "validation", "test")
+_ALL_SPLITS = (*SPLITS, "prototypes")
 
 
 def load_split(data: Data, split: str, columns: Iterable[str]) -> Any:
-    """The rows of "train", "validation" or "test" as a `datasets.Dataset`, in the order of the files.
+    """The rows of "train", "validation", "test" or "prototypes" as a `datasets.Dataset`, in the order of the files.
 
     Rows held out of train for validation are drawn at random, the same ones for every seed, and are not in train.
 
     Raises ValueError: no such split or column, with those there are, no row, or an empty cell; FileNotFoundError: no
     such file.
     """
-    if split not in SPLITS:
+    if split not in _ALL_SPLITS:
         raise ValueError(f"unknown split '{split}'; choose one of {', '.join(SPLITS)}")
     held_out = data.validation
-    if split == "test" and data.test is None:
+    if split == "test" and not has_test(data):
         raise ValueError("there is no test split: data.test is not set; choose the split 'validation', or set it")
     columns = tuple(dict.fromkeys(columns))
-    if isinstance(held_out, str) or split == "test":
+    if split == "test":
+        return _load(data, str(data.test or "test"), columns)
+    if split == "prototypes" and data.prototypes is not None:
+        return _load(data, data.prototypes, columns)
+    split = "train" if split == "prototypes" else split
+    if isinstance(held_out, str):
         return _load(data, str(getattr(data, split)), columns)
     rows = _load(data, data.train, columns)
     if len(rows) < 2 or held_out >= len(rows):
@@ -36,6 +43,26 @@ def load_split(data: Data, split: str, columns: Iterable[str]) -> Any:
     size = held_out if held_out < 1 else int(held_out)
     both = rows.train_test_split(test_size=size, seed=_HOLD_OUT_SEED)
     return both["train" if split == "train" else "test"]
+
+
+def has_test(data: Data) -> bool:
+    """Whether there is a test split: the one that is named, or a split of that name where the rows come from."""
+    if data.test is not None:
+        return data.test is not False
+    if data.path is None or is_file(data.path) or is_file(data.train):
+        return False
+    return "test" in _splits_of(data.path, data.config)
+
+
+@functools.cache
+def _splits_of(path: str, config: str | None) -> tuple[str, ...]:
+    import datasets
+
+    try:
+        builder = datasets.load_dataset_builder(str(Path(path).expanduser()) if path.startswith("~") else path, config)
+        return tuple(map(str, builder.info.splits or builder.config.data_files or ()))
+    except Exception:  # what is wrong with it is said where its rows are read
+        return ()
 
 
 def is_file(path: str) -> bool:
@@ -181,7 +208,7 @@ def _check_columns(rows: Any, columns: Sequence[str], where: str) -> None:
 
 def notes_on_lines(data: Data, split: str, rows: Any) -> list[str]:
     """How many rows of a csv or tsv file have a cell that spans lines, in words: rows may have been swallowed there."""
-    source = getattr(data, split)
+    source = (data.test or "test") if split == "test" else getattr(data, split)
     source = source if isinstance(source, str) else data.train
     path = source if is_file(source) else str(data.path)
     if tables.ending(path) not in (".csv", ".tsv") and not Path(path).expanduser().is_dir():
@@ -193,8 +220,8 @@ def notes_on_lines(data: Data, split: str, rows: Any) -> list[str]:
 
 
 def source_of(data: Data, split: str) -> str:
-    """Where the rows of "train", "validation" or "test" come from, in words."""
-    source = getattr(data, split)
+    """Where the rows of a split come from, in words."""
+    source = (data.test or "test") if split == "test" else getattr(data, split)
     return _source(data, source if isinstance(source, str) else data.train)
 
 

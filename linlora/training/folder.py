@@ -6,7 +6,10 @@ point.safetensors             the linearization point, written before the first 
 checkpoint-N/                 of transformers' Trainer
 adapter_model.safetensors, adapter_config.json     for stock PEFT; none at model scope, which no adapter has
 task_vector.safetensors       for linlora: TaskVector.load
-head.safetensors              a head that was trained
+head.safetensors              a head that was trained; model_config/config.json names its classes
+prototypes.safetensors        a head of prototypes
+README.md                     the model card
+learning_rates/RATE/          runs of lr_grid, until the best is chosen
 metrics.json                  the last file: a folder that holds it is done
 """
 
@@ -20,22 +23,29 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from peft import PeftModel
 from torch import Tensor
 
+from linlora.formats import model_config
 from linlora.formats.export import TASK_VECTOR_FILE
 from linlora.storage.files import read_json, write_text
 from linlora.storage.run_directory import LOCK_FILE
 from linlora.storage.run_directory import only_run_in as locked
 from linlora.storage.tensor_files import load_tensors
-from linlora.training.head import HEAD_FILE
+from linlora.training import plain_yaml
+from linlora.training.adapted import adapt
+from linlora.training.head import HEAD_FILE, set_head
 from linlora.training.settings import Settings
-from linlora.vectors.task_vector import TaskVector
+from linlora.training.task import Task
+from linlora.vectors.task_vector import TaskVector, apply
 
 SETTINGS_FILE = "settings.yaml"
 POINT_FILE = "point.safetensors"
 METRICS_FILE = "metrics.json"
+GRID_FOLDER = "learning_rates"
 _STATE_FILE = "trainer_state.json"  # the Trainer writes it last
 
 
@@ -61,7 +71,7 @@ class Run:
             raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {SETTINGS_FILE}")
         if not (folder / METRICS_FILE).is_file():
             raise FileNotFoundError(f"the run in {folder} is not finished; start it again to continue")
-        return cls(folder, Settings.from_yaml(folder / SETTINGS_FILE), read_json(folder / METRICS_FILE))
+        return cls(folder, settings_in(folder), read_json(folder / METRICS_FILE))
 
     @property
     def vector(self) -> TaskVector:
@@ -72,6 +82,31 @@ class Run:
         """The trained head, for `linlora.training.set_head`; None where none was trained."""
         path = self.folder / HEAD_FILE
         return load_tensors(path)[0] if path.exists() else None
+
+    def model(self, task: Task) -> PeftModel:
+        """The model of the run, made anew, with its adapter and head, on the device it is evaluated on."""
+        model = adapt(task, point=self.vector).model
+        apply(model, self.vector)
+        if (head := self.head) is not None:
+            set_head(model, head)
+        gpu = torch.cuda.is_available() and not self.settings.training.get("use_cpu")
+        return model.to("cuda" if gpu else "cpu")
+
+    def copy_to(self, folder: Path) -> None:
+        """Copy what the run made, its checkpoints aside."""
+        for path in self.folder.iterdir():
+            if path.is_file() and path.name not in (SETTINGS_FILE, METRICS_FILE, LOCK_FILE):
+                shutil.copyfile(path, folder / path.name)
+            elif path.name == model_config.FOLDER:
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+
+
+def settings_in(folder: Path) -> Settings:
+    """The settings of a run; one that was made before there was a choice ended at the features of zero-shot."""
+    content = plain_yaml.read(folder / SETTINGS_FILE)
+    if content.get("kind") == "zero-shot":
+        content.setdefault("linear_to", "features")
+    return Settings.from_dict(content, str(folder / SETTINGS_FILE))
 
 
 def check_folder(settings: Settings, fresh: bool = False) -> None:
@@ -85,13 +120,18 @@ def check_folder(settings: Settings, fresh: bool = False) -> None:
     if folder.exists() and not file.exists() and not (folder.is_dir() and _is_empty(folder)):
         raise FileExistsError(f"{folder} is not empty and not a run of linlora train; choose another --out")
     if fresh and file.exists():
-        Settings.from_yaml(file)  # raises for another program's
+        settings_in(folder)  # raises for another program's
         shutil.rmtree(folder)
-    if file.exists() and (differences := Settings.from_yaml(file).differences(settings)):
+    if file.exists() and (differences := _differences(settings_in(folder), settings)):
         raise ValueError(
             f"{folder} holds a run of other settings (there and now: {'; '.join(differences)}); choose another --out, "
             "or start over with --fresh"
         )
+
+
+def _differences(before: Settings, now: Settings) -> list[str]:
+    """In what counts: the test split has no say in what was trained."""
+    return [d for d in before.differences(now) if not d.startswith("data.test:")]
 
 
 def is_finished(settings: Settings) -> bool:

@@ -20,7 +20,8 @@ Kept = dict[str, dict[str, Any]]
 
 def rows_of(task: Task) -> Kept:
     """How many rows each split has, and a digest of them in their order."""
-    return {split: {"rows": len(task.rows(split)), "sha256": digest(task.rows(split))} for split in task.splits}
+    splits = [*task.splits, *(["prototypes"] if task.settings.data.prototypes else [])]
+    return {split: {"rows": len(task.rows(split)), "sha256": digest(task.rows(split))} for split in splits}
 
 
 def check_kept(task: Task, now: Kept, folder: Path) -> None:

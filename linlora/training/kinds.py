@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linlora.training.classification import Classification
+from linlora.training.prototypes import Prototypes
 from linlora.training.settings import Settings
 from linlora.training.task import Task
 from linlora.training.text_to_text import TextToText
@@ -17,7 +18,8 @@ _KINDS: dict[str, type[Task]] = {
 
 def load_task(settings: Settings) -> Task:
     """The task of some settings. Its train split is read; `Task.check` checks the labels of a split."""
-    task = _KINDS[settings.kind](settings)
+    kind = Prototypes if settings.kind == "classification" and settings.head == "prototypes" else _KINDS[settings.kind]
+    task = kind(settings)
     task.check_metric()
     return task
 

@@ -15,7 +15,10 @@ from linlora.training import plain_yaml
 
 KINDS = ("classification", "text-to-text", "zero-shot")
 METHODS = ("lora", "lora-fa", "layer", "model")
-HEADS = ("trained", "frozen")
+HEADS = ("trained", "frozen", "prototypes")
+ENDS = ("scores", "features")
+# One rate does not fit all: linearized adapters start at B0 = 0 and train B alone.
+LEARNING_RATES = {"lora": 1e-4, "lora-fa": 1e-4, "layer": 1e-4, "model": 1e-4}
 
 # TrainingArguments that `Settings` or `train` decide, with what to set instead.
 _RESERVED = {
@@ -31,7 +34,7 @@ _COUNTS = (
     "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
 )  # fmt: skip
 _RANK = 16
-_TRAINING = {"per_device_train_batch_size": 16, "learning_rate": 1e-4, "max_steps": 1000}
+_TRAINING = {"per_device_train_batch_size": 16, "max_steps": 1000}
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,10 @@ class Data:
         path: a data set on the hub, a folder that `datasets.load_dataset` reads (csv, json, parquet, or a folder of
             images), or a csv, tsv, json, jsonl or parquet file.
         config: the configuration of a data set that has several.
-        train, test: a split, also a slice of one ("train[:80%]"), or a file. Without `test` nothing is tested.
+        train: a split, also a slice of one ("train[:80%]"), or a file.
+        test: the same; a split of that name that is found, if left out; false: nothing is tested.
         validation: the same; or how many rows of train, a fraction below 1 or a number, are held out for it.
+        prototypes: the same, of the examples that make prototypes (`head: prototypes`); train if left out.
         text: the columns of a classified text, one or two. image: the column of an image.
         label: the column of the class (its name or index), of the number, or of the answer.
     """
@@ -52,13 +57,16 @@ class Data:
     config: str | None = None
     train: str = "train"
     validation: str | float = "validation"
-    test: str | None = None
+    test: str | bool | None = None
+    prototypes: str | None = None
     text: tuple[str, ...] = ()
     image: str | None = None
     label: str = "label"
 
     def __post_init__(self) -> None:
-        _check_strings("data", self, ("path", "config", "test", "image"), optional=True)
+        _check_strings("data", self, ("path", "config", "prototypes", "image"), optional=True)
+        if self.test is not None and self.test is not False and not isinstance(self.test, str):
+            raise ValueError(f"data: 'test' is a split, a file or false, got {self.test!r}")
         _check_strings("data", self, ("train", "label"))
         _set(self, "text", _strings("data.text", self.text))
         held_out = self.validation
@@ -81,18 +89,24 @@ class Settings:
         data: see `Data`.
         out: the folder of the run. name: of the task; both follow from the data where they are not given.
         method: "lora", "lora-fa" (A frozen), or the scope of the linearization, "layer" or "model".
-        head: of a classifier: "trained" beside the adapter, or "frozen" as the checkpoint has it.
+        head: of a classifier: "trained" beside the adapter; "frozen", as the checkpoint has it; or "prototypes", the
+            means of each class's features before training, which go with an encoder without a head.
+        linear_to: where the function ends that is linearized at model scope: at the "scores", which is what a frozen
+            head, prototypes and zero-shot do unless told otherwise, or at the "features", which a head that is trained
+            as a whole is applied to. Prototypes and zero-shot can do both (linlora.training.similarity).
         prompt: of text-to-text, with the columns in braces: "{premise} Does it follow that {hypothesis}?"
         answers: the words of the classes 0, 1, ... for text-to-text. Without them an answer is the label column itself.
-        class_names: of zero-shot, in the order of the classes; the data set's own where it has them.
+        class_names: in the order of the classes; the data set's own where it has them.
         templates: of zero-shot: sentences around a class name, which stands for {}.
         metric: the number a run is judged by; see `linlora.training.metrics`.
         max_length: tokens of a text or prompt; what is longer is cut. max_new_tokens: of an answer.
         point: start from this linearization point: a task vector file, or a folder that holds one. Vectors of several
             tasks add if their runs start from one point; those of one model, seed and LoRA settings do.
         seed: of the adapter, a new head, and the order of the rows.
+        lr_grid: learning rates to try: the one that scores best on the validation split makes the run.
         lora: fields of `peft.LoraConfig`: r, lora_alpha (2 r), lora_dropout, target_modules, use_rslora, ...
-        training: fields of `transformers.TrainingArguments`.
+        training: fields of `transformers.TrainingArguments`. learning_rate is that of LEARNING_RATES for the method
+            where it is left out. report_to: tensorboard, wandb or another, which has to be installed.
         model_options: keyword arguments of the model's `from_pretrained`: dtype, revision, attn_implementation, ...
 
     >>> settings = Settings("bert-base-uncased", "classification", Data("reviews.csv", text=("review",)))
@@ -101,8 +115,8 @@ class Settings:
     >>> Settings.from_dict({**settings.to_dict(), "metod": "layer"})
     Traceback (most recent call last):
     ValueError: settings: unknown key 'metod'; did you mean 'method'? The keys are model, kind, data, out, name, \
-method, head, prompt, answers, class_names, templates, metric, max_length, max_new_tokens, point, seed, lora, \
-training, model_options
+method, head, linear_to, prompt, answers, class_names, templates, metric, max_length, max_new_tokens, point, seed, \
+lr_grid, lora, training, model_options
     """
 
     model: str
@@ -112,6 +126,7 @@ training, model_options
     name: str = ""
     method: str = "layer"
     head: str = "trained"
+    linear_to: str = ""
     prompt: str | None = None
     answers: tuple[str, ...] = ()
     class_names: tuple[str, ...] = ()
@@ -121,12 +136,13 @@ training, model_options
     max_new_tokens: int = 16
     point: str | None = None
     seed: int = 0
+    lr_grid: tuple[float, ...] = ()
     lora: Mapping[str, Any] = field(default_factory=dict)
     training: Mapping[str, Any] = field(default_factory=dict)
     model_options: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_strings("settings", self, ("model", "kind", "out", "name", "method", "head"))
+        _check_strings("settings", self, ("model", "kind", "out", "name", "method", "head", "linear_to"))
         _check_strings("settings", self, ("prompt", "metric", "point"), optional=True)
         for key in ("answers", "class_names", "templates"):
             _set(self, key, _strings(key, getattr(self, key)))
@@ -139,6 +155,8 @@ training, model_options
         _choice("method", self.method, METHODS)
         _choice("head", self.head, HEADS)
         self._check_kind()
+        self._check_end()
+        _set(self, "lr_grid", _rates(self.lr_grid))
         _set(self, "lora", _lora_defaults(_checked_lora(self.lora)))
         _set(self, "training", _training_defaults(_checked_training(self.training)))
         _set(self, "model_options", _plain("model_options", self.model_options))
@@ -162,6 +180,30 @@ training, model_options
             raise ValueError(f"data.text: a text of one or two columns is classified, got {list(data.text)}")
         if kind == "zero-shot" and not (self.templates and all("{}" in template for template in self.templates)):
             raise ValueError(f"templates: each needs a {{}} for the class name, got {list(self.templates)}")
+
+    @property
+    def ends_at(self) -> str:
+        """`linear_to`, or what is usual for the kind and head."""
+        return self.linear_to or ("features" if self._trains_head else "scores")
+
+    @property
+    def _trains_head(self) -> bool:
+        return self.kind == "classification" and self.head == "trained"
+
+    def _check_end(self) -> None:
+        _choice("linear_to", self.ends_at, ENDS)
+        both = self.kind == "zero-shot" or (self.kind == "classification" and self.head == "prototypes")
+        if not both and self.linear_to == ("scores" if self._trains_head else "features"):
+            what = f"a {self.head} head" if self.kind == "classification" else f"kind '{self.kind}'"
+            raise ValueError(
+                f"linear_to: the {self.linear_to} are not where the function of {what} ends; with head: prototypes "
+                "they can be"
+            )
+
+    @property
+    def learning_rate(self) -> float:
+        """That of `training`, or the method's."""
+        return float(self.training.get("learning_rate", LEARNING_RATES[self.method]))
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "settings") -> Settings:
@@ -355,6 +397,13 @@ def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
 
 def _set(holder: Any, key: str, value: Any) -> None:
     object.__setattr__(holder, key, value)
+
+
+def _rates(rates: Any) -> tuple[float, ...]:
+    rates = (rates,) if isinstance(rates, (int, float)) else rates
+    if not isinstance(rates, (list, tuple)) or not all(_is_real(rate) and rate > 0 for rate in rates):
+        raise ValueError(f"lr_grid is a list of learning rates above 0, got {rates!r}")
+    return tuple(sorted({float(rate) for rate in rates}))
 
 
 def _name(data: Data) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
-from linlora.training.data import SPLITS, load_split, notes_on_lines, source_of
+from linlora.training.data import SPLITS, has_test, load_split, notes_on_lines, source_of
 from linlora.training.labels import check_labels, distinct
 from linlora.training.metrics import check_metric, class_scores, default_metric, number_scores, text_scores
 from linlora.training.settings import Settings
@@ -78,10 +79,18 @@ class Task(ABC):
     def labels_in_words(self) -> str:
         """What the labels are taken for, for the introduction of a run."""
 
-    @property
+    @functools.cached_property
     def splits(self) -> tuple[str, ...]:
-        """The names of the splits there are."""
-        return tuple(split for split in SPLITS if split != "test" or self.settings.data.test is not None)
+        """The names of the splits there are. A test split that is merely found counts if its rows can be scored."""
+        if not has_test(self.settings.data):
+            return SPLITS[:2]
+        if self.settings.data.test is None:
+            try:
+                self.check("test")
+            except ValueError as error:
+                self.notes["note"] = [f"a test split was found and is left out: {error}"]
+                return SPLITS[:2]
+        return SPLITS
 
     @abstractmethod
     def base_model(self) -> nn.Module:
@@ -142,8 +151,13 @@ class Task(ABC):
         """The logits of a model's outputs, and the label of each."""
         return outputs.logits, labels
 
+    def enter(self, model: nn.Module) -> bool:
+        """Put a frozen head of the task's own into a model of `base_model`; False where there is none."""
+        return False
+
     def batch_loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The mean loss of a model on a batch with labels."""
+        self.enter(model)
         inputs = {name: value for name, value in batch.items() if name != "labels"}
         return self.loss(model(**inputs), batch["labels"])
 

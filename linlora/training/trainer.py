@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
+from transformers.integrations import get_reporting_integration_callbacks
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from linlora.training.adapted import freeze_A
@@ -27,8 +28,13 @@ _DEFAULTS: dict[str, Any] = {
     "logging_nan_inf_filter": False,  # a loss that is not finite shows, and is an error in the end
     "report_to": "none",
     "ddp_find_unused_parameters": False,  # every adapter takes part in every step
+    "eval_strategy": "steps",
     "metric_for_best_model": "score",  # what an evaluation returns; there is no eval_loss
 }
+
+
+_SHOWN_ROWS = 256
+"""Validation rows whose score is shown while training."""
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:
@@ -42,11 +48,18 @@ def training_arguments(settings: Settings) -> TrainingArguments:
     defaults = {"use_cpu": not torch.accelerator.is_available(), **_DEFAULTS}
     if settings.training.get("lr_scheduler_type") == "reduce_lr_on_plateau":  # torch's is for a loss
         own["lr_scheduler_kwargs"] = {"mode": "max", **(settings.training.get("lr_scheduler_kwargs") or {})}
+    defaults["learning_rate"] = settings.learning_rate
     defaults["save_steps"], defaults["logging_steps"] = _every(0.1, settings), _every(0.02, settings)
+    defaults["eval_steps"] = _every(0.2, settings)
     try:
         arguments = TrainingArguments(**{**defaults, **settings.training, **own})
     except (TypeError, ValueError, ImportError) as error:
         raise ValueError(f"training: {error}") from error
+    try:
+        for callback in get_reporting_integration_callbacks(arguments.report_to):
+            callback()
+    except (RuntimeError, ValueError) as error:
+        raise ValueError(f"training.report_to: {str(error).splitlines()[0]}") from error
     if arguments.n_gpu > 1:
         raise ValueError(
             f"one process sees {arguments.n_gpu} GPUs; start one for each (torchrun --nproc-per-node "
@@ -97,7 +110,8 @@ class TaskTrainer(Trainer):
         self.add_callback(self.progress)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        scores = evaluate(self.model, self.task, progress=False)
+        usual = "eval_strategy" not in self.task.settings.training  # then it is shown, and decides nothing
+        scores = evaluate(self.model, self.task, limit=_SHOWN_ROWS if usual else None, progress=False)
         scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(scores)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
@@ -175,13 +189,14 @@ class ShowProgress(TrainerCallback):
             self.bar.update(self.steps, completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any) -> None:
-        shown = {name: value for name, value in (logs or {}).items() if name in ("loss", "learning_rate", "eval_score")}
-        if not shown:
-            return
+        logs = logs or {}
+        shown = {name: value for name, value in logs.items() if name in ("loss", "learning_rate")}
         text = ", ".join(f"{name.replace('_', ' ')} {float(value):.4g}" for name, value in shown.items())
-        if self.bar is not None:
+        if "eval_score" in logs:
+            text = f"validation {100 * logs['eval_score']:.1f} % ({logs.get('eval_rows')} rows)"
+        if self.bar is not None and "eval_score" not in logs:
             self.bar.update(self.steps, last=text)
-        else:
+        elif text:
             self.console.print(f"{self.name}: step {state.global_step} of {state.max_steps}, {text}", highlight=False)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

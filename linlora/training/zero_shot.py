@@ -2,8 +2,7 @@
 
 The prototype of a class is the mean, normalised, of the normalised embeddings of its sentences (each template with the
 name of the class in it). The logits of an image are its normalised embedding times the prototypes, times CLIP's scale.
-The text tower runs once for a model and list of classes, and is let go of; the head stays exact and outside of what is
-linearized.
+The text tower runs once for a model and list of classes, and is let go of; the head stays exact.
 """
 
 from __future__ import annotations
@@ -19,15 +18,14 @@ from torch import Tensor, nn
 from linlora.training.checkpoints import config_of, image_processor_of, load_model, refuse_new, tokenizer_of
 from linlora.training.labels import check_labels, classes_of
 from linlora.training.settings import Settings
-from linlora.training.task import Row, Task, images_of, listed
+from linlora.training.similarity import Head, Similarity
+from linlora.training.task import Row, images_of
 
 _TEXTS_AT_ONCE = 256
 
 
-class ZeroShot(Task):
+class ZeroShot(Similarity):
     """The image tower of a CLIP model, with a head of class prototypes."""
-
-    answer = "classes"
 
     def __init__(self, settings: Settings) -> None:
         super().__init__(settings)
@@ -54,53 +52,27 @@ class ZeroShot(Task):
         return (str(self.settings.data.image), self.settings.data.label)
 
     @property
-    def class_count(self) -> int:
-        return len(self.classes.names)
-
-    @property
-    def head(self) -> Tensor:
-        """(classes, dimension): the prototypes times the scale, so that logits are one product."""
+    def head(self) -> Head:
         settings, names = self.settings, tuple(name.replace("_", " ") for name in self.classes.names)
         key = (settings.model, json.dumps(settings.model_options), names, settings.templates)
         if key not in _HEADS:
-            _HEADS[key] = prototypes(settings, names)
+            _HEADS[key] = Head(prototypes(settings, names))
         return _HEADS[key]
+
+    @staticmethod
+    def pool(outputs: Any, inputs: Mapping[str, Any]) -> Tensor:
+        return outputs.image_embeds
 
     def base_model(self) -> nn.Module:
         model, new = load_model(self.settings, self._tower)
         refuse_new(self.settings, new)
-        return model
-
-    def head_modules(self, model: nn.Module) -> tuple[str, ...]:
-        return ()
+        return self.ending(model)
 
     def inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
         return dict(self.processor(images=images_of(rows, str(self.settings.data.image)), return_tensors="pt"))
 
-    def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return {**self.inputs(rows), "labels": torch.tensor([self.expected(row) for row in rows])}
 
-    def expected(self, row: Row) -> int:
-        return self.classes.index(row[self.settings.data.label])
-
-    def labels_in_words(self) -> str:
-        return f"{self.class_count} classes, {listed(self.classes.names)}"
-
-    def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        return self._logits(model(**inputs))
-
-    def scored(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
-        return self._logits(outputs), labels
-
-    def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Any]:
-        return self.logits(model, inputs).argmax(-1).tolist()
-
-    def _logits(self, outputs: Any) -> Tensor:
-        embeddings = nn.functional.normalize(outputs.image_embeds.float(), dim=-1)
-        return embeddings @ self.head.to(embeddings.device).T
-
-
-_HEADS: dict[tuple, Tensor] = {}  # of the checkpoints, class names and templates of this process
+_HEADS: dict[tuple, Head] = {}  # of the checkpoints, class names and templates of this process
 
 
 def prototypes(settings: Settings, names: Sequence[str]) -> Tensor:

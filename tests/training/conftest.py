@@ -22,7 +22,7 @@ WORDS = [
 ]  # fmt: skip
 SPECIAL = ["<pad>", "</s>", "<unk>", "<s>"]
 CPU = {"use_cpu": not torch.cuda.is_available()}
-FAST = {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_steps": 4, **CPU}
+FAST = {"per_device_train_batch_size": 8, "learning_rate": 1e-2, "max_steps": 4, "eval_strategy": "no", **CPU}
 
 
 def save_tokenizer(folder, template):

@@ -6,7 +6,7 @@ import pytest
 from datasets import ClassLabel, Dataset
 
 from linlora.training import Data
-from linlora.training.data import load_split
+from linlora.training.data import has_test, load_split
 from linlora.training.labels import classes_of, is_number
 
 ROWS = [{"text": f"the film is {mood}", "label": i % 2} for i, mood in enumerate(["bad", "good"] * 6)]
@@ -38,6 +38,13 @@ def test_a_folder_has_the_splits_its_files_are_named_by(review_files):
     assert [len(load_split(data, split, ["text", "label"])) for split in SPLITS] == [48, 16, 16]
 
 
+def test_a_test_split_that_is_found_is_used(tmp_path, review_files, image_folder):
+    assert len(load_split(Data(review_files), "test", ["text"])) == 16
+    assert len(load_split(Data(image_folder, image="image"), "test", ["image"])) == 12
+    for data in (Data(review_files, test=False), Data(f"{review_files}/train.csv"), Data(str(tmp_path / "missing"))):
+        assert not has_test(data)
+
+
 def test_splits_may_be_slices_and_files(tmp_path, review_files):
     other = write(tmp_path / "other.csv")
     data = Data(review_files, train="train[:75%]", validation="train[75%:]", test=other)
@@ -66,7 +73,7 @@ def test_what_is_not_there_is_named_with_what_is(tmp_path, review_files, image_f
     with pytest.raises(ValueError, match=r"Unknown split \"dev\". Should be one of \['train', 'validation', 'test'\]"):
         load_split(Data(review_files, validation="dev"), "validation", ["text"])
     with pytest.raises(ValueError, match="there is no test split"):
-        load_split(Data(review_files), "test", ["text"])
+        load_split(Data(review_files, test=False), "test", ["text"])
     with pytest.raises(ValueError, match="unknown split 'dev'; choose one of train, validation, test"):
         load_split(Data(review_files), "dev", ["text"])
     with pytest.raises(FileNotFoundError, match=r"no file .*missing\.csv"):

@@ -20,7 +20,7 @@ def test_two_processes_train_what_one_does_and_write_it_once(settings, tmp_path,
     environment = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "0"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=patience)
     assert done.returncode == 0, done.stderr
-    assert done.stdout.count("step 1 of 2") == 1
+    assert done.stdout.count("step 1 of 2, loss") == 1
     run = Run.open(tmp_path / "two")
     assert run.metrics["environment"]["processes"] == 2
     assert run.metrics["test"]["rows"] == alone.metrics["test"]["rows"]

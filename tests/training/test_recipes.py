@@ -81,7 +81,7 @@ def test_classes_and_templates_of_clip(name, checkpoints, monkeypatch):
     rows = Dataset.from_dict({"image": [picture] * 30, "label": [0, 1, 2] * 10}, features=features)
     monkeypatch.setattr("datasets.load_dataset", lambda path, config, split: rows)
     task = load_task(settings)
-    assert task.head.shape == (3, 16)
+    assert task.head.prototypes.shape == (3, 16)
     assert all("{}" in template for template in settings.templates)
     assert (settings.training["max_steps"], settings.training["warmup_steps"]) == (6000, 600)
     assert len(load_split(settings.data, "validation", ["image"])) == 3

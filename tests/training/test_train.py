@@ -1,6 +1,7 @@
 """`train` on tiny checkpoints and data sets: every kind of task and method, and what it leaves behind."""
 
 import json
+import re
 import shutil
 import sys
 from dataclasses import replace
@@ -13,7 +14,8 @@ import transformers
 
 import linlora
 from linlora.testing import relative_error
-from linlora.training import Data, Run, adapt, evaluate, load_task, set_head, train
+from linlora.training import Data, Run, Settings, adapt, evaluate, load_task, plain_yaml, set_head, train
+from linlora.training.settings import LEARNING_RATES
 from linlora.training.trainer import TaskTrainer, training_arguments
 
 BASES = {
@@ -133,7 +135,7 @@ def test_a_run_that_ended_training_trains_nothing_more(settings, tmp_path, monke
     wanted = settings("text", training={"learning_rate": 3e-2, "lr_scheduler_type": "constant", **training})
     trained = []
     with monkeypatch.context() as patch:
-        patch.setattr(sys.modules["linlora.training.train"], "_write", killed_with(trained))
+        patch.setattr(sys.modules["linlora.training.run"], "_write", killed_with(trained))
         with pytest.raises(KeyboardInterrupt):
             train(wanted)
     if moved:
@@ -405,3 +407,96 @@ def test_what_does_not_go_together_is_refused(settings, checkpoints, kind, chang
     changes = {key: checkpoints.get(value, value) if key == "model" else value for key, value in changes.items()}
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         train(settings(kind, **changes))
+
+
+def test_the_learning_rate_that_validates_best_makes_the_run(settings):
+    wanted = settings("text", lr_grid=(1e-3, 3e-2, 1e-9), training={"max_steps": 8})
+    run = train(wanted)
+    tried = run.metrics["lr_grid"]
+    assert list(tried) == ["1e-09", "0.001", "0.03"]
+    assert run.metrics["validation"]["score"] == max(tried.values())
+    best = float(max(tried, key=tried.get))
+    assert run.metrics["learning_rate"] == best
+    alone = train(settings("text", out=f"{wanted.out}-alone", training={"max_steps": 8, "learning_rate": best}))
+    assert torch.equal(stacked(alone.vector), stacked(run.vector))
+    assert alone.metrics["test"] == run.metrics["test"]
+    assert (run.folder / "model_config" / "config.json").exists()
+    assert not (run.folder / "learning_rates").exists()
+    assert train(wanted).metrics == run.metrics
+
+
+def test_a_rate_of_the_grid_that_diverges_is_left_out(settings):
+    run = train(settings("causal", lr_grid=(1e-3, 1e38), training={"max_grad_norm": 0.0}))
+    assert list(run.metrics["lr_grid"]) == ["0.001"]
+    with pytest.raises(ValueError, match="diverged at every learning rate of lr_grid"):
+        train(settings("causal", out=f"{run.folder}-2", lr_grid=(1e38,), training={"max_grad_norm": 0.0}))
+
+
+def test_every_method_has_a_learning_rate_of_its_own():
+    wanted = Settings("gpt2", "text-to-text", Data("qa.csv"), prompt="{q}", method="layer")
+    assert wanted.changed(method="model").learning_rate == LEARNING_RATES["model"]
+    assert wanted.changed(training={"learning_rate": 1.0}).changed(method="model").learning_rate == 1.0
+    assert training_arguments(wanted).learning_rate == LEARNING_RATES["layer"]
+
+
+def test_a_test_split_is_added_to_a_finished_run(settings, review_files):
+    data = settings("text").data
+    run = train(settings("text", data=replace(data, test=False)))
+    assert "test" not in run.metrics
+    before = (run.folder / "task_vector.safetensors").stat().st_mtime_ns
+    added = train(settings("text", data=replace(data, test=f"{review_files}/test.csv")))
+    assert added.metrics["test"]["rows"] == 16
+    assert (run.folder / "task_vector.safetensors").stat().st_mtime_ns == before
+    again = Run.open(run.folder)
+    assert (again.metrics, again.settings.data.test) == (added.metrics, f"{review_files}/test.csv")
+    whole = train(settings("text", out=f"{run.folder}-whole", data=replace(data, test=f"{review_files}/test.csv")))
+    assert whole.metrics["test"] == added.metrics["test"]
+    assert {**again.metrics, "test": None} == {**run.metrics, "test": None}
+
+
+def test_a_test_split_that_is_found_is_scored_unless_its_labels_are_withheld(settings, tmp_path, review_files):
+    for split in ("train", "validation", "test"):
+        shutil.copy(f"{review_files}/{split}.csv", tmp_path)
+    data = Data(str(tmp_path), text=("text",))
+    assert train(settings("text", data=data)).metrics["test"]["rows"] == 16
+    rows = (tmp_path / "test.csv").read_text().splitlines()
+    (tmp_path / "test.csv").write_text("\n".join([rows[0], *(re.sub(r",[01],", ",-1,", row) for row in rows[1:])]))
+    withheld = load_task(settings("text", data=data))
+    assert withheld.splits == ("train", "validation")
+    assert "a test split was found and is left out: " in withheld.notes["note"][0]
+
+
+def test_the_classes_are_named_where_the_adapter_is_loaded(settings, review_files):
+    run = train(settings("text", data=Data(review_files, text=("text",), label="thing")))
+    config = transformers.AutoConfig.from_pretrained(run.folder, subfolder="model_config")
+    assert config.id2label == {0: "day", 1: "film", 2: "food"}
+    assert config.label2id == {"day": 0, "film": 1, "food": 2}
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"), [("text", "layer"), ("image", "lora"), ("seq2seq", "layer"), ("text", "model")]
+)
+def test_the_code_of_a_model_card_loads_the_run(settings, kind, method):
+    run = train(settings(kind, method=method))
+    text = (run.folder / "README.md").read_text()
+    front, card = text.removeprefix("---\n").split("---\n", 1)
+    described = plain_yaml.parse(front)
+    assert described["base_model"] == run.settings.model
+    value = described["model-index"][0]["results"][1]["metrics"][0]["value"]
+    assert value == pytest.approx(run.metrics["test"]["score"], abs=1e-4)
+    assert f"| test | {run.metrics['test']['rows']} |" in card
+    (code,) = re.findall(r"```python\n(.*?)```", card, flags=re.S)
+    names: dict = {}
+    exec(code.replace('"FOLDER"', repr(str(run.folder))), names)
+    task = load_task(run.settings)
+    batch = task.inputs([task.rows("test")[i] for i in range(4)])
+    with torch.no_grad():
+        found = task.logits(names["model"].eval(), batch)
+        torch.testing.assert_close(found, task.logits(run.model(task).eval(), batch))
+
+
+def test_reports_of_a_missing_package_are_refused_before_anything_is_written(settings):
+    wanted = settings("text", training={"report_to": "wandb"})
+    with pytest.raises(ValueError, match=r"^training\.report_to: .*wandb"):
+        train(wanted)
+    assert not Path(wanted.out).exists()

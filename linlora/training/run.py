@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
-import datetime
-import importlib.metadata
+import json
 import math
+import shutil
 import time
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from rich.console import Console
 
 import linlora
 from linlora.formats.export import TASK_VECTOR_FILE, export
+from linlora.formats.model_config import write_model_config
 from linlora.layers.sharding import is_sharded, whole
+from linlora.storage.environment import environment
 from linlora.storage.tensor_files import save_tensors
 from linlora.training.adapted import Adapted, adapt
+from linlora.training.card import write_card
 from linlora.training.evaluation import evaluate
 from linlora.training.folder import (
+    GRID_FOLDER,
     POINT_FILE,
     SETTINGS_FILE,
     Run,
@@ -32,18 +37,22 @@ from linlora.training.folder import (
 )
 from linlora.training.head import HEAD_FILE, read_head
 from linlora.training.kept_rows import check_kept, keep, rows_of
-from linlora.training.kinds import checked_task
+from linlora.training.kinds import checked_task, load_task
 from linlora.training.settings import Settings
+from linlora.training.similarity import Similarity
 from linlora.training.task import Task
 from linlora.training.trainer import TaskTrainer, check_optimizer, training_arguments
 from linlora.vectors.task_vector import TaskVector
+
+PROTOTYPES_FILE = "prototypes.safetensors"
 
 
 def train(settings: Settings, fresh: bool = False, console: Console | None = None) -> Run:
     """Train the adapter of one task, score it on its validation and test splits, and fill the folder `settings.out`.
 
-    The same call continues an interrupted run from its last checkpoint, and returns a finished one as it is. Under
-    `torchrun` or `accelerate launch` every process calls it; the first one writes.
+    The same call continues an interrupted run from its last checkpoint, and returns a finished one as it is; a test
+    split that the settings name and the finished run has no scores of is scored and added. Under `torchrun` or
+    `accelerate launch` every process calls it; the first one writes.
 
     Args:
         fresh: delete the run of the folder, whatever its settings, and start over.
@@ -59,10 +68,21 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
     if state.is_main_process:
         check_folder(settings, fresh)
     state.wait_for_everyone()
-    folder = Path(settings.out)
     if is_finished(settings):
-        console.print(f"{settings.name}: found finished in {folder} (--fresh trains it again)", highlight=False)
-        return Run.open(folder)
+        return _finished(settings, state, console)
+    if settings.lr_grid:
+        return _best_of_grid(settings, state, console)
+    return _train(settings, state, console, ("validation", "test"))
+
+
+def process_group(settings: Settings) -> PartialState:
+    """Join the processes of `torchrun`, over what the training arguments say; alone without it."""
+    _ = training_arguments(settings).device
+    return PartialState()
+
+
+def _train(settings: Settings, state: PartialState, console: Console, scored: Sequence[str]) -> Run:
+    folder = Path(settings.out)
     task = checked_task(settings)
     rows = rows_of(task)
     check_kept(task, rows, folder)
@@ -81,13 +101,14 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
             console.print(f"{settings.name}: continuing from {checkpoint}", highlight=False)
         loss = _fit(trainer, checkpoint)
         seconds = time.perf_counter() - begin
-        scores = {split: evaluate(trainer.model, task, split) for split in task.splits if split != "train"}
+        scores = {split: evaluate(trainer.model, task, split) for split in task.splits if split in scored}
         _write(trainer.model, adapted.start, task, state)
         metrics = {
             "task": settings.name,
             "method": settings.method,
             "metric": task.metric,
             **scores,
+            "learning_rate": settings.learning_rate,
             "train_loss": loss,
             "steps": trainer.state.global_step,
             "seconds": seconds,
@@ -95,16 +116,75 @@ def train(settings: Settings, fresh: bool = False, console: Console | None = Non
             "trainable_parameters": adapted.report.trainable,
             "environment": _environment(trainer),
         }
-        if state.is_main_process:
-            write_metrics(folder, metrics)
-        state.wait_for_everyone()
+        _finish(Run(folder, settings, metrics), state, task)
     return Run(folder, settings, metrics)
 
 
-def process_group(settings: Settings) -> PartialState:
-    """Join the processes of `torchrun`, over what the training arguments say; alone without it."""
-    _ = training_arguments(settings).device
-    return PartialState()
+def _finish(run: Run, state: PartialState, task: Task) -> None:
+    """Write what is written last."""
+    if state.is_main_process:
+        run.settings.to_yaml(run.folder / SETTINGS_FILE)
+        write_card(run, task)
+        write_metrics(run.folder, run.metrics)
+    state.wait_for_everyone()
+
+
+def _finished(settings: Settings, state: PartialState, console: Console) -> Run:
+    """A finished run as it is, or with the scores of a test split that was named since."""
+    run = Run.open(settings.out)
+    named = settings.data.test
+    if not named or ("test" in run.metrics and named == run.settings.data.test):
+        console.print(f"{settings.name}: found finished in {run.folder} (--fresh trains it again)", highlight=False)
+        return run
+    task = load_task(settings)
+    task.check("test")
+    console.print(f"{settings.name}: found finished in {run.folder}; scoring it on '{named}'", highlight=False)
+    with only_run_in(run.folder, state):
+        scores = evaluate(run.model(task), task, "test")
+        run = Run(run.folder, replace(run.settings, data=settings.data), {**run.metrics, "test": scores})
+        _finish(run, state, task)
+    return run
+
+
+def _best_of_grid(settings: Settings, state: PartialState, console: Console) -> Run:
+    """A run for each learning rate in a folder of its own; the one that validates best becomes the run."""
+    folder, tried = Path(settings.out), {}
+    with only_run_in(folder, state):
+        if state.is_main_process:
+            settings.to_yaml(folder / SETTINGS_FILE)
+        for rate in settings.lr_grid:
+            out, training = str(folder / GRID_FOLDER / f"{rate:g}"), {"learning_rate": rate}
+            of_rate = settings.changed(lr_grid=(), out=out, training=training)
+            if state.is_main_process:
+                check_folder(of_rate)
+            state.wait_for_everyone()
+            console.print(f"{settings.name}: learning rate {rate:g}", highlight=False)
+            try:
+                found = is_finished(of_rate)
+                tried[rate] = Run.open(out) if found else _train(of_rate, state, console, ("validation",))
+            except DivergedError as error:
+                console.print(str(error), highlight=False, markup=False, soft_wrap=True)
+        if not tried:
+            raise DivergedError(f"the training of {settings.name} diverged at every learning rate of lr_grid")
+        scores = {rate: run.metrics["validation"]["score"] for rate, run in tried.items()}
+        best = max(scores, key=lambda rate: scores[rate])  # of equal ones the smallest
+        listed = ", ".join(f"{rate:g}: {100 * score:.1f}" for rate, score in scores.items())
+        console.print(f"{settings.name}: validation % by learning rate {listed}; {best:g} is kept", highlight=False)
+        if state.is_main_process:
+            tried[best].copy_to(folder)
+        state.wait_for_everyone()
+        metrics = {**tried[best].metrics, "lr_grid": {f"{rate:g}": score for rate, score in scores.items()}}
+        run, task = Run(folder, settings, metrics), load_task(settings)
+        if "test" in task.splits:
+            run = Run(folder, settings, {**metrics, "test": evaluate(run.model(task), task, "test")})
+        _finish(run, state, task)
+        if state.is_main_process:
+            shutil.rmtree(folder / GRID_FOLDER)
+    return run
+
+
+class DivergedError(ValueError):
+    """The loss or a trained value is not finite; the message says what to change."""
 
 
 def _fit(trainer: TaskTrainer, checkpoint: str | None) -> float | None:
@@ -119,7 +199,7 @@ def _fit(trainer: TaskTrainer, checkpoint: str | None) -> float | None:
     broken = [name for name, parameter in trained if not whole(parameter.detach()).isfinite().all()]
     if broken or (loss is not None and not math.isfinite(loss)):
         where = f"NaN or infinity in {broken[0]}" if broken else f"loss {loss}"
-        raise ValueError(
+        raise DivergedError(
             f"the training of {trainer.task.settings.name} diverged ({where}); choose a smaller "
             "training.learning_rate, or bf16 in place of fp16, and start over with --fresh"
         )
@@ -135,9 +215,15 @@ def _write(model: Any, start: TaskVector, task: Task, state: PartialState) -> No
         export(model, folder)
     if not state.is_main_process:
         return
-    vector.save(folder / TASK_VECTOR_FILE)
     if head:
+        write_model_config(model.get_base_model(), folder)
         save_tensors(folder / HEAD_FILE, head, {"format": "linlora.head", "task": task.settings.name})
+    if isinstance(task, Similarity):
+        held = {"prototypes": task.head.prototypes, "centre": task.head.centre}
+        kept = {name: tensor for name, tensor in held.items() if tensor is not None}
+        metadata = {"format": "linlora.prototypes", "classes": json.dumps(list(task.classes.names))}
+        save_tensors(folder / PROTOTYPES_FILE, kept, metadata)
+    vector.save(folder / TASK_VECTOR_FILE)
 
 
 def _introduction(task: Task, adapted: Adapted) -> str:
@@ -145,17 +231,15 @@ def _introduction(task: Task, adapted: Adapted) -> str:
     counts = ", ".join(f"{len(task.rows(split))} {split}" for split in task.splits)
     notes = [f"{split}: {note}" for split, of_split in task.notes.items() for note in of_split]
     first = f"{settings.name}: {settings.kind} with {settings.model}; rows: {counts}"
+    if settings.method == "model":
+        notes.append(f"linearized as a whole up to the {settings.ends_at}")
     return "\n".join([first, f"labels: {task.labels_in_words()}", *notes, str(adapted.report)])
 
 
 def _environment(trainer: TaskTrainer) -> dict[str, Any]:
-    packages = ("torch", "transformers", "peft", "datasets", "accelerate")
     device = trainer.args.device
     return {
-        "linlora": linlora.__version__,
-        **{name: importlib.metadata.version(name) for name in packages},
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        **environment(device),
         "processes": trainer.args.world_size,
         "backend": linlora.explain("linearized_lora_linear", device).backend,
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
     }

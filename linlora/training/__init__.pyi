@@ -1,0 +1,16 @@
+from . import plain_yaml as plain_yaml
+from .adapted import Adapted as Adapted
+from .adapted import adapt as adapt
+from .evaluation import evaluate as evaluate
+from .folder import Run as Run
+from .head import read_head as read_head
+from .head import set_head as set_head
+from .kinds import load_task as load_task
+from .recipe import Recipe as Recipe
+from .recipe import read_recipe as read_recipe
+from .recipe import recipe as recipe
+from .run import train as train
+from .settings import Data as Data
+from .settings import Settings as Settings
+from .suite import Suite as Suite
+from .task import Task as Task

@@ -1,0 +1,134 @@
+"""The model card of a run, README.md: what the adapter is, what it was trained on, its scores, how it is loaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from linlora.formats.model_config import FOLDER
+from linlora.storage.files import write_text
+from linlora.training import plain_yaml
+from linlora.training.folder import SETTINGS_FILE, Run
+from linlora.training.head import HEAD_FILE
+from linlora.training.settings import Settings
+from linlora.training.task import Task
+
+_METHODS = {
+    "lora": "A LoRA adapter",
+    "lora-fa": "A LoRA adapter whose A was frozen (LoRA-FA)",
+    "layer": "A LoRA adapter, linearized layer by layer around its starting point (layer scope)",
+    "model": "A task vector of a network that was linearized as a whole around its starting point (model scope)",
+}
+_CLASSES = {
+    "text-to-text": ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
+    "text": ("AutoModelForSequenceClassification",) * 2,
+    "image": ("AutoModelForImageClassification",) * 2,
+}
+
+
+def write_card(run: Run, task: Task) -> None:
+    """Write the card into the folder of the run; one that was written by hand is left alone."""
+    path = run.folder / "README.md"
+    if path.exists() and _MARK not in path.read_text("utf-8", errors="replace") and not _is_pefts(path):
+        return
+    write_text(path, card(run, task))
+
+
+_MARK = "linlora train"
+
+
+def _is_pefts(path: Path) -> bool:
+    """Whether it is the empty form that PEFT writes."""
+    return "[More Information Needed]" in path.read_text("utf-8", errors="replace")
+
+
+def card(run: Run, task: Task) -> str:
+    """The text of a card, with the metadata that the hub reads."""
+    settings, metrics = run.settings, run.metrics
+    front = {
+        "base_model": settings.model,
+        "library_name": "peft" if settings.method != "model" else "linlora",
+        "tags": ["lora", "linlora", settings.kind],
+        "model-index": [{"name": settings.name, "results": _results(run)}],
+    }
+    if settings.data.path and _is_of_the_hub(settings.data.path):
+        front["datasets"] = [settings.data.path]
+    lora = settings.lora
+    sections = [
+        f"---\n{plain_yaml.dump(front)}---",
+        f"# {settings.name}",
+        f"{_METHODS[settings.method]}, of `{settings.model}`: rank {lora['r']}, alpha {lora['lora_alpha']}, "
+        f"{metrics['trainable_parameters']:,} trained values. Made by `{_MARK}`; `{SETTINGS_FILE}` makes it again.",
+        f"## Task\n\n{settings.kind.capitalize()}: {task.labels_in_words()}. Trained on {_source(settings)}, "
+        f"{len(task.rows('train'))} rows, {metrics['steps']} steps at the learning rate {metrics['learning_rate']:g}, "
+        f"seed {settings.seed}.",
+        _scores(run),
+        f"## Use\n\n```python\n{_code(run, task)}\n```",
+    ]
+    if run.head is not None:
+        sections.append(f"`{HEAD_FILE}` holds the head that was trained beside it, `{FOLDER}/config.json` its classes.")
+    return "\n\n".join(sections) + "\n"
+
+
+def _scores(run: Run) -> str:
+    lines = ["## Scores", "", "| split | rows | score |", "|---|---|---|"]
+    for split in ("validation", "test"):
+        if split in run.metrics:
+            scores = run.metrics[split]
+            all_of = ", ".join(
+                f"{name} {100 * value:.1f} %" for name, value in scores.items() if name not in ("score", "rows")
+            )
+            lines.append(f"| {split} | {scores['rows']} | {all_of} |")
+    lines += ["", f"It is judged by {run.metrics['metric']}."]
+    return "\n".join(lines)
+
+
+def _results(run: Run) -> list[dict[str, Any]]:
+    source = run.settings.data.path or run.settings.data.train
+    return [
+        {
+            "task": {"type": run.settings.kind},
+            "dataset": {"name": run.settings.name, "type": source, "split": split},
+            "metrics": [{"type": run.metrics["metric"], "value": round(run.metrics[split]["score"], 4)}],
+        }
+        for split in ("validation", "test")
+        if split in run.metrics
+    ]
+
+
+def _code(run: Run, task: Task) -> str:
+    settings = run.settings
+    if settings.method == "model":
+        return (
+            "import linlora\nfrom linlora.training import Run, load_task\n\n"
+            'run = Run.open("FOLDER")  # this one\nmodel = run.model(load_task(run.settings))'
+        )
+    if settings.kind == "zero-shot" or settings.head == "prototypes":
+        kind = "CLIPVisionModelWithProjection" if settings.kind == "zero-shot" else "AutoModel"
+        note = "  # scores: normalise(features - centre) @ prototypes.T, of prototypes.safetensors"
+    else:
+        of = settings.kind if settings.kind == "text-to-text" else "text" if settings.data.text else "image"
+        kind, note = _CLASSES[of][bool(getattr(getattr(task, "config", None), "is_encoder_decoder", False))], ""
+    if run.head is not None:
+        return (
+            f"from peft import PeftModel\nfrom transformers import AutoConfig, {kind}\n\n"
+            f'config = AutoConfig.from_pretrained("FOLDER", subfolder="{FOLDER}")  # this one\n'
+            f'base = {kind}.from_pretrained("{settings.model}", config=config, ignore_mismatched_sizes=True)\n'
+            'model = PeftModel.from_pretrained(base, "FOLDER")'
+        )
+    return (
+        f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
+        f'base = {kind}.from_pretrained("{settings.model}")\n'
+        f'model = PeftModel.from_pretrained(base, "FOLDER")  # this one{note}'
+    )
+
+
+def _source(settings: Settings) -> str:
+    data = settings.data
+    where = data.path or data.train
+    name = where if _is_of_the_hub(where) else Path(where).name
+    return f"`{name}`" + (f" ({data.config})" if data.config else "")
+
+
+def _is_of_the_hub(path: str) -> bool:
+    return path.count("/") <= 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
