@@ -96,6 +96,7 @@ setup(
     package_dir={"linlora.kernels": "kernels", "linlora.bench": "bench"},
     package_data={
         "linlora": ["py.typed", "__init__.pyi"],
+        "linlora.training": ["__init__.pyi"],
         "linlora.ops": ["evidence.json"],
         "linlora.quickstart.glyphs": ["data/*"],
     },
