@@ -28,7 +28,7 @@ from linlora.formats.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, Wron
 from linlora.formats.model_config import read_head_config
 from linlora.fusion.checks import check_options
 from linlora.fusion.dense import DenseTies
-from linlora.fusion.registry import FROM_VECTORS, METHODS, fuse
+from linlora.fusion.registry import FROM_VECTORS, METHODS, fuse, needs
 from linlora.layers.sharing import group_of
 from linlora.layers.vanilla import refuse_changed_base
 from linlora.layers.weights import BLOCK, Update, blocks, folded, one_thread
@@ -284,8 +284,14 @@ def _fused(
     if len(weights) != len(adapters):
         raise ValueError(f"merge: {len(weights)} weights for {len(adapters)} adapters; one each is needed")
     if method in METHODS and method not in FROM_VECTORS:
-        raise ValueError(f"merge: {method} needs a model and data; from files: {', '.join(FROM_VECTORS)}")
-    vectors = [weight * adapter.vector.cast("weight") for weight, adapter in zip(weights, adapters, strict=True)]
+        raise ValueError(
+            f"merge: {method} needs {needs(method)} of the tasks, which adapters do not hold; from files: "
+            f"{', '.join(FROM_VECTORS)}"
+        )
+    vectors = [  # all of the base that is given, whatever name they record
+        replace(weight * adapter.vector.cast("weight"), base_model=None)
+        for weight, adapter in zip(weights, adapters, strict=True)
+    ]
     if method == "ties":
         check_options(method, METHODS[method], options)
         changes = [replace(adapter, vector=vector) for adapter, vector in zip(adapters, vectors, strict=True)]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from linlora.commands.errors import user_errors
+from linlora.commands.methods import METHOD_HELP
 
 if TYPE_CHECKING:
     from linlora.formats import Stored
@@ -17,9 +19,12 @@ if TYPE_CHECKING:
 def fuse(
     vectors: Annotated[list[str], typer.Argument(help="Task vectors or adapter folders; then options of the method.")],
     out: Annotated[Path, typer.Option(help="The task vector to write, a .safetensors file.")],
-    method: Annotated[str, typer.Option(help="A method of linlora.fuse that needs no data.")] = "task_arithmetic",
+    method: Annotated[str, typer.Option(help=METHOD_HELP)] = "task_arithmetic",
     scope: Annotated[
         str | None, typer.Option(help="weight: fuse what the adapters add to the weights, whatever they are.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model of all adapters, where they name it differently.")
     ] = None,
 ) -> None:
     """Fuse adapters into one: linlora fuse A B C --method average --out fused.safetensors
@@ -28,8 +33,9 @@ def fuse(
     layers, and linearized ones among them, are fused as what they add to the weights of their base model: Σ λ ΔW.
 
     The options of the method are those of `linlora.fuse`: --scaling 0.3, or --scaling 0.3,0.5,0.2 for one each; --keep
-    for ties; --drop, --seed and --combine for dare. In weight space there are also tsv, iso_c, iso_cts, knots_ties,
-    compress_then_merge and wudi_minimiser, and --out-rank 16 or --energy 0.99 for the best adapter of a smaller rank.
+    for ties; --drop, --seed and --combine for dare; in weight space --out-rank 16 or --energy 0.99 for the best adapter
+    of a smaller rank.
+
     The files are streamed through: memory holds a few tensors, whatever their number. Where λ comes from: `linlora eval
     ... --fuse METHOD --search` on a validation split.
     """
@@ -42,8 +48,9 @@ def fuse(
 
         if method in linlora.fusion.METHODS and method not in FROM_VECTORS:
             raise ValueError(
-                f"{method} needs a model and data, which files do not hold: linlora.fuse(vectors, {method!r}, ...) in "
-                f"Python. From files: {', '.join(FROM_VECTORS)}"
+                f"{method} needs {linlora.fusion.needs(method)} of the tasks, which adapters do not hold: linlora eval "
+                f"... --fuse {method}, or linlora.fuse(vectors, {method!r}, ...) in Python. From files: "
+                f"{', '.join(FROM_VECTORS)}"
             )
         if out.suffix != ".safetensors":
             raise ValueError(f"--out {out}: a task vector is written to a .safetensors file")
@@ -51,8 +58,11 @@ def fuse(
         if any(_is_of(out, Path(path)) for path in vectors[:first]):
             raise FileExistsError(f"--out {out} is one of the vectors; name another file")
         stored = [formats.open(path) for path in vectors[:first]]
+        if base is not None:
+            stored = [replace(adapter, vector=replace(adapter.vector, base_model=base)) for adapter in stored]
         stored = _of_one_space(stored, scope)
-        fused = linlora.fuse([adapter.vector for adapter in stored], method, **options(vectors[first:]))
+        chosen = options(vectors[first:])
+        fused = linlora.fuse([adapter.vector for adapter in stored], method, **chosen)
         fused.save(out)
         console = Console(soft_wrap=True, highlight=False)
         what = f"{method} of {len(stored)} vectors of scope '{fused.scope}', {len(fused.scalings)} layers"
@@ -65,7 +75,9 @@ def fuse(
         if isinstance(fused, linlora.WeightVector):
             ranks = sorted({size.rank for size in fused.sizes().values()})
             lost = f"; cut off: {fused.truncation_error:.2%} of the norm" if fused.truncation_error else ", exact"
-            console.print(f"rank {' to '.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}{lost}", markup=False)
+            asked = chosen.get("out_rank", 0)
+            more = f": --out-rank {asked} is more than there is" if asked != "exact" and asked > ranks[-1] else ""
+            console.print(f"rank {' to '.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}{lost}{more}", markup=False)
         extras = sorted({name for adapter in stored for name in adapter.extras})
         if extras:
             console.print(f"note: not fused, trained beside the adapters: {', '.join(extras)}", markup=False)
@@ -79,8 +91,6 @@ def _is_of(out: Path, vector: Path) -> bool:
 
 def _of_one_space(stored: list[Stored], scope: str | None) -> list[Stored]:
     """Adapters whose vectors add: in weight space where one of them is, or where that is asked for."""
-    from dataclasses import replace
-
     from linlora import DifferentPointError
 
     if scope not in (None, "weight"):

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from linlora.commands.errors import user_errors
+from linlora.commands.methods import METHOD_HELP
 
 
 def merge(
@@ -20,7 +21,7 @@ def merge(
     ],
     out: Annotated[Path, typer.Option(help="Folder of the merged model; it must not exist.")],
     method: Annotated[
-        str | None, typer.Option(help="Fuse the adapters by this method of linlora.fuse; their sum if left out.")
+        str | None, typer.Option(help=f"{METHOD_HELP} Of ΔW itself ties too. The sum if left out.")
     ] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="An option of the method: --set scaling=0.5 (repeatable).")
@@ -29,7 +30,8 @@ def merge(
     """Merge adapters into the weights of a base model, from file to file: linlora merge BASE ADAPTER --out MERGED
 
     Several are summed as ΔW, whatever their ranks and layers, each times its weight: linlora merge BASE A:0.6 B:-0.2.
-    Or they are fused, --method tsv: then the weights multiply ΔW before.
+    Or they are fused, --method tsv: then the weights multiply ΔW before. BASE is the base model of all, whatever name
+    they record.
 
     W + ΔW is summed in float32 and rounded to the dtype of W once. The model is not built: a shard streams through
     memory, weight by weight. The result is a plain model folder for transformers, vLLM or SGLang.

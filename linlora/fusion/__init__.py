@@ -8,7 +8,18 @@ it.
 """
 
 from linlora.fusion.analysis import Disentanglement, cosines, disentanglement, predictor
-from linlora.fusion.registry import METHODS, fuse
+from linlora.fusion.registry import METHODS, fuse, needs
 from linlora.fusion.search import Search, grid, search
 
-__all__ = ["METHODS", "Disentanglement", "Search", "cosines", "disentanglement", "fuse", "grid", "predictor", "search"]
+__all__ = [
+    "METHODS",
+    "Disentanglement",
+    "Search",
+    "cosines",
+    "disentanglement",
+    "fuse",
+    "grid",
+    "needs",
+    "predictor",
+    "search",
+]

@@ -79,7 +79,7 @@ def fused_layers(
             merged = merge(layer(vectors, name, weights))
             spectrum = merged if isinstance(merged, Spectrum) else Spectrum.of(merged)
         rank = cut.rank(spectrum.values)
-        squares = spectrum.values.square()
+        squares = cut.significant(spectrum.values).square()
         lost, whole = lost + float(squares[rank:].sum()), whole + float(squares.sum())
         A, B = _factors(spectrum, size._replace(rank=rank))
         cut_deltas[f"{name}.dA"], cut_deltas[f"{name}.dB"] = A, B

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Literal
 
 from linlora.fusion.adamerging import adamerging
 from linlora.fusion.arithmetic import average, negation, task_arithmetic
-from linlora.fusion.checks import check_options, required
+from linlora.fusion.checks import check_options
 from linlora.fusion.compress import compress_then_merge
 from linlora.fusion.dare import dare
 from linlora.fusion.knots import knots_ties
@@ -41,7 +41,24 @@ METHODS: dict[str, Callable[..., TaskVector]] = {
     **IN_WEIGHT_SPACE,
 }
 
-FROM_VECTORS = tuple(name for name, method in METHODS.items() if not required(method))
+Needs = Literal["nothing", "inputs", "examples"]
+
+_NEEDS: dict[str, Needs] = {"lorahub": "examples", "soup": "examples", "adamerging": "inputs", "regmean": "inputs"}
+
+
+def needs(method: str) -> Needs:
+    """What a method needs beside the vectors: nothing, unlabeled inputs of the tasks, or labeled examples.
+
+    The options that bring it have no default: of inputs `inputs`, and for AdaMerging `model`; of examples `objective`
+    for LoraHub, `model` and `batches` for LoRA-Soups.
+
+    >>> needs("tsv"), needs("regmean"), needs("soup")
+    ('nothing', 'inputs', 'examples')
+    """
+    return _NEEDS.get(method, "nothing")
+
+
+FROM_VECTORS = tuple(method for method in METHODS if needs(method) == "nothing")
 """The methods that need nothing but the vectors: no model, no data."""
 
 
@@ -49,16 +66,16 @@ def fuse(vectors: Iterable[TaskVector], method: str = "task_arithmetic", **optio
     """Fuse task vectors by one of `linlora.fusion.METHODS`; the options are the method's keyword arguments.
 
     Args:
-        vectors: task vectors of one scope, set of layers and linearization point, or in weight space of one base model,
-            whatever their ranks, scalings and layers: in a list; from a generator that
-            loads one after the other, of which those methods that go through them once hold one at a time, and beside
-            it what their docstrings say; or left in files, a list of `TaskVector.open`. Then the result is lazy, each
-            of its tensors computed when it is asked for, and `save` streams: a few tensors are in memory.
-        method: "average", "task_arithmetic", "negation", "lorahub"; of vectors of one point "ties", "dare" and
-            "adamerging"; in weight space "tsv", "iso_c", "iso_cts", "knots_ties", "compress_then_merge",
-            "wudi_minimiser" and, with a model and labeled batches, "soup"; "regmean", with moments of the inputs, of
-            both. Most take in weight space `out_rank=r` or `energy=0.99`: the best adapter of a smaller rank, whose
-            `truncation_error` says what part of the norm was cut off.
+        vectors: task vectors of one scope, set of layers and linearization point; or in weight space, of one base
+            model, whatever their ranks, scalings and layers. In a list; from a generator that loads one after the
+            other, of which methods that go through them once hold one at a time; or left in files, a list of
+            `TaskVector.open`: then the result is lazy, each of its tensors computed when it is asked for, and `save`
+            streams with a few tensors in memory.
+        method: of vectors of one point and in weight space "average", "task_arithmetic", "negation", "lorahub" and
+            "regmean"; of one point alone "ties", "dare" and "adamerging"; in weight space alone "tsv", "iso_c",
+            "iso_cts", "knots_ties", "compress_then_merge", "wudi_minimiser" and "soup". `needs(method)` says which want
+            inputs or examples. In weight space most take `out_rank=r` or `energy=0.99`: the best adapter of a smaller
+            rank, whose `truncation_error` says what part of the norm was cut off.
 
     Returns: a TaskVector of the same point, dtypes and scope; sums are accumulated in float32 (float64 for float64
         vectors) and rounded once. A method sees vectors, not models, so it works at scopes "lora", "layer" and "model"

@@ -82,13 +82,18 @@ class Cut:
     def exact(self) -> bool:
         return self.out_rank == "exact" and self.energy is None
 
+    @staticmethod
+    def significant(values: Tensor) -> Tensor:
+        """Singular values, the largest first, with zeros for those that are rounding."""
+        return values * (values > _DEPENDENT * values[:1].sum())
+
     def rank(self, values: Tensor) -> int:
         """How many of some singular values are kept; at least 1, the least that an adapter has.
 
         >>> Cut(energy=0.9).rank(torch.tensor([3.0, 1.0, 0.1])), Cut(out_rank=5).rank(torch.tensor([3.0, 1.0, 0.1]))
         (2, 3)
         """
-        there = int((values > _DEPENDENT * values[:1].sum()).sum())
+        there = int(self.significant(values).count_nonzero())
         if self.energy is not None:
             kept = values.square().cumsum(0)
             there = min(there, 1 + int((kept < self.energy * kept[-1]).sum())) if there else 0

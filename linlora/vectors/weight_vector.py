@@ -322,7 +322,7 @@ def common_base(*vectors: TaskVector) -> str | None:
         if _model_name(name) != _model_name(named[0]):
             raise DifferentPointError(
                 f"the adapters are of different base models, '{named[0]}' and '{name}'. If the two are the same "
-                "weights, say so: dataclasses.replace(vector, base_model=...)"
+                "weights, name them once: linlora fuse ... --base NAME, or dataclasses.replace(vector, base_model=NAME)"
             )
     return min(named, key=lambda name: (len(name), name), default=None)
 

@@ -1,5 +1,8 @@
 """linlora fuse, inspect, export and merge, as they are typed."""
 
+import json
+import re
+
 import pytest
 import torch
 from peft import PeftModel
@@ -9,6 +12,8 @@ from typer.testing import CliRunner
 import linlora
 from linlora import TaskVector, formats
 from linlora.cli import app
+from linlora.commands.methods import FROM_FILES
+from linlora.fusion.registry import FROM_VECTORS, METHODS
 from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
 
 
@@ -91,7 +96,7 @@ def test_options_of_every_method(run, vectors, options, keywords):
         ("fuse 0.safetensors --out f.safetensors --method ties --density 1", "ties takes no option"),
         ("fuse 0.safetensors --out base", "--out base: a task vector is written to a .safetensors file"),
         ("fuse 0.safetensors --out f.safetensors --method magic", "unknown method 'magic'; choose one of average"),
-        ("fuse 0.safetensors --out f.safetensors --method lorahub", "lorahub needs a model and data, which files do"),
+        ("fuse 0.safetensors --out f.safetensors --method lorahub", "lorahub needs examples of the tasks, which"),
         ("fuse 0.safetensors --out f.safetensors --scaling nan", "task_arithmetic: scaling has to be finite, got nan"),
         ("fuse 0.safetensors --out f.safetensors --scaling much", "scaling has to be finite, got much"),
         ("fuse 0.safetensors --out f.safetensors --method ties --keep all", "ties: keep has to be a finite number"),
@@ -170,6 +175,32 @@ def test_plain_adapters_of_one_start_are_fused_there_or_as_what_they_add_to_the_
     assert (TaskVector.load("f.safetensors") - expected).norm() < 1e-6 * expected.norm()
 
 
+def test_adapters_that_name_their_base_differently_are_of_the_one_that_is_named(run, tmp_path):
+    for name in "ab":
+        tiny_model("bert", trained=True, seed=ord(name)).save_pretrained(name)
+        config = tmp_path / name / "adapter_config.json"
+        config.write_text(json.dumps({**json.loads(config.read_text()), "base_model_name_or_path": f"org/{name}"}))
+    status, output = run("fuse a b --out f.safetensors")
+    assert status == 2
+    assert "a and b: the adapters are of different base models, 'org/a' and 'org/b'" in output
+    assert "linlora fuse ... --base NAME" in output
+    status, output = run("fuse a b --base org/base --method average --out f.safetensors")
+    assert status == 0, output
+    fused = TaskVector.load("f.safetensors")
+    assert fused.base_model == "org/base"
+    tiny_base("bert").save_pretrained("base")
+    assert run("merge base a b --method average --out fused")[0] == 0
+    assert run("merge base f.safetensors --out merged")[0] == 0
+    found, expected = (BertForSequenceClassification.from_pretrained(name).eval() for name in ("fused", "merged"))
+    torch.testing.assert_close(found.state_dict(), expected.state_dict())
+
+
+def test_help_lists_the_methods_there_are(run):
+    for command in ("fuse", "merge"):
+        assert all(method in run(f"{command} --help")[1] for method in FROM_VECTORS)
+    assert set(re.findall(r"\w+", FROM_FILES)) & METHODS.keys() == set(FROM_VECTORS)
+
+
 def test_inspect_of_a_vector_without_its_point(run, vectors):
     vectors[0].save("hash.safetensors", include_point=False)
     status, output = run("inspect hash.safetensors")
@@ -214,7 +245,7 @@ def test_a_merge_of_weighted_and_of_fused_adapters(run, line, fused):
     [
         ("merge base a:nan --out f", "a:nan: the weight has to be finite"),
         ("merge base a:much --out f", "a:much: no such file or folder"),
-        ("merge base a --method adamerging --out f", "adamerging needs a model and data; from files:"),
+        ("merge base a --method adamerging --out f", "adamerging needs inputs of the tasks, which adapters do not"),
         ("merge base a --set keep=1 --out f", "--set is an option of a method; name it with --method"),
         ("merge base a --method tsv --set keep=1 --out f", "tsv takes no option 'keep'; its options are scaling,"),
         ("merge base a --method dare --out f", "dare: picks single values"),
@@ -227,6 +258,13 @@ def test_a_merge_that_cannot_be_done(run, tmp_path, line, message):
     assert status == 2
     assert message in output
     assert not (tmp_path / "f").exists()
+
+
+def test_fuse_says_where_a_rank_is_more_than_there_is(run):
+    tiny_model("bert", trained=True).save_pretrained("a")
+    status, output = run("fuse a a --out-rank 64 --out f.safetensors")
+    assert status == 0
+    assert "rank 4, exact: --out-rank 64 is more than there is" in output
 
 
 def test_fuse_says_what_a_cut_costs(run):

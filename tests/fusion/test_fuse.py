@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 import linlora
 from linlora import TaskVector
-from linlora.fusion import METHODS
+from linlora.fusion import METHODS, needs
+from linlora.fusion.checks import required
 from linlora.fusion.registry import IN_WEIGHT_SPACE
 from linlora.testing import tiny_model
 
@@ -197,3 +198,9 @@ class TestRefusals:
     def test_what_is_no_vector(self):
         with pytest.raises(TypeError, match="a TaskVector is expected, got str"):
             linlora.fuse(["vector.safetensors"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_says_what_it_needs(method):
+    """What it needs comes by options without a default."""
+    assert (needs(method) == "nothing") == (not required(METHODS[method]))
