@@ -17,7 +17,7 @@ WORKERS ?= 12
 SEEDS ?= 0 1
 TESTS ?= tests
 
-.PHONY: install cuda test test-everywhere peft-suite lint quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
+.PHONY: install cuda test test-everywhere peft-suite lint docs quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
   gpu-bench-compiled gpu-programme require-gpu
 
 install: $(READY)
@@ -31,8 +31,8 @@ install: $(READY)
 cuda: $(READY)
 	$(PYTHON) csrc/build.py
 
-# What .ci/run runs: style, types, doctests and tests (on the GPU where there is one).
-test: lint
+# What .ci/run runs: style, types, documentation, doctests and tests (on the GPU where there is one).
+test: lint docs
 	$(PYTHON) -m pytest -q -n auto
 
 # The tests by every instruction set that torch has on this machine, with every seed of SEEDS: a line of result for each.
@@ -47,6 +47,10 @@ lint: $(READY)
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 	$(PYTHON) -m mypy
+
+# The documentation as a site, in build/site; a broken link or name is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 quickstart: $(READY)
 	$(PYTHON) -m linlora.cli quickstart

@@ -1,19 +1,46 @@
-"""The README's Python runs as it stands there."""
+"""README: its Python runs, its commands exist, and it is short."""
 
 import re
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
-README = Path(__file__).parents[1] / "README.md"
-BLOCKS = re.findall(r"```python\n(.*?)```", README.read_text(encoding="utf-8"), flags=re.S)
+from linlora.testing import tiny_base
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text("utf-8")
+(EXAMPLE,) = re.findall(r"```python\n(.*?)```", README, flags=re.S)
+CHECKPOINT = "google-bert/bert-base-uncased"
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[0][:40])
-def test_example_runs(block, tmp_path, monkeypatch):
+@pytest.fixture
+def checkpoint(tmp_path):
+    """A tiny BERT with a tokenizer, in a folder."""
+    base = tiny_base("bert")
+    base.save_pretrained(tmp_path / "bert")
+    words = Tokenizer(models.WordLevel({"[PAD]": 0, "[UNK]": 1, "joy": 2, "hours": 3}, unk_token="[UNK]"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="[PAD]").save_pretrained(tmp_path / "bert")
+    return tmp_path / "bert"
+
+
+def test_the_example_runs_and_leaves_a_vector_and_an_adapter(checkpoint, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    exec(compile(block, "README.md", "exec"), {"__name__": "__readme__"})
+    assert CHECKPOINT in EXAMPLE
+    example = EXAMPLE.replace(CHECKPOINT, checkpoint.as_posix())
+    exec(compile(example, "README.md", "exec"), {"__name__": "__readme__"})
+    assert Path("films.safetensors").is_file()
+    assert Path("films/adapter_config.json").is_file()
 
 
-def test_the_first_example_is_ten_lines():
-    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 12
+def test_its_commands_are_jobs_of_the_makefile():
+    jobs = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text("utf-8"), flags=re.M)
+    assert set(re.findall(r"make ([a-z-]+)", README)) <= set(jobs)
+    assert "make quickstart" in README
+    assert "make test" in README
+
+
+def test_it_is_read_in_five_minutes():
+    assert len(README.split()) <= 900
