@@ -56,6 +56,7 @@ from linlora.ops.grouping import Groups, unique_tasks
 from linlora.ops.linearized_lora_linear import linearized_lora_linear
 from linlora.ops.lora_linear import lora_linear
 from linlora.ops.mix_inventories import mix_inventories
+from linlora.ops.packed_attention import packed_attention
 from linlora.ops.routed_lora_linear import routed_lora_linear
 from linlora.stream.dual import dual
 from linlora.vectors.products import jvp, vjp
@@ -71,6 +72,7 @@ __all__ = [
     "linearized_lora_linear",
     "lora_linear",
     "mix_inventories",
+    "packed_attention",
     "routed_lora_linear",
     "solve",
     "unique_tasks",
