@@ -1,4 +1,4 @@
-"""`packed_attention`: attention with tangents over sequences of different lengths, one after the other, without padding.
+"""`packed_attention`: attention with tangents over packed sequences of different lengths, without padding.
 
 Each sequence is a call of `linlora.ops.attention`, on slices that copy nothing, so no pair of sequences is scored and
 nothing is formed of the size of the longest; on a GPU this costs a launch a sequence.

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.stream.tensor import DualTensor, duals, primals, rule, wrap
+from linlora.stream.tensor import DualTensor, duals, named, primals, rule, wrap
 
 
 @rule("add", "__add__", "__radd__", "sub", "__sub__", "subtract")
@@ -45,10 +45,15 @@ def product(func: Any, args: tuple, kwargs: dict) -> Any:
     with torch.no_grad():
         if a_tangent is not None:
             y_tangent = func(a_tangent, primals(b), **kwargs)
-        if b_tangent is not None:
+        if y_tangent is not None and b_tangent is not None and func in _TIMES and y_tangent.dtype == b_tangent.dtype:
+            y_tangent = torch.addcmul(y_tangent, primals(a), b_tangent)
+        elif b_tangent is not None:
             term = func(primals(a), b_tangent, **kwargs)
             y_tangent = term if y_tangent is None else y_tangent + term
     return wrap(y, y_tangent, next(duals(args)).stream)
+
+
+_TIMES = {function for name in ("mul", "__mul__", "__rmul__", "multiply") for function in named(name)}
 
 
 @rule("grouped_mm", "_grouped_mm")

@@ -6,6 +6,9 @@
     o_t = P v_t + dP v             = P v_t + (P ⊙ S_t) v − rowsum(P ⊙ S_t) ⊙ o
 
 With dropout, P and dP meet the values through one mask. Backward recomputes P block by block.
+
+Where PyTorch's own flash attention of the CPU serves (float32 and float64, no mask, no dropout), it computes o and, in
+backward, the gradients; only the tangent is computed here, from P = exp(S − lse).
 """
 
 from __future__ import annotations
@@ -15,10 +18,13 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from linlora.ops.transforms import transform_active
 from linlora.reference import keep_mask
 
+_flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _ROWS = 256
-_ELEMENTS = {"cpu": 2**20, "cuda": 2**26}  # of a block of S: in the cache of a CPU; enough to fill a GPU
+_ELEMENTS = {"cpu": 2**17, "cuda": 2**26}  # of a block of S: in the cache of a CPU; enough to fill a GPU
 
 
 def attention(
@@ -37,9 +43,14 @@ def attention(
     """(o, o_t, lse) for q (B, H, Sq, D), k (B, Hkv, Sk, D), v (B, Hkv, Sk, Dv), H a multiple of Hkv.
 
     `mask` broadcasts to (B, H, Sq, Sk): True where a query sees a key, or added to the scores. `causal` lets query i
-    see the keys j <= i. A query that sees no key gets zeros. lse is empty: this backward does not ask for it.
+    see the keys j <= i. A query that sees no key gets zeros. lse, logsumexp(S), is empty where backward needs none.
     """
     dtype, heads = q.dtype, q.shape[1]
+    if _serves(q, v, mask, dropout_p):
+        k, v = every_head(k, heads), every_head(v, heads)
+        k_tangent, v_tangent = (x if x is None else every_head(x, heads) for x in (k_tangent, v_tangent))
+        o, lse = _flash(q, k, v, 0.0, causal, scale=scale)
+        return o, _tangent(q, k, v, q_tangent, k_tangent, v_tangent, lse, causal, scale), lse
     q, k, v, q_tangent, k_tangent, v_tangent = wide(q, k, v, q_tangent, k_tangent, v_tangent)
     q, k, v = (q * scale).contiguous(), every_head(k, heads), every_head(v, heads)
     q_tangent = None if q_tangent is None else (q_tangent * scale).contiguous()
@@ -62,6 +73,51 @@ def attention(
     return o.to(dtype), o_tangent.to(dtype), q.new_empty(0)
 
 
+def _serves(q: Tensor, v: Tensor, mask: Tensor | None, dropout_p: float) -> bool:
+    """Whether PyTorch's flash attention of the CPU computes the primal; it has no derivative of its own there."""
+    plain = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64) and mask is None and dropout_p == 0.0
+    return plain and q.shape[3] == v.shape[3] and q.numel() > 0 and v.numel() > 0 and not transform_active()
+
+
+def _tangent(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_tangent: Tensor | None,
+    k_tangent: Tensor | None,
+    v_tangent: Tensor | None,
+    lse: Tensor,
+    causal: bool,
+    scale: float,
+) -> Tensor:
+    """o_t from lse, k and v with a head for each of q's; empty without tangents. Products add to one another."""
+    if q_tangent is None and k_tangent is None and v_tangent is None:
+        return q.new_empty(0)
+    o_tangent = q.new_empty(*q.shape[:-1], v.shape[-1])
+    q, lse = (q * scale).contiguous(), lse.to(q.dtype).unsqueeze(-1)
+    q_tangent = None if q_tangent is None else (q_tangent * scale).contiguous()
+    k_tangent, v_tangent = (x if x is None else x.contiguous() for x in (k_tangent, v_tangent))
+    for rows, keys in blocks(q, k, causal):
+        P = matrices(q[rows], k[keys].mT).sub_(lse[rows].flatten(0, 1)).exp_()
+        if causal:
+            P = P.tril_(rows[2].start) if P.shape[-1] > rows[2].start + 1 else P
+        total = None if v_tangent is None else matrices(P, v_tangent[keys])
+        S_tangent = None if q_tangent is None else matrices(q_tangent[rows], k[keys].mT)
+        if k_tangent is not None:
+            S_tangent = matrices(q[rows], k_tangent[keys].mT, S_tangent)
+        if S_tangent is not None:
+            P_tangent = torch.ops.aten._softmax_backward_data.default(S_tangent, P, -1, P.dtype)
+            total = matrices(P_tangent, v[keys], total)
+        o_tangent[rows] = total.view(o_tangent[rows].shape)  # type: ignore[union-attr]
+    return o_tangent
+
+
+def matrices(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
+    """a b for each head of each example, added to `total` in place; one dimension of heads."""
+    a, b = (x.flatten(0, 1) if x.dim() == 4 else x for x in (a, b))
+    return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
+
+
 def attention_backward(
     g: Tensor,
     q: Tensor,
@@ -77,6 +133,10 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv): dv = Pᵀ g, dS = P ⊙ (g vᵀ − rowsum(g ⊙ o)), dq = scale dS k, dk = scale dSᵀ q."""
     dtype, heads, kv_heads = q.dtype, q.shape[1], k.shape[1]
+    if lse.numel() > 0 and _serves(q, v, mask, dropout_p):
+        k, v = every_head(k, heads), every_head(v, heads)
+        dq, dk, dv = _flash_backward(g, q, k, v, o, lse, 0.0, causal, scale=scale)
+        return dq, sum_groups(dk, kv_heads), sum_groups(dv, kv_heads)
     g, q, k, v = wide(g, q, k, v)
     q, g = (q * scale).contiguous(), g.contiguous()
     k, v = every_head(k, heads), every_head(v, heads)
