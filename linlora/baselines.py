@@ -1,4 +1,4 @@
-"""What linlora is compared with and tested against: the same linearization through `torch.func.jvp`.
+"""The same linearization through `torch.func.jvp`, to compare with and to test against.
 
 This is how linearized adapters are trained without linlora (the code released with arXiv 2310.04742 does it over all
 parameters of a layer): keep a frozen copy of the parameters, subtract it, push the difference through forward-mode AD.

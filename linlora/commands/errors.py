@@ -1,4 +1,4 @@
-"""How a command ends when it cannot do what it was asked: one line on stderr, and a status that says why."""
+"""Ends a command that cannot do its work: one line on stderr, and a status that says why."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""`model(..., adapter_names=[...])`: the adapter, or a mixture of adapters, of every example of a batch.
+"""`model(..., adapter_names=[...])`: an adapter, or a mixture of adapters, for every example of a batch.
 
-PEFT hands the names to its layers by hooks, for the time of a call. `serve_rows` does this in its place on models with
-converted layers, and more: an entry may be a mapping of names to weights (`linlora.layers.mixtures`), a model may be
+PEFT hands the names to its layers by hooks, for the time of a call. `serve_rows` takes its place on models with
+converted layers. An entry may also be a mapping of names to weights (`linlora.layers.mixtures`), the model may be
 training, and blocks that activation checkpointing runs again in backward find the names they had.
 
 In training every adapter gets the gradients of its own rows, and one without rows gets None:
@@ -82,7 +82,7 @@ def _encoder_of(model: Any) -> set[nn.Module]:
 
 
 class _Running:
-    """Whether the forward pass is not over."""
+    """Says whether the forward pass goes on."""
 
     def __init__(self) -> None:
         self.now = True

@@ -130,7 +130,7 @@ class LoraAdapters(PeftLoraLinear):
         return ps.pop()
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's, to add an adapter: a plain one. Raises ValueError, and adds nothing, where it is not vanilla LoRA."""
+        """Add a plain adapter, as PEFT asks. Raises ValueError, and adds nothing, where it is not vanilla LoRA."""
         with restoring(self):
             super().update_layer(adapter_name, *args, **kwargs)
             if (why := not_vanilla_layer(self, [adapter_name])) is not None:
@@ -151,7 +151,7 @@ class LoraAdapters(PeftLoraLinear):
         self._freeze_point()
 
     def _freeze_point(self) -> None:
-        """The linearization point of every linearized adapter takes no gradient, whatever PEFT switched on."""
+        """Let the point of every linearized adapter take no gradient, whatever PEFT switched on."""
         for name, state in self.states.items():
             if state != "plain":
                 self.lora_A[name].weight.requires_grad_(False)
@@ -183,7 +183,7 @@ class LoraAdapters(PeftLoraLinear):
         warnings.warn(f"layer '{self.layer_name}': {why}, so all of them are called, not run as one op", stacklevel=3)
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
-        """Asked by PEFT's forward. One kept from before the layer was linearized may call it, and is refused."""
+        """Refuse a forward of PEFT that was kept from before the layer was linearized and calls this."""
         super()._check_forward_args(x, *args, **kwargs)
         if not (self._disable_adapters or self.merged_adapters):
             adapters = kwargs.get("adapter_names") or self.active_adapters
@@ -212,7 +212,7 @@ class LoraAdapters(PeftLoraLinear):
 
 
 def called_parts(layer: Any, adapters: Sequence[str]) -> str | None:
-    """Which LoRA part of some adapters is more than its weight, and why; or None. See linlora.layers.calls."""
+    """The first LoRA part of some adapters that is more than its weight, and why; or None. See linlora.layers.calls."""
     for kind in LORA_PARTS:
         for name in adapters:
             if not is_product(part := getattr(layer, kind)[name]):

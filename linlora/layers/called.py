@@ -1,4 +1,4 @@
-"""The LoRA parts of a layer called, as PEFT calls them, and linearized as they are: what hooks do counts too.
+"""Linearizes the LoRA parts of a layer by calling them, as PEFT does, so that their hooks count too.
 
 The low-rank branch is g(x, A, B) = lora_B(lora_A(lora_dropout(x))), with everything a call of these runs. Forward mode
 gives its value and its derivative along (dA, dB), and x_t, in one call of each part.

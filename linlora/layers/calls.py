@@ -59,7 +59,7 @@ def has_forward_of_class(module: nn.Module) -> bool:
 
 
 def beyond_product(part: nn.Module) -> str:
-    """What is true of a part that is called and not read, as the predicate of a sentence."""
+    """The reason to call a part instead of reading its weight, as the predicate of a sentence."""
     if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
         return "has hooks"
     if type(part) not in _FORWARDS:

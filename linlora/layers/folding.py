@@ -1,4 +1,4 @@
-"""Layer scope as stock LoRA factors, and back: what makes a linearized adapter loadable by any LoRA server.
+"""Layer scope as stock LoRA factors, which any LoRA server loads, and back.
 
 A linearized layer is exactly a LoRA layer of rank at most 2r (ΔW = s [(B0 + dB) A0 + B0 dA])::
 

@@ -141,7 +141,7 @@ class LoraLinear(MergeableAdapters):
         )
 
     def _base_forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The calls that PEFT's own forward answers, and `adapter_names`."""
+        """Answer calls with `adapter_names`; leave disabled and merged adapters to PEFT's own forward."""
         if kwargs.get("adapter_names") is not None:
             kwargs["adapter_names"] = Rows.of(kwargs["adapter_names"])
         rows = kwargs.get("adapter_names")
@@ -159,8 +159,11 @@ class LoraLinear(MergeableAdapters):
         return mixed_batch(self, x, rows)
 
     def _end_of_mixed(self) -> None:
-        """After a call with `adapter_names`, one without. In backward it is one that runs again without the names it
-        had, which would give the active adapter gradients of their rows."""
+        """Note a call without `adapter_names` after one with them.
+
+        In backward such a call is a recomputation that lost its names: the active adapter would get the gradients of
+        rows that are not its own.
+        """
         if torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 f"layer '{self.layer_name}': the layer is recomputed in backward without the adapter_names it ran "

@@ -1,4 +1,4 @@
-"""One layer on a batch of several adapters, whose rows each have their own mixture of them (`linlora.layers.mixtures`).
+"""Runs one layer on a batch whose rows each have their own mixture of adapters (`linlora.layers.mixtures`).
 
 Adapters of any rank, plain and linearized (each at its own point), become factors of one layout, and the layer runs as
 one grouped op. A mixture is the adapters side by side, of the summed rank and each with its weight in B, so that the
@@ -11,8 +11,7 @@ row's weights scale its activations:
 
     y = x Wᵀ + b + (λ ⊙ (x [A_1; A_2; …]ᵀ)) [s_1 B_1, s_2 B_2, …]ᵀ
 
-An adapter that no row of the batch has is not read, and gets no gradient: not zeros,
-but None, which optimizers skip.
+An adapter that no row of the batch has is not read. Its gradient is None, which optimizers skip, not zeros.
 """
 
 from __future__ import annotations

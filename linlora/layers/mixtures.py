@@ -1,4 +1,4 @@
-"""The adapters of every row of a batch: what `adapter_names` says, as a sum of weighted adapters a row.
+"""The adapters of every row of a batch: each entry of `adapter_names` as a weighted sum of adapters.
 
     "a"                      adapter a: the mixture {"a": 1.0}
     {"a": 0.6, "b": -0.2}    0.6 ΔW_a - 0.2 ΔW_b, in every layer that has them
@@ -111,8 +111,10 @@ class Rows(Sequence[Mixture]):
         return list(found), list(found.values())
 
     def groups(self, x: Tensor) -> Groups:
-        """The rows of a layer's input (examples, ..., K) in groups, one a distinct mixture; made once for all layers of
-        as many. Those made in inference mode hold tensors that autograd refuses, so they are others."""
+        """The rows of a layer's input (examples, ..., K) in groups, one for each distinct mixture.
+
+        Layers of as many rows share them. Inference mode has its own, whose tensors autograd would refuse.
+        """
         key = x.shape[:-1].numel(), x.device, torch.is_inference_mode_enabled()
         if key not in self._groups:
             self._groups[key] = Groups.of(torch.tensor(self.places, device=x.device), len(self.distinct), key[0])

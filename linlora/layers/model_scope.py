@@ -1,4 +1,4 @@
-"""Turning model scope on and off for a linearized PEFT model, and the conditions under which it is exact."""
+"""Turns model scope on and off for a linearized PEFT model, and checks that it is exact there."""
 
 from __future__ import annotations
 

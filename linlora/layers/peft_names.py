@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 DELTAS = ("lora_dA", "of_lora_B.lora_dB")
-"""Where a layer holds dA and dB of its adapters."""
+"""The places of dA and dB in a layer."""
 
 
 class ChangesOfB(nn.Module):

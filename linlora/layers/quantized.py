@@ -41,7 +41,7 @@ class QuantizedLoraLinear(LoraLinear):
 
     @property
     def kind(self) -> str:
-        """What the base is quantized as, in its library's words."""
+        """The kind of the quantized base, by the name of its library's class."""
         base = self.base_layer
         return (
             type(base).__name__

@@ -35,7 +35,7 @@ class LayerReport:
 
 @dataclass(frozen=True)
 class Report:
-    """What `linearize` or `accelerate` did. `print(report)` is the readable form."""
+    """The result of `linearize` or `accelerate`, layer by layer. `print(report)` is the readable form."""
 
     action: str
     layers: tuple[LayerReport, ...]

@@ -1,4 +1,4 @@
-"""Functions that change a model in place finish, or leave it as it was: they do their work inside `restoring`."""
+"""`restoring`: a function that changes a model in place finishes, or leaves it as it was."""
 
 from __future__ import annotations
 

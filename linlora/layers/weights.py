@@ -81,7 +81,7 @@ def stacked(
 
 @dataclass(frozen=True)
 class Fold:
-    """What `unfold` needs of a fold: the update, and of each block the elements that subtracting it does not restore.
+    """One fold, as `unfold` undoes it: the update, and the elements of each block that subtracting it does not restore.
 
     They are (positions in the flat block, values), or (None, the block). The digests are of the bits of the weight.
     """
@@ -224,7 +224,7 @@ def _bits(tensor: Tensor) -> Tensor:
 
 
 def _digest(weight: Tensor) -> int:
-    """Of the bits, each with an odd factor of its place, so that values that changed places are seen too."""
+    """A sum of the bits, each times an odd number of its place, so that values that changed places are seen too."""
     total = 0
     for rows in blocks(weight.shape):
         bits = _bits(weight[rows].contiguous()).to(torch.int64)

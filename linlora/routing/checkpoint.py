@@ -1,4 +1,4 @@
-"""The file of a routed model: one safetensors file, whole or absent, that says what it is.
+"""Reads and writes a routed model as one safetensors file, which is whole or absent.
 
 Its metadata describe layers, selectors and modules_to_save, so that `RoutedModel.from_pretrained` needs the base model
 alone; its tensors are the model's state dict.
@@ -30,7 +30,7 @@ FORMAT_VERSION = "1"
 
 @dataclass(frozen=True)
 class Saved:
-    """What a file holds. layers: (name, sizes, selector, state)."""
+    """The content of a file. layers: (name, sizes, selector, state)."""
 
     layers: list[tuple[str, dict[str, Any], str | None, str]]
     selectors: dict[str, Selector]

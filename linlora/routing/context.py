@@ -1,4 +1,4 @@
-"""Where the layers of a routed model find the routing of the batch that is running.
+"""The routing of the batch that is running, where the layers of a routed model find it.
 
 A routed model makes the `Routing` of a batch before its base model runs, and the layers read it. It ends with the
 forward pass. Non-reentrant activation checkpointing runs a part of it again, later: `Context.checkpoint_contexts`

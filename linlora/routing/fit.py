@@ -28,7 +28,7 @@ from linlora.vectors.products import at_point, main_output
 
 @dataclass(frozen=True)
 class RoutingSolution:
-    """What `fit_routing` found: the weights (Q, S) of every selector, by its name; the mean data loss with uniform
+    """The result of `fit_routing`: the weights (Q, S) of every selector, by its name; the mean data loss with uniform
     weights and with these; the backward passes over the data it took, beside one forward pass."""
 
     weights: dict[str, Tensor]

@@ -1,4 +1,4 @@
-"""A selector that looks at a layer's input, so that every example mixes the skills in its own way."""
+"""Gates: selectors that read a layer's input, so that every example mixes the skills in its own way."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which layers share a selector."""
+"""Selectors for a layer, a block or the model: the name of the one that a layer reads."""
 
 from __future__ import annotations
 

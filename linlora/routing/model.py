@@ -117,7 +117,7 @@ class RoutedModel(RoutedStructure):
 
     @property
     def base_model(self) -> RoutedModel:
-        """Itself: what takes task ids here, as `base_model` does in PEFT."""
+        """Itself, which takes the task ids, as `base_model` does in PEFT."""
         return self
 
     def get_base_model(self) -> nn.Module:
@@ -141,7 +141,7 @@ class RoutedModel(RoutedStructure):
             return self.model
 
     def report(self) -> RoutedReport:
-        """What the model consists of and what of it trains; print it."""
+        """The layers, selectors and trained parameters of the model; print it."""
         return report(self)
 
     def _replicate_for_data_parallel(self) -> NoReturn:
@@ -183,18 +183,18 @@ class RoutedModel(RoutedStructure):
     # -- linearization --------------------------------------------------------------------------------------------
 
     def linearize(self, scope: str = "layer") -> RoutedReport:
-        """What `linlora.linearize(model, scope)` does to a routed model, in place."""
+        """Linearize in place, as `linlora.linearize(model, scope)` asks."""
         with restoring(self):
             scopes.linearize(self, scope)
         return report(self)
 
     def set_scope(self, scope: str) -> None:
-        """What `linlora.set_scope` does to a routed model."""
+        """Change the scope in place, as `linlora.set_scope` asks."""
         with restoring(self):
             scopes.set_scope(self, scope)
 
     def delinearize(self) -> RoutedModel:
-        """What `linlora.delinearize` does to a routed model: the skills as plain LoRA factors again."""
+        """Give the skills plain LoRA factors again, as `linlora.delinearize` asks."""
         with restoring(self):
             scopes.delinearize(self)
         return self
@@ -209,7 +209,7 @@ class RoutedModel(RoutedStructure):
     def from_pretrained(
         cls, model: nn.Module, directory: str | os.PathLike, variants: Sequence[type[Selector]] = ()
     ) -> RoutedModel:
-        """Read what `save_pretrained` wrote onto a base model, in place: the same function, the same parameters train.
+        """Put a file of `save_pretrained` onto a base model, in place: the same function, the same parameters train.
 
         Args:
             model: the base model, as before `route`.

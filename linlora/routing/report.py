@@ -1,4 +1,4 @@
-"""What a routed model consists of, to print."""
+"""The report of a routed model: layers, selectors, and the parameters that train."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class RoutedReport:
-    """What a routed model consists of; `print(report)` is the readable form.
+    """The parts of a routed model; `print(report)` is the readable form.
 
     Attributes:
         layers: a line for every kind of layer, with their number.

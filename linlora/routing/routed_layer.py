@@ -49,7 +49,7 @@ def check_linear(name: str, layer: Any) -> tuple[int, int]:
 
 
 class RoutedLayer(nn.Module):
-    """A frozen linear layer with something low-rank beside it: what all such layers share.
+    """A frozen linear layer with a low-rank update that depends on the routing of the batch.
 
     Attributes:
         layer_name: its name in the base model. base_layer: the nn.Linear or Conv1D it replaces.
@@ -90,7 +90,7 @@ class RoutedLayer(nn.Module):
 
     @property
     def factor_dtype(self) -> torch.dtype:
-        """Of the trained parameters: the weight's, but float32 for a half-precision one."""
+        """The dtype of the trained parameters: the weight's, but float32 for a half-precision one."""
         return torch.promote_types(self.weight.dtype, torch.float32)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Selectors: what decides, for every row of a batch, the weights (Q, S) that mix the skills of a layer.
+"""Selectors: they give every row of a batch the weights (Q, S) that mix the skills of a layer.
 
 A selector is anything that yields weights per row. Those here yield them by the row's task (or alike for every row), so
 that the factors of a task are mixed once for all its rows and all layers; one that looks at the input is in
@@ -29,7 +29,7 @@ EPS = 1e-12
 
 @dataclass(frozen=True)
 class Sizes:
-    """What a selector is made for: T tasks, S skills in Q heads, on layers with `in_features` inputs."""
+    """The sizes of a selector: T tasks, S skills in Q heads, on layers with `in_features` inputs."""
 
     n_tasks: int
     n_skills: int
@@ -75,7 +75,7 @@ class Selector(nn.Module):
         return bool(self.options.get("apart"))
 
     def description(self) -> dict[str, Any]:
-        """What `make_selector` makes this selector of again, as JSON."""
+        """The selector as JSON, from which `make_selector` makes it again."""
         return {"variant": self.variant, "sizes": asdict(self.sizes), "options": self.options}
 
     def extra_repr(self) -> str:

@@ -114,7 +114,7 @@ class RoutedStructure(nn.Module):
 
 
 def base_names(model: RoutedStructure) -> set[str]:
-    """The names in the model's state dict of what belongs to the base model and does not train."""
+    """The names in the model's state dict that belong to the base model and do not train."""
     own = tuple(f"model.{name}." for name in model.modules_to_save)
     inside = tuple(f"model.{layer.layer_name}." for layer in model.layers)
     frozen = tuple(f"model.{layer.layer_name}.base_layer." for layer in model.layers)

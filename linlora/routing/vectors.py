@@ -26,7 +26,7 @@ from linlora.vectors.weight_vector import WeightVector
 
 
 class _Skills(NamedTuple):
-    """What one layer gets of the vectors: A (r, K) and B (N, r) of each, around the point A0, B0 or as they are."""
+    """The skills of one layer: A (r, K) and B (N, r) of each vector, around the point A0, B0 or without one."""
 
     scaling: float
     A0: Tensor | None

@@ -76,7 +76,7 @@ def _cpu() -> str:
 
 
 def _output(*command: str) -> str:
-    """What a command prints; nothing when it is not there or fails."""
+    """The output of a command; empty when it is not there or fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

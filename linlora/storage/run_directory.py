@@ -46,7 +46,7 @@ def open_run_directory(out: Path, fingerprint: dict[str, Any], fresh: bool, job:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """What a settings file holds; nothing, if it is not there or not one of ours."""
+    """The content of a settings file; nothing, if it is not there or not one of ours."""
     try:
         return files.read_json(file)
     except (OSError, CorruptFileError):

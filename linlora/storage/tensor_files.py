@@ -39,7 +39,7 @@ _CHUNK = 2**18
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a tensor lies in its file, in bytes from the start, and what it is."""
+    """The place of a tensor in its file, in bytes from the start, with its dtype and shape."""
 
     code: str
     shape: tuple[int, ...]
