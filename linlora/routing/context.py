@@ -54,7 +54,7 @@ class Routing:
 
 
 class Context(threading.local):
-    """What the model and its layers share: the routing of the running batch, and whether adapters are off.
+    """The state that a model and its layers share: the routing of the running batch, and whether adapters are off.
 
     Every thread has its own of both, so that threads may run batches through one model at the same time.
     """
