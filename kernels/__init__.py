@@ -59,7 +59,6 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "linear",
-    "linearized_lora_linear",
     "lora_linear",
     "mix_inventories",
     "place",
@@ -80,7 +79,7 @@ if __name__ == "linlora.kernels" and importlib.util.find_spec("triton") is not N
     from .grouped_gradients import grouped_gradients
     from .grouped_lora_linear import dual_grouped_lora_linear, grouped_lora_linear, place
     from .grouped_shrink import grouped_shrink
-    from .library import factor_gradients, linearized_lora_linear, lora_linear
+    from .library import factor_gradients, lora_linear
     from .linear import linear
     from .mix_inventories import mix_inventories, unmix_inventories
     from .norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
@@ -94,7 +93,7 @@ else:
     def _raise_missing(*args: Any, **kwargs: Any) -> NoReturn:
         raise ValueError(f"the Triton kernels cannot run: {_MISSING}")
 
-    factor_gradients = linearized_lora_linear = lora_linear = linear = _raise_missing
+    factor_gradients = lora_linear = linear = _raise_missing
     layer_norm = layer_norm_backward = rms_norm = rms_norm_backward = _raise_missing
     activation = activation_backward = gated_activation = gated_activation_backward = _raise_missing
     attention = attention_backward = _raise_missing

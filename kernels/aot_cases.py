@@ -31,6 +31,7 @@ from .lora_linear import launch as launch_lora_linear
 from .mix_inventories import Layer, mix_launch, plan_of, unmix_launch
 from .norms import launch as launch_norm
 from .norms import launch_backward as launch_norm_backward
+from .problem import FactorGradients, LoraLinear, empty
 from .stacks import Segments
 
 M, N, K = 8192, 4096, 4096
@@ -121,18 +122,18 @@ def lora_launch(case: Case) -> Launch:
     def weight_like(of: torch.dtype, rows: int, columns: int) -> Tensor:
         return _meta(of, columns, rows).t() if adjoint else _meta(of, rows, columns)
 
-    x, y, u = _meta(dtype, M, K), _meta(dtype, M, N), _meta(dtype, M, rank)
-    weight = weight_like(dtype, N, K)
-    bias = None if adjoint else _meta(dtype, N)
-    shrink, expand = weight_like(factor_dtype, rank, K), weight_like(factor_dtype, N, rank)
-    dropout = (0.1 if "dropout" in variant else 0.0, _meta(torch.int64))
-    layer = (weight, bias, shrink, shrink if pair else None, expand if pair else None, expand, 2.0, *dropout)
-    c = u if pair else _meta(dtype, M, 0)
-    if case.row.op == "linearized_lora_linear":
-        launch = launch_flags if config.design == "flags" else launch_recompute
-        return launch(x, *layer, adjoint, y, u, c, config)
-    untangled = "untangled" in variant  # the backward of a layer whose input had no tangent: no y
-    return launch_lora_linear(x, x, *layer, adjoint, None if untangled else y, y, u, c, config)
+    x, shrink, expand = _meta(dtype, M, K), weight_like(factor_dtype, rank, K), weight_like(factor_dtype, N, rank)
+    two_streams = case.row.op == "lora_linear"
+    problem = LoraLinear(
+        x, weight_like(dtype, N, K), None if adjoint else _meta(dtype, N),
+        shrink, expand if pair else None, shrink if pair else None, expand, 2.0, x if two_streams else None,
+        0.1 if "dropout" in variant else 0.0, _meta(torch.int64), two_streams, adjoint,
+    )  # fmt: skip
+    # "untangled": the backward of a layer whose input had no tangent, without y
+    result = empty(problem.outputs(primal="untangled" not in variant), x)
+    if two_streams:
+        return launch_lora_linear(problem, result, config)
+    return (launch_flags if config.design == "flags" else launch_recompute)(problem, result, config)
 
 
 def factor_gradients_cases(row: Row, architecture: int) -> Iterator[Case]:
@@ -142,9 +143,8 @@ def factor_gradients_cases(row: Row, architecture: int) -> Iterator[Case]:
 def factor_gradients_launch(case: Case) -> Launch:
     dtype, rank = getattr(torch, case.dtype), case.size
     p, g, x = _meta(dtype, M, rank), _meta(dtype, M, N), _meta(dtype, M, K)
-    d_expand, d_shrink = _meta(torch.float32, N, rank), _meta(torch.float32, rank, K)
-    seed = _meta(torch.int64)
-    return launch_factor_gradients(p, g, p, x, 2.0, 0.1, seed, d_expand, d_shrink, case.row.config)
+    problem = FactorGradients(p, g, p, x, 2.0, torch.float32, 0.1, _meta(torch.int64))
+    return launch_factor_gradients(problem, empty(problem.outputs(), x), case.row.config)
 
 
 def linear_cases(row: Row, architecture: int) -> Iterator[Case]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .device import unavailable
+from .problem import FactorGradients, LoraLinear
 
 if TYPE_CHECKING:
     from .stacks import Segments
@@ -19,41 +20,15 @@ MAX_HEAD_SIZE = 256
 ACTIVATION_KINDS = ("gelu", "gelu_tanh", "silu", "relu")
 
 
-def check_layer(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor,
-    dropout_p: float,
-    seed: Tensor | None,
-    x_tangent: Tensor | None = None,
-) -> int:
-    """The rank r of the layer, once x (M, K), weight (N, K), bias (N,), shrink (r, K) and expand (N, r) agree."""
-    check_activation("x", x)
-    if weight.ndim != 2 or shrink.ndim != 2:
-        raise ValueError(f"weight and shrink are 2-D, got {tuple(weight.shape)} and {tuple(shrink.shape)}")
-    m, k = x.shape
-    n, rank = weight.shape[0], shrink.shape[0]
-    if not 1 <= rank <= MAX_RANK:
-        raise ValueError(f"rank {rank} is outside 1..{MAX_RANK}")
-    _check_like("weight", weight, (n, k), x, factor=False)
-    _check_like("shrink", shrink, (rank, k), x, factor=True)
-    _check_like("d_expand", d_expand, (n, rank), x, factor=True)
-    if bias is not None:
-        _check_like("bias", bias, (n,), x, factor=True)
-    if d_shrink is not None:
-        _check_like("d_shrink", d_shrink, (rank, k), x, factor=True)
-    if expand is not None:
-        _check_like("expand", expand, (n, rank), x, factor=True)
-    if x_tangent is not None:
-        _check_like("x_tangent", x_tangent, (m, k), x, factor=False)
-    if (d_shrink is None) != (expand is None):
-        raise ValueError("d_shrink and expand come together, or neither does (the short form, B0 = 0)")
-    check_dropout(dropout_p, seed, x)
-    return rank
+def check_served(problem: LoraLinear) -> None:
+    """A LoRA layer agrees with itself, and the kernels serve it: matrices, their dtypes, the rank, the device."""
+    check_activation("x", problem.x)
+    problem.check()
+    if not 1 <= problem.rank <= MAX_RANK:
+        raise ValueError(f"rank {problem.rank} is outside 1..{MAX_RANK}")
+    if problem.bias is not None:
+        _check_like("bias", problem.bias, tuple(problem.bias.shape), problem.x, factor=True)
+    check_dropout(problem.dropout_p, problem.seed, problem.x)
 
 
 def check_grouped(
@@ -141,6 +116,16 @@ def check_elementwise(kind: str, **tensors: Tensor | None) -> None:
     for name, tensor in others:
         if tensor is not None:
             _check_like(name, tensor, tuple(first.shape), first, factor=False)
+
+
+def check_factor_gradients(problem: FactorGradients) -> None:
+    """Both pairs agree, and the kernel serves their dtype, ranks and device."""
+    problem.check()
+    check_activation("x" if problem.g is None else "g", problem.wide)
+    for name, low in (("p", problem.p), ("q", problem.q)):
+        if low is not None and not 1 <= low.shape[1] <= MAX_GRADIENT_RANK:
+            raise ValueError(f"{name} is (M, R) with R in 1..{MAX_GRADIENT_RANK}, got {tuple(low.shape)}")
+    check_dropout(problem.dropout_p, problem.seed, problem.wide)
 
 
 def check_gradient(name: str, low: Tensor | None, other_name: str, wide: Tensor | None) -> None:

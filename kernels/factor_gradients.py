@@ -27,14 +27,14 @@ from __future__ import annotations
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .checks import check_dropout, check_gradient
+from .checks import check_factor_gradients
 from .configs import Config, select
 from .counters import counters
 from .device import device_traits
 from .dropout import drop, dropout_argument
 from .launch import Launch, block_r, dot_precision
+from .problem import FactorGradients, Gradients, empty
 from .tiles import dot, load_tile, matrix, store_tile
 
 # A shorter split would cost more in partials than the program it adds is worth (an estimate, not yet measured).
@@ -149,68 +149,39 @@ def factor_gradients_kernel(
         )
 
 
-def factor_gradients(
-    p: Tensor | None,
-    g: Tensor | None,
-    q: Tensor | None,
-    x: Tensor | None,
-    scaling: float,
-    out_dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(d_expand (N, Rp), d_shrink (Rq, K)) in `out_dtype`; one launch, deterministic, no synchronization.
+def host(problem: FactorGradients, config: Config | None = None) -> Gradients:
+    """Both gradients; one launch, deterministic, no synchronization.
 
-    Leave out p and g, or q and x, and that gradient is (0,). Dropout masks x. `config` overrides what
-    `configs.select` picks. Raises ValueError for shapes, dtypes and devices that do not fit.
+    `config` overrides what `configs.select` picks. Raises ValueError for problems that the kernel does not serve.
     """
-    check_gradient("p", p, "g", g)
-    check_gradient("q", q, "x", x)
-    wide = g if g is not None else x
-    if wide is None:
-        raise ValueError("factor_gradients has nothing to do: pass p and g, or q and x, or all four")
-    if g is not None and x is not None and (g.shape[0], g.dtype, g.device) != (x.shape[0], x.dtype, x.device):
-        raise ValueError(f"g and x share rows, dtype and device, got {g.shape} {g.dtype} and {x.shape} {x.dtype}")
-    check_dropout(dropout_p, seed, wide)
-    d_expand = wide.new_empty((0,) if g is None else (g.shape[1], p.shape[1]), dtype=out_dtype)
-    d_shrink = wide.new_empty((0,) if x is None else (q.shape[1], x.shape[1]), dtype=out_dtype)
-    if d_expand.numel() == 0 and d_shrink.numel() == 0:
-        return d_expand, d_shrink
+    check_factor_gradients(problem)
+    wide = problem.wide
+    gradients = empty(problem.outputs(), wide)
+    if all(gradient is None or gradient.numel() == 0 for gradient in gradients):
+        return gradients
     if config is None:
         traits = device_traits(wide.device)
         config = select(
             "factor_gradients",
             m=wide.shape[0],
-            n=0 if g is None else g.shape[1],
-            rank=max(0 if low is None else low.shape[1] for low in (p, q)),
+            n=0 if problem.g is None else problem.g.shape[1],
+            rank=problem.rank,
             itemsize=wide.element_size(),
             architecture=traits.architecture,
             multiprocessors=traits.multiprocessors,
         )
-    launch(p, g, q, x, scaling, dropout_p, seed, d_expand, d_shrink, config).run(wide.device)
-    return d_expand, d_shrink
+    launch(problem, gradients, config).run(wide.device)
+    return gradients
 
 
-def launch(
-    p: Tensor | None,
-    g: Tensor | None,
-    q: Tensor | None,
-    x: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    d_expand: Tensor,
-    d_shrink: Tensor,
-    config: Config,
-) -> Launch:
-    """The launch that fills d_expand (from p, g) and d_shrink (from q, x); a pair that is None is left out."""
-    wide = g if g is not None else x
+def launch(problem: FactorGradients, gradients: Gradients, config: Config) -> Launch:
+    """The launch that fills the gradients."""
+    p, g, q, x = problem[:4]
+    wide, (d_expand, d_shrink) = problem.wide, gradients
     rows, device = wide.shape[0], wide.device
     g_tiles, x_tiles = (0 if a is None else triton.cdiv(a.shape[1], config.block_n) for a in (g, x))
-    rank = max(0 if low is None else low.shape[1] for low in (p, q))
-    rank_block = block_r(rank, config)
-    rank_blocks = triton.cdiv(rank, rank_block)
+    rank_block = block_r(problem.rank, config)
+    rank_blocks = triton.cdiv(problem.rank, rank_block)
     tiles = (g_tiles + x_tiles) * rank_blocks
     programs = config.programs or 2 * device_traits(device).multiprocessors
     splits = max(1, min(programs // tiles, triton.cdiv(rows, MIN_ROWS_PER_SPLIT)))
@@ -222,17 +193,17 @@ def launch(
         arguments={
             "g": matrix(g),
             "p": matrix(p),
-            "d_expand": None if g is None else matrix(d_expand),
+            "d_expand": matrix(d_expand),
             "x": matrix(x),
             "q": matrix(q),
-            "d_shrink_transposed": None if x is None else matrix(d_shrink.t()),
+            "d_shrink_transposed": None if d_shrink is None else matrix(d_shrink.t()),
             "p_partials": partials,
             "p_counters": counters(device, tiles),
             "n_g_tiles": g_tiles,
             "n_splits": splits,
             "rows_per_split": rows_per_split,
-            "scaling": scaling,
-            "dropout": dropout_argument(dropout_p, seed),
+            "scaling": problem.scaling,
+            "dropout": dropout_argument(problem.dropout_p, problem.seed),
             "PRECISION": dot_precision(wide.dtype),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,

@@ -7,7 +7,11 @@ from typing import Any, NamedTuple
 import torch
 import triton
 
-from .configs import Config
+from .configs import Config, select
+from .device import device_traits
+from .dropout import dropout_argument
+from .problem import LoraLinear, Result
+from .tiles import matrix
 
 
 class Launch(NamedTuple):
@@ -51,3 +55,46 @@ def dot_precision(dtype: torch.dtype) -> str:
 def block_r(rank: int, config: Config) -> int:
     """The ranks a tile has room for: a power of two, at least the 16 that tensor cores need, at most config.block_r."""
     return min(max(16, triton.next_power_of_2(rank)), config.block_r)
+
+
+def configuration(problem: LoraLinear, descriptors: bool = False) -> Config:
+    """What `configs.select` picks for a LoRA layer. `descriptors` says whether tensor descriptors can read it."""
+    x, traits = problem.x, device_traits(problem.x.device)
+    return select(
+        problem.op,
+        m=x.shape[0],
+        n=problem.weight.shape[0],
+        rank=problem.rank,
+        itemsize=x.element_size(),
+        architecture=traits.architecture,
+        multiprocessors=traits.multiprocessors,
+        dropout=problem.dropout_p > 0.0,
+        descriptors=descriptors,
+    )
+
+
+def layer_arguments(problem: LoraLinear, result: Result, config: Config) -> dict[str, Any]:
+    """The arguments that the kernels of a LoRA layer share, by name."""
+    rank_block = block_r(problem.rank, config)
+    return {
+        "x": matrix(problem.x),
+        "weight": matrix(problem.weight),
+        "p_bias": None if problem.bias is None else problem.bias.contiguous(),
+        "shrink": matrix(problem.shrink),
+        "d_shrink": matrix(problem.d_shrink),
+        "expand": matrix(problem.expand),
+        "d_expand": matrix(problem.d_expand),
+        "y": matrix(result.y),
+        "u": matrix(result.u),
+        "c": matrix(result.c),
+        "scaling": problem.scaling,
+        "dropout": dropout_argument(problem.dropout_p, problem.seed),
+        "MASK_UPDATE": problem.masks_update and problem.dropout_p > 0.0,
+        "PRECISION": dot_precision(problem.x.dtype),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": rank_block,
+        "ONE_RANK_BLOCK": problem.rank <= rank_block,
+        "GROUP_M": config.group_m,
+    }

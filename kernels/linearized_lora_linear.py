@@ -35,14 +35,13 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from . import linearized_lora_linear_flags as flags
-from .checks import check_layer
-from .configs import Config, select
-from .device import device_traits
-from .dropout import drop, dropout_argument
-from .launch import Launch, block_r, dot_precision
+from .checks import check_served
+from .configs import Config
+from .dropout import drop
+from .launch import Launch, configuration, layer_arguments
+from .problem import LoraLinear, Result, empty
 from .tiles import (
     accumulate_shrink,
     add_masked,
@@ -192,96 +191,28 @@ def linearized_lora_linear_kernel(
     store_tile(y, b_y, o_m, o_n)
 
 
-def linearized_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor,
-    scaling: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    adjoint: bool = False,
-    save: bool = True,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y (M, N), u (M, r), c (M, r)) in the dtype of x; one launch, no synchronization.
+def host(problem: LoraLinear, save: bool = True, primal: bool = True, config: Config | None = None) -> Result:
+    """The result of one stream, in the dtype of x; one launch, no synchronization. Its y is always computed.
 
-    Without `save` u and c are (M, 0), and so is c in the short form (`d_shrink` and `expand` both None). `config`
-    overrides what `configs.select` picks. Raises ValueError for shapes, dtypes and devices that do not fit.
+    `config` overrides what `configs.select` picks. Raises ValueError for problems that the kernel does not serve.
     """
-    rank = check_layer(x, weight, bias, shrink, d_shrink, expand, d_expand, dropout_p, seed)
-    m, n = x.shape[0], weight.shape[0]
+    check_served(problem)
     if config is None:
-        traits = device_traits(x.device)
-        config = select(
-            "linearized_lora_linear",
-            m=m,
-            n=n,
-            rank=rank,
-            itemsize=x.element_size(),
-            architecture=traits.architecture,
-            multiprocessors=traits.multiprocessors,
-            dropout=dropout_p > 0.0,
-            descriptors=flags.describable(x, weight),
-        )
-    y = x.new_empty(m, n)
-    u = x.new_empty(m, rank if save else 0)
-    c = x.new_empty(m, rank if save and d_shrink is not None else 0)
-    if m > 0:
+        config = configuration(problem, descriptors=flags.describable(problem.x, problem.weight))
+    result = empty(problem.outputs(save), problem.x)
+    if problem.x.shape[0] > 0:
         build = flags.launch if config.design == "flags" else launch
-        build(
-            x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p, seed, adjoint, y, u, c, config
-        ).run(x.device)
-    return y, u, c
+        build(problem, result, config).run(problem.x.device)
+    return result
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    adjoint: bool,
-    y: Tensor,
-    u: Tensor,
-    c: Tensor,
-    config: Config,
-) -> Launch:
-    """The launch of the recompute design."""
-    row_tiles, column_tiles = triton.cdiv(x.shape[0], config.block_m), triton.cdiv(weight.shape[0], config.block_n)
-    rank_block = block_r(shrink.shape[0], config)
+def launch(problem: LoraLinear, result: Result, config: Config) -> Launch:
+    """The launch of the recompute design, which fills the result."""
+    row_tiles = triton.cdiv(problem.x.shape[0], config.block_m)
+    column_tiles = triton.cdiv(problem.weight.shape[0], config.block_n)
     return Launch(
         kernel=linearized_lora_linear_kernel,
         grid=(row_tiles * max(1, column_tiles),),
-        arguments={
-            "x": matrix(x),
-            "weight": matrix(weight),
-            "p_bias": bias if bias is None else bias.contiguous(),
-            "shrink": matrix(shrink),
-            "d_shrink": matrix(d_shrink),
-            "expand": matrix(expand),
-            "d_expand": matrix(d_expand),
-            "y": matrix(y),
-            "u": matrix(u) if u.numel() else None,
-            "c": matrix(c) if c.numel() else None,
-            "scaling": scaling,
-            "dropout": dropout_argument(dropout_p, seed),
-            "MASK_UPDATE": adjoint and dropout_p > 0.0,
-            "PRECISION": dot_precision(x.dtype),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-            "BLOCK_R": rank_block,
-            "ONE_RANK_BLOCK": shrink.shape[0] <= rank_block,
-            "GROUP_M": config.group_m,
-        },
+        arguments=layer_arguments(problem, result, config),
         config=config,
     )

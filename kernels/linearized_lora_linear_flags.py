@@ -39,8 +39,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .configs import Config
 from .counters import counters
 from .device import device_traits
-from .dropout import drop, dropout_argument
-from .launch import Launch, block_r, dot_precision
+from .dropout import drop
+from .launch import Launch, block_r, layer_arguments
+from .problem import LoraLinear, Result
 from .tiles import (
     accumulate_expand,
     accumulate_shrink,
@@ -253,68 +254,38 @@ def _rows_align(tensor: Tensor) -> bool:
     return tensor.stride(1) == 1 and row_bytes % 16 == 0 < row_bytes * tensor.numel() and tensor.data_ptr() % 16 == 0
 
 
-def launch(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    adjoint: bool,
-    y: Tensor,
-    u: Tensor,
-    c: Tensor,
-    config: Config,
-) -> Launch:
-    """The launch of the flags design."""
+def launch(problem: LoraLinear, result: Result, config: Config) -> Launch:
+    """The launch of the flags design, which fills the result."""
+    x, weight = problem.x, problem.weight
     if not describable(x, weight):
         raise ValueError("the flags design needs 16-byte aligned rows: of x, of y, and of the weight or its transpose")
-    (m, k), (n, rank) = x.shape, d_expand.shape
+    (m, k), n, rank = x.shape, weight.shape[0], problem.rank
     transposed_weight = not _rows_align(weight)
     weight_rows, weight_block = weight, [config.block_n, config.block_k]
     if transposed_weight:
         weight_rows, weight_block = weight.t(), [config.block_k, config.block_n]
-    rank_block = block_r(rank, config)
     row_tiles = triton.cdiv(m, config.block_m)
-    tiles = row_tiles * (triton.cdiv(rank, rank_block) + triton.cdiv(n, config.block_n))
+    tiles = row_tiles * (triton.cdiv(rank, block_r(rank, config)) + triton.cdiv(n, config.block_n))
     programs = config.programs or device_traits(x.device).multiprocessors
-    su = x.new_empty(m, rank)
-    sc = None if expand is None else x.new_empty(m, rank)
+    arguments = layer_arguments(problem, result, config)
+    for described in ("x", "weight", "y", "ONE_RANK_BLOCK"):
+        del arguments[described]
     return Launch(
         kernel=linearized_lora_linear_flags_kernel,
         grid=(min(programs, tiles),),
         arguments={
             "d_x": TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
             "d_weight": TensorDescriptor.from_tensor(weight_rows, weight_block),
-            "p_bias": bias if bias is None else bias.contiguous(),
-            "shrink": matrix(shrink),
-            "d_shrink": matrix(d_shrink),
-            "expand": matrix(expand),
-            "d_expand": matrix(d_expand),
-            "d_y": TensorDescriptor.from_tensor(y, [config.block_m, config.block_n]),
-            "u": matrix(u) if u.numel() else None,
-            "c": matrix(c) if c.numel() else None,
-            "su": matrix(su),
-            "sc": matrix(sc),
+            "d_y": TensorDescriptor.from_tensor(result.y, [config.block_m, config.block_n]),
+            "su": matrix(x.new_empty(m, rank)),
+            "sc": matrix(x.new_empty(m, rank) if problem.is_pair else None),
             "p_counters": counters(x.device, 1 + row_tiles),
             "M": m,
             "N": n,
             "K": k,
             "R": rank,
-            "scaling": scaling,
-            "dropout": dropout_argument(dropout_p, seed),
             "TRANSPOSED_WEIGHT": transposed_weight,
-            "MASK_UPDATE": adjoint and dropout_p > 0.0,
-            "PRECISION": dot_precision(x.dtype),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-            "BLOCK_R": rank_block,
-            "GROUP_M": config.group_m,
+            **arguments,
         },
         config=config,
     )

@@ -36,13 +36,12 @@ from __future__ import annotations
 
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .checks import check_layer
-from .configs import Config, select
-from .device import device_traits
-from .dropout import drop, dropout_argument
-from .launch import Launch, block_r, dot_precision
+from .checks import check_served
+from .configs import Config
+from .dropout import drop
+from .launch import Launch, configuration, layer_arguments
+from .problem import LoraLinear, Result, empty
 from .tiles import (
     accumulate_shrink,
     add_masked,
@@ -224,116 +223,31 @@ def lora_linear_kernel(
     store_tile(y_tangent, b_y_tangent, o_m, o_n)
 
 
-def lora_linear(
-    x: Tensor,
-    x_tangent: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor,
-    scaling: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    adjoint: bool = False,
-    primal: bool = True,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y (M, N), y_tangent (M, N), u (M, r), c (M, r)) in the dtype of x; one launch, no synchronization.
+def host(problem: LoraLinear, save: bool = True, primal: bool = True, config: Config | None = None) -> Result:
+    """The result of two streams, in the dtype of x; one launch, no synchronization.
 
-    y is (0,) when not `primal`; c is (M, 0) in the short form (`d_shrink` and `expand` both None). `config` overrides
-    what `configs.select` picks. Raises ValueError for shapes, dtypes and devices that do not fit.
+    `config` overrides what `configs.select` picks. Raises ValueError for problems that the kernel does not serve.
     """
-    rank = check_layer(x, weight, bias, shrink, d_shrink, expand, d_expand, dropout_p, seed, x_tangent)
-    m, n = x.shape[0], weight.shape[0]
+    check_served(problem)
     if config is None:
-        traits = device_traits(x.device)
-        config = select(
-            "lora_linear",
-            m=m,
-            n=n,
-            rank=rank,
-            itemsize=x.element_size(),
-            architecture=traits.architecture,
-            multiprocessors=traits.multiprocessors,
-            dropout=dropout_p > 0.0,
-        )
-    y = x.new_empty(m, n) if primal else x.new_empty(0)
-    y_tangent = x.new_empty(m, n)
-    u = x.new_empty(m, rank)
-    c = x.new_empty(m, 0 if expand is None else rank)
-    if m > 0:
-        launch(
-            x,
-            x_tangent,
-            weight,
-            bias,
-            shrink,
-            d_shrink,
-            expand,
-            d_expand,
-            scaling,
-            dropout_p,
-            seed,
-            adjoint,
-            y if primal else None,
-            y_tangent,
-            u,
-            c,
-            config,
-        ).run(x.device)
-    return y, y_tangent, u, c
+        config = configuration(problem)
+    result = empty(problem.outputs(primal=primal), problem.x)
+    if problem.x.shape[0] > 0:
+        launch(problem, result, config).run(problem.x.device)
+    return result if save else result._replace(u=None, c=None)  # the kernel stores u and c whoever wants them
 
 
-def launch(
-    x: Tensor,
-    x_tangent: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    adjoint: bool,
-    y: Tensor | None,
-    y_tangent: Tensor,
-    u: Tensor,
-    c: Tensor,
-    config: Config,
-) -> Launch:
-    """The launch that fills y (unless None), y_tangent, u and c (unless it has no columns)."""
-    row_tiles, column_tiles = triton.cdiv(x.shape[0], config.block_m), triton.cdiv(weight.shape[0], config.block_n)
-    rank_block = block_r(shrink.shape[0], config)
+def launch(problem: LoraLinear, result: Result, config: Config) -> Launch:
+    """The launch that fills the result."""
+    row_tiles = triton.cdiv(problem.x.shape[0], config.block_m)
+    column_tiles = triton.cdiv(problem.weight.shape[0], config.block_n)
     return Launch(
         kernel=lora_linear_kernel,
         grid=(row_tiles * max(1, column_tiles),),
         arguments={
-            "x": matrix(x),
-            "x_tangent": matrix(x_tangent),
-            "weight": matrix(weight),
-            "p_bias": bias if bias is None else bias.contiguous(),
-            "shrink": matrix(shrink),
-            "d_shrink": matrix(d_shrink),
-            "expand": matrix(expand),
-            "d_expand": matrix(d_expand),
-            "y": matrix(y),
-            "y_tangent": matrix(y_tangent),
-            "u": matrix(u),
-            "c": matrix(c) if c.numel() else None,
-            "scaling": scaling,
-            "dropout": dropout_argument(dropout_p, seed),
-            "MASK_UPDATE": adjoint and dropout_p > 0.0,
-            "PRECISION": dot_precision(x.dtype),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "BLOCK_K": config.block_k,
-            "BLOCK_R": rank_block,
-            "ONE_RANK_BLOCK": shrink.shape[0] <= rank_block,
-            "GROUP_M": config.group_m,
+            "x_tangent": matrix(problem.x_tangent),
+            "y_tangent": matrix(result.y_tangent),
+            **layer_arguments(problem, result, config),
         },
         config=config,
     )

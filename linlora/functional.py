@@ -53,8 +53,7 @@ True
 from linlora.ops.attention import attention
 from linlora.ops.grouped_lora_linear import grouped_lora_linear
 from linlora.ops.grouping import Groups, unique_tasks
-from linlora.ops.linearized_lora_linear import linearized_lora_linear
-from linlora.ops.lora_linear import lora_linear
+from linlora.ops.lora_linear import linearized_lora_linear, lora_linear
 from linlora.ops.mix_inventories import mix_inventories
 from linlora.ops.packed_attention import packed_attention
 from linlora.ops.routed_lora_linear import routed_lora_linear

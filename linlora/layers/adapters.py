@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
 
+from linlora.kernels.problem import Factors
 from linlora.layers.calls import PATCHED, beyond_product, hooks_of_all_modules, is_product, pefts_forward_is_its_own
 from linlora.layers.peft_names import ChangesOfB
 from linlora.layers.restoring import restoring
@@ -32,16 +33,6 @@ from linlora.stream import Stream
 State = Literal["plain", "short", "pair"]
 LORA_PARTS = ("lora_A", "lora_B", "lora_dropout")
 """The parts that PEFT's forward calls beside the base layer: ModuleDicts by adapter."""
-
-
-class Factors(NamedTuple):
-    """One adapter as the op takes it."""
-
-    A0: Tensor
-    B0: Tensor | None
-    dA: Tensor | None
-    dB: Tensor
-    scaling: float
 
 
 class LoraAdapters(PeftLoraLinear):

@@ -21,7 +21,8 @@ import torch
 from peft.tuners.lora.layer import Linear as PeftLoraLinear
 from torch import Tensor, nn
 
-from linlora.layers.adapters import Factors
+from linlora.kernels import problem
+from linlora.kernels.problem import Factors
 from linlora.layers.called import called_update
 from linlora.layers.calls import PATCHED, beyond_product, is_product, pefts_forward_is_its_own
 from linlora.layers.layer_merging import MergeableAdapters
@@ -29,9 +30,8 @@ from linlora.layers.mixed_batches import mixed_batch
 from linlora.layers.mixtures import Rows
 from linlora.ops import dual
 from linlora.ops.checks import autocast_input
-from linlora.ops.dual.low_rank_update import low_rank_update as dual_low_rank_update
-from linlora.ops.linearized_lora_linear import unchecked
-from linlora.ops.low_rank_update import low_rank_update
+from linlora.ops.lora_linear import run
+from linlora.ops.low_rank_update import dual_low_rank_update, low_rank_update
 from linlora.stream import DualTensor
 from linlora.stream.evaluation import recording, unrecorded
 from linlora.stream.tensor import refuse_inside_function
@@ -71,12 +71,12 @@ class LoraLinear(MergeableAdapters):
         """Layer scope, and plain LoRA: primal + tangent."""
         if not is_product(self.base_layer):
             self._warn_of_base()
-            return low_rank_update(self.base_layer(x), autocast_input(x), *factors, p, seed)
+            return low_rank_update(self.base_layer(x), autocast_input(x), factors, p, seed)
         weight = self.matrix
         x = autocast_input(x)
         if x.shape[-1] != weight.shape[1] or x.device != weight.device or x.dtype != weight.dtype:
             self._check_input(x, weight)
-        return unchecked(x, weight, self.base_layer.bias, *factors, p, seed)
+        return run(problem.LoraLinear(x, weight, self.base_layer.bias, *factors, None, p, seed))
 
     @torch.compiler.disable
     def _both_streams(self, x: Tensor, active: list[str]) -> Tensor:
@@ -126,11 +126,12 @@ class LoraLinear(MergeableAdapters):
     ) -> tuple[Tensor, Tensor]:
         if is_product(self.base_layer):
             self._check_input(autocast_input(x), self.matrix)
-            return dual.lora_linear(x, x_tangent, self.matrix, self.base_layer.bias, *factors, p, seed)
+            layer = (self.matrix, self.base_layer.bias, *factors)
+            return dual.lora_linear(problem.LoraLinear(x, *layer, x_tangent, p, seed, two_streams=True))
         self._warn_of_base()
         y, y_tangent = self._base_streams(x, x_tangent)
         x_tangent = None if x_tangent is None else autocast_input(x_tangent)
-        return dual_low_rank_update(y, y_tangent, autocast_input(x), x_tangent, *factors, p, seed)
+        return dual_low_rank_update((y, y_tangent), (autocast_input(x), x_tangent), factors, p, seed)
 
     def _warn_of_base(self) -> None:
         """Warn where a call of the base layer is more than the product with its weight."""

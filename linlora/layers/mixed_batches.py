@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, pad
 
+from linlora.kernels.problem import LoraLinear
 from linlora.layers.adapters import LoraAdapters
 from linlora.layers.called import called_plain_update, called_update
 from linlora.layers.calls import is_product
@@ -30,7 +31,7 @@ from linlora.layers.weights import stacked
 from linlora.ops import aten, backends
 from linlora.ops.checks import autocast_input
 from linlora.ops.grouped_lora_linear import grouped_lora_linear
-from linlora.ops.linearized_lora_linear import unchecked
+from linlora.ops.lora_linear import run
 from linlora.reference import dropout
 
 
@@ -89,8 +90,9 @@ def _one_op(layer: LoraAdapters, x: Tensor, rows: Rows, p: float) -> Tensor:
     seed = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
     if len(mixtures) == 1 and len(mixtures[0]) == 1:
         ((name, of_row),) = mixtures[0]
-        A0, B0, dA, dB, scaling = layer.factors(name)
-        return unchecked(autocast_input(x), weight, bias, A0, B0, dA, dB, of_row * scaling, p, seed)
+        factors = layer.factors(name)
+        factors = factors._replace(scaling=of_row * factors.scaling)
+        return run(LoraLinear(autocast_input(x), weight, bias, *factors, None, p, seed))
     own = {name: stacked(*layer.factors(name), like=weight) for name in rows.adapters if name in layer.lora_A}
     shared = {tuple(name for name, _ in mixture) for mixture in mixtures}
     if len(shared) == 1 < len(mixtures) and backends.select(x.device, "routed_lora_linear") is aten:

@@ -11,15 +11,14 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from linlora.layers.adapters import Factors
+from linlora.kernels.problem import Factors
 from linlora.layers.calls import is_called_plainly
 from linlora.layers.lora_linear import LoraLinear
 from linlora.layers.mixed_batches import begin_mixed, called_by_rows
 from linlora.layers.mixtures import Rows
 from linlora.layers.weights import Update
 from linlora.ops.checks import autocast_input
-from linlora.ops.dual.low_rank_update import low_rank_update as dual_low_rank_update
-from linlora.ops.low_rank_update import low_rank_update
+from linlora.ops.low_rank_update import dual_low_rank_update, low_rank_update
 from linlora.stream.modules import linear_part
 
 _CLASSES = {
@@ -50,7 +49,7 @@ class QuantizedLoraLinear(LoraLinear):
         )
 
     def _one_stream(self, x: Tensor, factors: Factors, p: float, seed: Tensor | None) -> Tensor:
-        return low_rank_update(self.base_layer(x), autocast_input(x), *factors, p, seed)
+        return low_rank_update(self.base_layer(x), autocast_input(x), factors, p, seed)
 
     def _two_streams(
         self, x: Tensor, x_tangent: Tensor | None, factors: Factors, p: float, seed: Tensor | None
@@ -64,7 +63,7 @@ class QuantizedLoraLinear(LoraLinear):
                     "both streams would run through as if it were linear; remove it, or use scope='layer'"
                 )
             y_tangent, x_tangent = linear_part(self.base_layer, x_tangent), autocast_input(x_tangent)
-        return dual_low_rank_update(y, y_tangent, autocast_input(x), x_tangent, *factors, p, seed)
+        return dual_low_rank_update((y, y_tangent), (autocast_input(x), x_tangent), factors, p, seed)
 
     def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
         begin_mixed(self, rows)

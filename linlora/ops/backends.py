@@ -16,9 +16,9 @@ from types import ModuleType
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 import linlora.kernels as kernels
+from linlora.kernels.problem import LoraLinear
 from linlora.ops import aten, choice, cuda, evidence
 from linlora.ops.evidence import Entry, ShapeClass, shape_class
 
@@ -82,13 +82,14 @@ def select(
     return _MODULES[name]
 
 
-def select_layer(op: str, x: Tensor, weight: Tensor, rank: int, dropout_p: float) -> ModuleType:
-    """The module that runs one of LAYER_OPS for x (..., K) and weight (N, K)."""
-    device = x.device
-    if choice.name() is None and device.type != "cuda":
+def select_layer(problem: LoraLinear) -> ModuleType:
+    """The module whose `lora_linear` runs for a problem, whose x is (..., K)."""
+    x = problem.x
+    if choice.name() is None and x.device.type != "cuda":
         return aten
-    n, k = weight.shape
-    return select(device, op, shape_class(x.numel() // max(k, 1), n), x.dtype, rank, dropout_p > 0.0)
+    n, k = problem.weight.shape
+    shape = shape_class(x.numel() // max(k, 1), n)
+    return select(x.device, problem.op, shape, x.dtype, problem.rank, problem.dropout_p > 0.0)
 
 
 @torch.compiler.assume_constant_result

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.ops import aten, backends, composed, linearized_lora_linear
+from linlora.kernels.problem import FactorGradients, LoraLinear
+from linlora.ops import aten, backends, composed, lora_linear
 from linlora.ops.checks import autocast_input, check_number
 from linlora.ops.composed import backward_backend
 from linlora.ops.grouping import Groups
@@ -132,7 +133,7 @@ def _one_adapter(
         assert A is not None
         A0, A = A[0].t(), None
     dA = None if A is None else A[0].t()
-    return linearized_lora_linear.unchecked(x, weight, bias, A0, B0, dA, B, scaling, dropout_p, seed)
+    return lora_linear.run(LoraLinear(x, weight, bias, A0, B0, dA, B, scaling, None, dropout_p, seed))
 
 
 class _GroupedLoraLinear(torch.autograd.Function):
@@ -194,12 +195,13 @@ class _GroupedLoraLinear(torch.autograd.Function):
             )  # fmt: skip
             dA, dB = d_shrink if A_needs else None, d_expand if B_needs else None
         if A0_needs or B0_needs:
-            d_B0, d_A0 = backend.factor_gradients(
-                c if B0_needs else None, g if B0_needs else None,
-                c_adjoint if A0_needs else None, x if A0_needs else None,
-                scaling, A0.dtype, ctx.dropout_p, seed,
+            dB0, dA0 = backend.factor_gradients(
+                FactorGradients(
+                    c if B0_needs else None, g if B0_needs else None,
+                    c_adjoint if A0_needs else None, x if A0_needs else None,
+                    scaling, A0.dtype, ctx.dropout_p, seed,
+                )
             )  # fmt: skip
-            dA0, dB0 = d_A0 if A0_needs else None, d_B0 if B0_needs else None
         dW = g.t() @ x if W_needs else None
         d_bias = g.sum(0) if bias_needs else None
         return dx, dW, d_bias, dA, dB, dA0, dB0, None, None, None, None, None

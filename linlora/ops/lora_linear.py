@@ -1,16 +1,26 @@
-"""`lora_linear`: the primal and the tangent of one LoRA layer, two streams through one reading of W.
+"""The LoRA layer as a differentiable op: one stream or two, one autograd Function for both scopes.
 
-    forward    y    = x W ᵀ  + b + s u B0ᵀ                  u = x' A0ᵀ
-               y_t  = x_t Wᵀ + s [ c B0ᵀ + u dBᵀ ]          c = x' dAᵀ + x_t' A0ᵀ
+    one stream      y    = x W ᵀ  + b + s [ c B0ᵀ + u dBᵀ ]      u = x' A0ᵀ     c = x' (A0 + dA)ᵀ
+    two streams     y    = x W ᵀ  + b + s u B0ᵀ                  u = x' A0ᵀ     c = x' dAᵀ + x_t' A0ᵀ
+                    y_t  = x_t Wᵀ + s [ c B0ᵀ + u dBᵀ ]
 
-    backward   dx_t = g_t W + s ū A0                        ū = g_t B0
-               dx   = g W   + s [ c̄ A0 + ū dA ]             c̄ = g_t dB + g B0
+The backward is the adjoint problem, that of the transposes with two streams swapped, on the same backend. Let g be the
+cotangent of y of one stream, or of y_t of two, and g' that of y of two:
 
-               d dB = s g_tᵀ u     d B0 = s [ gᵀ u + g_tᵀ c ]
-               d dA = s ūᵀ x'      d A0 = s [ c̄ᵀ x' + ūᵀ x_t' ]
+    one stream      dx   = g W   + s [ c̄ A0 + ū dA ]             ū = g B0       c̄ = g (B0 + dB)
+    two streams     dx_t = g W   + s ū A0                        ū = g B0       c̄ = g dB + g' B0
+                    dx   = g' W  + s [ c̄ A0 + ū dA ]
 
-The backward of the op is the op of the transposes with the two streams swapped: (g_t, g) in, (dx_t, dx) out, one
-kernel for both. With B0 = 0: y = x Wᵀ + b, y_t = x_t Wᵀ + s u dBᵀ; dx = g W + s ū A0 with ū = g_t dB.
+                    d dB = s gᵀ u     d B0 = s gᵀ c  [ + s g'ᵀ u ]
+                    d dA = s ūᵀ x'    d A0 = s c̄ᵀ x' [ + s ūᵀ x_t' ]
+
+At B0 = 0 the terms with B0 and dA drop out, and ū = g dB takes the place of c̄. The primal of two streams alone is plain
+LoRA at (A0, B0). Model scope differentiates that: a network linearized at φ0 is f(φ0) + J δ, whose derivative by δ is
+the derivative of f at φ0, whatever δ is. So its tangent is a constant to autograd, and dA and dB receive what A0 and B0
+would.
+
+Saved for backward: u and c (M, r) where dB or B0 asks for a gradient, x and x_t where W, A0 or dA does, the factors; no
+copy of W.
 """
 
 from __future__ import annotations
@@ -21,12 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.ops import backends, composed
-from linlora.ops.checks import autocast_input, check_lora_linear, check_number
+from linlora.kernels.problem import FactorGradients, LoraLinear, Result, pack, unpack
+from linlora.ops import aten, backends, composed
+from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.composed import backward_backend
-from linlora.ops.linearized_lora_linear import factor_gradients
 from linlora.ops.rows import as_rows
 from linlora.ops.transforms import transform_active
+
+_NOTHING: Any = LoraLinear(*[None] * len(LoraLinear._fields))  # type: ignore[arg-type]
+"""No gradient of any field."""
 
 
 def lora_linear(
@@ -69,111 +82,235 @@ def lora_linear(
     >>> y[0].tolist(), y_tangent[0].tolist()
     ([1.0, 1.0, 1.0], [1.5, 1.5, 1.5])
     """
-    x = autocast_input(x)
     x_tangent = None if x_tangent is None else autocast_input(x_tangent)
-    check_number("lora_linear", "scaling", scaling)
-    check_lora_linear("lora_linear", x, weight, bias, A0, B0, dA, dB, x_tangent, dropout_p, seed)
-    if B0 is None:
-        dA = None
-    arguments = (x, weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, seed)
-    if transform_active():
-        return composed.lora_linear(*arguments)
-    backend = backends.select_layer("lora_linear", x, weight, A0.shape[0], dropout_p)
-    if composed.preferred(backend, x, weight, A0.shape[0], dropout_p):
-        return composed.lora_linear(*arguments)
-    return _LoraLinear.apply(*arguments, backend)
+    problem = LoraLinear(
+        autocast_input(x), weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, seed, two_streams=True
+    )
+    return run(problem.check(autocast=autocast_enabled(x.device.type)))
+
+
+def linearized_lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    A0: Tensor,
+    B0: Tensor | None,
+    dA: Tensor | None,
+    dB: Tensor,
+    scaling: float,
+    *,
+    dropout_p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """Layer-scope linearized LoRA: primal + tangent of one layer, as a differentiable op in one launch.
+
+    Args:
+        x: (..., K), float32, float16 or bfloat16 (float64 on the torch backend).
+        weight: (N, K), of x's dtype, any strides. bias: (N,) or None.
+        A0, dA: (r, K). B0, dB: (N, r). float32 or of x's dtype. `B0=None` means B0 = 0; dA is then without effect.
+        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
+        dropout_p, seed: LoRA dropout of the low-rank branch, one mask for primal and tangent, made from `seed`, a 0-d
+            int64 tensor on x's device; the mask is recomputed in backward, not saved.
+
+    Returns: y + y_tangent of `lora_linear` for an input without tangent, (..., N), added before rounding.
+
+    Formula (arXiv 2310.04742, at the scope of one layer)::
+
+        x Wᵀ + b + s [ (x A0ᵀ)(B0 + dB)ᵀ + (x dAᵀ) B0ᵀ ]
+
+    Raises ValueError for shapes, dtypes or devices that do not fit, BackendUnavailableError under `use_backend`.
+
+    >>> import torch
+    >>> x, W, A0, dB = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
+    >>> linearized_lora_linear(x, W, None, A0, None, None, dB, 0.5)[0].tolist()
+    [2.5, 2.5, 2.5]
+    """
+    problem = LoraLinear(autocast_input(x), weight, bias, A0, B0, dA, dB, scaling, None, dropout_p, seed)
+    return run(problem.check(autocast=autocast_enabled(x.device.type)))
+
+
+def run(problem: LoraLinear, constant_tangent: bool = False) -> Any:
+    """y of one stream, (y, y_tangent) of two, (..., N), for callers that have checked the problem; x has its dtype.
+
+    `constant_tangent` is model scope: gradients of the primal, for x, dA and dB.
+    """
+    if problem.expand is None and problem.d_shrink is not None:
+        problem = problem._replace(d_shrink=None)
+    if not constant_tangent and transform_active():
+        return _shaped(aten.lora_linear(_matrices(problem)), problem)
+    backend = backends.select_layer(problem)
+    if composed.preferred(backend, problem.x, problem.weight, problem.rank, problem.dropout_p):
+        if not constant_tangent:
+            return _shaped(aten.lora_linear(_matrices(problem)), problem)
+        backend = aten
+    if not torch.is_grad_enabled():
+        return _shaped(backend.lora_linear(_matrices(problem), save=False), problem)
+    return _LoraLinear.apply(backend, constant_tangent, *problem)
+
+
+def _matrices(problem: LoraLinear) -> LoraLinear:
+    """The problem as backends take it: rows for leading dimensions, the frozen layer in the dtype of x."""
+    x, weight, bias, x_tangent = problem.x, problem.weight, problem.bias, problem.x_tangent
+    return problem._replace(
+        x=as_rows(x),
+        weight=weight.to(x.dtype),
+        bias=None if bias is None else bias.to(x.dtype),
+        x_tangent=_rows(x_tangent),
+    )
+
+
+def _shaped(result: Result, problem: LoraLinear) -> Any:
+    """The outputs with the leading dimensions of x."""
+    shape = (*problem.x.shape[:-1], problem.weight.shape[0])
+    y = result.y.reshape(shape)
+    return (y, result.y_tangent.reshape(shape)) if problem.two_streams else y
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A0: Tensor,
-        B0: Tensor | None,
-        dA: Tensor | None,
-        dB: Tensor,
-        scaling: float,
-        x_tangent: Tensor | None,
-        dropout_p: float,
-        seed: Tensor | None,
-        backend: ModuleType,
-    ) -> tuple[Tensor, Tensor]:
-        rows, rows_tangent = _rows(x), _rows(x_tangent)
-        cast_bias = bias if bias is None else bias.to(x.dtype)
-        y, y_tangent, u, c = backend.lora_linear(
-            rows, rows_tangent, weight.to(x.dtype), cast_bias, A0, dA, B0, dB, scaling, dropout_p, seed
+    def forward(ctx: Any, backend: ModuleType, constant_tangent: bool, *fields: Any) -> Any:
+        problem, needs = LoraLinear(*fields), _needs(ctx.needs_input_grad, constant_tangent)
+        result = backend.lora_linear(_matrices(problem), save=needs.d_expand or needs.expand)
+        kept = problem._replace(
+            x=problem.x if needs.weight or needs.shrink or needs.d_shrink else None,
+            x_tangent=problem.x_tangent if needs.weight or needs.shrink else None,
+            bias=None,
         )
-        _, W_needs, _, A0_needs, B0_needs, dA_needs, dB_needs, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if W_needs or A0_needs or dA_needs else None,
-            x_tangent if W_needs or A0_needs else None,
-            weight, A0, B0, dA, dB,
-            u if dB_needs or B0_needs else None,
-            c if B0_needs else None,
-            seed,
-        )  # fmt: skip
-        ctx.scaling, ctx.dropout_p, ctx.backend, ctx.x_shape = scaling, dropout_p, backend, x.shape
+        tensors, ctx.numbers = pack(kept)
+        saves_u = needs.d_expand or (needs.expand and problem.two_streams)
+        ctx.save_for_backward(*tensors, result.u if saves_u else None, result.c if needs.expand else None)
+        ctx.backend, ctx.constant_tangent, ctx.x_shape = backend, constant_tangent, problem.x.shape
         ctx.set_materialize_grads(False)
-        shape = (*x.shape[:-1], weight.shape[0])
-        return y.view(shape), y_tangent.view(shape)
+        outputs = _shaped(result, problem)
+        if constant_tangent:
+            ctx.mark_non_differentiable(outputs[1])
+        return outputs
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor | None, g_tangent: Tensor | None) -> tuple[Tensor | None, ...]:
-        backend = backward_backend("lora_linear", ctx.backend, g, g_tangent)
-        x, x_tangent, weight, A0, B0, dA, dB, u, c, seed = ctx.saved_tensors
-        x_needs, W_needs, bias_needs, A0_needs, B0_needs, dA_needs, dB_needs, _, xt_needs, *_ = ctx.needs_input_grad
-        g, g_tangent, x, x_tangent = _rows(g), _rows(g_tangent), _rows(x), _rows(x_tangent)
-        dropout = (ctx.dropout_p, seed)
-        dx = dx_tangent = d_A0 = d_B0 = d_dA = d_dB = None
+    def backward(ctx: Any, g: Tensor | None, g_tangent: Tensor | None = None) -> tuple[Any, ...]:
+        *tensors, u, c = ctx.saved_tensors
+        problem, needs = unpack(LoraLinear, tensors, ctx.numbers), _needs(ctx.needs_input_grad, ctx.constant_tangent)
+        backend = backward_backend(problem.op, ctx.backend, g, g_tangent)
+        lead = g if g_tangent is None else g_tangent
+        if lead is None:
+            return (None, None, *_NOTHING)
+        problem = problem._replace(
+            x=_rows(problem.x), x_tangent=_rows(problem.x_tangent), weight=problem.weight.to(lead.dtype)
+        )
+        if problem.two_streams and g_tangent is None:
+            of = _gradients_of_primal(backend, problem, as_rows(lead), u, needs, ctx.constant_tangent)
+        else:
+            of = _gradients(backend, problem, (_rows(g), _rows(g_tangent)), (u, c), needs)
+        of = of._replace(
+            x=None if of.x is None else of.x.view(ctx.x_shape),
+            x_tangent=None if of.x_tangent is None else of.x_tangent.view(ctx.x_shape),
+        )
+        return (None, None, *of)
 
-        if g_tangent is not None:
-            # One launch with the streams swapped: g_tangent is the primal of the adjoint, g its tangent.
-            shrink, d_shrink = (dB.t(), None) if B0 is None else (B0.t(), dB.t())
-            expand, d_expand = (None, A0.t()) if B0 is None else (A0.t(), dA.t())
-            dx_tangent, dx, u_adjoint, c_adjoint = backend.lora_linear(
-                g_tangent, g, weight.to(g_tangent.dtype).t(), None, shrink, d_shrink, expand, d_expand,
-                ctx.scaling, *dropout, adjoint=True, primal=xt_needs,
-            )  # fmt: skip
-            A0_coefficients = u_adjoint if B0 is None else c_adjoint
-            (d_dB, d_B0), (d_dA, d_A0) = factor_gradients(
-                backend, g_tangent, x, (u if dB_needs else None, c),
-                (u_adjoint if dA_needs else None, A0_coefficients if A0_needs else None),
-                dB.dtype, ctx.scaling, *dropout,
-            )  # fmt: skip
-            if A0_needs and B0 is not None and x_tangent is not None:
-                _, (d_A0_tangent,) = factor_gradients(
-                    backend, g_tangent, x_tangent, (), (u_adjoint,), dB.dtype, ctx.scaling, *dropout
-                )  # fmt: skip
-                d_A0 = _sum(d_A0, d_A0_tangent)
-        elif g is not None and B0 is not None:
-            # Only the primal was used: plain LoRA at (A0, B0).
-            dx, u_adjoint, _ = backend.linearized_lora_linear(
-                g, weight.to(g.dtype).t(), None, B0.t(), None, None, A0.t(), ctx.scaling, *dropout, adjoint=True
-            )
-            _, (d_A0,) = factor_gradients(
-                backend, g, x, (), (u_adjoint if A0_needs else None,), dB.dtype, ctx.scaling, *dropout
-            )
-        elif g is not None:
-            dx = g @ weight.to(g.dtype)
-        if B0_needs and g is not None:
-            (d_B0_primal,), _ = factor_gradients(backend, g, None, (u,), (), dB.dtype, ctx.scaling, *dropout)
-            d_B0 = _sum(d_B0, d_B0_primal)
 
-        d_weight = _sum(_product(g, x), _product(g_tangent, x_tangent)) if W_needs else None
-        d_bias = g.sum(0) if bias_needs and g is not None else None
-        dx = dx.view(ctx.x_shape) if x_needs and dx is not None else None
-        dx_tangent = dx_tangent.view(ctx.x_shape) if xt_needs and dx_tangent is not None else None
-        return dx, d_weight, d_bias, d_A0, d_B0, d_dA, d_dB, None, dx_tangent, None, None, None
+def _needs(needs_input_grad: tuple[bool, ...], constant_tangent: bool) -> LoraLinear:
+    """Which fields of a problem ask for a gradient, and may."""
+    needs = LoraLinear(*needs_input_grad[2:])  # type: ignore[arg-type]
+    if not constant_tangent:
+        return needs
+    return _NOTHING._replace(x=needs.x, d_shrink=needs.d_shrink, d_expand=needs.d_expand)
+
+
+def _gradients(
+    backend: ModuleType,
+    problem: LoraLinear,
+    cotangents: tuple[Tensor | None, Tensor | None],
+    low: tuple[Tensor | None, Tensor | None],
+    needs: LoraLinear,
+) -> LoraLinear:
+    """The gradients of the fields, of matrices, from the cotangents of (y, y_tangent) and the saved (u, c)."""
+    (g, g_tangent), (u, c), two = cotangents, low, problem.two_streams
+    adjoint = problem.adjoint(g, g_tangent)
+    y = y_tangent = u_adjoint = c_adjoint = None
+    if needs.x or needs.x_tangent:
+        y, y_tangent, u_adjoint, c_adjoint = backend.lora_linear(
+            adjoint, save=needs.shrink or needs.d_shrink, primal=not two or needs.x_tangent
+        )
+    elif needs.shrink or needs.d_shrink:
+        u_adjoint, c_adjoint = aten.low_rank(adjoint, with_c=needs.shrink)
+    of_A0 = c_adjoint if problem.is_pair else u_adjoint
+    (d_dB, d_B0), (d_dA, d_A0) = _products(
+        backend, problem, (adjoint.x, (u if needs.d_expand else None, c if needs.expand else None)),
+        (problem.x, (u_adjoint if needs.d_shrink else None, of_A0 if needs.shrink else None)),
+    )  # fmt: skip
+    if two and problem.is_pair:
+        _, (of_tangent,) = _products(
+            backend, problem, (None, ()), (problem.x_tangent, (u_adjoint if needs.shrink else None,))
+        )  # fmt: skip
+        (of_primal,), _ = _products(backend, problem, (g, (u if needs.expand else None,)), (None, ()))
+        d_A0, d_B0 = _sum(d_A0, of_tangent), _sum(d_B0, of_primal)
+    return _NOTHING._replace(
+        x=y_tangent if two else y,
+        x_tangent=y if two else None,
+        weight=_sum(_outer(g, problem.x), _outer(g_tangent, problem.x_tangent)) if needs.weight else None,
+        bias=g.sum(0) if needs.bias and g is not None else None,
+        shrink=d_A0,
+        expand=d_B0,
+        d_shrink=d_dA,
+        d_expand=d_dB,
+    )
+
+
+def _gradients_of_primal(
+    backend: ModuleType, problem: LoraLinear, g: Tensor, u: Tensor | None, needs: LoraLinear, constant_tangent: bool
+) -> LoraLinear:
+    """The gradients where the primal of two streams alone is differentiated. At model scope those of A0 and B0 are the
+    gradients of dA and dB, those of B0 = 0 included."""
+    of_A, of_B = (needs.d_shrink, needs.d_expand) if constant_tangent else (needs.shrink, needs.expand)
+    if problem.is_pair:
+        asked = _NOTHING._replace(x=needs.x, weight=needs.weight, bias=needs.bias, shrink=of_A, d_expand=of_B)
+        found = _gradients(backend, problem.primal(), (g, None), (u, None), asked)
+    else:
+        (d_B,), _ = _products(backend, problem, (g, (u if of_B else None,)), (None, ()))
+        found = _NOTHING._replace(
+            x=g @ problem.weight if needs.x else None,
+            weight=_outer(g, problem.x) if needs.weight else None,
+            bias=g.sum(0) if needs.bias else None,
+            d_expand=d_B,
+        )
+    d_A, d_B = found.shrink, found.d_expand
+    if constant_tangent:
+        return found._replace(shrink=None, d_shrink=d_A)
+    return found._replace(expand=d_B, d_expand=None)
+
+
+Wide = tuple[Tensor | None, tuple[Tensor | None, ...]]
+
+
+def _products(backend: ModuleType, problem: LoraLinear, of_g: Wide, of_x: Wide) -> tuple[list[Any], list[Any]]:
+    """s gᵀ p for every p of (g, ps) and s qᵀ x' for every q of (x, qs), in one reading of g and x; None gives None."""
+    (g, all_p), (x, all_q) = of_g, of_x
+    ps, qs = (() if wide is None else tuple(low for low in all_low if low is not None) for wide, all_low in (of_g, of_x))
+    if not ps and not qs:
+        return [None] * len(all_p), [None] * len(all_q)
+    d_expand, d_shrink = backend.factor_gradients(
+        FactorGradients(
+            _columns(ps), g if ps else None, _columns(qs), x if qs else None,
+            problem.scaling, problem.d_expand.dtype, problem.dropout_p, problem.seed,
+        )
+    )  # fmt: skip
+    expands = iter(d_expand.split([p.shape[1] for p in ps], dim=1) if ps else ())
+    shrinks = iter(d_shrink.split([q.shape[1] for q in qs], dim=0) if qs else ())
+    return (
+        [None if p is None or g is None else next(expands) for p in all_p],
+        [None if q is None or x is None else next(shrinks) for q in all_q],
+    )
+
+
+def _columns(blocks: tuple[Tensor, ...]) -> Tensor | None:
+    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)) if blocks else None
 
 
 def _rows(x: Tensor | None) -> Tensor | None:
     return None if x is None else as_rows(x)
 
 
-def _product(g: Tensor | None, x: Tensor | None) -> Tensor | None:
+def _outer(g: Tensor | None, x: Tensor | None) -> Tensor | None:
     return None if g is None or x is None else g.t() @ x
 
 

@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, NoReturn
 import torch
 from torch import Tensor
 
-from linlora.ops.checks import autocast_enabled, check_lora_linear
+from linlora.kernels.problem import LoraLinear
+from linlora.ops.checks import autocast_enabled
 from linlora.ops.transforms import transform_active
 
 if TYPE_CHECKING:
@@ -156,9 +157,9 @@ def _check_frozen(
     # The frozen layer and the point are those of `lora_linear`, with stand-ins for its offsets.
     dA, dB = x.new_empty(()).expand(rank, k), x.new_empty(()).expand(n, rank)
     point = dA if A0 is None else A0
-    check_lora_linear(
-        op, x, weight, bias, point, B0, None if B0 is None else dA, dB, x_tangent, dropout_p, seed
-    )  # fmt: skip
+    LoraLinear(
+        x, weight, bias, point, B0, None if B0 is None else dA, dB, 1.0, x_tangent, dropout_p, seed
+    ).check(op, autocast_enabled(x.device.type))  # fmt: skip
     for name, tensor in (("A", A), ("B", B)):
         if tensor is not None:
             _check_placed(op, name, tensor, x)

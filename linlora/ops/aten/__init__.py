@@ -7,7 +7,7 @@ from linlora.ops.aten.activations import activation, activation_backward, gated_
 from linlora.ops.aten.attention import attention, attention_backward
 from linlora.ops.aten.grouping import group_rows
 from linlora.ops.aten.linear import linear
-from linlora.ops.aten.lora import factor_gradients, folding_pays, linearized_lora_linear, lora_linear
+from linlora.ops.aten.lora import factor_gradients, folding_pays, low_rank, lora_linear
 from linlora.ops.aten.mixing import mix_inventories, unmix_inventories
 from linlora.ops.aten.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from linlora.ops.aten.routed import (
@@ -35,8 +35,8 @@ __all__ = [
     "layer_norm",
     "layer_norm_backward",
     "linear",
-    "linearized_lora_linear",
     "lora_linear",
+    "low_rank",
     "mix_inventories",
     "place",
     "rms_norm",

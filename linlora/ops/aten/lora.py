@@ -1,14 +1,7 @@
-"""The LoRA primitives of the `torch` backend, on matrices.
+"""The LoRA layer of the `torch` backend, one composition for two uses.
 
-The roles are named by what they do, because forward and backward are the same function of them:
-
-    shrink S0, d_shrink dS   (r, K)   wide → rank       forward: A0, dA       backward: B0ᵀ, dBᵀ
-    expand E0, d_expand dE   (N, r)   rank → wide       forward: B0, dB       backward: A0ᵀ, dAᵀ
-    weight                   (N, K)                     forward: W            backward: Wᵀ
-
-The short form, for adapters that start at B0 = 0, has only `shrink` and `d_expand`: A0 and dB forward, dBᵀ and A0ᵀ
-backward. With dropout, x' = x ⊙ mask / (1 − p) feeds the shrink; in the adjoint the same mask falls on the low-rank
-update instead.
+In an autograd Function it computes in place. With gradients recorded, and under a transform, every call is a
+differentiable one: then it is the layer by itself, on the problem of any backend.
 """
 
 from __future__ import annotations
@@ -17,43 +10,46 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from linlora.kernels.problem import FactorGradients, Gradients, LoraLinear, Result
+from linlora.ops.transforms import transform_active
 from linlora.reference import keep_mask
 
 _MASK_ROWS = 128  # rows of the mask made at a time: they stay in the L2 cache (8.0 -> 2.4 ms at 2048x1024, 2 cores)
 _REDUCTION_BLOCKS = 8
 
 
-def linearized_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor,
-    scaling: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    adjoint: bool = False,
-    save: bool = True,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """y = x Wᵀ + b + s [c E0ᵀ + u dEᵀ] with u = x' S0ᵀ and c = x' (S0 + dS)ᵀ; returns (y, u, c).
+def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True) -> Result:
+    """The result of one stream or two, of matrices. Two streams have u and c without `save` too."""
+    problem = _in_one_dtype(problem)
+    x, weight, two = problem.x, problem.weight, problem.two_streams
+    if not (save or two) and problem.dropout_p == 0.0 and folding_pays(x, weight):
+        return Result(linear(x, _folded(problem), problem.bias))
+    u, c = low_rank(problem)
+    both = ((u, problem.d_expand), (c, problem.expand))
+    y = None
+    if primal or not two:
+        y = _updated(linear(x, weight, problem.bias), ((u, problem.expand),) if two else both, problem)
+    if not two:
+        return Result(y, None, u, c) if save else Result(y)
+    tangent = problem.x_tangent
+    y_tangent = x.new_zeros(x.shape[0], weight.shape[0]) if tangent is None else linear(tangent, weight)
+    return Result(y, _updated(y_tangent, both, problem), u, c)
 
-    c has no columns in the short form; without `save` neither u nor c has.
-    """
-    shrink, d_shrink, expand, d_expand = _as_dtype(x.dtype, shrink, d_shrink, expand, d_expand)
-    nothing = x.new_empty(x.shape[0], 0)
-    if not save and dropout_p == 0.0 and folding_pays(x, weight):
-        folded = _add_product(weight, d_expand, shrink, scaling)
-        if expand is not None:
-            folded = _add_product(folded, expand, shrink + d_shrink, scaling)
-        return linear(x, folded, bias), nothing, nothing
-    y = linear(x, weight, bias)
-    low = x if adjoint else dropout(x, dropout_p, seed)
+
+def low_rank(problem: LoraLinear, with_c: bool = True) -> tuple[Tensor, Tensor | None]:
+    """u and c, the products of rank r. In the short form u alone, and not `with_c`."""
+    x_tangent, dtype = problem.x_tangent, problem.x.dtype
+    low, shrink = _dropped(problem.x, problem), problem.shrink.to(dtype)
     u = low @ shrink.t()
-    c = nothing if d_shrink is None else torch.addmm(u, low, d_shrink.t())
-    _add_update(y, ((u, d_expand), (c, expand)), scaling, dropout_p if adjoint else 0.0, seed)
-    return (y, u, c) if save else (y, nothing, nothing)
+    if problem.d_shrink is None or not with_c:
+        return u, None
+    d_shrink = problem.d_shrink.to(dtype)
+    if not problem.two_streams:
+        return u, torch.addmm(u, low, d_shrink.t())
+    of_tangent = low @ d_shrink.t()
+    if x_tangent is not None:
+        of_tangent = torch.addmm(of_tangent, _dropped(x_tangent, problem), shrink.t())
+    return u, of_tangent
 
 
 def folding_pays(x: Tensor, weight: Tensor) -> bool:
@@ -66,6 +62,14 @@ def folding_pays(x: Tensor, weight: Tensor) -> bool:
     return not x.is_cuda and x.dtype in (torch.float32, torch.float64) and x.shape[0] * (n + k) >= 3 * n * k
 
 
+def _folded(problem: LoraLinear) -> Tensor:
+    """W + s [ (E0 + dE) S0 + E0 dS ] of one stream."""
+    folded = _add_product(problem.weight, problem.d_expand, problem.shrink, problem.scaling)
+    if problem.expand is None or problem.d_shrink is None:
+        return folded
+    return _add_product(folded, problem.expand, problem.shrink + problem.d_shrink, problem.scaling)
+
+
 def _add_product(weight: Tensor, expand: Tensor, shrink: Tensor, scaling: float) -> Tensor:
     """weight + s expand shrink, in weight's own layout: Wᵀ is not transposed in memory for it."""
     if weight.stride(0) < weight.stride(1):
@@ -73,61 +77,42 @@ def _add_product(weight: Tensor, expand: Tensor, shrink: Tensor, scaling: float)
     return torch.addmm(weight, expand, shrink, alpha=scaling)
 
 
-def lora_linear(
-    x: Tensor,
-    x_tangent: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor,
-    scaling: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    adjoint: bool = False,
-    primal: bool = True,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Both streams: y = x Wᵀ + b + s u E0ᵀ and y_t = x_t Wᵀ + s [c E0ᵀ + u dEᵀ]; returns (y, y_t, u, c).
-
-    Here u = x' S0ᵀ and c = x' dSᵀ + x_t' S0ᵀ. Without `x_tangent` its terms are absent; with `primal=False` y is not
-    computed and comes back empty, which is what backward asks for when the input had no tangent.
-    """
-    shrink, d_shrink, expand, d_expand = _as_dtype(x.dtype, shrink, d_shrink, expand, d_expand)
-    masked_out = dropout_p if adjoint else 0.0
-    low = x if adjoint else dropout(x, dropout_p, seed)
-    u = low @ shrink.t()
-    c = u.new_empty(u.shape[0], 0)
-    if d_shrink is not None:
-        c = low @ d_shrink.t()
-        if x_tangent is not None:
-            low_tangent = x_tangent if adjoint else dropout(x_tangent, dropout_p, seed)
-            c.addmm_(low_tangent, shrink.t())
-    if primal:
-        y = linear(x, weight, bias)
-        _add_update(y, ((u, expand),), scaling, masked_out, seed)
-    else:
-        y = x.new_empty(0)
-    y_tangent = x.new_zeros(x.shape[0], weight.shape[0]) if x_tangent is None else linear(x_tangent, weight)
-    _add_update(y_tangent, ((u, d_expand), (c, expand)), scaling, masked_out, seed)
-    return y, y_tangent, u, c
+def _updated(y: Tensor, terms: tuple[tuple[Tensor | None, Tensor | None], ...], problem: LoraLinear) -> Tensor:
+    """y + s Σ low expandᵀ, masked in an adjoint with dropout."""
+    if not (problem.masks_update and problem.dropout_p > 0.0):
+        return _with_products(y, terms, problem.scaling)
+    update = _with_products(torch.zeros_like(y), terms, problem.scaling)
+    return _plus(y, dropout(update, problem.dropout_p, problem.seed))
 
 
-def factor_gradients(
-    p: Tensor | None,
-    g: Tensor | None,
-    q: Tensor | None,
-    x: Tensor | None,
-    scaling: float,
-    out_dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The two skinny products of backward, (s gᵀ p, s qᵀ x'): (N, r) and (r, K); a missing pair gives (0,)."""
-    empty = torch.empty(0, dtype=out_dtype, device=(g if x is None else x).device)  # type: ignore[union-attr]
-    d_expand = empty if p is None or g is None else _reduce_rows(p, g).t().to(out_dtype) * scaling
-    d_shrink = empty if q is None or x is None else _reduce_rows(q, dropout(x, dropout_p, seed)).to(out_dtype) * scaling
-    return d_expand, d_shrink
+def _with_products(y: Tensor, terms: tuple[tuple[Tensor | None, Tensor | None], ...], scaling: float) -> Tensor:
+    in_place = _in_place()
+    for low, expand in terms:
+        if low is None or expand is None:
+            continue
+        if in_place:
+            y.addmm_(low, expand.t(), alpha=scaling)
+        else:
+            y = torch.addmm(y, low, expand.t(), alpha=scaling)
+    return y
+
+
+def _plus(y: Tensor, update: Tensor) -> Tensor:
+    return y.add_(update) if _in_place() else y + update
+
+
+def _in_place() -> bool:
+    """Whether nobody differentiates these calls."""
+    return not (torch.is_grad_enabled() or transform_active())
+
+
+def factor_gradients(problem: FactorGradients) -> Gradients:
+    """The two skinny products of a backward."""
+    p, g, q, x, scaling, dtype, dropout_p, seed = problem
+    return Gradients(
+        None if p is None or g is None else _reduce_rows(p, g).t().to(dtype) * scaling,
+        None if q is None or x is None else _reduce_rows(q, dropout(x, dropout_p, seed)).to(dtype) * scaling,
+    )
 
 
 def _reduce_rows(low: Tensor, wide: Tensor) -> Tensor:
@@ -153,19 +138,15 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return torch.cat(blocks).mul_(1.0 / (1.0 - p)) if blocks else x
 
 
-def _add_update(
-    y: Tensor, terms: tuple[tuple[Tensor, Tensor | None], ...], scaling: float, p: float, seed: Tensor | None
-) -> None:
-    """y += s mask ⊙ Σ low expandᵀ, in place."""
-    if p == 0.0:
-        for low, expand in terms:
-            if expand is not None:
-                y.addmm_(low, expand.t(), alpha=scaling)
-        return
-    update = torch.zeros_like(y)
-    _add_update(update, terms, scaling, 0.0, None)
-    y += dropout(update, p, seed)
+def _dropped(x: Tensor, problem: LoraLinear) -> Tensor:
+    """x', the shrink's input."""
+    return x if problem.masks_update else dropout(x, problem.dropout_p, problem.seed)
 
 
-def _as_dtype(dtype: torch.dtype, *factors: Tensor | None) -> list:
-    return [factor if factor is None else factor.to(dtype) for factor in factors]
+def _in_one_dtype(problem: LoraLinear) -> LoraLinear:
+    """The problem with its factors in the dtype of x."""
+    factors = problem[3:7]
+    if all(factor is None or factor.dtype == problem.x.dtype for factor in factors):
+        return problem
+    shrink, expand, d_shrink, d_expand = (None if factor is None else factor.to(problem.x.dtype) for factor in factors)
+    return problem._replace(shrink=shrink, expand=expand, d_shrink=d_shrink, d_expand=d_expand)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linlora.kernels.problem import LoraLinear
 from linlora.ops.checks import autocast_input
 from linlora.ops.composed import backward_backend
 from linlora.ops.dual.checks import backend_of, check_constants
@@ -103,9 +104,8 @@ class _GroupedLoraLinear(torch.autograd.Function):
         if B0 is None:
             dx = g @ weight.to(g.dtype) if x_needs else None
         elif x_needs:
-            dx, u_adjoint, _ = backend.linearized_lora_linear(
-                g, weight.to(g.dtype).t(), None, B0.t(), None, None, A0.t(), ctx.scaling, *dropout, adjoint=True
-            )
+            point = LoraLinear(x, weight.to(g.dtype), None, A0, None, None, B0, ctx.scaling, None, *dropout)
+            dx, _, u_adjoint, _ = backend.lora_linear(point.adjoint(g))
         elif A_needs:
             u_adjoint = g @ B0.to(g.dtype)
         if A_needs or B_needs:

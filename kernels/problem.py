@@ -1,0 +1,308 @@
+"""Problems: what an op is given, as one object from the layer to the launch.
+
+`LoraLinear` mirrors `LoraLinear` of csrc/lora_linear.h. A problem is a NamedTuple, so it costs what a tuple costs, and
+it carries all that anybody has to know of its op:
+
+    check()        the only check of its arguments
+    adjoint()      the problem whose outputs are the gradients of its inputs
+    outputs()      the shapes of its results, from which hosts allocate and fake functions follow
+
+It travels whole: layer → op → `backend.lora_linear(problem)` → host → `launch(problem, result, config)`. It is taken
+apart at two borders only. `Function.apply(backend, ..., *problem)` is the first: autograd wants every tensor by itself,
+and a tuple spreads; `ctx.needs_input_grad` and the gradients that backward returns are `LoraLinear`s again. The second
+is the custom operator that torch.compile sees (`library.operator`): `pack` and `unpack` make of any problem one list of
+optional tensors and a few numbers.
+
+Another op in the same manner: a NamedTuple of its arguments here or beside its kernel, in the order of its public
+function, with `check` and `outputs` (and `adjoint`, where the backward is the op again); a host function
+`host(problem, **options)` that returns a NamedTuple of tensors or None; `library.operator(name, Problem, host)`.
+
+The order of arguments is that of `linlora.functional`, everywhere: (x, weight, bias, A0, B0, dA, dB, scaling). Inside,
+the factors are named by what they do, because forward and backward are the same problem:
+
+    shrink S0, d_shrink dS   (r, K)   wide → rank       forward: A0, dA       backward: B0ᵀ, dBᵀ
+    expand E0, d_expand dE   (N, r)   rank → wide       forward: B0, dB       backward: A0ᵀ, dAᵀ
+    weight                   (N, K)                     forward: W            backward: Wᵀ
+
+The short form, of adapters that start at B0 = 0, has `shrink` and `d_expand` alone: A0 and dB forward, dBᵀ and A0ᵀ
+backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple, NoReturn, TypeVar, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+_SCHEMA_TYPES = {float: "float", bool: "bool", int: "int", str: "str", torch.dtype: "ScalarType"}
+
+_PLACES: dict[type, tuple[tuple[int, ...], tuple[int, ...]]] = {}
+
+AnyProblem = TypeVar("AnyProblem", bound=Any)
+AnyResult = TypeVar("AnyResult", bound=Any)
+
+
+def packable(kind: type[AnyProblem]) -> type[AnyProblem]:
+    """Decorates a kind of problem: notes which of its fields are tensors, by their annotations."""
+    hints = list(get_type_hints(kind).values())
+    tensors = tuple(i for i, hint in enumerate(hints) if hint is Tensor or Tensor in get_args(hint))
+    _PLACES[kind] = tensors, tuple(i for i in range(len(hints)) if i not in tensors)
+    return kind
+
+
+def pack(problem: tuple) -> tuple[list[Any], list[Any]]:
+    """The tensors of a problem, absent ones too, and its numbers, each in the order of its fields."""
+    tensors, numbers = _PLACES[type(problem)]
+    return [problem[i] for i in tensors], [problem[i] for i in numbers]
+
+
+def unpack(kind: type[AnyProblem], tensors: Sequence[Tensor | None], numbers: Sequence[Any]) -> AnyProblem:
+    """The problem that was packed."""
+    fields: list[Any] = [None] * (len(tensors) + len(numbers))
+    for places, values in zip(_PLACES[kind], (tensors, numbers), strict=True):
+        for i, value in zip(places, values, strict=True):
+            fields[i] = value
+    return kind(*fields)
+
+
+def numbers_of(kind: type) -> dict[str, type]:
+    """The fields of a problem that are no tensors, with their types."""
+    hints = list(get_type_hints(kind).items())
+    return dict(hints[i] for i in _PLACES[kind][1])
+
+
+def schema(kind: type, options: dict[str, Any]) -> str:
+    """The schema of the custom operator of a problem: its tensors in one list, then its numbers and the options."""
+    types = numbers_of(kind) | {name: type(default) for name, default in options.items()}
+    rest = "".join(f", {_SCHEMA_TYPES[of]} {name}" for name, of in types.items())
+    return f"(Tensor?[] tensors{rest}) -> Tensor[]"
+
+
+def empty(outputs: AnyResult, like: Tensor) -> AnyResult:
+    """New tensors for what `outputs` says, on the device of a tensor."""
+    made = [None if output is None else like.new_empty(output.shape, dtype=output.dtype) for output in outputs]
+    return type(outputs)(*made)
+
+
+def present(result: tuple) -> list[Tensor]:
+    """What there is of a result: what a custom operator returns."""
+    return [tensor for tensor in result if tensor is not None]
+
+
+def restored(outputs: AnyResult, tensors: Sequence[Tensor]) -> AnyResult:
+    """The result whose present tensors these are."""
+    remaining = iter(tensors)
+    return type(outputs)(*[None if output is None else next(remaining) for output in outputs])
+
+
+class Factors(NamedTuple):
+    """What one adapter gives to a layer: five fields of `LoraLinear` in their order."""
+
+    A0: Tensor
+    B0: Tensor | None
+    dA: Tensor | None
+    dB: Tensor
+    scaling: float
+
+
+class Output(NamedTuple):
+    """The shape and the dtype of one result."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+class Result(NamedTuple):
+    """What a LoRA layer gives; None for what was not asked for, or is not of the problem's form."""
+
+    y: Any = None  # (M, N)
+    y_tangent: Any = None  # (M, N), of two streams
+    u: Any = None  # (M, r) = x' S0ᵀ
+    c: Any = None  # (M, r), of the pair form: x' (S0 + dS)ᵀ of one stream, x' dSᵀ + x_t' S0ᵀ of two
+
+
+@packable
+class LoraLinear(NamedTuple):
+    """One LoRA layer with its tangent::
+
+        one stream     u = x' S0ᵀ   c = x' (S0 + dS)ᵀ         y   = x Wᵀ + b + s [ c E0ᵀ + u dEᵀ ]
+        two streams    u = x' S0ᵀ   c = x' dSᵀ + x_t' S0ᵀ     y   = x Wᵀ + b + s u E0ᵀ
+                                                              y_t = x_t Wᵀ   + s [ c E0ᵀ + u dEᵀ ]
+
+    x' = mask/(1-p) ⊙ x is x with dropout; in the adjoint x' is x, and the mask lies over the two updates s [ … ].
+    """
+
+    x: Tensor  # (..., K), a matrix (M, K) for a backend
+    weight: Tensor  # (N, K)
+    bias: Tensor | None  # (N,)
+    shrink: Tensor  # (r, K)
+    expand: Tensor | None  # (N, r)
+    d_shrink: Tensor | None  # (r, K)
+    d_expand: Tensor  # (N, r)
+    scaling: float
+    x_tangent: Tensor | None = None  # like x; with two streams None is zero
+    dropout_p: float = 0.0
+    seed: Tensor | None = None  # 0-d int64, of the dropout mask
+    two_streams: bool = False
+    masks_update: bool = False  # the side of the mask: of the update in an adjoint, else of the shrink's input
+
+    @property
+    def op(self) -> str:
+        """The public name of the op, which configurations and evidence are filed under."""
+        return "lora_linear" if self.two_streams else "linearized_lora_linear"
+
+    @property
+    def rank(self) -> int:
+        return self.shrink.shape[0]
+
+    @property
+    def is_pair(self) -> bool:
+        return self.expand is not None
+
+    def adjoint(self, g: Tensor | None, g_tangent: Tensor | None = None) -> LoraLinear:
+        """The problem of the transposes, whose y are the gradients of the inputs, from the cotangents (M, N).
+
+        One stream: y is dx. Two: the streams swap, (g_t, g) gives (dx_t, dx).
+        """
+        if self.expand is None or self.d_shrink is None:
+            shrink, expand, d_shrink, d_expand = self.d_expand.t(), None, None, self.shrink.t()
+        else:
+            shrink, expand = self.expand.t(), self.shrink.t()
+            d_shrink, d_expand = self.d_expand.t(), self.d_shrink.t()
+        x, x_tangent = (g_tangent, g) if self.two_streams else (g, None)
+        assert x is not None
+        return LoraLinear(
+            x, self.weight.t(), None, shrink, expand, d_shrink, d_expand, self.scaling, x_tangent,
+            self.dropout_p, self.seed, self.two_streams, not self.masks_update,
+        )  # fmt: skip
+
+    def primal(self) -> LoraLinear:
+        """The primal of two streams alone: plain LoRA at (A0, B0), one stream in the short form."""
+        assert self.expand is not None
+        return self._replace(expand=None, d_shrink=None, d_expand=self.expand, x_tangent=None, two_streams=False)
+
+    def outputs(self, save: bool = True, primal: bool = True) -> Result:
+        """What a backend returns for matrices. `save`: with u and c. Not `primal`: without the y of two streams."""
+        (m, dtype), n = (self.x.shape[0], self.x.dtype), self.weight.shape[0]
+        wide, low = Output((m, n), dtype), Output((m, self.rank), dtype) if save else None
+        return Result(
+            wide if primal or not self.two_streams else None,
+            wide if self.two_streams else None,
+            low,
+            low if self.is_pair else None,
+        )
+
+    def check(self, op: str = "", autocast: bool = False) -> LoraLinear:
+        """Itself. Raises a ValueError that names the argument, what it is and what it has to be.
+
+        `autocast` says that weights and factors are cast to x's dtype, whatever theirs is.
+        """
+        x, weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, seed, *_ = self
+
+        def refuse(message: str) -> NoReturn:
+            raise ValueError(f"{op or self.op}: {message}")
+
+        if isinstance(scaling, Tensor) and scaling.requires_grad and torch.is_grad_enabled():
+            refuse("scaling asks for a gradient, which this op does not give; pass a number, and scale an input by it")
+        if x.dim() == 0 or weight.dim() != 2 or A0.dim() != 2:
+            refuse(f"x (..., K), weight (N, K) and A0 (r, K) are expected, got {_shapes(x=x, weight=weight, A0=A0)}")
+        n, k = weight.shape
+        r = A0.shape[0]
+        if x.shape[-1] != k:
+            refuse(f"x has {x.shape[-1]} features in its last dimension, {_shapes(weight=weight)} takes {k}")
+        if A0.shape[1] != k or dB.shape != (n, r):
+            refuse(f"factors A0 ({r}, {k}) and dB ({n}, {r}) are expected, got {_shapes(A0=A0, dB=dB)}")
+        if B0 is not None:
+            if dA is None:
+                refuse("dA is missing: with a B0 the tangent needs both dA (r, K) and dB (N, r); zeros will do")
+            elif B0.shape != dB.shape or dA.shape != A0.shape:
+                refuse(f"dA like A0 and B0 like dB are expected, got {_shapes(A0=A0, dA=dA, B0=B0, dB=dB)}")
+        if bias is not None and bias.shape != (n,):
+            refuse(f"bias ({n},) is expected, got {_shapes(bias=bias)}")
+        if x_tangent is not None and (x_tangent.shape != x.shape or x_tangent.dtype != x.dtype):
+            refuse(f"x_tangent is expected like x, got {_shapes(x=x, x_tangent=x_tangent)}")
+        if x.dtype not in DTYPES:
+            refuse(f"x is {x.dtype}: use float32, float16, bfloat16 (or float64 on the torch backend)")
+        if weight.dtype != x.dtype and not autocast:
+            refuse(f"x is {x.dtype} and weight is {weight.dtype}: cast x, or run under torch.autocast")
+        for name, factor in (("A0", A0), ("B0", B0), ("dA", dA), ("dB", dB)):
+            if factor is not None:
+                if factor.dtype not in (x.dtype, torch.float32) and not autocast:
+                    refuse(f"{name} is {factor.dtype}: factors are float32 or of x's dtype ({x.dtype})")
+                if factor.device != x.device:
+                    refuse(f"{name} is on {factor.device}, x on {x.device}: move the model or the input")
+        for name, tensor in (("weight", weight), ("bias", bias), ("x_tangent", x_tangent)):
+            if tensor is not None and tensor.device != x.device:
+                refuse(f"{name} is on {tensor.device}, x on {x.device}: move the model or the input")
+        if not 0.0 <= dropout_p < 1.0:
+            refuse(f"dropout_p is {dropout_p}: a probability below 1 is expected")
+        if dropout_p > 0.0 and seed is None:
+            refuse("dropout needs a seed: pass seed=torch.randint(2**31, (), device=x.device)")
+        return self
+
+
+class Gradients(NamedTuple):
+    """The gradients of a layer's factors."""
+
+    d_expand: Any = None  # (N, Rp)
+    d_shrink: Any = None  # (Rq, K)
+
+
+@packable
+class FactorGradients(NamedTuple):
+    """The two skinny products of a backward, d_expand = s gᵀ p and d_shrink = s qᵀ x', x' = mask/(1-p) ⊙ x."""
+
+    p: Tensor | None  # (M, Rp), with g
+    g: Tensor | None  # (M, N)
+    q: Tensor | None  # (M, Rq), with x
+    x: Tensor | None  # (M, K)
+    scaling: float
+    dtype: torch.dtype  # of the gradients
+    dropout_p: float = 0.0
+    seed: Tensor | None = None
+
+    @property
+    def wide(self) -> Tensor:
+        """g, or x where there is no g: whose rows, dtype and device both share."""
+        wide = self.x if self.g is None else self.g
+        assert wide is not None
+        return wide
+
+    @property
+    def rank(self) -> int:
+        return max(low.shape[1] for low in (self.p, self.q) if low is not None)
+
+    def outputs(self) -> Gradients:
+        """A missing pair gives None."""
+        p, g, q, x = self[:4]
+        return Gradients(
+            None if p is None or g is None else Output((g.shape[1], p.shape[1]), self.dtype),
+            None if q is None or x is None else Output((q.shape[1], x.shape[1]), self.dtype),
+        )
+
+    def check(self) -> FactorGradients:
+        """Itself. Raises a ValueError for pairs that are not whole or do not agree."""
+        p, g, q, x = self[:4]
+        for low, wide, names in ((p, g, ("p", "g")), (q, x, ("q", "x"))):
+            if (low is None) != (wide is None):
+                raise ValueError(f"{names[0]} and {names[1]} come together: pass both or neither")
+            if low is not None and wide is not None:
+                if wide.dim() != 2 or low.dim() != 2 or low.shape[0] != wide.shape[0]:
+                    got = _shapes(**{names[0]: low, names[1]: wide})
+                    raise ValueError(f"{names[0]} (M, R) and {names[1]} (M, columns) share their rows, got {got}")
+                if (low.dtype, low.device) != (wide.dtype, wide.device):
+                    got = f"{low.dtype} {low.device} and {wide.dtype} {wide.device}"
+                    raise ValueError(f"{names[0]} and {names[1]} are of one dtype on one device, got {got}")
+        if g is None and x is None:
+            raise ValueError("factor_gradients has nothing to do: pass p and g, or q and x, or all four")
+        if g is not None and x is not None and (g.shape[0], g.dtype, g.device) != (x.shape[0], x.dtype, x.device):
+            got = f"{tuple(g.shape)} {g.dtype} and {tuple(x.shape)} {x.dtype}"
+            raise ValueError(f"g and x share rows, dtype and device, got {got}")
+        return self
+
+
+def _shapes(**tensors: Tensor) -> str:
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
