@@ -6,6 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from linlora.kernels.packing import pack, present
+from linlora.kernels.problem import LoraLinear
 from torch import Tensor
 
 from .cases import Case
@@ -15,30 +17,21 @@ SCALING = 2.0  # alpha = 2 r, the usual choice
 
 @dataclass(frozen=True)
 class LayerData:
-    """One layer, its input and its cotangents, on the device and in the dtype of the case.
+    """One layer with its input, and its cotangents, on the device and in the dtype of the case.
 
     (A0, B0) is the linearization point and (A, B) = (A0 + dA, B0 + dB) the adapter now; plain LoRA is measured at
-    (A, B). In the short form B0 and dA are None and A = A0. x_tangent and the second cotangent belong to `lora_linear`.
+    (A, B). In the short form A = A0. A second stream and the second cotangent belong to `lora_linear`.
     """
 
-    x: Tensor
-    x_tangent: Tensor | None
-    weight: Tensor
-    bias: Tensor | None
-    A0: Tensor
-    B0: Tensor | None
-    dA: Tensor | None
-    dB: Tensor
+    problem: LoraLinear
     A: Tensor
     B: Tensor
     cotangents: tuple[Tensor, ...]
-    scaling: float = SCALING
-    dropout_p: float = 0.0
-    seed: Tensor | None = None  # of the dropout mask
 
     @property
     def inputs(self) -> tuple[Tensor, ...]:
-        return (self.x,) if self.x_tangent is None else (self.x, self.x_tangent)
+        x, x_tangent = self.problem.x, self.problem.x_tangent
+        return (x,) if x_tangent is None else (x, x_tangent)
 
     @property
     def leaves(self) -> dict[str, Tensor]:
@@ -47,7 +40,7 @@ class LayerData:
 
     @property
     def tensors(self) -> list[Tensor]:
-        return [*(tensor for tensor in vars(self).values() if isinstance(tensor, Tensor)), *self.cotangents]
+        return [*present(pack(self.problem)[0]), self.A, self.B, *self.cotangents]
 
 
 @dataclass(frozen=True)
@@ -134,9 +127,8 @@ def random_layer(case: Case, device: torch.device, seed: int = 0) -> LayerData:
         if tensor is not None:
             tensor.requires_grad_()
     mask = torch.tensor(seed, device=device) if case.dropout else None
-    return LayerData(
-        x, x_tangent, weight, bias, A0, B0, dA, dB, A, B, cotangents, dropout_p=case.dropout, seed=mask
-    )  # fmt: skip
+    problem = LoraLinear(x, weight, bias, A0, B0, dA, dB, SCALING, x_tangent, case.dropout, mask, two_streams=dual)
+    return LayerData(problem, A, B, cotangents)
 
 
 def random_routed(case: Case, device: torch.device, seed: int = 0) -> RoutedData:

@@ -22,6 +22,8 @@ from functools import partial
 from typing import Any
 
 import torch
+from linlora.kernels.packing import pack, unpack
+from linlora.kernels.problem import LoraLinear
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -82,28 +84,29 @@ def _relative_error(result: Tensor | None, reference: Tensor) -> float:
 
 
 def _expected_layer(case: Case, function: str, data: LayerData) -> dict[str, Tensor]:
-    wide: dict[str, Any] = {
-        name: None if tensor is None else tensor.detach().double()
-        for name, tensor in vars(data).items()
-        if (tensor is None or isinstance(tensor, Tensor)) and name != "seed"
-    }
-    x, x_tangent, weight, bias = (wide[name] for name in ("x", "x_tangent", "weight", "bias"))
-    A0, B0, dA, dB = (wide[name] for name in ("A0", "B0", "dA", "dB"))
+    tensors, numbers = pack(data.problem)
+    exact = unpack(LoraLinear, [None if t is None else t.detach().double() for t in tensors], numbers)
+    x, weight, bias, A0, B0, dA, dB, scaling, x_tangent, *_ = exact
     if function == "plain":
-        A0, B0, dA, dB = wide["A"], None, None, wide["B"]  # with A0 trained this is plain LoRA (see linlora.reference)
+        A0, B0, dA, dB = (
+            data.A.detach().double(),
+            None,
+            None,
+            data.B.detach().double(),
+        )  # with A0 trained (see linlora.reference)
     leaves = {"grad_x": x, "grad_x_tangent": x_tangent}
     if function != "frozen" and case.phase != "input_gradient":
         leaves |= {"grad_A": A0 if function == "plain" else dA, "grad_B": dB}
     leaves = {name: leaf.requires_grad_() for name, leaf in leaves.items() if leaf is not None}
 
     outputs: Any
-    dropout: dict[str, Any] = {"dropout_p": data.dropout_p, "seed": data.seed}
+    dropout: dict[str, Any] = {"dropout_p": data.problem.dropout_p, "seed": data.problem.seed}
     if function == "frozen":
         outputs = (linear(x, weight, bias), *(() if x_tangent is None else (linear(x_tangent, weight),)))
     elif x_tangent is not None:
-        outputs = reference.lora_linear(x, weight, bias, A0, B0, dA, dB, data.scaling, x_tangent, **dropout)
+        outputs = reference.lora_linear(x, weight, bias, A0, B0, dA, dB, scaling, x_tangent, **dropout)
     else:
-        outputs = (reference.linearized_lora_linear(x, weight, bias, A0, B0, dA, dB, data.scaling, **dropout),)
+        outputs = (reference.linearized_lora_linear(x, weight, bias, A0, B0, dA, dB, scaling, **dropout),)
     named = dict(zip(("y", "y_tangent"), outputs, strict=False))
     if case.phase != "forward":
         cotangents = [cotangent.double() for cotangent in data.cotangents]

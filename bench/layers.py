@@ -7,6 +7,7 @@ from itertools import chain
 from typing import Any
 
 import torch
+from linlora.kernels.packing import present
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -21,18 +22,18 @@ from .job import Layer
 
 def frozen(data: LayerData) -> Layer:
     """The floor: the frozen `nn.Linear` alone, once for every stream."""
-    module = frozen_linear(data.weight, data.bias)
-    if data.x_tangent is None:
+    module = frozen_linear(data.problem.weight, data.problem.bias)
+    if not data.problem.two_streams:
         return Layer(module, {}, _tensors(module))
     return Layer(lambda x, x_tangent: (module(x), linear(x_tangent, module.weight)), {}, _tensors(module))
 
 
 def addmm(data: LayerData) -> Layer:
     """Plain LoRA with the update added by `addmm` into the output of the base layer; no module, no PEFT."""
-    module, A, B = frozen_linear(data.weight, data.bias), nn.Parameter(data.A), nn.Parameter(data.B)
+    module, A, B = frozen_linear(data.problem.weight, data.problem.bias), nn.Parameter(data.A), nn.Parameter(data.B)
 
     def forward(x: Tensor) -> Tensor:
-        return torch.addmm(linear(x, module.weight, module.bias), x @ A.t(), B.t(), alpha=data.scaling)
+        return torch.addmm(linear(x, module.weight, module.bias), x @ A.t(), B.t(), alpha=data.problem.scaling)
 
     return Layer(forward, {"A": A, "B": B}, [*_tensors(module), A, B])
 
@@ -45,60 +46,46 @@ def peft(data: LayerData) -> Layer:
 
 def linearized(data: LayerData) -> Layer:
     """linlora: the PEFT layer after `linlora.linearize`; for two streams or a given dropout mask, the op itself."""
-    if data.x_tangent is not None:
-        return _dual(data)
-    if data.seed is not None:
-        return _dropped(data)
-    model = _peft_model(data, data.A0, torch.zeros_like(data.B) if data.B0 is None else data.B0)
+    problem = data.problem
+    if problem.two_streams or problem.seed is not None:
+        return _op(data)
+    model = _peft_model(data, problem.shrink, _point_of_B(data))
     linlora.linearize(model)
     layer = _lora_layer(model)
-    if data.B0 is None:
+    if not problem.is_pair:
         trainable = {"B": layer.lora_B["default"].weight}
-        trainable["B"].data = data.dB
+        trainable["B"].data = problem.d_expand
     else:
         trainable = {"A": layer.lora_dA["default"], "B": layer.lora_dB["default"]}
-        trainable["A"].data, trainable["B"].data = data.dA, data.dB
+        trainable["A"].data, trainable["B"].data = problem.d_shrink, problem.d_expand
     return Layer(layer, trainable, _tensors(layer))
 
 
 def functorch(data: LayerData, over: Over) -> Layer:
     """`torch.func.jvp` around the PEFT layer, over all its parameters or over A and B."""
-    module = FunctorchLoraLinear(
-        _lora_layer(_peft_model(data, data.A0, torch.zeros_like(data.B) if data.B0 is None else data.B0)), over
-    )
+    module = FunctorchLoraLinear(_lora_layer(_peft_model(data, data.problem.shrink, _point_of_B(data))), over)
     trainable = _adapter(module.layer)
     trainable["A"].data, trainable["B"].data = data.A, data.B
-    forward = module if data.x_tangent is None else _functorch_dual(module)
+    forward = module if not data.problem.two_streams else _functorch_dual(module)
     return Layer(forward, trainable, _tensors(module))
 
 
-def _dual(data: LayerData) -> Layer:
-    if data.B0 is None or data.dA is None:
+def _op(data: LayerData) -> Layer:
+    """The public op of one stream or two, whose dA and dB train."""
+    problem, module = data.problem, frozen_linear(data.problem.weight, data.problem.bias)
+    if problem.two_streams and not problem.is_pair:
         raise ValueError("the op with two streams is measured at B0 ≠ 0: make it a case of form 'pair'")
-    module, dA, dB = frozen_linear(data.weight, data.bias), nn.Parameter(data.dA), nn.Parameter(data.dB)
-    A0, B0 = data.A0, data.B0
+    trainable = {"B": nn.Parameter(problem.d_expand)}
+    if problem.d_shrink is not None:
+        trainable = {"A": nn.Parameter(problem.d_shrink), **trainable}
+    A0, B0, dA, dB = problem.shrink, problem.expand, trainable.get("A"), trainable["B"]
+    dropout = {"dropout_p": problem.dropout_p, "seed": problem.seed}
+    op = getattr(functional, problem.op)
 
-    def forward(x: Tensor, x_tangent: Tensor) -> tuple[Tensor, Tensor]:
-        return functional.lora_linear(
-            x, module.weight, module.bias, A0, B0, dA, dB, data.scaling, x_tangent,
-            dropout_p=data.dropout_p, seed=data.seed,
-        )  # fmt: skip
+    def forward(x: Tensor, *x_tangent: Tensor) -> Any:
+        return op(x, module.weight, module.bias, A0, B0, dA, dB, problem.scaling, *x_tangent, **dropout)
 
-    return Layer(forward, {"A": dA, "B": dB}, [*_tensors(module), A0, B0, dA, dB])
-
-
-def _dropped(data: LayerData) -> Layer:
-    module, dB = frozen_linear(data.weight, data.bias), nn.Parameter(data.dB)
-    dA = None if data.dA is None else nn.Parameter(data.dA)
-    A0, B0 = data.A0, data.B0
-
-    def forward(x: Tensor) -> Tensor:
-        return functional.linearized_lora_linear(
-            x, module.weight, module.bias, A0, B0, dA, dB, data.scaling, dropout_p=data.dropout_p, seed=data.seed
-        )
-
-    trainable = {"B": dB} if dA is None else {"A": dA, "B": dB}
-    return Layer(forward, trainable, [*_tensors(module), A0, *([] if B0 is None else [B0]), *trainable.values()])
+    return Layer(forward, trainable, [*_tensors(module), *present((A0, B0)), *trainable.values()])
 
 
 def _functorch_dual(module: FunctorchLoraLinear) -> Any:
@@ -118,9 +105,9 @@ def _functorch_dual(module: FunctorchLoraLinear) -> Any:
 def _peft_model(data: LayerData, A: Tensor, B: Tensor) -> PeftModel:
     """A PEFT model of one LoRA layer that shares the tensors of `data`; the factors keep the dtype of the layer."""
     config = LoraConfig(
-        r=A.shape[0], lora_alpha=round(data.scaling * A.shape[0]), target_modules=["linear"], lora_dropout=0.0
+        r=A.shape[0], lora_alpha=round(data.problem.scaling * A.shape[0]), target_modules=["linear"], lora_dropout=0.0
     )
-    base = nn.Sequential(OrderedDict(linear=frozen_linear(data.weight, data.bias)))
+    base = nn.Sequential(OrderedDict(linear=frozen_linear(data.problem.weight, data.problem.bias)))
     model = get_peft_model(base, config, autocast_adapter_dtype=False)
     adapter = _adapter(_lora_layer(model))
     adapter["A"].data, adapter["B"].data = A, B
@@ -134,6 +121,11 @@ def frozen_linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
     if bias is not None:
         module.bias = nn.Parameter(bias, requires_grad=False)
     return module
+
+
+def _point_of_B(data: LayerData) -> Tensor:
+    """B0, where it is 0 as well."""
+    return torch.zeros_like(data.B) if data.problem.expand is None else data.problem.expand
 
 
 def _lora_layer(model: Any) -> Any:

@@ -10,8 +10,9 @@ from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
+from linlora.kernels.packing import pack, unpack
+from linlora.kernels.problem import LoraLinear, Result
 from torch import Tensor
 
 from linlora.ops import cuda
@@ -20,8 +21,8 @@ from .cases import Case
 from .data import LayerData
 from .job import switched
 
-Host = Callable[..., tuple[Tensor, ...]]
-"""A kernel's host function: of the matrices, in the order of `linlora.kernels`."""
+Host = Callable[..., Result]
+"""A kernel's host function: of a problem, with `save`."""
 
 
 @dataclass
@@ -33,66 +34,48 @@ class KernelJob:
     host: Host
 
     def __post_init__(self) -> None:
-        data, dual = self.data, self.case.op == "lora_linear"
-        if self.case.phase == "forward":
-            streams = (data.x, data.x_tangent) if dual else (data.x,)
-            operands = (data.weight, data.bias, data.A0, data.dA, data.B0, data.dB)
-            self.options: dict[str, Any] = {}
-        else:
-            streams = tuple(reversed(data.cotangents)) if dual else data.cotangents
-            operands = (data.weight.t(), None, *_adjoint_factors(data))
-            self.options = {"adjoint": True}
-        if not dual:
-            self.options["save"] = self.case.phase == "forward"
-        self.arguments = (*(t if t is None else t.detach() for t in (*streams, *operands)), data.scaling)
+        tensors, numbers = pack(self.data.problem)
+        self.problem = unpack(LoraLinear, [t if t is None else t.detach() for t in tensors], numbers)
+        if self.case.phase != "forward":
+            self.problem = self.problem.adjoint(*self.data.cotangents)
 
     def context(self) -> ExitStack:
         return switched(None, grad=False)
 
-    def step(self) -> tuple[Tensor, ...]:
-        return self.host(*self.arguments, **self.options)
+    def step(self) -> Result:
+        return self.host(self.problem, save=self.case.phase == "forward" or self.problem.two_streams)
 
     def results(self) -> dict[str, Tensor]:
         with self.context():
-            outputs = self.step()
-        forward, dual = self.case.phase == "forward", self.case.op == "lora_linear"
-        if dual:
-            names = ("y", "y_tangent") if forward else ("grad_x_tangent", "grad_x")
+            y, y_tangent, *_ = self.step()
+        if self.case.phase == "forward":
+            found = {"y": y, "y_tangent": y_tangent}
+        elif self.problem.two_streams:
+            found = {"grad_x_tangent": y, "grad_x": y_tangent}
         else:
-            names = ("y",) if forward else ("grad_x",)
-        return dict(zip(names, outputs, strict=False))
+            found = {"grad_x": y}
+        return {name: tensor for name, tensor in found.items() if tensor is not None}
 
     def resident(self) -> Iterable[Tensor]:
         return self.data.tensors
 
 
-def _adjoint_factors(data: LayerData) -> tuple[Tensor | None, ...]:
-    """(shrink, d_shrink, expand, d_expand) of the transposes: see `linlora.ops.lora_linear`."""
-    if data.B0 is None or data.dA is None:
-        return data.dB.t(), None, None, data.A0.t()
-    return data.B0.t(), data.dB.t(), data.A0.t(), data.dA.t()
-
-
 def triton(case: Case, data: LayerData, design: str) -> KernelJob:
     """A Triton kernel of a design. Raises NotImplementedError where no row of the table has it for this case."""
-    from linlora.kernels import linearized_lora_linear
-    from linlora.kernels.configs import select
-    from linlora.kernels.device import device_traits
+    from linlora.kernels.launch import configuration
+    from linlora.kernels.linearized_lora_linear import host
 
-    traits = device_traits(data.x.device)
-    config = select(
-        "linearized_lora_linear", m=case.M, n=case.N if case.phase == "forward" else case.K, rank=case.rank,
-        itemsize=data.x.element_size(), architecture=traits.architecture, multiprocessors=traits.multiprocessors,
-        descriptors=design == "flags",
-    )  # fmt: skip
+    job = KernelJob(case, data, host)
+    config = configuration(job.problem, descriptors=design == "flags")
     if config.design != design:
         raise NotImplementedError(f"the table has no {design!r} configuration for this case")
-    return KernelJob(case, data, partial(linearized_lora_linear, config=config))
+    job.host = partial(host, config=config)
+    return job
 
 
 def csrc(case: Case, data: LayerData, kernel: int) -> KernelJob:
     """The CUDA kernel of an architecture. Raises NotImplementedError for what it does not compute."""
-    job = KernelJob(case, data, partial(getattr(cuda, case.op), kernel=kernel))
+    job = KernelJob(case, data, partial(cuda.lora_linear, kernel=kernel))
     try:
         job.results()
     except RuntimeError as error:

@@ -28,8 +28,8 @@ struct LoraLinear {
   Matrix x, x_tangent;      // (M, K); no x_tangent with two streams means that it is zero
   Matrix weight;            // (N, K); K or N contiguous
   Matrix bias;              // (1, N), or absent
-  Matrix shrink, d_shrink;  // S0, dS (r, K)
-  Matrix expand, d_expand;  // E0, dE (N, r)
+  Matrix shrink, expand;    // S0 (r, K), E0 (N, r)
+  Matrix d_shrink, d_expand;  // dS, dE
   Matrix y, y_tangent;      // (M, N), N contiguous; y absent: the primal is not wanted (two streams)
   Matrix u, c;              // (M, r), r contiguous, in `type`; absent: not wanted
   float scaling;

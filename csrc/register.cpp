@@ -1,5 +1,6 @@
-// The operators of the `cuda` backend: linlora_cuda::linearized_lora_linear and linlora_cuda::lora_linear, with the
-// schemas of the Triton operators (kernels/library.py) and two arguments more:
+// The operator of the `cuda` backend, linlora_cuda::lora_linear: one stream or two, with the schema of the Triton operator
+// (kernels/problem.py: the tensors of the problem in one list, in the order of `Place`, then its numbers) and two arguments
+// more:
 //
 //   counters   a zeroed int32 buffer for kernels whose blocks talk to each other; they leave it zeroed. Without one a
 //              launch zeroes its own, which is one more operation on the stream.
@@ -12,7 +13,9 @@
 #include <torch/csrc/stable/library.h>
 
 #include <optional>
-#include <tuple>
+#include <stdexcept>
+#include <string>
+#include <vector>
 
 #include "checks.h"
 #include "dispatch.h"
@@ -25,38 +28,46 @@ namespace {
 
 using Optional = std::optional<Tensor>;
 
-// Checks what the operators have in common and fills the problem, but for the second stream and the outputs.
-LoraLinear common(Arguments& arguments, const Tensor& x, const Tensor& weight, const Optional& bias,
-                  const Tensor& shrink, const Optional& d_shrink, const Optional& expand, const Tensor& d_expand,
-                  double scaling, double dropout_p) {
-  if (dropout_p != 0.0) {
-    arguments.refuse("dropout_p is ", dropout_p, ": the CUDA kernels have no dropout, use the 'triton' backend");
-  }
+// The tensors of kernels/problem.py's LoraLinear, in the order of its fields.
+enum Place { kX, kWeight, kBias, kShrink, kExpand, kDShrink, kDExpand, kXTangent, kSeed, kTensors };
+
+const Tensor& given(const std::vector<Optional>& tensors, Place place, const char* name) {
+  if (!tensors[place]) throw std::runtime_error(std::string("linlora_cuda::lora_linear: ") + name + " is missing");
+  return *tensors[place];
+}
+
+// Checks the arguments and fills the problem, but for the outputs.
+LoraLinear problem_of(Arguments& arguments, const std::vector<Optional>& tensors, double scaling, bool two_streams) {
+  const Tensor& x = given(tensors, kX, "x");
+  const Tensor& weight = given(tensors, kWeight, "weight");
+  const Tensor& shrink = given(tensors, kShrink, "shrink");
   if (weight.dim() != 2 || shrink.dim() != 2) {
     arguments.refuse("weight (N, K) and shrink (r, K) are matrices, got ", described(weight), " and ",
                      described(shrink));
   }
   const int64_t M = x.size(0), K = x.size(1), N = weight.size(0), rank = shrink.size(0);
   if (rank < 1 || rank > kMaxRank) arguments.refuse("the rank is in 1..", kMaxRank, ", got ", rank);
-  if (d_shrink.has_value() != expand.has_value()) {
+  if (tensors[kDShrink].has_value() != tensors[kExpand].has_value()) {
     arguments.refuse("d_shrink and expand come together, or neither does (the short form, B0 = 0)");
   }
   arguments.note_factor("shrink", shrink, rank, K);
-  arguments.note_factor("d_shrink", d_shrink, rank, K);
-  arguments.note_factor("expand", expand, N, rank);
-  arguments.note_factor("d_expand", d_expand, N, rank);
+  arguments.note_factor("expand", tensors[kExpand], N, rank);
+  arguments.note_factor("d_shrink", tensors[kDShrink], rank, K);
+  arguments.note_factor("d_expand", given(tensors, kDExpand, "d_expand"), N, rank);
 
   LoraLinear problem{};
   problem.type = arguments.type();
   problem.factor_type = arguments.factor_type();
   problem.x = arguments.activation("x", x, M, K);
+  if (two_streams) problem.x_tangent = arguments.activation("x_tangent", tensors[kXTangent], M, K);
   problem.weight = arguments.weight(weight, N, K);
-  problem.bias = arguments.bias(bias, N, problem.bias_type);
+  problem.bias = arguments.bias(tensors[kBias], N, problem.bias_type);
   problem.shrink = arguments.factor(shrink);
-  problem.d_shrink = arguments.factor(d_shrink);
-  problem.expand = arguments.factor(expand);
-  problem.d_expand = arguments.factor(d_expand);
+  problem.expand = arguments.factor(tensors[kExpand]);
+  problem.d_shrink = arguments.factor(tensors[kDShrink]);
+  problem.d_expand = arguments.factor(tensors[kDExpand]);
   problem.scaling = static_cast<float>(scaling);
+  problem.two_streams = two_streams;
   return problem;
 }
 
@@ -69,37 +80,23 @@ void run(const Arguments& arguments, const LoraLinear& problem, const Optional& 
   launch_lora_linear(arguments, problem, counters, kernel, static_cast<cudaStream_t>(stream));
 }
 
-std::tuple<Tensor, Tensor, Tensor> linearized_lora_linear(Tensor x, Tensor weight, Optional bias, Tensor shrink,
-                                                          Optional d_shrink, Optional expand, Tensor d_expand,
-                                                          double scaling, double dropout_p, Optional /*seed*/,
-                                                          bool /*adjoint*/, bool save, Optional counters,
-                                                          int64_t kernel) {
-  Arguments arguments("linearized_lora_linear", x);
-  LoraLinear problem = common(arguments, x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p);
-  const int64_t M = x.size(0), rank = shrink.size(0);
-  Tensor y = arguments.output(problem.y, M, weight.size(0));
-  Tensor u = arguments.output(problem.u, M, save ? rank : 0);
-  Tensor c = arguments.output(problem.c, M, save && d_shrink ? rank : 0);
+// What there is of (y, y_tangent, u, c), as LoraLinear.outputs of kernels/problem.py says.
+std::vector<Tensor> lora_linear(std::vector<Optional> tensors, double scaling, double dropout_p, bool two_streams,
+                                bool /*masks_update*/, bool save, bool primal, Optional counters, int64_t kernel) {
+  if (tensors.size() != kTensors) throw std::runtime_error("linlora_cuda::lora_linear: not the tensors of a problem");
+  Arguments arguments("lora_linear", given(tensors, kX, "x"));
+  if (dropout_p != 0.0) {
+    arguments.refuse("dropout_p is ", dropout_p, ": the CUDA kernels have no dropout, use the 'triton' backend");
+  }
+  LoraLinear problem = problem_of(arguments, tensors, scaling, two_streams);
+  const int64_t M = problem.x.rows, N = problem.weight.rows, rank = problem.shrink.rows;
+  std::vector<Tensor> outputs;
+  if (primal || !two_streams) outputs.push_back(arguments.output(problem.y, M, N));
+  if (two_streams) outputs.push_back(arguments.output(problem.y_tangent, M, N));
+  if (save) outputs.push_back(arguments.output(problem.u, M, rank));
+  if (save && tensors[kExpand]) outputs.push_back(arguments.output(problem.c, M, rank));
   run(arguments, problem, counters, kernel);
-  return {y, u, c};
-}
-
-std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear(Tensor x, Optional x_tangent, Tensor weight, Optional bias,
-                                                       Tensor shrink, Optional d_shrink, Optional expand,
-                                                       Tensor d_expand, double scaling, double dropout_p,
-                                                       Optional /*seed*/, bool /*adjoint*/, bool primal,
-                                                       Optional counters, int64_t kernel) {
-  Arguments arguments("lora_linear", x);
-  LoraLinear problem = common(arguments, x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p);
-  const int64_t M = x.size(0), N = weight.size(0), rank = shrink.size(0);
-  problem.two_streams = true;
-  problem.x_tangent = arguments.activation("x_tangent", x_tangent, M, x.size(1));
-  Tensor y = primal ? arguments.output(problem.y, M, N) : arguments.buffer(arguments.x_dtype(), 0);
-  Tensor y_tangent = arguments.output(problem.y_tangent, M, N);
-  Tensor u = arguments.output(problem.u, M, rank);
-  Tensor c = arguments.output(problem.c, M, expand ? rank : 0);
-  run(arguments, problem, counters, kernel);
-  return {y, y_tangent, u, c};
+  return outputs;
 }
 
 }  // namespace
@@ -107,16 +104,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> lora_linear(Tensor x, Optional x_tang
 
 STABLE_TORCH_LIBRARY(linlora_cuda, library) {
   library.def(
-      "linearized_lora_linear(Tensor x, Tensor weight, Tensor? bias, Tensor shrink, Tensor? d_shrink, Tensor? expand, "
-      "Tensor d_expand, float scaling, float dropout_p=0., Tensor? seed=None, bool adjoint=False, bool save=True, "
-      "Tensor? counters=None, int kernel=0) -> (Tensor, Tensor, Tensor)");
-  library.def(
-      "lora_linear(Tensor x, Tensor? x_tangent, Tensor weight, Tensor? bias, Tensor shrink, Tensor? d_shrink, "
-      "Tensor? expand, Tensor d_expand, float scaling, float dropout_p=0., Tensor? seed=None, bool adjoint=False, "
-      "bool primal=True, Tensor? counters=None, int kernel=0) -> (Tensor, Tensor, Tensor, Tensor)");
+      "lora_linear(Tensor?[] tensors, float scaling, float dropout_p, bool two_streams, bool masks_update, bool save, "
+      "bool primal, Tensor? counters=None, int kernel=0) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(linlora_cuda, CUDA, library) {
-  library.impl("linearized_lora_linear", TORCH_BOX(&linlora::linearized_lora_linear));
   library.impl("lora_linear", TORCH_BOX(&linlora::lora_linear));
 }

@@ -31,7 +31,8 @@ from .lora_linear import launch as launch_lora_linear
 from .mix_inventories import Layer, mix_launch, plan_of, unmix_launch
 from .norms import launch as launch_norm
 from .norms import launch_backward as launch_norm_backward
-from .problem import FactorGradients, LoraLinear, empty
+from .packing import empty
+from .problem import FactorGradients, LoraLinear
 from .stacks import Segments
 
 M, N, K = 8192, 4096, 4096

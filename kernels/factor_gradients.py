@@ -34,7 +34,8 @@ from .counters import counters
 from .device import device_traits
 from .dropout import drop, dropout_argument
 from .launch import Launch, block_r, dot_precision
-from .problem import FactorGradients, Gradients, empty
+from .packing import empty
+from .problem import FactorGradients, Gradients
 from .tiles import dot, load_tile, matrix, store_tile
 
 # A shorter split would cost more in partials than the program it adds is worth (an estimate, not yet measured).

@@ -16,7 +16,8 @@ from . import linearized_lora_linear as _one_stream
 from . import lora_linear as _two_streams
 from .configs import Config
 from .counters import for_compiled_code
-from .problem import FactorGradients, LoraLinear, Result, empty, numbers_of, pack, present, restored, schema, unpack
+from .packing import fake, pack, present, restored, schema, unpacked
+from .problem import FactorGradients, LoraLinear, Result
 
 
 def operator(name: str, kind: type, host: Callable[..., Any], **options: Any) -> Callable[..., Any]:
@@ -41,23 +42,6 @@ def operator(name: str, kind: type, host: Callable[..., Any], **options: Any) ->
     opaque = torch.library.custom_op(f"linlora::{name}", run, mutates_args=(), schema=schema(kind, options))
     opaque.register_fake(fake(kind, options))
     return call
-
-
-def fake(kind: type, options: dict[str, Any]) -> Callable[..., list[Tensor]]:
-    """The fake function of such an operator: empty tensors for what the problem says it returns."""
-
-    def run(tensors: list[Tensor | None], *rest: Any) -> list[Tensor]:
-        problem, chosen = unpacked(kind, options, tensors, rest)
-        like = next(tensor for tensor in tensors if tensor is not None)
-        return present(empty(problem.outputs(**chosen), like))
-
-    return run
-
-
-def unpacked(kind: type, options: dict[str, Any], tensors: list[Tensor | None], rest: Any) -> tuple[Any, dict[str, Any]]:
-    """The problem of an operator's arguments, and the options by name."""
-    count = len(numbers_of(kind))
-    return unpack(kind, tensors, rest[:count]), dict(zip(options, rest[count:], strict=True))
 
 
 def _lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True, config: Config | None = None) -> Result:

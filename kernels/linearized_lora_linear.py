@@ -41,7 +41,8 @@ from .checks import check_served
 from .configs import Config
 from .dropout import drop
 from .launch import Launch, configuration, layer_arguments
-from .problem import LoraLinear, Result, empty
+from .packing import empty
+from .problem import LoraLinear, Result
 from .tiles import (
     accumulate_shrink,
     add_masked,
@@ -51,7 +52,6 @@ from .tiles import (
     load_tile,
     load_transposed,
     low_rank_update,
-    matrix,
     store_tile,
 )
 

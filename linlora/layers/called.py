@@ -44,7 +44,7 @@ def called_update(
             check_there(f"layer '{layer.layer_name}'", [(f"{kind}['{name}']", part.weight)])
         A0, B0, dA, dB, scaling = layer.factors(name)
         if layer.states.get(name, "plain") == "plain":
-            dA, B0, dB = None, dB, None  # type: ignore[assignment]
+            dA, B0, dB = None, dB, None
         with forward_ad.dual_level():
             z = layer._cast_input_dtype(_dual(x, x_tangent), A.weight.dtype)
             z = functional_call(A, {"weight": _along(A0, dA, two)}, (dropout(z),))

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from linlora import reference
+from linlora.kernels.problem import DTYPES
 from linlora.ops import aten, backends
 from linlora.ops.aten.attention_adjoint import attention_dual_backward
-from linlora.kernels.problem import DTYPES
 from linlora.ops.checks import autocast_input, check_dropout, check_number
 from linlora.ops.composed import backward_backend
 from linlora.ops.transforms import transform_active

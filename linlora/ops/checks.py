@@ -34,4 +34,3 @@ def check_dropout(op: str, dropout_p: float, seed: Tensor | None) -> None:
 
 def _refuse(op: str, message: str) -> None:
     raise ValueError(f"{op}: {message}")
-

@@ -31,14 +31,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.kernels.problem import FactorGradients, LoraLinear, Result, pack, unpack
+from linlora.kernels.packing import pack, unpack
+from linlora.kernels.problem import FactorGradients, LoraLinear, Result
 from linlora.ops import aten, backends, composed
 from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.composed import backward_backend
 from linlora.ops.rows import as_rows
 from linlora.ops.transforms import transform_active
 
-_NOTHING: Any = LoraLinear(*[None] * len(LoraLinear._fields))  # type: ignore[arg-type]
+_NOTHING: Any = LoraLinear(*[None] * len(LoraLinear._fields))
 """No gradient of any field."""
 
 
@@ -210,7 +211,7 @@ class _LoraLinear(torch.autograd.Function):
 
 def _needs(needs_input_grad: tuple[bool, ...], constant_tangent: bool) -> LoraLinear:
     """Which fields of a problem ask for a gradient, and may."""
-    needs = LoraLinear(*needs_input_grad[2:])  # type: ignore[arg-type]
+    needs = LoraLinear(*needs_input_grad[2:])
     if not constant_tangent:
         return needs
     return _NOTHING._replace(x=needs.x, d_shrink=needs.d_shrink, d_expand=needs.d_expand)
@@ -285,7 +286,9 @@ Wide = tuple[Tensor | None, tuple[Tensor | None, ...]]
 def _products(backend: ModuleType, problem: LoraLinear, of_g: Wide, of_x: Wide) -> tuple[list[Any], list[Any]]:
     """s gᵀ p for every p of (g, ps) and s qᵀ x' for every q of (x, qs), in one reading of g and x; None gives None."""
     (g, all_p), (x, all_q) = of_g, of_x
-    ps, qs = (() if wide is None else tuple(low for low in all_low if low is not None) for wide, all_low in (of_g, of_x))
+    ps, qs = (
+        () if wide is None else tuple(low for low in all_low if low is not None) for wide, all_low in (of_g, of_x)
+    )
     if not ps and not qs:
         return [None] * len(all_p), [None] * len(all_q)
     d_expand, d_shrink = backend.factor_gradients(

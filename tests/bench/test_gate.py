@@ -74,14 +74,15 @@ def test_bfloat16_passes_too(name: str) -> None:
 
 
 def _doubled_update(data) -> Layer:
-    return layers.addmm(replace(data, scaling=1.01 * data.scaling))
+    problem = data.problem._replace(scaling=1.01 * data.problem.scaling)
+    return layers.addmm(replace(data, problem=problem))
 
 
 def _forgotten_gradient(data) -> Layer:
     layer = layers.addmm(data)
     frozen = layer.trainable["A"].detach()
     module = layers.peft(data).forward.base_layer
-    forward = lambda x: torch.addmm(module(x), x @ frozen.t(), layer.trainable["B"].t(), alpha=data.scaling)  # noqa: E731
+    forward = lambda x: torch.addmm(module(x), x @ frozen.t(), layer.trainable["B"].t(), alpha=data.problem.scaling)  # noqa: E731
     return Layer(forward, {"B": layer.trainable["B"]}, layer.tensors)
 
 

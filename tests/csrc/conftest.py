@@ -3,10 +3,12 @@
 import ctypes
 from dataclasses import dataclass
 
+import emulated
 import pytest
 import torch
-from emulated import TYPES, LoraLinear, matrix
 from emulator import build as emulator
+from linlora.kernels.packing import pack, unpack
+from linlora.kernels.problem import LoraLinear, Result
 from torch import Tensor
 
 from linlora import reference
@@ -14,41 +16,21 @@ from linlora.testing import relative_error
 
 
 @dataclass
-class Problem:
-    """The operands of one launch; the reference calls them A0, dA, B0, dB."""
+class Launch:
+    """A problem, and what is asked of its kernel."""
 
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    shrink: Tensor
-    d_shrink: Tensor | None
-    expand: Tensor | None
-    d_expand: Tensor
-    x_tangent: Tensor | None = None
-    two_streams: bool = False
+    problem: LoraLinear
+    save: bool = True
     primal: bool = True
-    saves: bool = True
-    scaling: float = 0.75
-
-    INPUTS = ("x", "weight", "bias", "shrink", "d_shrink", "expand", "d_expand", "x_tangent")
 
     def outputs(self) -> dict[str, Tensor]:
-        """What a launch writes, NaN before it."""
-        (m, _), n, rank = self.x.shape, self.weight.shape[0], self.shrink.shape[0]
-        wanted = {"y": n} if self.primal else {}
-        wanted |= {"y_tangent": n} if self.two_streams else {}
-        wanted |= {"u": rank} if self.saves else {}
-        wanted |= {"c": rank} if self.saves and self.expand is not None else {}
-        return {name: self.x.new_full((m, columns), torch.nan) for name, columns in wanted.items()}
+        """What the kernel writes, NaN before it."""
+        result = emulated.poisoned(self.problem, self.save, self.primal)
+        return {name: output for name, output in result._asdict().items() if output is not None}
 
-    def arguments(self, outputs: dict[str, Tensor]) -> LoraLinear:
-        """What a launch is given."""
-        tensors = {name: getattr(self, name) for name in self.INPUTS} | outputs
-        return LoraLinear(
-            TYPES[self.x.dtype], TYPES[self.shrink.dtype], TYPES[(self.x if self.bias is None else self.bias).dtype],
-            **{name: matrix(tensors.get(name)) for name in LoraLinear.MATRICES},
-            scaling=self.scaling, two_streams=self.two_streams,
-        )  # fmt: skip
+    def arguments(self, outputs: dict[str, Tensor]) -> emulated.Arguments:
+        """What the kernel is given."""
+        return emulated.arguments(self.problem, Result(**outputs))
 
     def emulate(self, library: ctypes.CDLL, entry: str, multiprocessors: int = 2, seed: int = 0) -> dict[str, Tensor]:
         """The outputs of the kernel. Fails with what the machine found wrong."""
@@ -57,29 +39,25 @@ class Problem:
         assert error is None, error.decode()
         return outputs
 
-    def cast(self, dtype: torch.dtype) -> "Problem":
-        tensors = {name: getattr(self, name) for name in self.INPUTS}
-        return Problem(
-            **{name: None if tensor is None else tensor.to(dtype) for name, tensor in tensors.items()},
-            two_streams=self.two_streams, primal=self.primal, saves=self.saves, scaling=self.scaling,
-        )  # fmt: skip
+    def with_changes(self, **fields: Tensor | None) -> "Launch":
+        """The launch of the problem with other fields."""
+        return Launch(self.problem._replace(**fields), self.save, self.primal)
 
-    def composed(self) -> dict[str, Tensor]:
-        """The outputs in aten calls of x's dtype: of float64, what is right."""
-        x, x_tangent, shrink = self.x, self.x_tangent, self.shrink.to(self.x.dtype)
-        factors = (self.shrink, self.expand, self.d_shrink, self.d_expand)
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        outputs = {"u": x @ shrink.T}
-        if self.two_streams:
-            y, y_tangent = reference.lora_linear(x, self.weight, bias, *factors, self.scaling, x_tangent)
-            outputs |= {"y": y, "y_tangent": y_tangent}
-        else:
-            outputs["y"] = reference.linearized_lora_linear(x, self.weight, bias, *factors, self.scaling)
-        if self.d_shrink is not None:
-            other = x_tangent if self.two_streams else x
-            outputs["c"] = x @ self.d_shrink.to(x.dtype).T
-            outputs["c"] += 0 if other is None else other @ shrink.T
-        return outputs
+
+def in_aten(problem: LoraLinear, dtype: torch.dtype | None = None) -> dict[str, Tensor]:
+    """The outputs in aten calls of a dtype, x's own or another: of float64, what is right."""
+    dtype = dtype or problem.x.dtype
+    tensors, numbers = pack(problem)
+    of: LoraLinear = unpack(LoraLinear, [None if t is None else t.to(dtype) for t in tensors], numbers)
+    outputs = {"u": of.x @ of.shrink.T}
+    if of.two_streams:
+        outputs["y"], outputs["y_tangent"] = reference.lora_linear(*of[:9])
+    else:
+        outputs["y"] = reference.linearized_lora_linear(*of[:8])
+    if of.d_shrink is not None:
+        other = of.x_tangent if of.two_streams else of.x
+        outputs["c"] = of.x @ of.d_shrink.T + (0 if other is None else other @ of.shrink.T)
+    return outputs
 
 
 class Record(ctypes.Structure):
@@ -104,7 +82,7 @@ def random_problem(
     tangent: bool = True,
     primal: bool = True,
     saves: bool = True,
-) -> Problem:
+) -> Launch:
     """Random operands; `transposed` lays the weight and the factors out as the backward passes them."""
 
     def matrix_of(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
@@ -112,30 +90,31 @@ def random_problem(
         return values.T.contiguous().T if transposed else values
 
     pair = form == "pair"
-    return Problem(
+    problem = LoraLinear(
         x=torch.randn(m, k).to(dtype),
         weight=matrix_of(n, k, dtype),
         bias=torch.randn(n).to(bias_dtype or factor_dtype) if bias else None,
         shrink=matrix_of(rank, k, factor_dtype),
-        d_shrink=matrix_of(rank, k, factor_dtype) if pair else None,
         expand=matrix_of(n, rank, factor_dtype) if pair else None,
+        d_shrink=matrix_of(rank, k, factor_dtype) if pair else None,
         d_expand=matrix_of(n, rank, factor_dtype),
+        scaling=0.75,
         x_tangent=torch.randn(m, k).to(dtype) if streams == 2 and tangent else None,
         two_streams=streams == 2,
-        primal=primal,
-        saves=saves,
     )
+    return Launch(problem, saves, primal)
 
 
-def check_outputs(problem: Problem, outputs: dict[str, Tensor]) -> None:
+def check_outputs(launch: Launch, outputs: dict[str, Tensor]) -> None:
     """Within 1e-2 of float64, and at most 1.2 times as far from it as aten calls in the same dtype.
 
     Few numbers are rounded better or worse by chance, and may cancel: those may be as far off as one rounding, or as
     the aten calls.
     """
-    exact, composed = problem.cast(torch.float64).composed(), problem.composed()
+    problem = launch.problem
+    exact, of_dtype = in_aten(problem, torch.float64), in_aten(problem)
     for name, output in outputs.items():
-        error, bound = relative_error(output, exact[name]), 1.2 * relative_error(composed[name], exact[name])
+        error, bound = relative_error(output, exact[name]), 1.2 * relative_error(of_dtype[name], exact[name])
         few = output.numel() < 1000
         bound = max(bound, torch.finfo(output.dtype).eps / 2) if few else min(bound, 1e-2)
         assert error <= bound, f"{name}: {error:.1e} off, allowed {bound:.1e}"
@@ -165,6 +144,11 @@ def build_emulated(builder):
 @pytest.fixture(scope="session")
 def make_problem():
     return random_problem
+
+
+@pytest.fixture(scope="session")
+def composed():
+    return in_aten
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""The operators of csrc/ on the CPU: their kernels' own source, run on the emulated machine of emulator/.
+"""The operator of csrc/ on the CPU: its kernels' own source, run on the emulated machine of emulator/.
 
 For the backend `cuda` what TRITON_INTERPRET=1 is for `triton`.
 """
@@ -13,6 +13,8 @@ from contextlib import contextmanager
 
 import torch
 from emulator import build
+from linlora.kernels import packing
+from linlora.kernels.problem import LoraLinear, Result
 from torch import Tensor
 
 TYPES = {torch.float16: 0, torch.bfloat16: 1, torch.float32: 2}
@@ -28,11 +30,11 @@ class Matrix(ctypes.Structure):
     )  # fmt: skip
 
 
-class LoraLinear(ctypes.Structure):
-    """`LoraLinear` of csrc/lora_linear.h."""
+class Arguments(ctypes.Structure):
+    """`LoraLinear` of csrc/lora_linear.h: a problem and its result."""
 
     MATRICES = (
-        "x", "x_tangent", "weight", "bias", "shrink", "d_shrink", "expand", "d_expand", "y", "y_tangent", "u", "c",
+        "x", "x_tangent", "weight", "bias", "shrink", "expand", "d_shrink", "d_expand", *Result._fields,
     )  # fmt: skip
     _fields_ = (
         ("type", ctypes.c_int32), ("factor_type", ctypes.c_int32), ("bias_type", ctypes.c_int32),
@@ -50,62 +52,55 @@ def matrix(tensor: Tensor | None) -> Matrix:
 
 @contextmanager
 def operators() -> Iterator[None]:
-    """Inside, the operators of csrc/register.cpp take tensors of the CPU."""
+    """Inside, the operator of csrc/register.cpp takes tensors of the CPU."""
     with torch.library._scoped_library("linlora_cuda", "FRAGMENT") as library:
         for schema in schemas():
             name = schema.partition("(")[0]
             if not hasattr(torch.ops.linlora_cuda, name):  # where linlora_cuda.so is loaded it has defined them
                 library.define(schema)
-            library.impl(name, functools.partial(_run, schema), "CPU")
+            library.impl(name, _run, "CPU")
         yield
 
 
 def schemas() -> list[str]:
-    """The operators as csrc/register.cpp declares them."""
+    """The operators that csrc/register.cpp declares."""
     source = (build.CSRC / "register.cpp").read_text()
     declared = re.findall(r'library\.def\(\s*((?:"[^"]*"\s*)+)\)', source)
     return ["".join(re.findall(r'"([^"]*)"', strings)) for strings in declared]
 
 
-def _run(schema: str, *arguments, **options) -> tuple[Tensor, ...]:
-    """The outputs of one call of an operator, NaN before the launch."""
-    names = [argument.name for argument in torch._C.parse_schema(schema).arguments]
-    given = dict(zip(names, arguments, strict=False)) | options
-    (m, n), rank = (given["x"].shape[0], given["weight"].shape[0]), given["shrink"].shape[0]
-    two_streams = "x_tangent" in given
-    saved = given.get("save", True)
-    pair = given["expand" if two_streams else "d_shrink"] is not None
-    widths = {
-        "y": n if given.get("primal", True) else None,
-        **({"y_tangent": n} if two_streams else {}),
-        "u": rank if saved else 0,
-        "c": rank if saved and pair else 0,
-    }
-    x = given["x"]
-    outputs = {
-        name: x.new_empty(0) if columns is None else x.new_full((m, columns), torch.nan)
-        for name, columns in widths.items()
-    }
-    written = {name: None if widths[name] is None else output for name, output in outputs.items()}
-    if m:
-        tensors = {name: given.get(name) for name in LoraLinear.MATRICES} | written
-        _launch(given.get("kernel", 0), two_streams, given["scaling"], tensors)
-    return tuple(outputs.values())
-
-
-def _launch(kernel: int, two_streams: bool, scaling: float, tensors: dict[str, Tensor | None]) -> None:
-    x, bias = tensors["x"], tensors["bias"]
-    factors = {
-        name: tensors[name] for name in ("shrink", "d_shrink", "expand", "d_expand") if tensors[name] is not None
-    }
-    wide = any(tensor.dtype is torch.float32 for tensor in factors.values())
-    factor_type = torch.float32 if wide else x.dtype
-    tensors = tensors | {name: tensor.to(factor_type) for name, tensor in factors.items()}
-    problem = LoraLinear(
-        TYPES[x.dtype], TYPES[factor_type], TYPES[x.dtype if bias is None else bias.dtype],
-        **{name: matrix(tensor) for name, tensor in tensors.items()}, scaling=scaling, two_streams=two_streams,
+def arguments(problem: LoraLinear, result: Result) -> Arguments:
+    """What a launch is given. The tensors have to stay alive; the factors are of one dtype."""
+    tensors, bias = problem._asdict() | result._asdict(), problem.x if problem.bias is None else problem.bias
+    return Arguments(
+        TYPES[problem.x.dtype], TYPES[problem.shrink.dtype], TYPES[bias.dtype],
+        **{name: matrix(tensors[name]) for name in Arguments.MATRICES},
+        scaling=problem.scaling, two_streams=problem.two_streams,
     )  # fmt: skip
-    reference = ctypes.byref(problem)
+
+
+def poisoned(problem: LoraLinear, save: bool = True, primal: bool = True) -> Result:
+    """What a launch writes, NaN before it."""
+    empty = packing.empty(problem.outputs(save, primal), problem.x)
+    return Result(*(None if output is None else output.fill_(torch.nan) for output in empty))
+
+
+def _run(tensors: list[Tensor | None], *rest, counters=None, kernel: int = 0) -> list[Tensor]:
+    """The outputs of one call of the operator."""
+    problem, options = packing.unpacked(LoraLinear, {"save": True, "primal": True}, tensors, rest)
+    result = poisoned(problem, **options)
+    if problem.x.shape[0]:
+        _launch(problem, result, kernel)
+    return packing.present(result)
+
+
+def _launch(problem: LoraLinear, result: Result, kernel: int) -> None:
+    names = ("shrink", "expand", "d_shrink", "d_expand")
+    factors = {name: factor for name in names if (factor := getattr(problem, name)) is not None}
+    wide = any(factor.dtype is torch.float32 for factor in factors.values())
+    dtype = torch.float32 if wide else problem.x.dtype
+    problem = problem._replace(**{name: factor.to(dtype) for name, factor in factors.items()})
+    reference = ctypes.byref(arguments(problem, result))
     obstacle = None if kernel == 80 else _library("lora_linear_sm90").lora_linear_sm90_obstacle(reference)
     if kernel == 90 and obstacle is not None:
         raise RuntimeError(f"kernel 90 cannot compute this: {obstacle.decode()}")

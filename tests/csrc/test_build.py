@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-OPS = ("linearized_lora_linear", "lora_linear")
 
 
 def _load(path):
@@ -69,28 +68,33 @@ def test_the_machine_code_holds_the_instructions_the_design_is_about(built, kern
 
 @pytest.fixture(scope="session")
 def operators(built):
-    """What a fresh interpreter that loads the library says of the operators of both kinds."""
+    """What a fresh interpreter that loads the library says of the operator, Triton's and this one."""
     program = f"""
 import json, torch
 from pathlib import Path
 import linlora.kernels.library
+from linlora.kernels.packing import pack
+from linlora.kernels.problem import LoraLinear
 from linlora.ops.cuda import library
 library._LIBRARY, library.status = Path({str(built / csrc.LIBRARY)!r}), lambda: {{"built": True}}
 assert library.load() is None
 def meta(*shape): return torch.empty(*shape, dtype=torch.bfloat16, device="meta")
 x, W, A0, B0 = meta(5, 16), meta(8, 16), meta(3, 16), meta(8, 3)
-calls = [
-    ("linearized_lora_linear", (x, W, None, A0, A0, B0, B0, 1.0)),
-    ("linearized_lora_linear", (x, W, None, A0, None, None, B0, 1.0)),
-    ("lora_linear", (x, x, W, None, A0, A0, B0, B0, 1.0)),
-    ("lora_linear", (x, None, W, None, A0, None, None, B0, 1.0)),
+problems = [
+    LoraLinear(x, W, None, A0, B0, A0, B0, 1.0),
+    LoraLinear(x, W, None, A0, None, None, B0, 1.0),
+    LoraLinear(x, W, None, A0, B0, A0, B0, 1.0, x, two_streams=True),
+    LoraLinear(x, W, None, A0, None, None, B0, 1.0, two_streams=True),
 ]
 said = {{}}
 for name in ("linlora", "linlora_cuda"):
-    space = getattr(torch.ops, name)
+    operator = getattr(torch.ops, name).lora_linear
     said[name] = {{
-        "schemas": {{op: str(getattr(space, op).default._schema) for op in {OPS}}},
-        "shapes": [[list(y.shape) for y in getattr(space, op)(*call)] for op, call in calls],
+        "schema": str(operator.default._schema),
+        "shapes": [
+            [list(y.shape) for y in operator(tensors, *numbers, save, primal)]
+            for tensors, numbers in map(pack, problems) for save in (True, False) for primal in (True, False)
+        ],
     }}
 
 import linlora
@@ -116,20 +120,19 @@ print(json.dumps(said))
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("op", OPS)
-def test_an_operator_has_the_schema_of_the_triton_operator(operators, op):
-    ours, extras = operators["linlora_cuda"]["schemas"][op], ", Tensor? counters=None, int kernel=0"
+def test_the_operator_has_the_schema_of_the_triton_operator(operators):
+    ours, extras = operators["linlora_cuda"]["schema"], ", Tensor? counters=None, int kernel=0"
     assert extras in ours
-    assert ours.replace(extras, "").replace("linlora_cuda::", "linlora::") == operators["linlora"]["schemas"][op]
+    assert ours.replace(extras, "").replace("linlora_cuda::", "linlora::") == operators["linlora"]["schema"]
 
 
-def test_the_operators_have_fake_functions_like_the_triton_operators(operators):
+def test_the_operator_has_a_fake_function_like_the_triton_operator(operators):
     assert operators["linlora_cuda"]["shapes"] == operators["linlora"]["shapes"]
     assert operators["linlora_cuda"]["shapes"][0] == [[5, 8], [5, 3], [5, 3]]
 
 
-def test_torch_compile_sees_each_operator_as_one_call(operators):
-    assert operators["compiled"] == [f"linlora_cuda.{op}" for op in OPS]
+def test_torch_compile_sees_the_operator_as_one_call(operators):
+    assert operators["compiled"] == ["linlora_cuda.lora_linear"] * 2
 
 
 def test_the_library_is_bound_to_no_python_and_to_no_version_of_torch(built):
@@ -211,7 +214,7 @@ def test_installing_says_whether_the_kernels_were_built(tmp_path, wanted, path, 
     assert done.returncode == code, done.stderr
     assert said in done.stderr
     if code == 0:
-        assert (tmp_path / "lib/linlora/kernels/fakes.py").exists()
+        assert (tmp_path / "lib/linlora/kernels/problem.py").exists()
         assert not json.loads((tmp_path / "lib/linlora/ops/cuda/build.json").read_text())["built"]
 
 

@@ -79,25 +79,28 @@ def test_factors_and_bias_in_the_dtype_of_x(check, make_problem, streams, transp
 def test_factors_of_any_strides(check, make_problem):
     problem = make_problem(20, 70, 48, 24)
     for name in ("shrink", "d_shrink", "expand", "d_expand"):
-        factor = getattr(problem, name)
+        factor = getattr(problem.problem, name)
         spread = torch.full((factor.shape[0] * 2, factor.shape[1] * 3), torch.nan)
         spread[::2, ::3] = factor
-        setattr(problem, name, spread[::2, ::3])
+        problem = problem.with_changes(**{name: spread[::2, ::3]})
     check(problem)
 
 
 def test_activations_and_weight_of_any_strides(check, make_problem):
-    problem = make_problem(20, 64, 48, streams=2)
-    problem.x = problem.x.repeat_interleave(2, 1)[:, ::2]
-    problem.x_tangent = problem.x_tangent.T.contiguous().T
-    problem.weight = torch.cat([problem.weight, problem.weight], 1)[:, :48]  # its rows go on beyond K
-    check(problem)
+    launch = make_problem(20, 64, 48, streams=2)
+    x, x_tangent, weight = launch.problem.x, launch.problem.x_tangent, launch.problem.weight
+    check(
+        launch.with_changes(
+            x=x.repeat_interleave(2, 1)[:, ::2],
+            x_tangent=x_tangent.T.contiguous().T,
+            weight=torch.cat([weight, weight], 1)[:, :48],  # its rows go on beyond K
+        )
+    )
 
 
 def test_a_row_that_all_examples_share(check, make_problem):
-    problem = make_problem(20, 64, 48)
-    problem.x = problem.x[:1].expand(20, 48)
-    check(problem)
+    launch = make_problem(20, 64, 48)
+    check(launch.with_changes(x=launch.problem.x[:1].expand(20, 48)))
 
 
 @streams
@@ -127,9 +130,9 @@ def test_without_the_products_for_the_backward(check, make_problem, streams):
 
 
 def test_a_tangent_a_thousand_times_smaller_survives(library, make_problem):
-    problem = make_problem(20, 64, 48)
-    problem.d_shrink, problem.d_expand = problem.d_shrink / 1000, problem.d_expand / 1000
-    outputs = problem.emulate(library, "emulate_lora_linear_sm80")
+    launch = make_problem(20, 64, 48)
+    launch = launch.with_changes(d_shrink=launch.problem.d_shrink / 1000, d_expand=launch.problem.d_expand / 1000)
+    problem, outputs = launch.problem, launch.emulate(library, "emulate_lora_linear_sm80")
     change = outputs["c"].double() - outputs["u"].double()
     exact = problem.x.double() @ problem.d_shrink.double().T
     rounding = torch.finfo(torch.bfloat16).eps * outputs["u"].double().abs().max()
@@ -137,10 +140,10 @@ def test_a_tangent_a_thousand_times_smaller_survives(library, make_problem):
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(0, 64, 40), (5, 0, 40), (5, 64, 0)])
-def test_empty_sides(library, make_problem, m, n, k):
-    problem = make_problem(m, n, k)
-    outputs = problem.emulate(library, "emulate_lora_linear_sm80")
-    for name, exact in problem.composed().items():
+def test_empty_sides(library, make_problem, composed, m, n, k):
+    launch = make_problem(m, n, k)
+    outputs = launch.emulate(library, "emulate_lora_linear_sm80")
+    for name, exact in composed(launch.problem).items():
         torch.testing.assert_close(outputs[name], exact, rtol=1e-2, atol=1e-2)
 
 

@@ -85,13 +85,16 @@ def test_columns_around_the_tiles(check, make_problem, n, k, transposed):
 def test_sides_that_are_no_multiple_of_anything_in_rows_that_are_padded(
     library, make_problem, assert_right, streams, transposed
 ):
-    problem = make_problem(131, 77, 75, 13, streams=streams, transposed=transposed)
-    problem.x = padded(problem.x)
-    problem.x_tangent = None if problem.x_tangent is None else padded(problem.x_tangent)
-    problem.weight = padded(problem.weight.T).T if transposed else padded(problem.weight)
-    outputs = {name: padded(output) for name, output in problem.outputs().items()}
-    assert library.emulate_lora_linear_sm90(ctypes.byref(problem.arguments(outputs)), 2, 0) is None
-    assert_right(problem, outputs)
+    launch = make_problem(131, 77, 75, 13, streams=streams, transposed=transposed)
+    problem = launch.problem
+    launch = launch.with_changes(
+        x=padded(problem.x),
+        x_tangent=None if problem.x_tangent is None else padded(problem.x_tangent),
+        weight=padded(problem.weight.T).T if transposed else padded(problem.weight),
+    )
+    outputs = {name: padded(output) for name, output in launch.outputs().items()}
+    assert library.emulate_lora_linear_sm90(ctypes.byref(launch.arguments(outputs)), 2, 0) is None
+    assert_right(launch, outputs)
 
 
 def padded(matrix: torch.Tensor) -> torch.Tensor:
@@ -109,11 +112,15 @@ def test_types_of_factors_and_bias(check, make_problem, factor_dtype, transposed
 
 
 def test_factors_of_any_strides(check, make_problem):
-    problem = make_problem(70, 72, 40, 9)
-    problem.shrink = problem.shrink.repeat_interleave(2, 0).repeat_interleave(3, 1)[::2, ::3]
-    problem.d_expand = problem.d_expand.repeat_interleave(5, 1)[:, ::5]
-    problem.bias = problem.bias.repeat_interleave(2)[::2]
-    check(problem)
+    launch = make_problem(70, 72, 40, 9)
+    problem = launch.problem
+    check(
+        launch.with_changes(
+            shrink=problem.shrink.repeat_interleave(2, 0).repeat_interleave(3, 1)[::2, ::3],
+            d_expand=problem.d_expand.repeat_interleave(5, 1)[:, ::5],
+            bias=problem.bias.repeat_interleave(2)[::2],
+        )
+    )
 
 
 def test_no_bias_and_nothing_to_save(check, make_problem):
@@ -123,11 +130,10 @@ def test_no_bias_and_nothing_to_save(check, make_problem):
 
 @streams
 def test_expand_without_d_shrink(library, make_problem, streams):
-    problem = make_problem(70, 72, 40, 9, streams=streams)
-    problem.d_shrink = None
-    outputs = problem.emulate(library, "emulate_lora_linear_sm90")
-    problem.d_shrink = torch.zeros_like(problem.shrink)
-    for name, output in problem.emulate(library, "emulate_lora_linear_sm90").items():
+    launch = make_problem(70, 72, 40, 9, streams=streams)
+    outputs = launch.with_changes(d_shrink=None).emulate(library, "emulate_lora_linear_sm90")
+    zeros = launch.with_changes(d_shrink=torch.zeros_like(launch.problem.shrink))
+    for name, output in zeros.emulate(library, "emulate_lora_linear_sm90").items():
         assert torch.equal(output, outputs[name]), name
 
 
@@ -135,22 +141,18 @@ def test_tensors_of_no_alignment_are_obstacles(obstacle, make_problem):
     assert obstacle(make_problem(100, 40, 24, 3)) is None
     assert "rows of x " in obstacle(make_problem(100, 40, 25, 3))
     assert "rows of y " in obstacle(make_problem(100, 41, 24, 3))
-    unaligned = make_problem(100, 40, 32, 3)
-    unaligned.x = torch.randn(100 * 32 + 1).to(torch.bfloat16)[1:].view(100, 32)
-    assert "rows of x " in obstacle(unaligned)
-    scattered = make_problem(100, 40, 24, 3)
-    scattered.weight = torch.randn(40, 48).to(torch.bfloat16)[:, ::2]
-    assert "weight" in obstacle(scattered)
-    columns = make_problem(100, 40, 24, 3)
-    columns.x = columns.x.T.contiguous().T
-    assert "rows of x " in obstacle(columns)
+    unaligned = torch.randn(100 * 32 + 1).to(torch.bfloat16)[1:].view(100, 32)
+    assert "rows of x " in obstacle(make_problem(100, 40, 32, 3).with_changes(x=unaligned))
+    launch = make_problem(100, 40, 24, 3)
+    assert "weight" in obstacle(launch.with_changes(weight=torch.randn(40, 48).to(torch.bfloat16)[:, ::2]))
+    assert "rows of x " in obstacle(launch.with_changes(x=launch.problem.x.T.contiguous().T))
 
 
 def test_what_other_kernels_do_is_an_obstacle(obstacle, make_problem):
     assert "64 rows" in obstacle(make_problem(64, 40, 24, 3))
     assert "float32" in obstacle(make_problem(100, 40, 24, 3, dtype=torch.float32))
     problem = make_problem(100, 40, 24, 3, form="short")
-    assert "expand" in obstacle(problem, problem.outputs() | {"c": problem.x.new_empty(100, 3)})
+    assert "expand" in obstacle(problem, problem.outputs() | {"c": problem.problem.x.new_empty(100, 3)})
 
 
 def test_a_problem_with_an_obstacle_is_not_launched(library, make_problem):

@@ -25,7 +25,7 @@ class Plan:
     def __init__(self, library, problem, clusters=H200):
         self.library, self.problem, self.clusters = library, problem, clusters
         self.arguments = problem.arguments(problem.outputs())
-        for name in (*type(problem).INPUTS, "y", "y_tangent"):  # present, whatever the address
+        for name in self.arguments.MATRICES[:-2]:  # present, whatever the address
             matrix = getattr(self.arguments, name)
             matrix.data = 16 if matrix.rows else None
         self.summary = Summary()

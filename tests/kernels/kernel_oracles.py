@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from linlora.kernels.configs import Config
+from linlora.kernels.problem import LoraLinear, Result
 from torch import Tensor
 
 from linlora.reference import keep_mask
@@ -37,42 +38,38 @@ def mask_of(like: Tensor, dropout_p: float, seed: Tensor | None) -> Tensor | flo
     return keep_mask(*like.shape, dropout_p, seed).double() / (1.0 - dropout_p)
 
 
-def linearized_lora_linear(
-    x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p=0.0, seed=None, adjoint=False
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, u, c) of the self-adjoint form."""
-    x, weight, bias, shrink, d_shrink, expand, d_expand = wide(x, weight, bias, shrink, d_shrink, expand, d_expand)
-    low = x if adjoint else x * mask_of(x, dropout_p, seed)
-    u = low @ shrink.t()
-    update = u @ d_expand.t()
-    c = u.new_empty(u.shape[0], 0)
+def lora_linear(problem: LoraLinear) -> Result:
+    """The result of one stream or two."""
+    x, weight, bias, shrink, expand, d_shrink, d_expand = wide(*problem[:7])
+    (x_tangent,), adjoint, two = wide(problem.x_tangent), problem.masks_update, problem.two_streams
+    of_input = 1.0 if adjoint else mask_of(x, problem.dropout_p, problem.seed)
+    low = x * of_input
+    u, c = low @ shrink.t(), None
     if expand is not None:
-        c = low @ (shrink + d_shrink).t()
-        update = update + c @ expand.t()
-    y = x @ weight.t() + (0 if bias is None else bias)
-    update = scaling * update
-    return y + (update * mask_of(update, dropout_p, seed) if adjoint else update), u, c
+        c = low @ d_shrink.t()
+        if not two:
+            c = c + u
+        elif x_tangent is not None:
+            c = c + (x_tangent * of_input) @ shrink.t()
+    update = u @ d_expand.t() + (0 if expand is None else c @ expand.t())
+    of_update = mask_of(update, problem.dropout_p, problem.seed) if adjoint else 1.0
+    y, update = x @ weight.t() + (0 if bias is None else bias), of_update * problem.scaling * update
+    if not two:
+        return Result(y + update, None, u, c)
+    if expand is not None:
+        y = y + of_update * problem.scaling * (u @ expand.t())
+    return Result(y, update + (0 if x_tangent is None else x_tangent @ weight.t()), u, c)
 
 
-def lora_linear(
-    x, x_tangent, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p=0.0, seed=None, adjoint=False
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, y_tangent, u, c) of the dual form."""
-    x, x_tangent, weight, bias, shrink, d_shrink, expand, d_expand = wide(
-        x, x_tangent, weight, bias, shrink, d_shrink, expand, d_expand
-    )
-    x_tangent = torch.zeros_like(x) if x_tangent is None else x_tangent
-    mask_in = 1.0 if adjoint else mask_of(x, dropout_p, seed)
-    u = (x * mask_in) @ shrink.t()
-    y, y_tangent = x @ weight.t() + (0 if bias is None else bias), x_tangent @ weight.t()
-    mask_out = mask_of(y, dropout_p, seed) if adjoint else 1.0
-    y_tangent = y_tangent + mask_out * scaling * (u @ d_expand.t())
-    c = u.new_empty(u.shape[0], 0)
-    if expand is not None:
-        c = (x * mask_in) @ d_shrink.t() + (x_tangent * mask_in) @ shrink.t()
-        y = y + mask_out * scaling * (u @ expand.t())
-        y_tangent = y_tangent + mask_out * scaling * (c @ expand.t())
-    return y, y_tangent, u, c
+def assert_result(actual: Result, expected: Result, save: bool = True, primal: bool = True) -> None:
+    """Every output that was asked for is there, in one dtype, and right; no other is there."""
+    wanted = expected if save else expected._replace(u=None, c=None)
+    wanted = wanted if primal else wanted._replace(y=None)
+    for name, found, right in zip(Result._fields, actual, wanted, strict=True):
+        assert (found is None) == (right is None), name
+        if right is not None:
+            assert found.dtype == actual.u.dtype if save else actual.y.dtype
+            assert_close(name, found, right)
 
 
 def layer(
@@ -85,19 +82,29 @@ def layer(
     *,
     factor_dtype: torch.dtype | None = None,
     short: bool = False,
-) -> dict[str, Tensor | None]:
-    """Random arguments of one layer, scaled so that the frozen product and the update are of one size."""
+    two_streams: bool = False,
+) -> LoraLinear:
+    """A random layer, scaled so that the frozen product and the update are of one size."""
 
     def random(*shape: int, of: torch.dtype = dtype) -> Tensor:
         return (torch.randn(shape) / max(1, shape[-1]) ** 0.5).to(device, of)
 
-    factor_dtype = factor_dtype or dtype
-    pair = {"d_shrink": random(rank, k, of=factor_dtype), "expand": random(n, rank, of=factor_dtype)}
-    return {
-        "x": random(m, k),
-        "weight": random(n, k),
-        "bias": random(n),
-        "shrink": random(rank, k, of=factor_dtype),
-        **(dict.fromkeys(pair) if short else pair),
-        "d_expand": random(n, rank, of=factor_dtype),
-    }
+    of = factor_dtype or dtype
+    return LoraLinear(
+        x=random(m, k),
+        weight=random(n, k),
+        bias=random(n),
+        shrink=random(rank, k, of=of),
+        expand=None if short else random(n, rank, of=of),
+        d_shrink=None if short else random(rank, k, of=of),
+        d_expand=random(n, rank, of=of),
+        scaling=0.7,
+        x_tangent=random(m, k) if two_streams else None,
+        two_streams=two_streams,
+    )
+
+
+def dropped(problem: LoraLinear, seed: int, p: float = 0.4, adjoint: bool = False) -> LoraLinear:
+    """The layer with dropout, of the shrink's input or in the adjoint of the update."""
+    seed_tensor = torch.tensor(seed, device=problem.x.device)
+    return problem._replace(dropout_p=p, seed=seed_tensor, masks_update=adjoint)

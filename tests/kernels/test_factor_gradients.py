@@ -6,7 +6,9 @@ import pytest
 import torch
 from kernel_oracles import SPLIT, SPLIT_MANY, assert_close, mask_of
 from linlora.kernels import counters
-from linlora.kernels.factor_gradients import factor_gradients
+from linlora.kernels.factor_gradients import host
+from linlora.kernels.packing import pack
+from linlora.kernels.problem import FactorGradients
 
 from linlora import kernels, reference
 
@@ -27,7 +29,7 @@ def arguments_of(m, n, k, rank_p, rank_q, dtype, device) -> dict:
 
 
 def check(arguments: dict, config, scaling=0.7, out_dtype=FP32, tolerance=None, **options) -> None:
-    d_expand, d_shrink = factor_gradients(**arguments, scaling=scaling, out_dtype=out_dtype, config=config, **options)
+    d_expand, d_shrink = host(FactorGradients(**arguments, scaling=scaling, dtype=out_dtype, **options), config)
     assert d_expand.dtype == d_shrink.dtype == out_dtype
     p, g, q, x = (arguments[name].double() for name in "pgqx")
     dropped = x * mask_of(x, options.get("dropout_p", 0.0), options.get("seed"))
@@ -72,7 +74,7 @@ def test_the_mask_is_the_references_bit_for_bit(device):
     m, k = 32, 40
     seed = torch.tensor(31337, device=device)
     eye, ones = torch.eye(m, device=device), torch.ones(m, k, device=device)
-    _, d_shrink = factor_gradients(None, None, eye, ones, 1.0, FP32, 0.3, seed, config=SPLIT)
+    _, d_shrink = host(FactorGradients(None, None, eye, ones, 1.0, FP32, 0.3, seed), config=SPLIT)
     assert torch.equal(d_shrink != 0, reference.keep_mask(m, k, 0.3, seed))
 
 
@@ -85,17 +87,17 @@ def test_arbitrary_strides(device, config):
 @pytest.mark.parametrize("config", SPLITS)
 def test_either_gradient_alone(device, config):
     a = arguments_of(75, 29, 40, 4, 8, FP32, device)
-    both = factor_gradients(**a, scaling=0.7, out_dtype=FP32, config=config)
-    d_expand, empty = factor_gradients(a["p"], a["g"], None, None, 0.7, FP32, config=config)
-    assert empty.shape == (0,)
+    both = host(FactorGradients(**a, scaling=0.7, dtype=FP32), config)
+    d_expand, absent = host(FactorGradients(a["p"], a["g"], None, None, 0.7, FP32), config)
+    assert absent is None
     assert_close("d_expand", d_expand, both[0].double(), 1e-6)
-    empty, d_shrink = factor_gradients(None, None, a["q"], a["x"], 0.7, FP32, config=config)
-    assert empty.shape == (0,)
+    absent, d_shrink = host(FactorGradients(None, None, a["q"], a["x"], 0.7, FP32), config)
+    assert absent is None
     assert_close("d_shrink", d_shrink, both[1].double(), 1e-6)
 
 
 def test_no_rows_give_zero_gradients(device):
-    d_expand, d_shrink = factor_gradients(**arguments_of(0, 29, 40, 4, 8, FP32, device), scaling=1.0, out_dtype=FP32)
+    d_expand, d_shrink = host(FactorGradients(**arguments_of(0, 29, 40, 4, 8, FP32, device), scaling=1.0, dtype=FP32))
     assert d_expand.shape == (29, 4)
     assert d_shrink.shape == (8, 40)
     assert not d_expand.any()
@@ -104,7 +106,8 @@ def test_no_rows_give_zero_gradients(device):
 
 def test_counters_return_to_zero_and_launches_repeat(device):
     arguments = arguments_of(100, 72, 40, 40, 8, FP16, device)
-    launches = [factor_gradients(**arguments, scaling=0.7, out_dtype=FP32, config=SPLIT_MANY) for _ in range(2)]
+    problem = FactorGradients(**arguments, scaling=0.7, dtype=FP32)
+    launches = [host(problem, SPLIT_MANY) for _ in range(2)]
     for one, other in zip(*launches, strict=True):
         assert torch.equal(one, other)
     assert not any(buffer.any() for buffer in counters._buffers.values())
@@ -117,13 +120,13 @@ def test_counters_return_to_zero_and_launches_repeat(device):
         ({"p": None, "g": None, "q": None, "x": None}, "nothing to do"),
         ({"q": torch.zeros(5, 513)}, "R in 1..512"),
         ({"q": torch.zeros(4, 8), "x": torch.zeros(4, 40)}, "share rows"),
-        ({"p": torch.zeros(4, 8)}, r"p is \(5, 8\)"),
+        ({"p": torch.zeros(4, 8)}, r"share their rows, got p \(4, 8\), g \(5, 29\)"),
     ],
 )
 def test_refuses_loudly(device, change, message):
     change = {key: value if value is None else value.to(device) for key, value in change.items()}
     with pytest.raises(ValueError, match=message):
-        factor_gradients(**{**arguments_of(5, 29, 40, 4, 4, FP32, device), **change}, scaling=1.0, out_dtype=FP32)
+        host(FactorGradients(**{**arguments_of(5, 29, 40, 4, 4, FP32, device), **change}, scaling=1.0, dtype=FP32))
 
 
 def test_compiles_without_a_graph_break(device, monkeypatch):
@@ -131,9 +134,22 @@ def test_compiles_without_a_graph_break(device, monkeypatch):
     monkeypatch.setattr(counters, "_buffers", {})
     a = arguments_of(20, 29, 40, 4, 8, FP32, device)
     compiled = torch.compile(
-        lambda p, g, q, x: kernels.factor_gradients(p, g, q, x, 0.5, FP32), fullgraph=True, backend="aot_eager"
+        lambda p, g, q, x: kernels.factor_gradients(FactorGradients(p, g, q, x, 0.5, FP32)),
+        fullgraph=True,
+        backend="aot_eager",
     )
     d_expand, d_shrink = compiled(**a)
     assert_close("d_expand", d_expand, 0.5 * a["g"].double().t() @ a["p"].double())
     assert_close("d_shrink", d_shrink, 0.5 * a["q"].double().t() @ a["x"].double())
     assert not counters._buffers
+
+
+@pytest.mark.parametrize("dtype", [FP32, FP16], ids=str)
+def test_the_operator_keeps_the_rules_of_custom_operators(device, dtype):
+    a = arguments_of(20, 29, 40, 4, 8, dtype, device)
+    for problem in (
+        FactorGradients(**a, scaling=0.5, dtype=FP32),
+        FactorGradients(None, None, a["q"], a["x"], 1.0, dtype),
+    ):
+        tensors, numbers = pack(problem)
+        torch.library.opcheck(torch.ops.linlora.factor_gradients, (tensors, *numbers))

@@ -1,9 +1,10 @@
 """One parity harness for both ops: every output and every gradient of a backend against the float64 reference."""
 
-from dataclasses import dataclass
+import operator
 
 import pytest
 import torch
+from linlora.kernels.problem import LoraLinear
 from torch import Tensor
 
 import linlora
@@ -14,65 +15,53 @@ from linlora.testing import relative_error
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 
 
-@dataclass
-class Problem:
-    """The arguments of an op, all leaves; None where an argument is absent."""
+class Case(LoraLinear):
+    """A problem whose tensors are leaves, and the names that they have in the public ops."""
 
-    x: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    A0: Tensor
-    B0: Tensor | None
-    dA: Tensor | None
-    dB: Tensor
-    x_tangent: Tensor | None = None
-    scaling: float = 0.75
-    dropout_p: float = 0.0
-    seed: Tensor | None = None
-
+    __slots__ = ()
     NAMES = ("x", "weight", "bias", "A0", "B0", "dA", "dB", "x_tangent")
+    A0, B0, dA, dB = (property(operator.attrgetter(role)) for role in ("shrink", "expand", "d_shrink", "d_expand"))
 
     def leaves(self) -> dict[str, Tensor]:
-        return {name: getattr(self, name) for name in self.NAMES if getattr(self, name) is not None}
+        return {name: tensor for name in self.NAMES if (tensor := getattr(self, name)) is not None}
 
-    def cast(self, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> "Problem":
-        factor_dtype = factor_dtype or dtype
-        values = {
-            name: tensor.detach().to(factor_dtype if name in ("A0", "B0", "dA", "dB") else dtype)
-            for name, tensor in self.leaves().items()
-        }
-        absent = {name: None for name in self.NAMES if name not in values}
-        return Problem(**values, **absent, scaling=self.scaling, dropout_p=self.dropout_p, seed=self.seed)
+    def cast(self, dtype: torch.dtype, factor_dtype: torch.dtype | None = None) -> "Case":
+        def of(field: str, value):
+            if field == "seed" or not isinstance(value, Tensor):
+                return value
+            is_factor = field.endswith(("shrink", "expand"))
+            return value.detach().to(factor_dtype or dtype if is_factor else dtype)
 
-    def require_grad(self, names: tuple[str, ...]) -> "Problem":
+        return Case(*map(of, self._fields, self))
+
+    def require_grad(self, names: tuple[str, ...]) -> "Case":
         for name, tensor in self.leaves().items():
             tensor.requires_grad_(name in names)
         return self
 
     def call(self, op: str, module) -> tuple[Tensor, ...]:
-        arguments = [self.x, self.weight, self.bias, self.A0, self.B0, self.dA, self.dB, self.scaling]
-        if op == "lora_linear":
-            arguments.append(self.x_tangent)
+        arguments = self[: 9 if op == "lora_linear" else 8]
         y = getattr(module, op)(*arguments, dropout_p=self.dropout_p, seed=self.seed)
         return y if isinstance(y, tuple) else (y,)
 
 
 def make_problem(
     shape=(2, 5), n=7, k=11, rank=3, form="pair", bias=True, tangent=False, dropout_p=0.0, device="cpu"
-) -> Problem:
+) -> Case:
     """Random float64 arguments, weights scaled so that every term of the formulas is of order one."""
 
     def normal(*size, scale=1.0):
         return torch.randn(*size, dtype=torch.float64, device=device) * scale
 
-    return Problem(
+    return Case(
         x=normal(*shape, k),
         weight=normal(n, k, scale=k**-0.5),
         bias=normal(n) if bias else None,
-        A0=normal(rank, k, scale=k**-0.5),
-        B0=normal(n, rank, scale=rank**-0.5) if form == "pair" else None,
-        dA=normal(rank, k, scale=k**-0.5) if form == "pair" else None,
-        dB=normal(n, rank, scale=rank**-0.5),
+        shrink=normal(rank, k, scale=k**-0.5),
+        expand=normal(n, rank, scale=rank**-0.5) if form == "pair" else None,
+        d_shrink=normal(rank, k, scale=k**-0.5) if form == "pair" else None,
+        d_expand=normal(n, rank, scale=rank**-0.5),
+        scaling=0.75,
         x_tangent=normal(*shape, k) if tangent else None,
         dropout_p=dropout_p,
         seed=torch.tensor(20231, device=device) if dropout_p else None,
@@ -108,7 +97,7 @@ def running(monkeypatch, request):
 def check(running):
     """check(op, backend, problem, dtype, ...) compares outputs and gradients with the float64 reference."""
 
-    def check(op, backend, problem, dtype, factor_dtype=None, wrt=Problem.NAMES, cotangents=None, tolerance=None):
+    def check(op, backend, problem, dtype, factor_dtype=None, wrt=Case.NAMES, cotangents=None, tolerance=None):
         tolerance = tolerance or TOLERANCE[dtype]
         rounded = problem.cast(dtype, factor_dtype)
         exact = rounded.cast(torch.float64).require_grad(wrt)

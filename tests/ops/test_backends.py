@@ -5,6 +5,7 @@ import json
 
 import pytest
 import torch
+from linlora.kernels.problem import LoraLinear
 
 import linlora
 from linlora import functional, kernels
@@ -53,6 +54,12 @@ def hopper(monkeypatch):
     """A GPU of sm_90 on which every backend could run."""
     monkeypatch.setattr(backends, "architecture", lambda *_: "sm_90")
     monkeypatch.setattr(backends, "unavailable", lambda name, device: None)
+
+
+def layer(x, weight):
+    """Two streams, of rank 16."""
+    factors = weight.new_empty(16, weight.shape[1]), None, None, weight.new_empty(weight.shape[0], 16)
+    return LoraLinear(x, weight, None, *factors, 1.0, two_streams=True)
 
 
 def chosen(op="lora_linear", **call):
@@ -108,8 +115,8 @@ def test_an_op_is_told_from_its_calls(evidence, hopper, monkeypatch):
     weight = torch.empty(4096, 16, dtype=torch.bfloat16)
     for rows, expected in ((2048, kernels), (64, aten)):
         x = torch.empty(2, rows // 2, 16, dtype=torch.bfloat16)
-        assert backends.select_layer("lora_linear", x, weight, 16, 0.0) is expected
-    assert backends.select_layer("lora_linear", torch.empty(2048, 16), weight, 16, 0.0) is aten
+        assert backends.select_layer(layer(x, weight)) is expected
+    assert backends.select_layer(layer(torch.empty(2048, 16), weight)) is aten
 
 
 def test_on_a_cpu_torch_runs(evidence):
@@ -130,9 +137,9 @@ def test_use_backend_nests_and_is_undone_by_errors(device):
 
 def test_backward_runs_on_the_backend_of_its_forward(monkeypatch, device):
     calls = []
-    original = kernels.linearized_lora_linear
+    original = kernels.lora_linear
     monkeypatch.setattr(
-        kernels, "linearized_lora_linear", lambda *a, **k: (calls.append(k.get("adjoint", False)), original(*a, **k))[1]
+        kernels, "lora_linear", lambda problem, **k: (calls.append(problem.masks_update), original(problem, **k))[1]
     )
     x, weight, A0, dB = (torch.randn(*shape, device=device) for shape in ((3, 8), (6, 8), (2, 8), (6, 2)))
     x.requires_grad_()
@@ -235,6 +242,6 @@ def test_the_factor_gradients_run_with_their_layer(evidence, hopper):
 
 def test_automatic_choice_is_a_constant_of_compiled_code():
     def choice(x):
-        return x + (backends.select_layer("lora_linear", x, x, 16, 0.0) is aten)
+        return x + (backends.select_layer(layer(x, x)) is aten)
 
     assert torch.compile(choice, fullgraph=True, backend="eager")(torch.zeros(2, 2)).sum() == 4.0

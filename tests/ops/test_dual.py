@@ -126,15 +126,12 @@ def test_lora_linear_gives_the_gradient_of_the_primal(problem, backend, tangent,
     case = problem(shape=(3, 7), tangent=tangent, form=form, dropout_p=dropout_p)
     exact = case.cast(torch.float64)
     case = case.cast(torch.float32)
-    options = (case.scaling, case.dropout_p, case.seed)
     names = ("x", "dB") if form == "short" else ("x", "dA", "dB")
     for name in names:
         getattr(case, name).requires_grad_()
         getattr(exact, name).requires_grad_()
     with linlora.use_backend(backend):
-        y, y_tangent = dual.lora_linear(
-            case.x, case.x_tangent, case.weight, case.bias, case.A0, case.B0, case.dA, case.dB, *options
-        )
+        y, y_tangent = dual.lora_linear(case._replace(two_streams=True))
         g = torch.randn_like(y)
         gradients = torch.autograd.grad(y, [getattr(case, n) for n in names], g)
     # y as a function of (A0 + dA, B0 + dB), evaluated at the point
@@ -161,9 +158,7 @@ def test_lora_linear_saves_nothing_for_the_tangent(problem):
     case.dB.requires_grad_()
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t):
-        dual.lora_linear(
-            case.x, case.x_tangent, case.weight, case.bias, case.A0, case.B0, case.dA, case.dB, case.scaling
-        )
+        dual.lora_linear(case._replace(two_streams=True))
     activations = [t for t in saved if t.shape[0] == 50]
     assert sorted(t.shape[1] for t in activations) == [3, 30]  # u and x itself
     assert any(t.data_ptr() == case.x.data_ptr() for t in activations)

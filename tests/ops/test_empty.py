@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linlora.kernels.problem import LoraLinear
 
 import linlora
 from linlora import functional, reference
@@ -111,7 +112,7 @@ def test_ops_of_model_scope(backend, shape):
         for (y, y_tangent), out in (
             (dual.linear(x, x_tangent, W, None), 5),
             (dual.linear(x, x_tangent, torch.ones(0, width), None), 0),
-            (dual.lora_linear(x, x_tangent, W, None, A0, B0, A0, B0, 1.0), 5),
+            (dual.lora_linear(LoraLinear(x, W, None, A0, B0, A0, B0, 1.0, x_tangent, two_streams=True)), 5),
             (dual.grouped_lora_linear(x, x_tangent, W, None, A0, B0, *factors, groups, 1.0), 5),
             (dual.layer_norm(x, x_tangent, None, None), width),
             (dual.rms_norm(x, x_tangent, None), width),

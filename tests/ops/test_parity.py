@@ -105,16 +105,18 @@ def test_an_empty_batch_gives_empty_outputs_and_zero_gradients(check, problem, b
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_non_contiguous_inputs_and_cotangents(problem, running, tolerance, backend, op):
     case = problem(shape=(6, 5), tangent=True).cast(DTYPE[backend])
-    strided = problem(shape=(6, 5), tangent=True).cast(DTYPE[backend])
-    strided.x = case.x.transpose(0, 1).contiguous().transpose(0, 1)
-    strided.x_tangent = case.x_tangent.transpose(0, 1).contiguous().transpose(0, 1)
-    strided.weight = case.weight.t().contiguous().t()  # the layout of transformers' Conv1D
-    strided.A0, strided.dA = case.A0.t().contiguous().t(), case.dA.repeat(1, 2)[:, : case.dA.shape[1]]
-    strided.B0, strided.dB, strided.bias = case.B0.t().contiguous().t(), case.dB, case.bias
+    strided = case._replace(
+        x=case.x.transpose(0, 1).contiguous().transpose(0, 1),
+        x_tangent=case.x_tangent.transpose(0, 1).contiguous().transpose(0, 1),
+        weight=case.weight.t().contiguous().t(),  # the layout of transformers' Conv1D
+        shrink=case.A0.t().contiguous().t(),
+        expand=case.B0.t().contiguous().t(),
+        d_shrink=case.dA.repeat(1, 2)[:, : case.dA.shape[1]],
+    )
     results = []
     for arguments, module in ((strided, functional), (case.cast(torch.float64), reference)):
         arguments.require_grad(("dB",))
-        arguments.x = arguments.x.detach().requires_grad_()
+        arguments = arguments._replace(x=arguments.x.detach().requires_grad_())
         with running(backend):
             y = arguments.call(op, module)[-1]
         gradients = torch.autograd.grad(y.sum(), [arguments.x, arguments.dB])  # the cotangent is expanded, stride 0

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linlora.kernels.problem import LoraLinear
 
 import linlora
 from linlora import functional, reference
@@ -110,7 +111,9 @@ X = torch.ones(1, 2, 2, 3)
 FACTORS = (torch.ones(2, 3), torch.ones(3, 2), torch.ones(2, 3), torch.ones(3, 2))
 OF_MODEL_SCOPE = {
     "linear": lambda t, x=X: dual.linear(x, t, torch.eye(3), None),
-    "lora_linear": lambda t, x=X: dual.lora_linear(x, t, torch.eye(3), None, *FACTORS, 1.0),
+    "lora_linear": lambda t, x=X: dual.lora_linear(
+        LoraLinear(x, torch.eye(3), None, *FACTORS, 1.0, t, two_streams=True)
+    ),
     "grouped_lora_linear": lambda t, x=X: dual.grouped_lora_linear(
         x, t, torch.eye(3), None, *FACTORS[:2], torch.ones(1, 3, 2), torch.ones(1, 2, 3),
         functional.Groups.of(torch.tensor([0]), 1, 4), 1.0,

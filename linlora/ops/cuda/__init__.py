@@ -1,4 +1,4 @@
-"""The `cuda` backend: hand-written kernels (csrc/) of the two hottest ops. It has every other op from `triton`.
+"""The `cuda` backend: hand-written kernels (csrc/) of the hottest op. It has every other op from `triton`.
 
 The kernels serve float16 and bfloat16, ranks to 256, no dropout: `refusal` says so, once, for the automatic choice and
 for `use_backend("cuda")`, where it is an error. Which architecture's kernel runs follows from the device and the call:
@@ -10,10 +10,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from linlora import kernels
 from linlora.ops.cuda import library
+from linlora.ops.cuda.library import lora_linear
+
+__all__ = ["MAX_RANK", "OPS", "availability", "lora_linear", "refusal"]
 
 OPS = ("linearized_lora_linear", "lora_linear")
 """What has a CUDA kernel."""
@@ -25,50 +27,6 @@ _DTYPES = (torch.float16, torch.bfloat16)
 def __getattr__(name: str) -> Any:
     """Every op without a CUDA kernel is Triton's."""
     return getattr(kernels, name)
-
-
-def linearized_lora_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor,
-    scaling: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    adjoint: bool = False,
-    save: bool = True,
-    kernel: int = 0,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, u, c): see `linlora.kernels.linearized_lora_linear`. `kernel` is 80 or 90 to ask for an architecture's."""
-    return library.linearized_lora_linear(
-        x, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p, seed, adjoint, save, kernel=kernel
-    )
-
-
-def lora_linear(
-    x: Tensor,
-    x_tangent: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor,
-    scaling: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    adjoint: bool = False,
-    primal: bool = True,
-    kernel: int = 0,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, y_tangent, u, c): see `linlora.kernels.lora_linear`. `kernel` is 80 or 90 to ask for an architecture's."""
-    return library.lora_linear(
-        x, x_tangent, weight, bias, shrink, d_shrink, expand, d_expand, scaling, dropout_p, seed, adjoint, primal,
-        kernel=kernel,
-    )  # fmt: skip
 
 
 def availability(device: torch.device) -> str | None:

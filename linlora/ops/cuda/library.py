@@ -1,6 +1,6 @@
-"""The CUDA kernels as PyTorch operators: linlora_cuda.so, which csrc/build.py puts beside this file.
+"""The CUDA kernels as a PyTorch operator: linlora_cuda.so, which csrc/build.py puts beside this file.
 
-The operators check, allocate and launch in C++ (csrc/register.cpp); torch.compile sees each as one opaque call.
+The operator checks, allocates and launches in C++ (csrc/register.cpp); torch.compile sees one opaque call.
 """
 
 from __future__ import annotations
@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.kernels import fakes
 from linlora.kernels.counters import counters
+from linlora.kernels.packing import fake, pack, restored
+from linlora.kernels.problem import LoraLinear, Result
 
 FOLDER = Path(__file__).parent
 _LIBRARY, _STATUS = FOLDER / "linlora_cuda.so", FOLDER / "build.json"
@@ -33,20 +34,19 @@ def status() -> dict[str, Any]:
 
 @functools.cache
 def load() -> str | None:
-    """Load the operators. Why there are none, with the remedy; None once they are there."""
+    """Load the operator. Why there is none, with the remedy; None once it is there."""
     if not status()["built"]:
         return f"this build of linlora holds no CUDA kernels ({status()['reason']}); {REMEDY}"
     try:
         torch.ops.load_library(_LIBRARY)
     except OSError as error:
         return f"{_LIBRARY} cannot be loaded ({error}); build it again: {REMEDY}"
-    for fake in (fakes.linearized_lora_linear, fakes.lora_linear):
-        torch.library.register_fake(f"linlora_cuda::{fake.__name__}", _without_extras(fake))
+    torch.library.register_fake("linlora_cuda::lora_linear", _fake)
     return None
 
 
 def obstacle(device: torch.device) -> str | None:
-    """Why the operators take no tensors of a device, with the remedy; None when they do."""
+    """Why the operator takes no tensors of a device, with the remedy; None when it does."""
     if _registered(device):
         return None
     reason = load()
@@ -60,28 +60,21 @@ def stale() -> bool:
     return runpy.run_path(str(_BUILDER))["source_hash"]() != status()["sources"]
 
 
-def linearized_lora_linear(x: Tensor, *arguments: Any, kernel: int = 0) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, u, c) of the operator."""
-    return torch.ops.linlora_cuda.linearized_lora_linear(x, *arguments, counters=_counters(x), kernel=kernel)
-
-
-def lora_linear(x: Tensor, *arguments: Any, kernel: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, y_tangent, u, c) of the operator."""
-    return torch.ops.linlora_cuda.lora_linear(x, *arguments, counters=_counters(x), kernel=kernel)
+def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True, kernel: int = 0) -> Result:
+    """The result of the operator."""
+    x, (tensors, numbers) = problem.x, pack(problem)
+    # Zeros that launches on a stream hand on to each other; in compiled code every launch makes its own.
+    zeros = None if torch.compiler.is_compiling() else counters(x.device, 1 + x.shape[0])
+    found = torch.ops.linlora_cuda.lora_linear(tensors, *numbers, save, primal, counters=zeros, kernel=kernel)
+    return restored(problem.outputs(save, primal), found)
 
 
 def _registered(device: torch.device) -> bool:
-    """Whether the operators are there and have a kernel for such tensors: a GPU's, or one that somebody else gave."""
+    """Whether the operator is there and has a kernel for such tensors: a GPU's, or one that somebody else gave."""
     operator = getattr(torch.ops.linlora_cuda, "lora_linear", None)
     key = torch._C._dispatch_key_for_device(device.type)
     return operator is not None and torch._C._dispatch_has_kernel_for_dispatch_key("linlora_cuda::lora_linear", key)
 
 
-def _counters(x: Tensor) -> Tensor | None:
-    """Zeros that launches on the current stream hand on to each other; in compiled code every launch makes its own."""
-    return None if torch.compiler.is_compiling() else counters(x.device, 1 + x.shape[0])
-
-
-def _without_extras(fake: Any) -> Any:
-    """The fake function of an operator that also takes counters and a kernel."""
-    return functools.wraps(fake)(lambda *arguments, counters=None, kernel=0, **options: fake(*arguments, **options))
+def _fake(*arguments: Any, counters: Tensor | None = None, kernel: int = 0) -> list[Tensor]:
+    return fake(LoraLinear, {"save": True, "primal": True})(*arguments)
