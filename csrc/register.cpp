@@ -105,7 +105,7 @@ std::vector<Tensor> lora_linear(std::vector<Optional> tensors, double scaling, d
 STABLE_TORCH_LIBRARY(linlora_cuda, library) {
   library.def(
       "lora_linear(Tensor?[] tensors, float scaling, float dropout_p, bool two_streams, bool masks_update, bool save, "
-      "bool primal, Tensor? counters=None, int kernel=0) -> Tensor[]");
+      "bool primal, *, Tensor? counters=None, int kernel=0) -> Tensor[]");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(linlora_cuda, CUDA, library) {

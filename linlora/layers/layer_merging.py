@@ -92,7 +92,7 @@ class MergeableAdapters(LoraAdapters):
         if self.stream is not None:
             raise ValueError(self._no_weight())
         weight = self.get_base_layer().weight
-        parts = [stacked(*self.factors(name), weight) for name in adapters]
+        parts = [stacked(A0, B0, dA, dB, s, weight) for A0, B0, dA, dB, s in map(self.factors, adapters)]
         A, B = torch.cat([A for A, _ in parts]), torch.cat([B for _, B in parts], dim=1)
         return Update(A, B, self.fan_in_fan_out)
 

@@ -93,7 +93,8 @@ def _one_op(layer: LoraAdapters, x: Tensor, rows: Rows, p: float) -> Tensor:
         factors = layer.factors(name)
         factors = factors._replace(scaling=of_row * factors.scaling)
         return run(LoraLinear(autocast_input(x), weight, bias, *factors, None, p, seed))
-    own = {name: stacked(*layer.factors(name), weight) for name in rows.adapters if name in layer.lora_A}
+    factors_of = {name: layer.factors(name) for name in rows.adapters if name in layer.lora_A}
+    own = {name: stacked(A0, B0, dA, dB, s, weight) for name, (A0, B0, dA, dB, s) in factors_of.items()}
     shared = {tuple(name for name, _ in mixture) for mixture in mixtures}
     if len(shared) == 1 < len(mixtures) and backends.select(x.device, "routed_lora_linear") is aten:
         return _scaled(x, weight, bias, [own[name] for name in shared.pop()], mixtures, rows, dropped=(p, seed))

@@ -121,7 +121,7 @@ print(json.dumps(said))
 
 
 def test_the_operator_has_the_schema_of_the_triton_operator(operators):
-    ours, extras = operators["linlora_cuda"]["schema"], ", Tensor? counters=None, int kernel=0"
+    ours, extras = operators["linlora_cuda"]["schema"], ", *, Tensor? counters=None, int kernel=0"
     assert extras in ours
     assert ours.replace(extras, "").replace("linlora_cuda::", "linlora::") == operators["linlora"]["schema"]
 
