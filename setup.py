@@ -99,6 +99,7 @@ setup(
         "linlora.training": ["__init__.pyi"],
         "linlora.ops": ["evidence.json"],
         "linlora.quickstart.glyphs": ["data/*"],
+        "linlora.experiments": ["__init__.pyi"],
     },
     cmdclass={"build": Build, "build_cuda": BuildCuda, "bdist_wheel": Wheel},
 )

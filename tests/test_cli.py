@@ -40,7 +40,7 @@ def test_quickstart_passes_its_options_on(run, monkeypatch, tmp_path):
     seen = {}
     monkeypatch.setattr(quickstart, "run", lambda out, **options: seen.update(out=out, **options))
     assert run("quickstart", "--out", str(tmp_path), "--seeds", "2", "--fresh").exit_code == 0
-    assert seen == {"out": tmp_path, "device": "cpu", "seeds": 2, "fresh": True}
+    assert seen == {"out": tmp_path, "device": "cpu", "seeds": 2, "fresh": True, "workers": 2}
 
 
 def test_errors_of_a_user_are_one_line(run, monkeypatch):

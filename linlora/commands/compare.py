@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -33,6 +34,9 @@ def compare(
         list[str] | None,
         typer.Option("--set", help="What a search tries: --set ties_keep=[0.1,0.2], --set lorahub_budget=20."),
     ] = None,
+    workers: Annotated[
+        str, typer.Option(help="How many processes, or a Dask cluster that shares the file system: dask://HOST:PORT.")
+    ] = "1",
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the directory holds and start over.")] = False,
 ) -> None:
     """Compare LoRA added as factors and as ΔW, LoRA-FA, layer and model scope, by every fusion method.
@@ -41,13 +45,16 @@ def compare(
     single-task adapters'; with cosines, disentanglement maps and pictures.
     """
     with user_errors(interrupted="interrupted; run the same command again to continue"):
-        from linlora import comparison
+        from linlora import experiments, quickstart
+        from linlora.experiments.jobs import workers_of
+        from linlora.experiments.options import Options, learning_rates
 
-        options = comparison.Options.of(method or [], set_ or [])
+        options, processes = Options.of(method or [], set_ or []), workers_of(workers)
         if recipe is None:
             if learning_rate:
                 raise ValueError("--learning-rate is for a recipe; those of the quickstart's tasks are chosen already")
-            comparison.compare_digits(out, device, seeds, fresh, comparison.Settings(options=options))
+            settings = dataclasses.replace(quickstart.CONTROLS, options=options)
+            quickstart.run(out, device, seeds, fresh, settings, workers=processes, job="linlora compare")
         else:
-            rates = comparison.learning_rates(learning_rate or [])
-            comparison.compare_recipe(recipe, out, seeds, fresh, options, rates)
+            rates = learning_rates(learning_rate or [])
+            experiments.compare_recipe(recipe, out, seeds, fresh, options, rates, workers=processes)

@@ -20,6 +20,9 @@ def quickstart(
     ] = None,
     device: Annotated[str, typer.Option(help="cpu or cuda")] = "cpu",
     seeds: Annotated[int, typer.Option(help="How many seeds to average over.", min=1)] = 3,
+    workers: Annotated[
+        str, typer.Option(help="How many processes, or a Dask cluster that shares the file system: dask://HOST:PORT.")
+    ] = "2",
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the directory holds and start over.")] = False,
     routing: Annotated[
         bool,
@@ -27,11 +30,10 @@ def quickstart(
     ] = False,
 ) -> None:
     """Train, fuse and compare plain and linearized LoRA adapters on handwritten digits (about three minutes)."""
-    from linlora import quickstart as job
-    from linlora.quickstart import routing as routing_job
-
     with user_errors(interrupted="interrupted; run the same command again to continue"):
-        if routing:
-            routing_job.run(out or "runs/quickstart-routing", device=device, seeds=seeds, fresh=fresh)
-        else:
-            job.run(out or "runs/quickstart", device=device, seeds=seeds, fresh=fresh)
+        from linlora import quickstart as job
+        from linlora.experiments.jobs import workers_of
+        from linlora.quickstart import routing as routing_job
+
+        run, folder = (routing_job.run, "quickstart-routing") if routing else (job.run, "quickstart")
+        run(out or f"runs/{folder}", device=device, seeds=seeds, fresh=fresh, workers=workers_of(workers))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from linlora.fusion.checks import check_number, checked
+from linlora.fusion.inference import Logits, main_logits
 from linlora.fusion.layerwise import Layer, fused_layers, peek, weight_vectors
 from linlora.fusion.truncation import OutRank
 from linlora.layers.weights import Update
@@ -70,7 +71,11 @@ def regmean(
 
 
 def input_moments(
-    model: nn.Module, batches: Iterable[Mapping[str, Any]], layers: Iterable[str], diagonal: bool = False
+    model: nn.Module,
+    batches: Iterable[Mapping[str, Any]],
+    layers: Iterable[str],
+    diagonal: bool = False,
+    logits: Logits = main_logits,
 ) -> dict[str, Tensor]:
     """E x xᵀ of the inputs x of some layers of a model, (K, K), or the diagonal of it, (K,), float32, by layer.
 
@@ -80,6 +85,8 @@ def input_moments(
         model: with the adapter of the task in it, as it was trained; a PeftModel or a merged one.
         batches: unlabeled; 256 examples as published.
         layers: names as in a vector, e.g. those of `vector.scalings`.
+        logits: how the model is called with a batch; `model(**batch)` if not given. The `attention_mask` is that of
+            the batch, or of its "inputs".
 
     >>> from linlora.testing import tiny_batch, tiny_model
     >>> moments = input_moments(tiny_model("bert"), [tiny_batch("bert")], ["bert.pooler.dense"])
@@ -106,8 +113,8 @@ def input_moments(
     try:
         with evaluating(model), torch.no_grad():
             for batch in batches:
-                mask = batch.get("attention_mask")
-                model(**batch)
+                mask = batch.get("inputs", batch).get("attention_mask")
+                logits(model, batch)
     finally:
         for handle in handles:
             handle.remove()

@@ -1,12 +1,13 @@
-"""Several tasks on one model: what a task vector, of one task or fused of many, scores on each of them."""
+"""Several tasks on one model: `TaskSet` scores any model, `Suite` a task vector, of one task or fused of many."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 
 from linlora.training.adapted import adapt
@@ -18,6 +19,69 @@ from linlora.vectors.task_vector import TaskVector, apply
 from linlora.vectors.weight_vector import WeightVector
 
 _SHARED = ("model", "kind", "lora.", "model_options.")
+
+
+class TaskSet:
+    """Tasks whose heads are put into a model, plain or a PeftModel with any vector in it, when a task is asked.
+
+    Args:
+        tasks: by name; they share a model.
+        heads: of the tasks whose head was trained (`Run.head`).
+        trained_modules: of the base model, trained beside the adapters: the heads.
+    """
+
+    def __init__(
+        self,
+        tasks: Mapping[str, Task],
+        heads: Mapping[str, Mapping[str, Tensor] | None],
+        trained_modules: Sequence[str] = (),
+    ) -> None:
+        self.tasks, self.heads, self.trained_modules = dict(tasks), dict(heads), tuple(trained_modules)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.tasks)
+
+    def enter(self, model: nn.Module, name: str) -> Task:
+        """Put the head of a task into a model."""
+        if (head := self.heads.get(name)) is not None:
+            if isinstance(model, PeftModel):
+                set_head(model, head)
+            else:
+                for parameter, value in head.items():
+                    old = model.get_parameter(parameter)
+                    old.data = value.to(old.device, old.dtype)
+        return self.tasks[name]
+
+    def evaluate(
+        self, model: nn.Module, split: str, limit: int | None = None, progress: bool = False
+    ) -> dict[str, dict[str, float]]:
+        """What `linlora.training.evaluate` returns for each task."""
+        return {name: evaluate(model, self.enter(model, name), split, limit, progress) for name in self.tasks}
+
+    def scores(self, model: nn.Module, split: str) -> list[float]:
+        """The score of each task."""
+        return [scores["score"] for scores in self.evaluate(model, split).values()]
+
+    def unlabeled(self, size: int, split: str = "validation", limit: int | None = 256) -> list[Batches]:
+        """For each task its batches without labels; `logits` takes them."""
+        return [Batches(name, task, split, size, limit) for name, task in self.tasks.items()]
+
+    def labeled(self, size: int, limit: int, split: str = "validation") -> list[Batches]:
+        """For each task the batches of its first rows, with labels; `loss` takes them."""
+        return [Batches(name, task, split, size, limit, labels=True) for name, task in self.tasks.items()]
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The logits of a batch, of the classes of its task."""
+        task, device = self.enter(model, batch["task"]), next(model.parameters()).device
+        with arithmetic(task, device):
+            return task.logits(model, on_device(batch["inputs"], device))
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        """The mean loss on a labeled batch."""
+        task, device = self.enter(model, batch["task"]), next(model.parameters()).device
+        with evaluating(model), arithmetic(task, device):
+            return task.batch_loss(model, on_device({**batch["inputs"], "labels": batch["labels"]}, device))
 
 
 class Suite:
@@ -34,7 +98,7 @@ class Suite:
     def __init__(
         self, tasks: Mapping[str, Task], like: TaskVector, heads: Mapping[str, Mapping[str, Tensor] | None]
     ) -> None:
-        self.tasks, self.heads = dict(tasks), dict(heads)
+        self.of = TaskSet(tasks, heads)
         first = next(iter(tasks.values()))
         for name, task in tasks.items():
             odd = [d for d in first.settings.differences(task.settings) if d.startswith(_SHARED)]
@@ -54,39 +118,30 @@ class Suite:
     ) -> dict[str, dict[str, float]]:
         """What `evaluate` returns for each task with a vector in the model."""
         apply(self.model, vector)
-        results = {}
-        for name, task in self.tasks.items():
-            self.enter(name)
-            results[name] = evaluate(self.model, task, split, limit, progress)
-        return results
+        return self.of.evaluate(self.model, split, limit, progress)
+
+    @property
+    def tasks(self) -> dict[str, Task]:
+        return self.of.tasks
 
     def enter(self, name: str) -> Task:
         """Put the head of a task into the model."""
-        if (head := self.heads.get(name)) is not None:
-            set_head(self.model, head)
-        return self.tasks[name]
+        return self.of.enter(self.model, name)
 
+    @torch.no_grad()
     def loss(self, vector: TaskVector, split: str, limit: int) -> float:
         """The loss with a vector, on the first rows of a split, the mean over tasks: LoraHub's objective."""
         apply(self.model, vector)
-        losses = []
-        for name in self.tasks:
-            task = self.enter(name)
-            rows = task.rows(split)
-            batch = on_device(task.batch([rows[i] for i in range(min(limit, len(rows)))]), self.device)
-            with evaluating(self.model), torch.no_grad(), arithmetic(task, self.device):
-                losses.append(float(task.batch_loss(self.model, batch)))
-        return statistics.fmean(losses)
+        batches = [batch for of_task in self.of.labeled(limit, limit, split) for batch in of_task]
+        return statistics.fmean(float(self.of.loss(self.model, batch)) for batch in batches)
 
     def unlabeled(self, split: str, size: int, limit: int | None = None) -> list[Batches]:
         """For each task its batches without labels, for AdaMerging and `predictor`; `logits` takes them."""
-        return [Batches(name, task, split, size, limit) for name, task in self.tasks.items()]
+        return self.of.unlabeled(size, split, limit)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The logits of a batch of `unlabeled`, of the classes of its task."""
-        task = self.enter(batch["task"])
-        with arithmetic(task, self.device):
-            return task.logits(model, on_device(batch["inputs"], self.device))
+        return self.of.logits(model, batch)
 
     @property
     def device(self) -> torch.device:
@@ -94,18 +149,23 @@ class Suite:
 
     def _needs_head(self, name: str) -> bool:
         settings = self.tasks[name].settings
-        return settings.kind == "classification" and settings.head == "trained" and self.heads.get(name) is None
+        return settings.kind == "classification" and settings.head == "trained" and self.of.heads.get(name) is None
 
 
 class Batches:
-    """The first rows of a split in batches, without labels, as often as they are gone through."""
+    """The first rows of a split in batches, as often as they are gone through: {"task", "inputs"}, and "labels"."""
 
-    def __init__(self, name: str, task: Task, split: str, size: int, limit: int | None) -> None:
-        self._name, self._task, self._size = name, task, size
+    def __init__(self, name: str, task: Task, split: str, size: int, limit: int | None, labels: bool = False) -> None:
+        self._name, self._task, self._size, self._labels = name, task, size, labels
         self._rows = task.rows(split)
         self._count = len(self._rows) if limit is None else min(limit, len(self._rows))
+
+    def __len__(self) -> int:
+        return -(-self._count // self._size)
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         for start in range(0, self._count, self._size):
             rows = [self._rows[i] for i in range(start, min(start + self._size, self._count))]
-            yield {"task": self._name, "inputs": self._task.inputs(rows)}
+            inputs = self._task.batch(rows) if self._labels else self._task.inputs(rows)
+            labels = {"labels": inputs.pop("labels")} if self._labels else {}
+            yield {"task": self._name, "inputs": inputs, **labels}

@@ -10,23 +10,19 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import linlora
+from linlora.experiments.images import batches
 from linlora.quickstart.routing.experiment import RoutingExperiment, Rows, accuracy
 from linlora.quickstart.routing.inventories import load_inventory
 from linlora.quickstart.routing.methods import METHODS, Method
 from linlora.quickstart.routing.settings import RoutingSettings
-from linlora.quickstart.train import batches
 from linlora.routing import RoutedModel, add_task, collapse, fit_routing, mhr_mu, mhr_z
-from linlora.storage.run_directory import is_whole, read_json, staged, write_json
+from linlora.storage.run_directory import read_json, staged, write_json
 
 RECORD_FILE = "scores.json"
 
 
-def is_adapted(experiment: RoutingExperiment, method: str, shots: int, seed: int) -> bool:
-    return is_whole(experiment.adaptation_directory(method, shots, seed), RECORD_FILE)
-
-
 def adaptation_record(experiment: RoutingExperiment, method: str, shots: int, seed: int) -> dict:
-    return read_json(experiment.adaptation_directory(method, shots, seed) / RECORD_FILE)
+    return read_json(experiment.adaptation_folder(method, shots, seed) / RECORD_FILE)
 
 
 def adapt_all(experiment: RoutingExperiment, method: str, shots: int, seed: int) -> None:
@@ -44,7 +40,7 @@ def adapt_all(experiment: RoutingExperiment, method: str, shots: int, seed: int)
             rows = experiment.rows(pair, split)
             scores[split] = accuracy(model, rows, **_routing(task, rows))
         records.append({"task": str(pair), "seconds": seconds, "parameters": parameters, **scores})
-    with staged(experiment.adaptation_directory(method, shots, seed)) as staging:
+    with staged(experiment.adaptation_folder(method, shots, seed)) as staging:
         write_json(staging / RECORD_FILE, {"tasks": records})
 
 
@@ -81,9 +77,10 @@ def adapt(experiment: RoutingExperiment, method: Method, rows: Rows, seed: int) 
 
 def _new_adapter(experiment: RoutingExperiment, seed: int) -> nn.Module:
     settings = experiment.settings
+    reader = experiment.reader()  # reading one draws
     torch.manual_seed(seed)
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear")
-    return get_peft_model(experiment.reader(), config).to(experiment.device).eval()
+    return get_peft_model(reader, config).to(experiment.device).eval()
 
 
 def _fit(

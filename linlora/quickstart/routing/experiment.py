@@ -1,25 +1,25 @@
-"""What every phase works on: the quickstart's backbone, a frozen head a question, the images of every domain."""
+"""What every job works on: the digits' backbone, a frozen head a question, the images of every domain."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+import functools
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import ViTModel
 
-from linlora.quickstart.backbone import fit_head, load_backbone, load_heads, save_heads
-from linlora.quickstart.data import Digits, SplitName, load_digits
-from linlora.quickstart.experiment import prepare as prepare_quickstart
+from linlora.experiments.environment import surroundings
+from linlora.experiments.images import SplitName
+from linlora.experiments.jobs import Job
+from linlora.quickstart.digits.backbone import fit_head, load_backbone, load_heads, save_heads
+from linlora.quickstart.digits.data import Images, load_digits
 from linlora.quickstart.routing.reader import Reader
 from linlora.quickstart.routing.settings import RoutingSettings
 from linlora.quickstart.routing.tasks import DOMAINS, QUESTIONS, Pair, divide
-from linlora.quickstart.surroundings import surroundings
-from linlora.storage.run_directory import is_whole
 
 HEADS_FILE = "questions.safetensors"
 
@@ -42,71 +42,70 @@ class Rows:
 
 @dataclass(frozen=True)
 class RoutingExperiment:
-    """Built by `prepare`; the phases read it and write under `out`."""
+    """The experiment of some settings in a run directory; it is pickled to worker processes."""
 
     settings: RoutingSettings
     out: Path
-    device: str
-    digits: Digits
-    backbone: ViTModel
-    heads: dict[str, nn.Linear]
-    trained: tuple[Pair, ...]
-    held_out: tuple[Pair, ...]
+    device: str = "cpu"
+
+    def around(self) -> AbstractContextManager[None]:
+        return surroundings(self.device, self.settings.threads)
 
     @property
-    def threads(self) -> int:
-        return self.settings.quickstart.threads
+    def trained(self) -> tuple[Pair, ...]:
+        return divide(self.settings.domains, self.settings.questions)[0]
 
     @property
-    def reopen(self) -> Callable[[], RoutingExperiment]:
-        """What a worker process calls to have this experiment too."""
-        return partial(open_experiment, self.settings, self.out, self.device)
+    def held_out(self) -> tuple[Pair, ...]:
+        return divide(self.settings.domains, self.settings.questions)[1]
+
+    def prepared(self) -> list[list[Job]]:
+        """The backbone, then a head for each question."""
+        data, folder = self.settings.data, self.out / "backbone"
+        backbone = Job("pre-trained", folder, data.files, functools.partial(data.prepare, folder, self.device))
+        return [[backbone], [Job("fitted heads", self.out, (HEADS_FILE,), self.fit_heads, (folder,))]]
+
+    def fit_heads(self) -> None:
+        backbone, digits = load_backbone(self.out / "backbone").to(self.device), load_digits()
+        heads = {}
+        for question in self.settings.questions:
+            answers, labels = QUESTIONS[question]
+            upright = digits.split(digits.images, answers(digits.digits))["train"].to(self.device)
+            heads[question] = fit_head(backbone, upright, labels)
+        save_heads(self.out / HEADS_FILE, heads)
 
     def reader(self) -> Reader:
         """A network without adapters, of its own."""
-        return Reader(copy.deepcopy(self.backbone), self.heads).to(self.device).eval()
+        backbone, heads = _read(self.out, self.device)
+        asked = {question: heads[question] for question in self.settings.questions}
+        return Reader(copy.deepcopy(backbone), asked).to(self.device).eval()
 
     def rows(self, pair: Pair, split: SplitName) -> Rows:
         """One task's images of a split."""
-        index = self.digits.indices[split]
+        digits = _digits()
+        index = digits.indices[split]
         answers, _ = QUESTIONS[pair.question]
-        images = DOMAINS[pair.domain](self.digits.images)[index]
+        images = DOMAINS[pair.domain](digits.images)[index]
         question = torch.full((len(index),), self.settings.questions.index(pair.question))
-        labels = answers(self.digits.digits)[index]
+        labels = answers(digits.digits)[index]
         return Rows(*(tensor.to(self.device) for tensor in (images, question, labels)))
 
-    def inventory_directory(self, inventory: str, seed: int) -> Path:
+    def inventory_folder(self, inventory: str, seed: int) -> Path:
         return self.out / "inventories" / inventory / f"seed{seed}"
 
-    def adaptation_directory(self, method: str, shots: int, seed: int) -> Path:
+    def adaptation_folder(self, method: str, shots: int, seed: int) -> Path:
         return self.out / "adaptations" / method / f"{shots}-shot" / f"seed{seed}"
 
 
-def prepare(
-    settings: RoutingSettings, out: Path, device: str, on_epoch: Callable[[], None], on_found: Callable[[], None]
-) -> RoutingExperiment:
-    """Open the experiment of a run directory, after making its backbone and heads if they are not there."""
-    backbone = prepare_quickstart(settings.quickstart, out, device, on_epoch, on_found).backbone
-    if not is_whole(out, HEADS_FILE):
-        digits = load_digits()
-        heads = {}
-        for question in settings.questions:
-            answers, labels = QUESTIONS[question]
-            upright = digits.split(digits.images, answers(digits.digits))["train"].to(device)
-            heads[question] = fit_head(backbone, upright, labels)
-        save_heads(out / HEADS_FILE, heads)
-    return open_experiment(settings, out, device)
+@functools.lru_cache(maxsize=1)
+def _digits() -> Images:
+    return load_digits()
 
 
-def open_experiment(settings: RoutingSettings, out: Path, device: str) -> RoutingExperiment:
-    """Load what `prepare` made: in the process that made it, and in every worker."""
-    trained, held_out = divide(settings.domains, settings.questions)
-    with surroundings(device, settings.quickstart.threads):
-        heads = load_heads(out / HEADS_FILE, device)
-        return RoutingExperiment(
-            settings, out, device, load_digits(), load_backbone(out / "backbone").to(device),
-            {question: heads[question] for question in settings.questions}, trained, held_out,
-        )  # fmt: skip
+@functools.lru_cache(maxsize=1)
+def _read(out: Path, device: str) -> tuple[nn.Module, Mapping[str, nn.Linear]]:
+    """Once in a process."""
+    return load_backbone(out / "backbone").to(device), load_heads(out / HEADS_FILE, device)
 
 
 @torch.no_grad()

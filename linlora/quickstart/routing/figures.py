@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from linlora.quickstart.figures import save_figure
+from linlora.fusion.figures import save
 from linlora.quickstart.routing.methods import METHODS
 
 _COLORS = {None: "#D55E00", "layer": "#0072B2", "model": "#009E73"}  # by scope; Okabe and Ito's palette
@@ -37,7 +37,7 @@ def draw_accuracies(results: dict[str, Any], path: Path) -> None:
         panels[-1].plot([], [], "o", color=_COLORS[scope], label=label)
     panels[-1].plot([], [], color="0.4", linestyle=":", linewidth=1.4, label="before adaptation")
     panels[-1].legend(fontsize=9, loc="best")
-    save_figure(figure, path)
+    save(figure, path)
 
 
 def draw_routing(results: dict[str, Any], path: Path) -> None:
@@ -61,4 +61,4 @@ def draw_routing(results: dict[str, Any], path: Path) -> None:
     right.set_xticks(range(len(tasks)), tasks, rotation=90, fontsize=8)
     right.set_title("how alike two tasks are routed, all layers\n(cosine of weights less their mean)", fontsize=10)
     figure.colorbar(image, ax=right, shrink=0.8)
-    save_figure(figure, path)
+    save(figure, path)

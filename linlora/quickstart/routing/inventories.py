@@ -11,15 +11,11 @@ from torch import Tensor
 
 from linlora.quickstart.routing.experiment import RoutingExperiment, Rows, accuracy
 from linlora.routing import RoutedModel, route
-from linlora.storage.run_directory import is_whole, read_json, staged, write_json
+from linlora.storage.run_directory import read_json, staged, write_json
 
-RECORD_FILE = "training.json"
+TRAINING_FILE = "training.json"
 INVENTORY_FILE = "routed_model.safetensors"
 _ENCODER = ["q_proj", "k_proj", "v_proj", "o_proj", "query", "key", "value", "dense", "fc1", "fc2"]  # by any release
-
-
-def is_trained(experiment: RoutingExperiment, inventory: str, seed: int) -> bool:
-    return is_whole(experiment.inventory_directory(inventory, seed), INVENTORY_FILE, RECORD_FILE)
 
 
 def train_inventory(experiment: RoutingExperiment, inventory: str, seed: int) -> None:
@@ -33,11 +29,11 @@ def train_inventory(experiment: RoutingExperiment, inventory: str, seed: int) ->
     for task, pair in enumerate(experiment.trained):
         rows = experiment.rows(pair, "validation")
         validation.append(accuracy(model, rows, task_ids=torch.full((len(rows),), task)))
-    with staged(experiment.inventory_directory(inventory, seed)) as staging:
+    with staged(experiment.inventory_folder(inventory, seed)) as staging:
         model.save_pretrained(staging)
         parameters = model.report().trainable
         record = {"validation": validation, "first_loss": losses[0], "last_loss": losses[-1], "seconds": seconds}
-        write_json(staging / RECORD_FILE, {**record, "parameters": sum(parameters.values())})
+        write_json(staging / TRAINING_FILE, {**record, "parameters": sum(parameters.values())})
 
 
 def new_inventory(experiment: RoutingExperiment, inventory: str, seed: int) -> RoutedModel:
@@ -48,20 +44,21 @@ def new_inventory(experiment: RoutingExperiment, inventory: str, seed: int) -> R
         "poly": {"variant": "poly", "n_skills": settings.skills},
         "mhr": {"variant": "poly", "n_skills": settings.skills, "n_heads": settings.heads},
     }
+    reader = experiment.reader()  # reading one draws
     torch.manual_seed(seed)
     return route(
-        experiment.reader(), len(experiment.trained), rank=settings.rank, alpha=settings.alpha,
+        reader, len(experiment.trained), rank=settings.rank, alpha=settings.alpha,
         target_modules=_ENCODER, **kinds[inventory],
     )  # fmt: skip
 
 
 def load_inventory(experiment: RoutingExperiment, inventory: str, seed: int) -> RoutedModel:
-    directory = experiment.inventory_directory(inventory, seed)
+    directory = experiment.inventory_folder(inventory, seed)
     return RoutedModel.from_pretrained(experiment.reader(), directory).to(experiment.device).eval()
 
 
 def training_record(experiment: RoutingExperiment, inventory: str, seed: int) -> dict:
-    return read_json(experiment.inventory_directory(inventory, seed) / RECORD_FILE)
+    return read_json(experiment.inventory_folder(inventory, seed) / TRAINING_FILE)
 
 
 def training_steps(experiment: RoutingExperiment, model: RoutedModel, seed: int) -> Iterator[Tensor]:

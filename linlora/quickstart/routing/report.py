@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.table import Table
 
-from linlora.quickstart.report import compare, percent, spread
+from linlora.experiments.report import compare, percent, spread
 from linlora.quickstart.routing.methods import INVENTORY_TITLES, METHODS
 from linlora.quickstart.routing.results import paired_difference
 

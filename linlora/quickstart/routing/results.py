@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from linlora.quickstart.results import by_task, environment, mean_std
+from linlora.experiments.results import mean_std
 from linlora.quickstart.routing.adaptation import adaptation_record
 from linlora.quickstart.routing.experiment import RoutingExperiment, accuracy
 from linlora.quickstart.routing.inventories import load_inventory, training_record
 from linlora.quickstart.routing.methods import INVENTORIES, METHODS
 from linlora.routing import task_weights
+from linlora.storage.environment import environment
 
 
 def collect(experiment: RoutingExperiment, seeds: int) -> dict[str, Any]:
@@ -59,7 +60,9 @@ def method_results(records: Sequence[Sequence[dict]]) -> dict[str, Any]:
     return {
         "test": mean_std([statistics.fmean(record["test"] for record in of_seed) for of_seed in records]),
         "validation": mean_std([statistics.fmean(record["validation"] for record in of_seed) for of_seed in records]),
-        "by_task": by_task([[record["test"] for record in of_seed] for of_seed in records]),
+        "by_task": [
+            statistics.fmean(task) for task in zip(*([r["test"] for r in of_seed] for of_seed in records), strict=True)
+        ],
         "parameters": every[0]["parameters"],
         "seconds": statistics.median(record["seconds"] for record in every),
     }

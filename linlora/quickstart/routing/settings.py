@@ -6,16 +6,17 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import linlora
+from linlora.quickstart.digits import Digits
 from linlora.quickstart.routing.tasks import DOMAINS, QUESTIONS
-from linlora.quickstart.settings import Settings
 
 
 @dataclass(frozen=True)
 class RoutingSettings:
     """What a run directory was made with."""
 
-    # the backbone, its pre-training, the threads: those of the quickstart
-    quickstart: Settings = field(default_factory=Settings)
+    # the backbone and its pre-training
+    data: Digits = field(default_factory=Digits)
+    threads: int = 1
 
     domains: tuple[str, ...] = tuple(DOMAINS)
     questions: tuple[str, ...] = tuple(QUESTIONS)

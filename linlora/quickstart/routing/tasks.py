@@ -7,22 +7,22 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from linlora.quickstart import tasks as quickstart
+from linlora.quickstart.digits import tasks as digits
 
 DOMAINS: Mapping[str, Callable[[Tensor], Tensor]] = {
-    "rotated": quickstart.rotated,
-    "inverted": quickstart.inverted,
-    "mirrored": quickstart.mirrored,
-    "transposed": quickstart.transposed,
-    "shifted": quickstart.shifted,
-    "upside-down": quickstart.upside_down,
+    "rotated": digits.rotated,
+    "inverted": digits.inverted,
+    "mirrored": digits.mirrored,
+    "transposed": digits.transposed,
+    "shifted": digits.shifted,
+    "upside-down": digits.upside_down,
 }
 QUESTIONS: Mapping[str, tuple[Callable[[Tensor], Tensor], int]] = {  # labels of digits, and how many there are
-    "digit": (quickstart.which_digit, 10),
-    "odd": (quickstart.is_odd, 2),
-    "five-or-more": (quickstart.is_five_or_more, 2),
-    "loop": (quickstart.is_one_of(0, 6, 8, 9), 2),
-    "prime": (quickstart.is_one_of(2, 3, 5, 7), 2),
+    "digit": (digits.which_digit, 10),
+    "odd": (digits.is_odd, 2),
+    "five-or-more": (digits.is_five_or_more, 2),
+    "loop": (digits.is_one_of(0, 6, 8, 9), 2),
+    "prime": (digits.is_one_of(2, 3, 5, 7), 2),
 }
 
 

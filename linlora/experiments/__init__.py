@@ -1,0 +1,17 @@
+"""Experiments: adapters trained, fused and compared, from a description to a report.
+
+`linlora quickstart` and `linlora compare` run them.
+
+    experiment   what is done: starts, kinds of training, controls, fusion methods, seeds
+    images       an experiment on images in memory: the quickstart's
+    recipes      an experiment on the tasks of a recipe: any model and data sets that `linlora train` takes
+    jobs         its steps, each a folder that is whole or absent, in worker processes
+    fusing       one control's adapters fused by every method, options chosen on validation
+    report       tables, pictures, and what they say
+
+`controls` says why the same adapters are added in several ways.
+"""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)

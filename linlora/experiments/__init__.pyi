@@ -1,0 +1,3 @@
+from .options import Options as Options
+from .recipes import compare_recipe as compare_recipe
+from .run import run as run

@@ -1,0 +1,61 @@
+"""The surroundings of an experiment in every process: kernels, threads, silence."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+
+import torch
+from transformers.utils import logging
+
+import linlora
+
+
+@contextmanager
+def surroundings(device: str, threads: int | None) -> Iterator[None]:
+    """Compute on a device with some threads (as many as there are for None), without other libraries' progress bars."""
+    with _kernels(device), _threads(threads), _quiet_transformers():
+        yield
+
+
+def _kernels(device: str) -> AbstractContextManager[None]:
+    """On a GPU the kernels are asked for by name, so that the run is of the kernels or an error, never a fallback."""
+    return linlora.use_backend("triton") if device.startswith("cuda") else nullcontext()
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    had_bars = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+            yield
+    finally:
+        if had_bars:
+            logging.enable_progress_bar()
+
+
+def check_device(device: str) -> None:
+    """Raise a ValueError for a device that this machine does not have."""
+    kind, _, index = device.partition(":")
+    if kind not in ("cpu", "cuda") or (index and not index.isdigit()):
+        raise ValueError(f"unknown device {device!r}: choose 'cpu' or 'cuda'")
+    if kind == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"device '{device}' is not available: this torch ({torch.__version__}) sees no CUDA GPU. Run with "
+            "--device cpu, or install a CUDA build of torch on a machine with an NVIDIA GPU"
+        )
+    if index and int(index) >= torch.cuda.device_count():
+        raise ValueError(f"device '{device}' is not available: there are {torch.cuda.device_count()} GPUs, from cuda:0")

@@ -1,0 +1,184 @@
+"""An experiment: adapters of several kinds for several tasks, fused in every way; subclasses bring model and data.
+
+begin     the adapter that all of a start and seed set out from
+train     an adapter for each start, kind of training, task and seed
+fuse      the adapters of a control and seed, by every method
+map       the disentanglement of the first two tasks, first seed
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from linlora.experiments.controls import CONTROLS, Control, Trained
+from linlora.experiments.fusing import fuse_control, map_control
+from linlora.experiments.jobs import Job
+from linlora.experiments.options import Options, Start
+from linlora.experiments.tasks import Tasks
+from linlora.formats.export import TASK_VECTOR_FILE, export
+from linlora.storage.run_directory import staged, write_json
+from linlora.vectors.task_vector import TaskVector
+
+SCORES_FILE, MAP_FILE = "scores.json", "map.json"
+TRAINED_TITLES: dict[Trained, str] = {
+    "lora": "LoRA", "lora-fa": "LoRA-FA", "layer": "layer scope", "model": "model scope",
+}  # fmt: skip
+
+
+class Experiment(ABC):
+    """What every job works on. It is pickled to worker processes, where its methods run.
+
+    Attributes:
+        out: the run directory.
+        device: where it computes.
+        options: what is tried of each fusion method.
+        kept: the methods whose fused vectors are written too.
+    """
+
+    out: Path
+    device: str
+    options: Options
+    kept: tuple[str, ...] = ()
+
+    @property
+    @abstractmethod
+    def names(self) -> tuple[str, ...]:
+        """The tasks."""
+
+    @property
+    @abstractmethod
+    def starts(self) -> dict[Start, str]:
+        """A sentence about each start."""
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        return tuple(control.key for control in CONTROLS)
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """What has to be equal for a run directory to be continued. More seeds may be added, so they are not in it."""
+
+    @abstractmethod
+    def base(self) -> nn.Module:
+        """The plain model, on the device; it is not changed."""
+
+    @abstractmethod
+    def tasks(self, start: Start, trained: Trained, seed: int) -> Tasks:
+        """The tasks, with the heads that a kind of training left."""
+
+    @abstractmethod
+    def train(self, start: Start, trained: Trained, task: str, seed: int) -> None:
+        """Train one adapter; fill its folder."""
+
+    @abstractmethod
+    def adapter_files(self, trained: Trained) -> tuple[str, ...]:
+        """What `train` writes last, JSON or safetensors."""
+
+    @abstractmethod
+    def record(self, start: Start, trained: Trained, task: str, seed: int) -> dict[str, float | None]:
+        """What an adapter scores by itself on "validation" and "test"."""
+
+    def prepared(self) -> list[Job]:
+        """What has to be there before anything else."""
+        return []
+
+    def begun(self, seeds: int) -> list[Job]:
+        """The adapters that tasks set out from."""
+        return []
+
+    def around(self) -> AbstractContextManager[Any]:
+        """What every job runs in."""
+        return nullcontext()
+
+    def controls_of(self, start: Start) -> list[Control]:
+        """At B0 = 0 LoRA-FA is layer scope, and is not computed twice."""
+        return [c for c in CONTROLS if c.key in self.controls and (start == "warm" or c.key != "lora_fa")]
+
+    def begin_folder(self, start: Start, seed: int) -> Path:
+        return self.out / "starts" / start / f"seed{seed}"
+
+    def adapter_folder(self, start: Start, trained: Trained, task: str, seed: int) -> Path:
+        return self.out / "adapters" / start / trained / task / f"seed{seed}"
+
+    def fused_folder(self, start: Start, control: Control, seed: int) -> Path:
+        return self.out / "fused" / start / control.key / f"seed{seed}"
+
+    def map_folder(self, start: Start, control: Control) -> Path:
+        return self.out / "maps" / start / control.key
+
+    def vectors(self, start: Start, trained: Trained, seed: int) -> list[TaskVector]:
+        """The trained vectors of all tasks, in their order."""
+        folders = [self.adapter_folder(start, trained, task, seed) for task in self.names]
+        return [TaskVector.load(folder / TASK_VECTOR_FILE) for folder in folders]
+
+    def fuse(self, start: Start, control: Control, seed: int) -> None:
+        """Fuse one control by every method and write the scores."""
+        vectors, tasks = self.vectors(start, control.trained, seed), self.tasks(start, control.trained, seed)
+        fusion = fuse_control(control, self.base(), vectors, tasks, self.options, seed)
+        with staged(self.fused_folder(start, control, seed)) as staging:
+            for method in self.kept:
+                if method in fusion.vectors:
+                    save_vector(fusion.vectors[method], staging / method)
+            write_json(staging / SCORES_FILE, fusion.scores)
+
+    def map(self, start: Start, control: Control) -> None:
+        """Write the disentanglement map of one control, of the first seed."""
+        vectors, tasks = self.vectors(start, control.trained, 0), self.tasks(start, control.trained, 0)
+        found = map_control(control, self.base(), vectors, tasks, self.options)
+        with staged(self.map_folder(start, control)) as staging:
+            write_json(staging / MAP_FILE, found)
+
+    def phases(self, seeds: int) -> list[list[Job]]:
+        """Everything, seed by seed within a phase, so that what is interrupted lacks whole seeds."""
+        return [
+            self.prepared(),
+            self.begun(seeds),
+            list(self._trainings(seeds)),
+            [*self._fusions(seeds), *(self._maps() if self.options.map_scalings and len(self.names) > 1 else [])],
+        ]
+
+    def _trainings(self, seeds: int) -> Iterator[Job]:
+        for seed, start, task in itertools.product(range(seeds), self.starts, self.names):
+            for trained in dict.fromkeys(control.trained for control in self.controls_of(start)):
+                yield Job(
+                    f"trained {TRAINED_TITLES[trained]}, {task}, seed {seed}",
+                    self.adapter_folder(start, trained, task, seed), self.adapter_files(trained),
+                    functools.partial(self.train, start, trained, task, seed), (self.begin_folder(start, seed),),
+                )  # fmt: skip
+
+    def _fusions(self, seeds: int) -> Iterator[Job]:
+        for seed, start in itertools.product(range(seeds), self.starts):
+            for control in reversed(self.controls_of(start)):  # model scope takes longest
+                kept = tuple(f"{method}/{TASK_VECTOR_FILE}" for method in self.kept if control.fits(method))
+                yield Job(
+                    f"fused {control.title}, seed {seed}", self.fused_folder(start, control, seed),
+                    (SCORES_FILE, *kept), functools.partial(self.fuse, start, control, seed),
+                    self._adapters(start, control, seed),
+                )  # fmt: skip
+
+    def _maps(self) -> Iterator[Job]:
+        for start in self.starts:
+            for control in self.controls_of(start):
+                yield Job(
+                    f"mapped {control.title}", self.map_folder(start, control), (MAP_FILE,),
+                    functools.partial(self.map, start, control), self._adapters(start, control, 0),
+                )  # fmt: skip
+
+    def _adapters(self, start: Start, control: Control, seed: int) -> tuple[Path, ...]:
+        return tuple(self.adapter_folder(start, control.trained, task, seed) for task in self.names)
+
+
+def save_vector(vector: TaskVector, folder: Path) -> None:
+    """A vector, and beside it an adapter for stock PEFT where there is one of its function."""
+    if vector.scope != "model":
+        export(vector, folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    vector.save(folder / TASK_VECTOR_FILE)

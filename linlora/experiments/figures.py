@@ -1,0 +1,155 @@
+"""The pictures: scores by method and control, accuracy against scaling, cosines, and maps of disentanglement."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+
+from linlora.experiments.options import METHOD_TITLES
+from linlora.fusion.figures import save
+
+SHORT = {
+    "factors": "LoRA factors", "delta_weight": "LoRA ΔW", "lora_fa": "LoRA-FA", "layer": "layer scope",
+    "model": "model scope",
+}  # fmt: skip
+
+# Okabe and Ito's palette, told apart by the colour-blind; the markers differ too.
+_STYLES = {
+    "factors": ("#D55E00", "o"), "delta_weight": ("#E69F00", "D"), "lora_fa": ("#CC79A7", "v"),
+    "layer": ("#0072B2", "s"), "model": ("#009E73", "^"),
+}  # fmt: skip
+
+
+def draw_all(results: Mapping[str, Any], out: Path) -> None:
+    entries = [entry for start in results["starts"].values() for entry in start["controls"].values()]
+    if any(_curve(entry) for entry in entries):
+        draw_scalings(results, out / "scalings.png")
+    draw_scores(results, out / "scores.png")
+    draw_cosines(results, out / "cosines.png")
+    if all(entry["map"] for entry in entries):
+        draw_maps(results, out / "disentanglement.png")
+
+
+def draw_scalings(results: Mapping[str, Any], path: Path) -> None:
+    """Validation score of task arithmetic against λ, on which λ is chosen, with the backbone as a line."""
+    starts = results["starts"].values()
+    figure = Figure(figsize=(8.0 * len(starts), 4.5), layout="constrained")
+    panels = figure.subplots(1, len(starts), sharey=True, squeeze=False)[0]
+    for axes, start in zip(panels, starts, strict=True):
+        for key, entry in start["controls"].items():
+            if not (points := _curve(entry)):
+                continue
+            color, marker = _STYLES[key]
+            scalings = [point["options"]["scaling"] for point in points]
+            mean = 100 * np.array([point["mean"] for point in points])
+            std = 100 * np.array([point["std"] or 0.0 for point in points])
+            axes.plot(scalings, mean, color=color, marker=marker, markersize=5, linewidth=2, label=SHORT[key])
+            axes.fill_between(scalings, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
+            if scalings[0] == 0.0:
+                before = mean[0]
+        axes.axhline(before, color="0.35", linestyle="--", linewidth=1.5)
+        axes.text(1.0, before, "backbone, not fine-tuned", color="0.35", ha="right", va="bottom", fontsize=12)
+        axes.set_title(start["title"] if len(starts) > 1 else "Fused adapters, scaled by λ", fontsize=14)
+        axes.set_xlabel("scaling coefficient λ", fontsize=13)
+        axes.tick_params(labelsize=12)
+        axes.grid(alpha=0.25)
+        axes.margins(x=0.02)
+    panels[0].set_ylabel(f"score (%), mean of {len(results['tasks'])} tasks", fontsize=13)
+    panels[0].legend(fontsize=12, framealpha=0.9, edgecolor="white")
+    save(figure, path)
+
+
+def draw_scores(results: Mapping[str, Any], path: Path) -> None:
+    """Normalised test score of every method and control, mean and standard deviation over seeds."""
+    starts = results["starts"].values()
+    known = {method for start in starts for entry in start["controls"].values() for method in entry["methods"]}
+    methods = [method for method in METHOD_TITLES if method in known]
+    figure = Figure(figsize=(1.8 + 1.7 * len(methods), 3.6 * len(starts)), layout="constrained")
+    panels = figure.subplots(len(starts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
+    for axes, start in zip(panels, starts, strict=True):
+        keys = list(start["controls"])
+        for i, key in enumerate(keys):
+            color, marker = _STYLES[key]
+            found = [start["controls"][key]["methods"].get(method) for method in methods]
+            x = np.arange(len(methods)) + 0.14 * (i - (len(keys) - 1) / 2)
+            values = [of["normalised"] if of else {"mean": None, "std": None} for of in found]
+            mean = 100 * np.array([np.nan if value["mean"] is None else value["mean"] for value in values])
+            std = 100 * np.array([value["std"] or 0.0 for value in values])
+            axes.errorbar(x, mean, std, color=color, marker=marker, linestyle="", capsize=3, label=SHORT[key])
+        for edge in np.arange(len(methods) - 1) + 0.5:
+            axes.axvline(edge, color="0.9", linewidth=1)
+        axes.set_title(start["title"], fontsize=11)
+        axes.set_ylabel("normalised score (%)")
+        axes.set_xlim(-0.5, len(methods) - 0.5)
+        axes.grid(axis="y", alpha=0.25)
+        axes.legend(fontsize=8, ncols=len(keys), loc="upper center", bbox_to_anchor=(0.5, -0.16), frameon=False)
+    titles = [METHOD_TITLES[method].replace("task arithmetic, ", "task arithmetic,\n") for method in methods]
+    panels[-1].set_xticks(range(len(methods)), titles)
+    for axes in panels:
+        axes.tick_params(labelbottom=True)
+    over = f"; bars: ± std over {results['seeds']} seeds" if results["seeds"] > 1 else ""
+    figure.suptitle(f"Fused / single-task test score, mean of {len(results['tasks'])} tasks{over}")
+    save(figure, path)
+
+
+def draw_cosines(results: Mapping[str, Any], path: Path) -> None:
+    """The cosines between what each control adds, mean over seeds, in one colour scale."""
+    starts, tasks = results["starts"].values(), results["tasks"]
+    own = np.eye(len(tasks), dtype=bool)
+    panels = [(start["title"], key, np.array(c["cosine"])) for start in starts for key, c in start["controls"].items()]
+    limit = max(0.05, *(float(np.abs(matrix[~own]).max(initial=0.0)) for *_, matrix in panels))
+    figure, grid = _grid(results, 2.3 + 0.12 * len(tasks), 2.4)
+    for axes, (title, key, matrix) in zip(grid, panels, strict=True):
+        axes.set_facecolor("0.85")
+        image = axes.imshow(np.ma.array(matrix, mask=own), cmap="PuOr_r", vmin=-limit, vmax=limit)
+        for i, j in np.argwhere(~own):
+            dark = abs(matrix[i, j]) > 0.65 * limit
+            axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=6, color="w" if dark else "k")
+        axes.set_xticks(range(len(tasks)), range(1, len(tasks) + 1), fontsize=7)
+        axes.set_yticks(range(len(tasks)), range(1, len(tasks) + 1), fontsize=7)
+        mean = np.abs(matrix[~own]).mean() if len(tasks) > 1 else 0.0
+        axes.set_title(f"{SHORT[key]}\n{title}, mean |cosine| {mean:.3f}", fontsize=8)
+    figure.colorbar(image, ax=list(grid), label="cosine", shrink=0.7)
+    figure.suptitle("Cosine between task vectors: " + ", ".join(f"{i} {t}" for i, t in enumerate(tasks, 1)), fontsize=8)
+    save(figure, path)
+
+
+def draw_maps(results: Mapping[str, Any], path: Path) -> None:
+    """The disentanglement error ξ(λ1, λ2) of the first two tasks, in one colour scale; the box is [0, 1]²."""
+    starts = results["starts"].values()
+    panels = [(start["title"], key, c["map"]) for start in starts for key, c in start["controls"].items()]
+    errors = [np.array(found["rates"]).sum(axis=0) for *_, found in panels]
+    limit = max(0.1, max(error.max() for error in errors))
+    figure, grid = _grid(results, 2.6, 2.5)
+    for axes, (title, key, found), error in zip(grid, panels, errors, strict=True):
+        scalings = np.array(found["scalings"])
+        mesh = axes.pcolormesh(scalings, scalings, error.T, shading="nearest", cmap="viridis", vmin=0.0, vmax=limit)
+        axes.plot([0, 1, 1, 0, 0], [0, 0, 1, 1, 0], color="#D55E00", linewidth=1.2)
+        axes.set_aspect("equal")
+        axes.tick_params(labelsize=7)
+        axes.set_title(f"{SHORT[key]}\n{title}, mean ξ {error.mean():.3f}", fontsize=8)
+    figure.colorbar(mesh, ax=list(grid), label="ξ: rate of disagreement, both tasks", shrink=0.7)
+    first, second = results["tasks"][:2]
+    figure.suptitle(f"Disentanglement error: λ1 of {first} to the right, λ2 of {second} upwards", fontsize=9)
+    save(figure, path)
+
+
+def _grid(results: Mapping[str, Any], width: float, height: float) -> tuple[Figure, list[Any]]:
+    """A figure with a row of panels for each start; the panels in order."""
+    starts = list(results["starts"].values())
+    columns = max(len(start["controls"]) for start in starts)
+    figure = Figure(figsize=(1.2 + width * columns, 0.5 + height * len(starts)), layout="constrained")
+    axes = figure.subplots(len(starts), columns, squeeze=False)
+    for row, start in zip(axes, starts, strict=True):
+        for empty in row[len(start["controls"]) :]:
+            empty.set_axis_off()
+    return figure, [panel for row, start in zip(axes, starts, strict=True) for panel in row[: len(start["controls"])]]
+
+
+def _curve(entry: Mapping[str, Any]) -> list[Any]:
+    """What the search of task arithmetic saw, if it was searched."""
+    return entry["methods"].get("task_arithmetic", {}).get("validation", [])

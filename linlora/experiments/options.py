@@ -1,0 +1,151 @@
+"""The values that a comparison tries of every fusion method, the same for every control."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Literal
+
+from linlora.fusion import grid
+from linlora.fusion.registry import IN_WEIGHT_SPACE
+from linlora.training.recipe import assigned
+from linlora.training.settings import unknown
+
+Start = Literal["zero", "warm"]
+"""Where adapters start: at B0 = 0, or at an adapter that was trained before."""
+
+START_TITLES: dict[Start, str] = {"zero": "B0 = 0", "warm": "B0 ≠ 0"}
+START_NOTES: dict[Start, str] = {
+    "zero": "LoRA-FA is layer scope at B0 = 0: x Wᵀ + s (x A0ᵀ) dBᵀ is both.",
+    "warm": "The adapters start from a warm-up on all tasks, common to those of a seed.",
+}
+
+METHOD_TITLES = {
+    "average": "average", "task_arithmetic": "task arithmetic, best λ", "sum": "task arithmetic, λ = 1", "ties": "TIES",
+    "dare": "DARE", "lorahub": "LoraHub", "adamerging": "AdaMerging", "tsv": "TSV-M", "iso_c": "Iso-C",
+    "iso_cts": "Iso-CTS", "knots_ties": "KnOTS-TIES", "compress_then_merge": "Compress-then-Merge",
+    "wudi_minimiser": "WUDI's minimiser", "regmean": "RegMean", "soup": "LoRA-Soups",
+}  # fmt: skip
+METHODS = tuple(METHOD_TITLES)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Grids are searched on the validation split; of equal options the first wins, so the mildest come first."""
+
+    methods: tuple[str, ...] = METHODS
+    # task arithmetic
+    scalings: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
+    ties_keep: tuple[float, ...] = (0.2, 0.5)
+    ties_scalings: tuple[float, ...] = (0.2, 0.5, 1.0, 1.5)
+    dare_drop: tuple[float, ...] = (0.5, 0.9)
+    dare_scalings: tuple[float, ...] = (0.05, 0.1, 0.2, 0.3)
+    # of each task, labelled: LoraHub's objective is the loss on these. Its paper has 5 for one new task.
+    lorahub_examples: int = 16
+    lorahub_budget: int = 40
+    # A coefficient for each task and one for each layer of it. Adam moves one by at most steps x learning rate: 0.05,
+    # or the 0.5 of the published 500 x 1e-3, which start from 0.3.
+    adamerging_initial: tuple[float, ...] = (0.1, 0.3)
+    adamerging_learning_rates: tuple[float, ...] = (1e-3, 1e-2)
+    adamerging_steps: int = 50
+    adamerging_batch: int = 16
+    # λ of the methods of ΔW, whose results have a size of their own
+    weights_scalings: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9, 1.1, 1.5, 2.0)
+    regmean_shrink: tuple[float, ...] = (0.95,)
+    regmean_examples: int = 256  # of each task, unlabeled, as published
+    # LoRA-Soups: labeled examples of each task, gone through so often
+    soup_examples: int = 64
+    soup_epochs: int = 5
+    soup_learning_rates: tuple[float, ...] = (1e-2, 1e-1)
+    # forgetting: the largest of these that keeps 95 % of the score of the other tasks; none is tried for ()
+    negation_scalings: tuple[float, ...] = (0.25, 0.5, 0.75, 1.0)
+    negation_keeps: float = 0.95
+    # the map of the disentanglement error of the first two tasks, of the first seed; none for ()
+    map_scalings: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
+
+    def __post_init__(self) -> None:
+        unknown = [method for method in self.methods if method not in METHODS]
+        if unknown or not self.methods:
+            raise ValueError(f"methods: choose from {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}")
+        for searched in fields(self):
+            if getattr(self, searched.name) == () and searched.name not in ("negation_scalings", "map_scalings"):
+                raise ValueError(f"{searched.name}: there has to be a value to try")
+
+    @classmethod
+    def of(cls, methods: Sequence[str] = (), assignments: Sequence[str] = ()) -> Options:
+        """Options from the flags of a command.
+
+        >>> Options.of(["ties"], ["ties_keep=[0.1, 0.3]"]).choices("ties", seed=0)[0]
+        {'keep': 0.1, 'scaling': 0.2}
+        >>> Options.of([], ["ties_kep=[0.1]"])
+        Traceback (most recent call last):
+        ValueError: --set: unknown key 'ties_kep'; did you mean 'ties_keep'? The keys are scalings, ties_keep, \
+ties_scalings, dare_drop, dare_scalings, lorahub_examples, lorahub_budget, adamerging_initial, \
+adamerging_learning_rates, adamerging_steps, adamerging_batch, weights_scalings, regmean_shrink, regmean_examples, \
+soup_examples, soup_epochs, soup_learning_rates, negation_scalings, negation_keeps, map_scalings
+        """
+        known = [f.name for f in fields(cls) if f.name != "methods"]
+        given: dict[str, Any] = {"methods": tuple(methods)} if methods else {}
+        for key, value in assigned(assignments):
+            if key not in known:
+                raise unknown("--set", key, known)
+            given[key] = _like(key, value, getattr(cls, key))
+        return cls(**given)
+
+    def choices(self, method: str, seed: int) -> Sequence[Mapping[str, Any]]:
+        """The options of a method to search; one choice needs no search.
+
+        >>> Options(ties_scalings=(1.0,)).choices("ties", seed=0)
+        [{'keep': 0.2, 'scaling': 1.0}, {'keep': 0.5, 'scaling': 1.0}]
+        """
+        if method in IN_WEIGHT_SPACE and method != "soup":
+            return grid(scaling=self.weights_scalings)
+        choices: dict[str, Sequence[Mapping[str, Any]]] = {
+            "average": [{}],
+            "task_arithmetic": grid(scaling=self.scalings),
+            "sum": [{"scaling": 1.0}],
+            "ties": grid(keep=self.ties_keep, scaling=self.ties_scalings),
+            "dare": grid(drop=self.dare_drop, scaling=self.dare_scalings, seed=[seed]),
+            "lorahub": [{"budget": self.lorahub_budget, "seed": seed}],
+            "adamerging": grid(
+                level=["task", "layer"],
+                initial=self.adamerging_initial,
+                learning_rate=self.adamerging_learning_rates,
+                steps=[self.adamerging_steps],
+            ),
+            "regmean": grid(shrink=self.regmean_shrink, scaling=self.weights_scalings),
+            "soup": grid(learning_rate=self.soup_learning_rates, epochs=[self.soup_epochs]),
+        }
+        return choices[method]
+
+
+def fusion_method(method: str) -> str:
+    """The name in `linlora.fusion.METHODS` of a row of the table."""
+    return "task_arithmetic" if method == "sum" else method
+
+
+def learning_rates(assignments: Sequence[str]) -> dict[str, float]:
+    """Rates by method from flags like 'model=1e-3'.
+
+    >>> learning_rates(["lora=1e-4", "model=0.001"])
+    {'lora': 0.0001, 'model': 0.001}
+    """
+    rates = {}
+    for assignment in assignments:
+        method, _, rate = assignment.partition("=")
+        try:
+            rates[method] = float(rate)
+        except ValueError:
+            raise ValueError(f"--learning-rate {assignment}: expected METHOD=RATE, as in model=1e-3") from None
+    return rates
+
+
+def _like(key: str, value: Any, default: Any) -> Any:
+    """A value of the kind of the default: a number, or a list of numbers (one number is a list of one)."""
+    several = isinstance(default, tuple)
+    values = value if several and isinstance(value, list) else [value]
+    if not values or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+        raise ValueError(f"--set {key}: expected {'numbers, as [0.1, 0.2]' if several else 'a number'}, got {value!r}")
+    if several:
+        return tuple(float(v) for v in values)
+    return type(default)(value)

@@ -1,0 +1,146 @@
+"""Experiments on the tasks of a recipe: any model and data sets that `linlora train` takes.
+
+Every task is trained by LoRA, at layer and at model scope, and with A frozen where the recipe's point has B0 != 0 (at
+B0 = 0 that is layer scope), in folders as `linlora train` fills them.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import nn
+
+from linlora.experiments.controls import CONTROLS, Trained
+from linlora.experiments.environment import surroundings
+from linlora.experiments.experiment import Experiment
+from linlora.experiments.jobs import Workers
+from linlora.experiments.options import START_NOTES, Options, Start
+from linlora.experiments.run import run
+from linlora.formats.export import TASK_VECTOR_FILE
+from linlora.storage.run_directory import read_json
+from linlora.training import Run, Settings, Task, load_task, recipe, train
+from linlora.training.adapted import read_point
+from linlora.training.folder import METRICS_FILE
+from linlora.training.suite import TaskSet
+
+
+def compare_recipe(
+    path: str | Path,
+    out: str | Path = "runs/compare",
+    seeds: int = 3,
+    fresh: bool = False,
+    options: Options | None = None,
+    learning_rates: Mapping[str, float] | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    console: Console | None = None,
+    workers: Workers = 1,
+) -> dict[str, Any]:
+    """Compare every control by every fusion method on the tasks of a recipe; print and draw the report.
+
+    A call with the same `out` continues where an interrupted one was.
+
+    Args:
+        path: the YAML file; at least two tasks that share one model. A `method` in it has no say here.
+        seeds: as many from the recipe's seed on.
+        learning_rates: by method ("lora", "lora-fa", "layer", "model") where it is not the recipe's.
+        overrides: settings that go before those of the file.
+        workers: how many adapters are trained at a time; each has the model in memory.
+
+    Raises what `linlora.training.train` does; ValueError for tasks that do not share one model, fewer than two of them,
+    or in a process group.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ValueError("compare runs in one process; train the tasks with torchrun and linlora train, then fuse them")
+    tasks = recipe(path, (), overrides)
+    _check(tasks, learning_rates or {})
+    experiment = RecipeExperiment(tasks, Path(out), options or Options(), learning_rates or {})
+    return run(experiment, "linlora compare", seeds, workers, fresh, console)
+
+
+class RecipeExperiment(Experiment):
+    """The experiment of a recipe in a run directory; a task is loaded when a process first asks for it."""
+
+    def __init__(
+        self, settings: Mapping[str, Settings], out: Path, options: Options, rates: Mapping[str, float]
+    ) -> None:
+        self.settings, self.out, self.options, self.rates = dict(settings), out, options, dict(rates)
+        first = next(iter(settings.values()))
+        self.device = "cuda" if torch.cuda.is_available() and not first.training.get("use_cpu") else "cpu"
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("loaded", "starts")}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.settings)
+
+    @functools.cached_property
+    def starts(self) -> dict[Start, str]:
+        point = read_point(next(iter(self.settings.values())))
+        if point is not None and any(B0.any() for name, B0 in (point.point or {}).items() if name.endswith(".B0")):
+            return {"warm": "The adapters start from the recipe's point."}
+        return {"zero": START_NOTES["zero"]}
+
+    @functools.cached_property
+    def loaded(self) -> dict[str, Task]:
+        return {name: load_task(settings) for name, settings in self.settings.items()}
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {
+            "tasks": {name: {**s.to_dict(), "out": "", "method": ""} for name, s in self.settings.items()},
+            "options": asdict(self.options),
+            "learning_rates": self.rates,
+        }
+
+    def around(self) -> AbstractContextManager[None]:
+        return surroundings("cpu", None)  # which kernels run on a GPU is chosen as in training
+
+    def base(self) -> nn.Module:
+        return next(iter(self.loaded.values())).base_model().to(self.device).requires_grad_(False)
+
+    def tasks(self, start: Start, trained: Trained, seed: int) -> TaskSet:
+        runs = [Run.open(self.adapter_folder(start, trained, name, seed)) for name in self.names]
+        heads = {name: run.head for name, run in zip(self.names, runs, strict=True)}
+        first = next(iter(self.loaded.values()))
+        modules = first.head_modules(self.base()) if first.settings.head == "trained" else ()
+        return TaskSet(self.loaded, heads, modules)
+
+    def train(self, start: Start, trained: Trained, task: str, seed: int) -> None:
+        settings = self.settings[task]
+        rates = {"learning_rate": self.rates[trained]} if trained in self.rates else {}
+        out = str(self.adapter_folder(start, trained, task, seed))
+        train(settings.changed(method=trained, seed=settings.seed + seed, out=out, training=rates))
+
+    def adapter_files(self, trained: Trained) -> tuple[str, ...]:
+        return (TASK_VECTOR_FILE, METRICS_FILE)
+
+    def record(self, start: Start, trained: Trained, task: str, seed: int) -> dict[str, float | None]:
+        metrics = read_json(self.adapter_folder(start, trained, task, seed) / METRICS_FILE)
+        return {split: metrics[split]["score"] if split in metrics else None for split in ("validation", "test")}
+
+
+def _check(tasks: Mapping[str, Settings], learning_rates: Mapping[str, float]) -> None:
+    if len(tasks) < 2:
+        raise ValueError(f"a comparison fuses two tasks or more, the recipe has {len(tasks)}")
+    known = list(dict.fromkeys(control.trained for control in CONTROLS))
+    for method in learning_rates:
+        if method not in known:
+            raise ValueError(f"learning rate of '{method}': the methods are {', '.join(known)}")
+    first, *others = tasks.values()
+    for other in others:
+        odd = [d for d in first.differences(other) if d.startswith(("model", "kind", "lora.", "point", "seed"))]
+        if odd:
+            raise ValueError(f"tasks '{first.name}' and '{other.name}' do not share one model: {'; '.join(odd)}")
+    for settings in tasks.values():
+        if settings.data.test is None:
+            raise ValueError(
+                f"task '{settings.name}' has no test split; options are chosen on validation: set data.test"
+            )

@@ -1,0 +1,43 @@
+"""What an experiment asks of several tasks on one model: of images (`images`) and of recipes (`recipes`)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor, nn
+
+Batch = Mapping[str, Any]
+"""The name of the "task", the "inputs" of the model (keyword arguments), and "labels" where there are such."""
+
+
+class Tasks(Protocol):
+    """Several tasks on one model. A model here is a plain one or a PeftModel, with any vector in it."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    @property
+    def trained_modules(self) -> tuple[str, ...]:
+        """The modules of the base model that were trained beside the adapters, one of them for each task."""
+        ...
+
+    def scores(self, model: nn.Module, split: str) -> list[float]:
+        """The score of each task on its validation or test split, larger is better."""
+        ...
+
+    def unlabeled(self, size: int) -> Sequence[Iterable[Batch]]:
+        """For each task its validation inputs in batches of a size, without labels, as often as one asks for them."""
+        ...
+
+    def labeled(self, size: int, limit: int) -> Sequence[Iterable[Batch]]:
+        """For each task its first validation rows in batches of a size, with labels."""
+        ...
+
+    def logits(self, model: nn.Module, batch: Batch) -> Tensor:
+        """What the model says of each class, for a batch."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The mean loss of the model on a labeled batch."""
+        ...

@@ -1,0 +1,195 @@
+"""The comparison on the tasks of a recipe: tiny checkpoints and data sets, written here."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from rich.console import Console
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from transformers.utils import logging
+from typer.testing import CliRunner
+
+import linlora
+from linlora import TaskVector
+from linlora.cli import app
+from linlora.experiments import Options, compare_recipe, report
+from linlora.testing import tiny_base, tiny_model
+from linlora.training import Run, adapt, evaluate, load_task, plain_yaml, set_head
+
+WORDS = ["<pad>", "<unk>", "good", "bad", "red", "blue", "film", "day", "is", "the"]
+OPTIONS = Options(
+    methods=("average", "ties", "adamerging", "lorahub", "regmean", "soup"),
+    ties_keep=(0.5,), ties_scalings=(0.5, 1.0), lorahub_budget=2,
+    lorahub_examples=4, adamerging_initial=(0.3,), adamerging_steps=1, adamerging_batch=4,
+    weights_scalings=(1.0,), regmean_examples=8, soup_examples=4, soup_epochs=1, soup_learning_rates=(1e-2,),
+    negation_scalings=(1.0,), map_scalings=(0.0, 1.0),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with a tiny BERT, a tokenizer, and two tasks of two and of three classes, as a recipe names them."""
+    logging.set_verbosity_error()
+    place = tmp_path_factory.mktemp("recipe")
+    tiny_base("bert").save_pretrained(place / "bert")
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", unk_token="<unk>")
+    fast.save_pretrained(place / "bert")
+    rng = np.random.default_rng(0)
+    for task, words in (("mood", ["good", "bad"]), ("colour", ["red", "blue", "the"])):
+        for split, rows in (("train", 24), ("validation", 8), ("test", 12)):
+            with (place / f"{task}-{split}.csv").open("w", newline="") as file:
+                writer = csv.writer(file)
+                writer.writerow(["text", "label"])
+                for i in range(rows):
+                    writer.writerow([f"{words[i % len(words)]} {rng.choice(WORDS[6:])}", words[i % len(words)]])
+    (place / "recipe.yaml").write_text(f"""
+model: {place}/bert
+kind: classification
+lora: {{r: 2, lora_alpha: 4, target_modules: [query, value]}}
+training: {{max_steps: 3, per_device_train_batch_size: 8, learning_rate: 0.01, use_cpu: true}}
+tasks:
+  mood: {{data: {_data(place, "mood")}}}
+  colour: {{data: {_data(place, "colour")}}}
+""")
+    return place
+
+
+def _data(place, task):
+    splits = ", ".join(f"{split}: {place}/{task}-{split}.csv" for split in ("train", "validation", "test"))
+    return f"{{{splits}, text: text}}"
+
+
+@pytest.fixture
+def undrawn(monkeypatch):
+    """Pictures take longer than all else here."""
+    monkeypatch.setattr(report, "draw_all", lambda results, out: None)
+
+
+@pytest.fixture
+def console():
+    return Console(file=io.StringIO(), width=100)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _uncollected():
+    """accelerate collects garbage after every training: seconds each, in a process that holds as much as pytest's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("accelerate.utils.memory.gc.collect", lambda: 0)
+        yield
+
+
+@pytest.fixture(scope="module")
+def finished(place):
+    out = place / "run"
+    results = compare_recipe(
+        place / "recipe.yaml", out, 1, options=OPTIONS, learning_rates={"model": 0.02}, console=Console(quiet=True)
+    )
+    return out, results
+
+
+def test_every_control_is_scored_by_every_method_with_the_heads_of_its_own_runs(finished):
+    out, results = finished
+    controls = results["starts"]["zero"]["controls"]
+    assert list(controls) == ["factors", "delta_weight", "layer", "model"]
+    for key, trained in (("factors", "lora"), ("delta_weight", "lora"), ("layer", "layer"), ("model", "model")):
+        runs = [Run.open(out / "adapters" / "zero" / trained / task / "seed0") for task in ("mood", "colour")]
+        assert controls[key]["single_by_seed_and_task"] == [[run.metrics["test"]["score"] for run in runs]]
+        assert {run.settings.training["learning_rate"] for run in runs} == {0.02 if trained == "model" else 0.01}
+        of_weights = set() if key in ("delta_weight", "layer") else {"regmean", "soup"}
+        assert set(controls[key]["methods"]) == set(OPTIONS.methods) - of_weights
+    assert (out / "scores.png").exists()
+    assert not (out / "scalings.png").exists()  # task arithmetic was not asked for
+
+
+@pytest.mark.parametrize("trained", ["layer", "model"])
+def test_the_average_scores_what_it_does_in_the_model_of_linlora_training(finished, trained):
+    out, results = finished
+    runs = [Run.open(out / "adapters" / "zero" / trained / task / "seed0") for task in ("mood", "colour")]
+    tasks = [load_task(run.settings) for run in runs]
+    model = adapt(tasks[0], point=runs[0].vector).model
+    linlora.apply(model, linlora.fuse([run.vector for run in runs], "average"))
+    expected = []
+    for run, task in zip(runs, tasks, strict=True):
+        set_head(model, run.head)
+        expected.append(evaluate(model, task, "test")["score"])
+    found = results["starts"]["zero"]["controls"][trained]["methods"]["average"]["by_seed_and_task"]
+    assert found == [pytest.approx(expected)]
+
+
+def test_a_finished_comparison_is_found_and_a_missing_part_made(finished, place, tmp_path, console, undrawn):
+    out = shutil.copytree(finished[0], tmp_path / "run")
+    for settings in out.rglob("settings.yaml"):  # the folders of the runs have moved
+        settings.write_text(settings.read_text().replace(str(finished[0]), str(out)))
+    shutil.rmtree(out / "fused" / "zero" / "layer")
+    results = compare_recipe(
+        place / "recipe.yaml", out, 1, options=OPTIONS, learning_rates={"model": 0.02}, console=console
+    )
+    printed = console.file.getvalue()
+    assert "trained" not in printed
+    assert printed.count("fused linearized, layer scope") == 1
+    assert json.loads(json.dumps(results["starts"])) == json.loads(json.dumps(finished[1]["starts"]))
+
+
+def test_a_point_that_is_not_at_zero_brings_lora_fa(place, tmp_path, console, undrawn):
+    point = TaskVector.from_model(tiny_model("bert", True, r=2, lora_alpha=4, target_modules=["query", "value"]))
+    point.save(tmp_path / "point.safetensors")
+    options = Options(methods=("average",), negation_scalings=(1.0,), map_scalings=(0.0,))
+    results = compare_recipe(
+        place / "recipe.yaml", tmp_path / "run", 1, options=options, console=console,
+        overrides={"point": str(tmp_path / "point.safetensors"), "training": {"max_steps": 1}},
+    )  # fmt: skip
+    assert list(results["starts"]["warm"]["controls"]) == ["factors", "delta_weight", "lora_fa", "layer", "model"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--learning-rate", "sgd=1"], "the methods are lora, lora-fa, layer, model"),
+        (["--method", "slerp"], "choose from average"),
+        (["--set", "ties_kep=[0.1]"], "did you mean 'ties_keep'"),
+    ],
+)
+def test_bad_flags_end_the_command_with_one_line(place, tmp_path, arguments, message):
+    result = CliRunner().invoke(app, ["compare", str(place / "recipe.yaml"), "--out", str(tmp_path / "x"), *arguments])
+    assert result.exit_code == 2
+    assert message in " ".join(result.stderr.split())
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lora": {"r": 4}}, "do not share one model: lora.r"),
+        ({"data": {"test": None}}, "no test split"),
+    ],
+)
+def test_tasks_that_cannot_be_compared_are_refused(place, tmp_path, console, change, message):
+    content = plain_yaml.read(place / "recipe.yaml")
+    for section, values in change.items():
+        content["tasks"]["colour"].setdefault(section, {}).update(values)
+    (tmp_path / "recipe.yaml").write_text(plain_yaml.dump(content))
+    with pytest.raises(ValueError, match=message):
+        compare_recipe(tmp_path / "recipe.yaml", tmp_path / "run", console=console)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_process_group_is_refused(place, tmp_path, console, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="one process"):
+        compare_recipe(place / "recipe.yaml", tmp_path / "run", console=console)
+
+
+def test_the_heads_of_other_sizes_fit_a_plain_model(finished):
+    """TIES of ΔW acts on a plain model, whose head is put in by name."""
+    (scores,) = finished[1]["starts"]["zero"]["controls"]["delta_weight"]["methods"]["ties"]["by_seed_and_task"]
+    assert all(0.0 <= score <= 1.0 for score in scores)
+    assert torch.tensor(scores).isfinite().all()
