@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import typer
-from mkdocs.structure.files import File, Files
 
 
-def on_files(files: Files, config: Any) -> Files:
+def on_files(files: Any, config: Any) -> Any:
+    from mkdocs.structure.files import File
+
     files.append(File.generated(config, "commands.md", content=commands()))
     files.append(File.generated(config, "settings.md", content=settings()))
     return files

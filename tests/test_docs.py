@@ -1,9 +1,13 @@
-"""The pages of docs/: their Python runs and their links lead somewhere."""
+"""The pages of docs/: their Python runs, their links lead somewhere, and the generated ones are complete."""
 
+import dataclasses
+import importlib.util
 import re
 from pathlib import Path
 
 import pytest
+
+from linlora.training import Data, Settings
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -31,6 +35,27 @@ def test_links_lead_to_files(page):
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
     assert not [page.name for page in PAGES if f": {page.name}" not in navigation]
+
+
+@pytest.fixture(scope="module")
+def reference():
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "reference.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_page_of_settings_explains_every_key(reference):
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (.*) \|$", reference.settings(), flags=re.M)
+    assert [key for key, _ in rows] == [field.name for kind in (Settings, Data) for field in dataclasses.fields(kind)]
+    assert not [key for key, explanation in rows if len(explanation) < 5]
+
+
+def test_the_page_of_commands_has_every_command_and_its_options(reference):
+    page = reference.commands()
+    for title in ("linlora train", "linlora eval", "linlora merge", "linlora bench programme"):
+        assert f"## `{title}`\n" in page
+    assert "| `--rank` |" in page
 
 
 def test_checks_before_a_commit_have_the_version_of_the_tests():
