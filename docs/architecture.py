@@ -18,8 +18,8 @@ ROOT = HERE.parent
 FLOORS: tuple[dict[str, str], ...] = (
     {"cli": "one line a command"},
     {"commands": "arguments in, messages out", "bench": "measurements, evidence"},
-    {"comparison": "families, methods, your tasks"},
-    {"quickstart": "the packaged experiment"},
+    {"quickstart": "the packaged experiments"},
+    {"experiments": "families and methods, run"},
     {"merging": "files into a model", "training": "recipes, data, the Trainer", "routing": "inventories of skills"},
     {"formats": "adapters in files", "fusion": "methods that fuse vectors", "functional": "ops for your own layers"},
     {"vectors": "task vectors, their algebra"},

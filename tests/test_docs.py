@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from linlora.training import Data, Settings
+from linlora.training import Data, Settings, recipe
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -35,6 +35,14 @@ def test_links_lead_to_files(page):
 def test_every_page_is_in_the_navigation():
     navigation = (ROOT / "mkdocs.yml").read_text("utf-8")
     assert not [page.name for page in PAGES if f": {page.name}" not in navigation]
+
+
+def test_the_recipe_of_the_tutorial_is_two_tasks(tmp_path):
+    (text,) = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs" / "tutorial.md").read_text("utf-8"), flags=re.S)
+    (tmp_path / "films.yaml").write_text(text, "utf-8")
+    mood, genre = recipe(tmp_path / "films.yaml").values()
+    assert (mood.name, mood.data.label, genre.data.label) == ("mood", "mood", "genre")
+    assert (mood.out, mood.method, mood.data.text) == ("runs/films/mood", "layer", ("review",))
 
 
 @pytest.fixture(scope="module")

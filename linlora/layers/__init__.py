@@ -2,8 +2,8 @@
 
 linearize        linearize, set_scope, delinearize, accelerate: whole models, in place
 finding          the LoRA layers of a model, checked before one is changed
-conversion       a layer into a LoraLinear and back, by a change of its class
-lora_linear      LoraLinear: the forward at layer scope and at model scope
+conversion       a layer into a ConvertedLoraLinear and back, by a change of its class
+lora_linear      ConvertedLoraLinear: the forward at layer scope and at model scope
 adapters         its adapters: plain, short or pair, and the factors that the op takes
 layer_merging    its adapters folded into the base weight, and taken out
 quantized        the same layer over a quantized base

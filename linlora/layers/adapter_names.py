@@ -25,7 +25,7 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
-from linlora.layers.lora_linear import LoraLinear
+from linlora.layers.lora_linear import ConvertedLoraLinear
 from linlora.layers.mixtures import BASE, Rows
 
 _METHOD = "_enable_peft_forward_hooks"
@@ -109,7 +109,7 @@ def _hook(modules: Iterable[nn.Module], rows: Rows, until_here: ExitStack) -> No
     """Give the layers their rows, as each kind of layer takes them."""
     for module in modules:
         given: Any = None
-        if isinstance(module, LoraLinear):
+        if isinstance(module, ConvertedLoraLinear):
             given = rows
         elif isinstance(module, LoraLayer):
             given = rows.names
@@ -130,7 +130,7 @@ def _check(tuner: nn.Module, rows: Rows) -> None:
     if unknown := sorted(rows.named - existing):
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")  # PEFT's words
     for name, layer in layers:
-        if not isinstance(layer, LoraLinear) and rows.names is None:
+        if not isinstance(layer, ConvertedLoraLinear) and rows.names is None:
             raise ValueError(
                 f"layer '{name}' is a {type(layer).__name__} of PEFT's own, which runs one adapter a row and knows no "
                 "weights; give every row one name, or call linlora.accelerate(model), which converts layers added later"

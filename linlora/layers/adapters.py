@@ -36,7 +36,7 @@ LORA_PARTS = ("lora_A", "lora_B", "lora_dropout")
 
 
 class LoraAdapters(PeftLoraLinear):
-    """A PEFT LoRA linear layer whose adapters may be linearized. `LoraLinear` is the whole layer.
+    """A PEFT LoRA linear layer whose adapters may be linearized. `ConvertedLoraLinear` is the whole layer.
 
     Attributes:
         layer_name: its name in the base model.

@@ -9,21 +9,21 @@ from peft.tuners.lora.layer import LoraLayer
 from torch import nn
 
 from linlora.layers.calls import LINEAR, follow_class, has_forward_of_class
-from linlora.layers.lora_linear import LoraLinear
+from linlora.layers.lora_linear import ConvertedLoraLinear
 from linlora.layers.peft_names import ChangesOfB
 from linlora.layers.quantized import QuantizedLoraLinear, quantized
 from linlora.layers.vanilla import not_vanilla_layer
 
 
-def convert_layer(layer: LoraLayer, name: str) -> LoraLinear:
-    """Turn a PEFT LoRA linear layer into a LoraLinear, in place, with every adapter plain."""
+def convert_layer(layer: LoraLayer, name: str) -> ConvertedLoraLinear:
+    """Turn a PEFT LoRA linear layer into a ConvertedLoraLinear, in place, with every adapter plain."""
     converted: Any = layer
-    if not isinstance(layer, LoraLinear):
+    if not isinstance(layer, ConvertedLoraLinear):
         if quantized(layer):
             converted.peft_class = type(layer)
             converted.__class__ = QuantizedLoraLinear
         else:
-            converted.__class__ = LoraLinear
+            converted.__class__ = ConvertedLoraLinear
         follow_class(converted)
         converted.lora_dA, converted.of_lora_B = nn.ParameterDict(), ChangesOfB(name)
         converted.states, converted.stream, converted.folds = {}, None, []
@@ -33,8 +33,8 @@ def convert_layer(layer: LoraLayer, name: str) -> LoraLinear:
     return converted
 
 
-def convert_back(layer: LoraLinear) -> None:
-    """Turn a LoraLinear back into the PEFT layer it was, in place; the adapters must be plain."""
+def convert_back(layer: ConvertedLoraLinear) -> None:
+    """Turn a ConvertedLoraLinear back into the PEFT layer it was, in place; the adapters must be plain."""
     for attribute in ("lora_dA", "of_lora_B", "states", "stream", "folds", "layer_name"):
         delattr(layer, attribute)
     layer.__dict__.pop("mixed", None)
@@ -45,7 +45,7 @@ def convert_back(layer: LoraLinear) -> None:
 def unsupported(layer: Any) -> str | None:
     """Why a PEFT LoRA layer cannot be converted, or None. The class is matched exactly: a subclass may have any
     forward."""
-    if isinstance(layer, LoraLinear):
+    if isinstance(layer, ConvertedLoraLinear):
         return None
     if type(layer) is not PeftLoraLinear and not quantized(layer):
         return (

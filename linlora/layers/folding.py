@@ -23,7 +23,7 @@ import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
-from linlora.layers.lora_linear import LoraLinear
+from linlora.layers.lora_linear import ConvertedLoraLinear
 from linlora.layers.peft_names import DELTAS
 from linlora.layers.sharding import whole
 from linlora.layers.vanilla import changes_base
@@ -42,7 +42,7 @@ def folded_state_dict(model: PeftModel, state_dict: dict[str, Tensor] | None = N
         if "lora_" in name or "modules_to_save" in name:
             state_dict[name] = whole(state_dict[name])
     for path, layer in model.named_modules():
-        if isinstance(layer, LoraLinear):
+        if isinstance(layer, ConvertedLoraLinear):
             for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
                 a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
                 dA, dB = (state_dict.pop(f"{path}.{kind}.{adapter}") for kind in DELTAS)
@@ -67,7 +67,7 @@ def folded_config(model: PeftModel, adapter: str) -> LoraConfig:
     config: Any = copy.deepcopy(model.peft_config[adapter])
     sizes = {}
     for path, layer in model.named_modules():
-        if isinstance(layer, LoraLinear) and adapter in layer.states:
+        if isinstance(layer, ConvertedLoraLinear) and adapter in layer.states:
             rank = layer.r[adapter] * (2 if layer.states[adapter] == "pair" else 1)
             sizes[path.removeprefix("base_model.model.")] = (
                 rank,
@@ -93,7 +93,7 @@ def with_sizes(config: LoraConfig, sizes: dict[str, tuple[int, float]]) -> LoraC
     return config
 
 
-def accept_folded_factors(layer: LoraLinear) -> None:
+def accept_folded_factors(layer: ConvertedLoraLinear) -> None:
     """Let `layer.load_state_dict` take (A', B') of twice its rank: a saved linearized adapter, resumed.
 
     A plain adapter of its own rank is taken with its function as well, as a point that nothing has moved from yet.
@@ -102,14 +102,14 @@ def accept_folded_factors(layer: LoraLinear) -> None:
         setattr(layer, _HOOK, layer.register_load_state_dict_pre_hook(_unfold))
 
 
-def refuse_folded_factors(layer: LoraLinear) -> None:
+def refuse_folded_factors(layer: ConvertedLoraLinear) -> None:
     """Undo `accept_folded_factors`."""
     if hasattr(layer, _HOOK):
         getattr(layer, _HOOK).remove()
         delattr(layer, _HOOK)
 
 
-def _unfold(layer: LoraLinear, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
+def _unfold(layer: ConvertedLoraLinear, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
     for key in [key for key in state_dict if key.startswith(f"{prefix}lora_dB.")]:  # where dB lay in linlora 0.1
         state_dict[f"{prefix}of_lora_B.{key.removeprefix(prefix)}"] = state_dict.pop(key)
     for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:

@@ -13,7 +13,7 @@ from linlora.layers.adapter_names import accept_rows, refuse_rows
 from linlora.layers.calls import PATCHED, pefts_forward_is_its_own
 from linlora.layers.conversion import convert_back, convert_layer
 from linlora.layers.finding import UnsupportedLayerError, check_factors, lora_layers
-from linlora.layers.lora_linear import LoraLinear, converted_layers
+from linlora.layers.lora_linear import ConvertedLoraLinear, converted_layers
 from linlora.layers.model_scope import check_model_scope, enter_model_scope, leave_model_scope
 from linlora.layers.peft_merging import guard_merging, unguard_merging
 from linlora.layers.peft_saving import guard_saving, unguard_saving
@@ -147,10 +147,10 @@ def delinearize(model: PeftModel | Linearizable) -> PeftModel:
     from its linearization by s dB dA; use `linlora.export` to keep the function.
 
     >>> import linlora
-    >>> from linlora.layers.lora_linear import LoraLinear
+    >>> from linlora.layers.lora_linear import ConvertedLoraLinear
     >>> model = linlora.testing.tiny_model("bert")
     >>> _ = linlora.linearize(model)
-    >>> any(isinstance(module, LoraLinear) for module in linlora.delinearize(model).modules())
+    >>> any(isinstance(module, ConvertedLoraLinear) for module in linlora.delinearize(model).modules())
     False
     """
     if isinstance(model, Linearizable):
@@ -199,7 +199,7 @@ _ADDING = ("add_adapter", "load_adapter")
 """Methods of a PeftModel that change every layer; a layer that refuses leaves the others without the adapter too."""
 
 
-def _linearize_adapter(layer: LoraLinear, adapter: str) -> None:
+def _linearize_adapter(layer: ConvertedLoraLinear, adapter: str) -> None:
     A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
     if not B.detach().any():
         layer.states[adapter] = "short"
@@ -210,7 +210,7 @@ def _linearize_adapter(layer: LoraLinear, adapter: str) -> None:
     layer._freeze_point()
 
 
-def _delinearize_layer(layer: LoraLinear) -> None:
+def _delinearize_layer(layer: ConvertedLoraLinear) -> None:
     for adapter, state in layer.states.items():
         if state == "plain":
             continue

@@ -1,8 +1,8 @@
 """The layer: a PEFT LoRA linear layer whose forward is one linlora op.
 
-`LoraLinear` *is* a `peft.tuners.lora.Linear`: a layer becomes one by a change of its class, so no parameter is moved,
-renamed or copied, and adapters are switched, saved and merged by PEFT's own code. `linlora.layers.adapters` says what
-is passed to the op for each of them.
+`ConvertedLoraLinear` *is* a `peft.tuners.lora.Linear`: a layer becomes one by a change of its class, so no parameter is
+moved, renamed or copied, and adapters are switched, saved and merged by PEFT's own code. `linlora.layers.adapters` says
+what is passed to the op for each of them.
 
 The op reads the weights of the layer's parts. Where PEFT's calls of the parts do more (linlora.layers.calls), the base
 layer is called and the update added, or all parts are called (linlora.layers.called), both with a warning.
@@ -37,7 +37,7 @@ from linlora.stream.evaluation import recording, unrecorded
 from linlora.stream.tensor import refuse_inside_function
 
 
-class LoraLinear(MergeableAdapters):
+class ConvertedLoraLinear(MergeableAdapters):
     """A PEFT LoRA linear layer, plain or linearized, computed by one op. Made by `linlora.layers.conversion`."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -174,8 +174,8 @@ class LoraLinear(MergeableAdapters):
         self.mixed = False
 
 
-def converted_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
+def converted_layers(model: nn.Module) -> Iterator[tuple[str, ConvertedLoraLinear]]:
     """Every converted layer of a model with the name it has in the base model."""
     for module in model.modules():
-        if isinstance(module, LoraLinear):
+        if isinstance(module, ConvertedLoraLinear):
             yield module.layer_name, module

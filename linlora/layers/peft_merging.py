@@ -13,7 +13,7 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from linlora.layers.lora_linear import LoraLinear
+from linlora.layers.lora_linear import ConvertedLoraLinear
 from linlora.layers.restoring import leave_to_class, restoring, uninterrupted
 from linlora.layers.sharing import adapted_layers, refuse_shared
 from linlora.layers.weights import rehearse, unfold
@@ -44,7 +44,7 @@ def _merge_adapter(
         type(tuner).merge_adapter(tuner, adapter_names, safe_merge)
 
 
-def _unmerge_to(layer: LoraLinear, folds: int) -> None:
+def _unmerge_to(layer: ConvertedLoraLinear, folds: int) -> None:
     while len(layer.folds) > folds:
         unfold(layer.get_base_layer().weight.data, layer.folds.pop())
 
@@ -71,8 +71,8 @@ def _merge_and_unload(
         return type(tuner).merge_and_unload(tuner, progressbar, safe_merge, adapter_names)
 
 
-def _converted(tuner: nn.Module) -> list[LoraLinear]:
-    return [module for module in tuner.modules() if isinstance(module, LoraLinear)]
+def _converted(tuner: nn.Module) -> list[ConvertedLoraLinear]:
+    return [module for module in tuner.modules() if isinstance(module, ConvertedLoraLinear)]
 
 
 _METHODS: dict[str, Callable[..., Any]] = {

@@ -17,7 +17,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from linlora.layers.folding import folded_configs, folded_state_dict
-from linlora.layers.lora_linear import LoraLinear
+from linlora.layers.lora_linear import ConvertedLoraLinear
 from linlora.layers.peft_names import DELTAS
 from linlora.layers.restoring import leave_to_class, restoring
 from linlora.layers.vanilla import changes_base
@@ -40,7 +40,7 @@ def unguard_saving(model: PeftModel) -> None:
 
 def _pairs(model: nn.Module) -> list[str]:
     """The adapters that started at B0 != 0."""
-    layers = (module for module in model.modules() if isinstance(module, LoraLinear))
+    layers = (module for module in model.modules() if isinstance(module, ConvertedLoraLinear))
     return sorted({adapter for layer in layers for adapter, state in layer.states.items() if state == "pair"})
 
 
@@ -90,7 +90,7 @@ def _named_modules(model: PeftModel, *args: Any, **kwargs: Any) -> Iterator[tupl
 
 def _add_adapter(model: PeftModel, *args: Any, **kwargs: Any) -> None:
     """The model's own, or nothing; refused to PEFT's `reduce_intruder_dimension`, which copies A and B into the new."""
-    layers = [module for module in model.modules() if isinstance(module, LoraLinear)]
+    layers = [module for module in model.modules() if isinstance(module, ConvertedLoraLinear)]
     if sys._getframe(1).f_code.co_name == "reduce_intruder_dimension":
         if pairs := _pairs(model):
             raise ValueError(

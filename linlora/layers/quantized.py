@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from linlora.kernels.problem import Factors
 from linlora.layers.calls import is_called_plainly
-from linlora.layers.lora_linear import LoraLinear
+from linlora.layers.lora_linear import ConvertedLoraLinear
 from linlora.layers.mixed_batches import begin_mixed, called_by_rows
 from linlora.layers.mixtures import Rows
 from linlora.layers.weights import Update
@@ -32,7 +32,7 @@ def quantized(layer: Any) -> bool:
     return isinstance(layer, QuantizedLoraLinear) or type(layer).__name__ in _CLASSES.get(type(layer).__module__, ())
 
 
-class QuantizedLoraLinear(LoraLinear):
+class QuantizedLoraLinear(ConvertedLoraLinear):
     """A LoRA layer over a quantized base, plain or linearized. Made by `linlora.layers.conversion`."""
 
     fan_in_fan_out = False

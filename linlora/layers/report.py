@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from linlora.layers.lora_linear import LoraLinear
+from linlora.layers.lora_linear import ConvertedLoraLinear
 from linlora.layers.quantized import QuantizedLoraLinear
 from linlora.ops import backends
 
@@ -98,7 +98,7 @@ def report(action: str, model: nn.Module, layers: list[tuple[str, Any]], whole_m
     return Report(action, tuple(rows), tuple(left_alone), _trainable(model.parameters()), whole_modules, stream)
 
 
-def _backend(layer: LoraLinear) -> str:
+def _backend(layer: ConvertedLoraLinear) -> str:
     if isinstance(layer, QuantizedLoraLinear):
         return f"quantized base ({layer.kind}): its own forward and a low-rank update, in place of one op"
     return backends.explain(device=layer.weight.device).backend

@@ -8,7 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 import linlora
-from linlora.layers.lora_linear import LoraLinear, converted_layers
+from linlora.layers.lora_linear import ConvertedLoraLinear, converted_layers
 from linlora.testing import ARCHITECTURES, randomize, tiny_base, tiny_batch, tiny_model
 
 
@@ -75,7 +75,7 @@ def test_conv1d_targets():
     before = logits(model, "gpt2")
     linlora.linearize(model)
     layer = model.get_submodule("base_model.model.transformer.h.0.attn.c_attn")
-    assert isinstance(layer, LoraLinear)
+    assert isinstance(layer, ConvertedLoraLinear)
     assert layer.fan_in_fan_out
     torch.testing.assert_close(logits(model, "gpt2"), before, rtol=1e-4, atol=1e-5)
 
@@ -296,7 +296,7 @@ class TestRefusals:
         model = get_peft_model(base, LoraConfig(r=2, target_modules=["embedding", "conv", "linear"]))
         with pytest.raises(linlora.UnsupportedLayerError, match=r"(?s)'embedding': .*Embedding.*'conv': .*Conv2d"):
             linlora.linearize(model)
-        assert not any(isinstance(m, LoraLinear) for m in model.modules())  # refused whole, not half done
+        assert not any(isinstance(m, ConvertedLoraLinear) for m in model.modules())  # refused whole, not half done
 
     def test_linearizing_twice(self):
         model = tiny_model()

@@ -12,7 +12,7 @@ from torch import nn
 import linlora
 from linlora.formats import export
 from linlora.layers import adapters, conversion, folding, layer_merging, linearize, model_scope, report, weights
-from linlora.layers.lora_linear import LoraLinear
+from linlora.layers.lora_linear import ConvertedLoraLinear
 from linlora.stream import head
 from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
 from linlora.vectors import task_vector
@@ -97,17 +97,17 @@ STEPS = {
         None,
         linlora.merge,
         [
-            (LoraLinear, "update_that_fits"), (linearize, "convert_layer"),
-            (LoraLinear, "unload_and_optionally_merge_module"),
+            (ConvertedLoraLinear, "update_that_fits"), (linearize, "convert_layer"),
+            (ConvertedLoraLinear, "unload_and_optionally_merge_module"),
         ],
     ),
     "merge of a linearized model": (
-        "layer", linlora.merge, [(LoraLinear, "unload_and_optionally_merge_module")]
+        "layer", linlora.merge, [(ConvertedLoraLinear, "unload_and_optionally_merge_module")]
     ),
     "add_adapter": (
         "layer",
         lambda made: made.add_adapter("later", LoraConfig(r=2, target_modules=["query", "key"])),
-        [(LoraLinear, "update_layer"), (adapters, "not_vanilla_layer")],
+        [(ConvertedLoraLinear, "update_layer"), (adapters, "not_vanilla_layer")],
     ),
 }  # fmt: skip
 CASES = [(name, *step) for name, (_, _, steps) in STEPS.items() for step in steps]
@@ -208,7 +208,7 @@ def test_what_would_stop_a_fold_stops_it_before_the_first_weight_changes(merge, 
 @pytest.mark.parametrize("merge", ["merge_adapter", "merge_and_unload"])
 def test_merging_by_peft_that_fails_at_a_layer_leaves_the_model_as_it_was(merge):
     made = model("layer")
-    layers = [module for module in made.modules() if isinstance(module, LoraLinear)]
+    layers = [module for module in made.modules() if isinstance(module, ConvertedLoraLinear)]
     layers[3].lora_B["default"].weight.data[0, 0] = 1e38
     layers[3].lora_A["default"].weight.data[0] = 1e38
     before = state(made)
