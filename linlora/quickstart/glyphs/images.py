@@ -9,39 +9,21 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import sklearn.datasets
 import torch
 from sklearn.model_selection import train_test_split
-from torch import Generator, Tensor
+from torch import Generator
 from torch.nn.functional import interpolate
 
+from linlora.experiments.images import Split, SplitName
 from linlora.quickstart.glyphs.drawing import PAPERS, gray, printed
 from linlora.quickstart.glyphs.fonts import TEST_FACES, TRAINING_FACES, Characters
 from linlora.quickstart.glyphs.scripts import SCRIPTS, Script
 
-SplitName = Literal["train", "validation", "test"]
 IMAGES: dict[SplitName, int] = {"train": 1000, "validation": 200, "test": 300}
 """Images of each split of each task."""
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images (n, 1, 16, 16) with values from -1 to 1 and their classes (n,)."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def first(self, count: int) -> Split:
-        return Split(self.images[:count], self.labels[:count])
-
-    def to(self, device: torch.device | str) -> Split:
-        return Split(self.images.to(device), self.labels.to(device))
 
 
 @dataclass(frozen=True)
