@@ -4,7 +4,9 @@
     structural    views, indexing, casts, masks, concatenation: the same map on both streams
     arithmetic    sums, products and elementwise functions
     fused         the functions that have an op in linlora.ops.dual, and the losses
+    normalization group and batch norm
     multilinear   convolutions, einsum, resampling, padding, pooling
+    attention     attention in the forms that PyTorch has
     in_place      x += y and its kin, by their functional forms
     fallback      every other function: forward-mode AD of that one function, counted
     caller        the module and the function that a message names
@@ -21,10 +23,12 @@ Inputs have no tangent. They stay plain tensors until the first adapter, whose l
 
 from linlora.stream import (  # noqa: F401  they register their rules
     arithmetic,
+    attention,
     fallback,
     fused,
     in_place,
     multilinear,
+    normalization,
     outside,
     structural,
 )

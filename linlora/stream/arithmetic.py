@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.stream.tensor import DualTensor, duals, named, primals, rule, wrap
+from linlora.stream.tensor import DualTensor, duals, named, primals, rebind, rule, wrap
 
 
 @rule("add", "__add__", "__radd__", "sub", "__sub__", "subtract")
@@ -124,6 +124,79 @@ for _name, _jacobian in {
     "sigmoid": lambda t, x, y: torch.ops.aten.sigmoid_backward.default(t, y),
 }.items():
     rule(_name)(_elementwise(_jacobian))
+
+
+_backward = torch.ops.aten
+_ACTIVATIONS: dict[str, tuple[dict[str, Any], Any]] = {
+    "leaky_relu": ({"negative_slope": 0.01, "inplace": False},
+                   lambda t, x, a, _: _backward.leaky_relu_backward(t, x, a, False)),
+    "elu": ({"alpha": 1.0, "inplace": False}, lambda t, x, a, _: _backward.elu_backward(t, a, 1.0, 1.0, False, x)),
+    "softplus": ({"beta": 1.0, "threshold": 20.0}, lambda t, x, b, a: _backward.softplus_backward(t, x, b, a)),
+    "hardtanh": ({"min_val": -1.0, "max_val": 1.0, "inplace": False},
+                 lambda t, x, a, b, _: _backward.hardtanh_backward(t, x, a, b)),
+    "relu6": ({"inplace": False}, lambda t, x, _: _backward.hardtanh_backward(t, x, 0.0, 6.0)),
+    "mish": ({"inplace": False}, lambda t, x, _: _backward.mish_backward(t, x)),
+    "hardswish": ({"inplace": False}, lambda t, x, _: _backward.hardswish_backward(t, x)),
+    "logsigmoid": ({}, lambda t, x: t * torch.sigmoid(-x)),
+}  # fmt: skip
+
+
+def _activation(defaults: dict[str, Any], jacobian: Any) -> Any:
+    """An elementwise Jacobian is diagonal: aten's backward, given the tangent as cotangent, is the tangent."""
+    names = ("input", *defaults)
+
+    def apply(func: Any, args: tuple, kwargs: dict) -> Any:
+        if not set(kwargs) <= set(names) or not isinstance(args[0], DualTensor):
+            return DualTensor.rules[None](func, args, kwargs)
+        given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+        x = given.pop("input")
+        inplace = given.get("inplace", False)
+        values = [given[name] for name in defaults if name != "inplace"]
+        y = func(x.primal, *values)
+        with torch.no_grad():
+            y_tangent = jacobian(x.tangent, x.primal, *(given[name] for name in defaults))
+        result = wrap(y, y_tangent, x.stream)
+        return rebind(x, result, func) if inplace else result
+
+    return apply
+
+
+for _name, (_defaults, _jacobian) in _ACTIVATIONS.items():
+    rule(_name)(_activation(_defaults, _jacobian))
+
+
+@rule("abs", "absolute", "__abs__")
+def absolute(func: Any, args: tuple, kwargs: dict) -> Any:
+    (x,) = args
+    if x.is_complex():
+        return DualTensor.rules[None](func, args, kwargs)
+    y = func(x.primal, **kwargs)
+    with torch.no_grad():
+        return wrap(y, x.tangent * x.primal.sign(), x.stream)
+
+
+@rule("clamp", "clip", "clamp_min", "clamp_max")
+def clamp(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Between numbers: the tangent where they do not bind."""
+    if not isinstance(args[0], DualTensor) or any(isinstance(bound, Tensor) for bound in (*args[1:], *kwargs.values())):
+        return DualTensor.rules[None](func, args, kwargs)
+    x = args[0]
+    y = func(x.primal, *args[1:], **kwargs)
+    with torch.no_grad():
+        return wrap(y, torch.where(x.primal == y, x.tangent, 0), x.stream)
+
+
+@rule("log_softmax")
+def log_softmax(func: Any, args: tuple, kwargs: dict) -> Any:
+    """y_t = x_t − sum(exp(y) ⊙ x_t)."""
+    x = args[0]
+    dim = kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else None
+    if dim is None:
+        return DualTensor.rules[None](func, args, kwargs)
+    y = func(x.primal, *args[1:], **kwargs)
+    with torch.no_grad():
+        x_tangent = x.tangent.to(y.dtype)
+        return wrap(y, x_tangent - (y.exp() * x_tangent).sum(dim, keepdim=True), x.stream)
 
 
 @rule("softmax")

@@ -98,6 +98,9 @@ def _tangents(func: Any, flat: list[Any], structure: Any, otherwise: str) -> lis
         stack.enter_context(torch.inference_mode(False))  # in which forward mode has no tangents
         stack.enter_context(torch.no_grad())
         stack.enter_context(forward_ad.dual_level())
+        if function_name(func) in _RECURRENT:  # whose implementations by other libraries have no forward mode
+            stack.enter_context(torch.backends.mkldnn.flags(enabled=False))
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         args, kwargs = tree_unflatten([_dual(leaf) for leaf in flat], structure)
         try:
             y = func(*args, **kwargs)
@@ -107,6 +110,9 @@ def _tangents(func: Any, flat: list[Any], structure: Any, otherwise: str) -> lis
                 f"functions, {remedy(otherwise)}"
             ) from error
         return [forward_ad.unpack_dual(leaf).tangent if differentiable(leaf) else None for leaf in tree_flatten(y)[0]]
+
+
+_RECURRENT = {"lstm", "gru", "rnn_tanh", "rnn_relu"}
 
 
 def _dual(leaf: Any) -> Any:

@@ -13,16 +13,15 @@ The rules here come before those of `linlora.stream.fused` and `structural`.
 
 from __future__ import annotations
 
-import math
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from linlora.stream import fused
+from linlora.stream import attention, fused
 from linlora.stream.caller import refuse_inside_function, where
 from linlora.stream.fallback import forward_mode
+from linlora.stream.fused import bound
 from linlora.stream.multilinear import affine
 from linlora.stream.tensor import (
     DualTensor,
@@ -91,7 +90,7 @@ def addmm(func: Any, args: tuple, kwargs: dict) -> Any:
 @_rule("layer_norm")
 def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     """y = w ⊙ x̂ + b,  y_t = w ⊙ J x_t + w_t ⊙ x̂ + b_t,  J = ∂x̂/∂x, symmetric: aten's backward applies it."""
-    x, shape, weight, bias, eps = fused.bound(fused.LAYER_NORM, args, kwargs)
+    x, shape, weight, bias, eps = bound(fused.LAYER_NORM, args, kwargs)
     shape = [shape] if isinstance(shape, int) else list(shape)
     stream = next(duals((x, weight, bias))).stream
     y, mean, rstd = torch.native_layer_norm(primals(x), shape, primals(weight), primals(bias), eps)
@@ -113,7 +112,7 @@ def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
 @_rule("rms_norm")
 def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     """y = w ⊙ x̂,  y_t = w ⊙ rstd (x_t − x̂ mean(x̂ ⊙ x_t)) + w_t ⊙ x̂."""
-    x, shape, weight, eps = fused.bound(fused.RMS_NORM, args, kwargs)
+    x, shape, weight, eps = bound(fused.RMS_NORM, args, kwargs)
     if not isinstance(x, DualTensor):
         return forward_mode(func, args, kwargs)
     y = func(x.primal, shape, primals(weight), eps)
@@ -132,26 +131,12 @@ def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 @_rule("scaled_dot_product_attention")
-def attention(func: Any, args: tuple, kwargs: dict) -> Any:
+def any_attention(func: Any, args: tuple, kwargs: dict) -> Any:
     """The fused op, which takes no gradient of a mask; where one is asked for, or carries a tangent, its pieces."""
-    q, k, v, mask, dropout_p, causal, scale, grouped = fused.bound(fused.ATTENTION, args, kwargs)
-    trains = isinstance(mask, Tensor) and mask.requires_grad and torch.is_grad_enabled()
+    q, k, v, mask, *_ = bound(attention.ATTENTION, args, kwargs)
+    trains = isinstance(mask, DualTensor) or (isinstance(mask, Tensor) and mask.requires_grad)
     fits = q.dim() == k.dim() == v.dim() and q.dim() in (3, 4) and q.shape[:-3] == k.shape[:-3] == v.shape[:-3]
-    if not trains and fits and not isinstance(mask, DualTensor):
-        return fused.attention(func, args, kwargs)
-    if grouped:
-        k, v = (x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
-    scores = (q * (1.0 / math.sqrt(q.shape[-1]) if scale is None else scale)) @ k.mT
-    if mask is not None and mask.dtype == torch.bool:
-        scores = scores.masked_fill(~mask, -math.inf)
-    elif mask is not None:
-        scores = scores + mask
-    if causal:
-        ahead = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(1)
-        scores = scores.masked_fill(ahead, -math.inf)
-    unseen = (scores == -math.inf).all(-1, keepdim=True)  # by a query that sees no key: zeros, as torch has it
-    probabilities = torch.softmax(scores.masked_fill(unseen, 0.0), -1).masked_fill(unseen, 0.0)
-    return functional.dropout(probabilities, dropout_p) @ v
+    return attention.attention(func, args, kwargs) if fits and not trains else attention.composed(func, args, kwargs)
 
 
 @_rule(

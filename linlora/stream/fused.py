@@ -60,21 +60,6 @@ def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     return wrap(*dual.rms_norm(x.primal, x.tangent, weight, eps), x.stream)
 
 
-@rule("scaled_dot_product_attention")
-def attention(func: Any, args: tuple, kwargs: dict) -> Any:
-    q, k, v, mask, dropout_p, causal, scale, grouped = bound(ATTENTION, args, kwargs)
-    if _carry(mask) or q.dim() not in (3, 4) or (q.shape[-3] != k.shape[-3] and not grouped):
-        return _forward_mode(func, args, kwargs)
-    stream = next(duals((q, k, v))).stream
-    seed = torch.randint(2**31, (), device=q.device) if dropout_p > 0.0 else None
-    tensors = [primals(x) for x in (q, k, v)] + [tangent(x) for x in (q, k, v)]
-    if q.dim() == 3:  # (heads, length, size): one sample
-        tensors = [x if x is None else x.unsqueeze(0) for x in tensors]
-    outputs = dual.attention(*tensors, mask=mask, causal=causal, scale=scale, dropout_p=dropout_p, seed=seed)
-    o, o_tangent = (o.reshape(*q.shape[:-1], v.shape[-1]) for o in outputs)
-    return wrap(o, o_tangent, stream)
-
-
 class PendingActivation(DualTensor):
     """act(gate), not computed yet: if a product with `up` is next (SwiGLU, GeGLU), both run as one op."""
 
@@ -175,10 +160,6 @@ LINEAR: dict[str, Any] = {"input": None, "weight": None, "bias": None}
 LAYER_NORM = {"input": None, "normalized_shape": (), "weight": None, "bias": None, "eps": 1e-5}
 RMS_NORM = {"input": None, "normalized_shape": (), "weight": None, "eps": None}
 _DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
-ATTENTION = {
-    "query": None, "key": None, "value": None, "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None,
-    "enable_gqa": False,
-}  # fmt: skip
 
 
 def bound(defaults: dict[str, Any], args: tuple, kwargs: dict) -> list[Any]:

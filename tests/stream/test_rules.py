@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torch.nn.attention import varlen
 
 from linlora.stream import DualTensor, Stream, collapse
 
@@ -11,6 +12,7 @@ S = (3, 4, 6)
 PLAIN = torch.linspace(0.5, 2.0, 72, dtype=torch.float64).view(S)
 WEIGHT = torch.linspace(-1.0, 1.0, 30, dtype=torch.float64).view(5, 6)
 MASK = (torch.arange(72) % 3 == 0).view(S)
+MULTI_HEAD = torch.nn.MultiheadAttention(6, 2, dtype=torch.float64, batch_first=True).requires_grad_(False)
 ROTATION = torch.polar(torch.ones(3, dtype=torch.float64), torch.arange(3, dtype=torch.float64))
 CAUSAL = torch.ones(4, 4, dtype=torch.bool).tril()
 
@@ -107,6 +109,21 @@ ONE = {
     "set item": lambda x: _set_item(x * 1.0),
     "einsum": lambda x: torch.einsum("bij,bkj->bik", x, x),
     "conv1d": lambda x: F.conv1d(x, torch.ones(2, 4, 3, dtype=torch.float64)),
+    "group norm": lambda x: F.group_norm(x, 2),
+    "leaky relu": F.leaky_relu,
+    "clamp": lambda x: x.clamp(-0.5, 0.5),
+    "elu": lambda x: F.elu(x, 0.7),
+    "softplus": lambda x: F.softplus(x, beta=2.0),
+    "hardtanh": F.hardtanh,
+    "mish": F.mish,
+    "log_softmax": lambda x: x.log_softmax(1),
+    "abs": torch.abs,
+    "batch norm in evaluation": lambda x: F.batch_norm(x, WEIGHT[0, :4], WEIGHT[0, :4].exp(), WEIGHT[1, :4]),
+    "multi-head attention": lambda x: _multi_head(x),
+    "packed attention": lambda x: _varlen(x),
+    "pooling and padding": lambda x: F.avg_pool1d(F.pad(x, (1, 2), value=3.0), 2),
+    "transposed convolution": lambda x: F.conv_transpose1d(x, torch.ones(4, 2, 3, dtype=torch.float64), stride=2),
+    "interpolate": lambda x: F.interpolate(x, scale_factor=2.0, mode="linear"),
     "swiglu": lambda x: F.silu(x) * (x + 1.0),
     "geglu with a plain gate": lambda x: PLAIN * F.gelu(x),
     "activation used twice": lambda x: (lambda y: y * y + y)(F.silu(x)),
@@ -116,10 +133,7 @@ FALLBACK = {
     "var": lambda x: x.var(-1),
     "amax": lambda x: x.amax(-1),
     "norm": lambda x: F.normalize(x, dim=-1),
-    "group norm": lambda x: F.group_norm(x, 2),
     "number to the power": lambda x: 2.0**x,
-    "leaky relu": F.leaky_relu,
-    "clamp": lambda x: x.clamp(-0.5, 0.5),
     "linear with a weight that carries": lambda x: F.linear(x, x[0], x[0, :, 0]),
     "layer norm with a weight that carries": lambda x: F.layer_norm(x, (6,), x[0, 0], x[1, 1]),
     "rms norm with a weight that carries": lambda x: F.rms_norm(x, (6,), x[0, 0]),
@@ -127,6 +141,19 @@ FALLBACK = {
     "addmm with a bias that carries": lambda x: torch.addmm(x[0, 0], x[1], WEIGHT[:, :6].T @ WEIGHT),
     "layer norm over two dimensions": lambda x: F.layer_norm(x, (4, 6)),
 }
+
+
+def _multi_head(x: Tensor) -> Tensor:
+    return MULTI_HEAD(x, x * 2.0, x, need_weights=False)[0]
+
+
+def _varlen(x: Tensor) -> Tensor:
+    lengths = torch.tensor([0, 4, 12], dtype=torch.int32)
+    q, k, v = (y.reshape(12, 2, 3) for y in (x, x.sin(), x.cos()))
+    if type(x) is DualTensor:
+        return varlen.varlen_attn(q, k, v, lengths, lengths, 8, 8, window_size=(-1, 0))
+    parts = [[y[:4].transpose(0, 1) for y in (q, k, v)], [y[4:].transpose(0, 1) for y in (q, k, v)]]
+    return torch.cat([F.scaled_dot_product_attention(*p, is_causal=True).transpose(0, 1) for p in parts])
 
 
 def _in_place(x: Tensor) -> Tensor:

@@ -1,0 +1,57 @@
+"""Rules of group norm, and of batch norm with the statistics of evaluation."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from linlora.stream.fused import bound
+from linlora.stream.tensor import DualTensor, primals, rule, wrap
+
+
+@rule("group_norm")
+def group_norm(func: Any, args: tuple, kwargs: dict) -> Any:
+    """y = w ⊙ x̂ + b,  y_t = w ⊙ J x_t,  J = ∂x̂/∂x, symmetric: aten's backward applies it."""
+    x, groups, weight, bias, eps = bound(_GROUP_NORM, args[:5], {k: v for k, v in kwargs.items() if k in _GROUP_NORM})
+    if isinstance(weight, DualTensor) or isinstance(bias, DualTensor) or not isinstance(x, DualTensor) or not x.numel():
+        return DualTensor.rules[None](func, args, kwargs)
+    y = func(x.primal, *args[1:], **kwargs)
+    with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
+        wide = torch.promote_types(y.dtype, torch.float32)
+        primal, tangent = x.primal.to(wide).contiguous(), x.tangent.to(wide).contiguous()
+        batch, channels = primal.shape[:2]
+        variance, mean = torch.var_mean(primal.view(batch, groups, -1), -1, correction=0)
+        y_tangent = torch.ops.aten.native_group_norm_backward.default(
+            tangent, primal, mean, variance.add_(eps).rsqrt_(), None, batch, channels,
+            primal[0, 0].numel(), groups, [True, False, False],
+        )[0]  # fmt: skip
+        return wrap(y, y_tangent if weight is None else y_tangent.mul_(_of_channels(weight, primal)), x.stream)
+
+
+@rule("batch_norm")
+def batch_norm(func: Any, args: tuple, kwargs: dict) -> Any:
+    """With given statistics a map of each channel; in training a fallback, which updates them once."""
+    given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
+    x, variance, weight = given.get("input"), given.get("running_var"), given.get("weight")
+    if (
+        func is not torch.nn.functional.batch_norm
+        or given.get("training", False)
+        or any(isinstance(given.get(name), DualTensor) for name in _BATCH_NORM[1:5])
+        or not isinstance(x, DualTensor)
+    ):
+        return DualTensor.rules[None](func, args, kwargs)
+    y = func(x.primal, *primals(args[1:]), **primals(kwargs))
+    with torch.no_grad():
+        slope = (variance + given.get("eps", 1e-5)).rsqrt_()
+        return wrap(y, x.tangent * _of_channels(slope if weight is None else slope * weight, x.primal), x.stream)
+
+
+_GROUP_NORM = {"input": None, "num_groups": None, "weight": None, "bias": None, "eps": 1e-5}
+_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+
+
+def _of_channels(x: Tensor, like: Tensor) -> Tensor:
+    """A number a channel, in the shape that multiplies (batch, channels, ...)."""
+    return x.view(-1, *(1,) * (like.dim() - 2))
