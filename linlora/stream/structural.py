@@ -32,7 +32,8 @@ _MOVES = (
     "roll", "flip", "repeat", "repeat_interleave", "tile", "gather", "index_select", "take_along_dim", "clone",
 )  # fmt: skip
 _SUMS = (
-    "neg", "__neg__", "negative", "positive", "sum", "mean", "cumsum", "tril", "triu",
+    "neg", "__neg__", "negative", "positive", "sum", "mean", "cumsum", "tril", "triu", "real", "imag", "conj",
+    "adjoint", "resolve_conj", "resolve_neg", "H", "mH",
 )  # fmt: skip
 _METADATA = (
     "shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "is_leaf", "is_cuda", "is_cpu", "is_meta",
