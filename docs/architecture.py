@@ -20,7 +20,7 @@ FLOORS: tuple[dict[str, str], ...] = (
     {"commands": "arguments in, messages out", "bench": "measurements, evidence"},
     {"quickstart": "the packaged experiments"},
     {"experiments": "families and methods, run"},
-    {"merging": "files into a model", "training": "recipes, data, the Trainer", "routing": "inventories of skills"},
+    {"merging": "adapters into a model", "training": "recipes, data, the Trainer", "routing": "inventories of skills"},
     {"formats": "adapters in files", "fusion": "methods that fuse vectors", "functional": "ops for your own layers"},
     {"vectors": "task vectors, their algebra"},
     {"layers": "PEFT layers; linearize"},

@@ -8,7 +8,6 @@ from . import routing as routing
 from . import testing as testing
 from . import training as training
 from .formats.export import export as export
-from .formats.export import merge as merge
 from .fusion import fuse as fuse
 from .layers.finding import NoLoraLayerError as NoLoraLayerError
 from .layers.finding import UnsupportedLayerError as UnsupportedLayerError
@@ -17,12 +16,13 @@ from .layers.linearize import delinearize as delinearize
 from .layers.linearize import linearize as linearize
 from .layers.linearize import set_scope as set_scope
 from .layers.report import Report as Report
+from .merging.model import merge as merge
 from .ops.backends import BackendUnavailableError as BackendUnavailableError
 from .ops.backends import explain as explain
 from .ops.backends import use_backend as use_backend
 from .storage.files import CorruptFileError as CorruptFileError
 from .stream import TangentError as TangentError
-from .vectors.task_vector import DifferentPointError as DifferentPointError
+from .vectors.points import DifferentPointError as DifferentPointError
 from .vectors.task_vector import TaskVector as TaskVector
 from .vectors.task_vector import apply as apply
 from .vectors.weight_vector import WeightVector as WeightVector

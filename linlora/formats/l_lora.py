@@ -23,7 +23,8 @@ from linlora.formats.adapter_config import read_config, scalings
 from linlora.formats.stored import Stored
 from linlora.storage.files import CorruptFileError
 from linlora.storage.tensor_files import TensorFile
-from linlora.vectors.task_vector import TaskVector, point_hash
+from linlora.vectors.points import point_hash
+from linlora.vectors.task_vector import TaskVector
 
 LINEARIZED_FILE = "linearized_adapter_model.safetensors"
 _STARTS = re.compile(r"(?P<layer>.+)\.params0_values\.(?P<index>\d+)")

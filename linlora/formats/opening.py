@@ -15,7 +15,9 @@ from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE, open_peft_ada
 from linlora.formats.stored import Stored
 from linlora.storage.files import CorruptFileError
 from linlora.storage.tensor_files import TensorFile, shapes
-from linlora.vectors.task_vector import FORMAT, DifferentPointError, TaskVector, point_hash, point_name
+from linlora.vectors.files import FORMAT
+from linlora.vectors.points import DifferentPointError, point_hash, point_name
+from linlora.vectors.task_vector import TaskVector
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
 _ADAPTER_FILES = (TASK_VECTOR_FILE, LINEARIZED_FILE, TENSOR_FILE, PICKLE_FILE)

@@ -14,7 +14,7 @@ from linlora.formats.stored import Stored
 from linlora.layers.vanilla import not_a_factor
 from linlora.storage.files import CorruptFileError
 from linlora.storage.tensor_files import StoredTensors, TensorFile
-from linlora.vectors.task_vector import point_hash
+from linlora.vectors.points import point_hash
 from linlora.vectors.weight_vector import WeightVector
 
 TENSOR_FILE, PICKLE_FILE = "adapter_model.safetensors", "adapter_model.bin"

@@ -22,8 +22,10 @@ from linlora.fusion.checks import check_count, check_number, checked
 from linlora.fusion.inference import Logits, main_logits
 from linlora.fusion.rule import wide
 from linlora.fusion.search import bar
+from linlora.vectors.adapters import delta_parameters
+from linlora.vectors.points import point_name
 from linlora.vectors.products import displaced, evaluating, trainable
-from linlora.vectors.task_vector import TaskVector, delta_parameters, point_name
+from linlora.vectors.task_vector import TaskVector
 
 
 def adamerging(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn.functional import hardshrink
 
@@ -21,20 +22,17 @@ from linlora.layers.weights import Update, blocks
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
 
-_ROUNDING = 1e-12
-
 
 class DenseTies:
     """λ · mean of { tᵢ : sign tᵢ = sign Σᵢ tᵢ } of the trimmed values of every ΔWᵢ (arXiv 2306.01708).
 
-    Where the sum is zero the result is; a layer that an adapter lacks counts for nothing in the mean.
+    Where the sum is zero, up to rounding, the result is; a layer that an adapter lacks counts for nothing in the mean.
 
     Args:
         vectors: in weight space.
         keep: the part of the values of each adapter, over all its layers, that are kept; 0.2 as published.
         scaling: λ; 1 as published without a validation split.
 
-    >>> import torch
     >>> A, B = torch.eye(2), torch.tensor([[3.0, 1.0], [0.5, -2.0]])
     >>> vector = WeightVector({"q.dA": A, "q.dB": B}, {}, "", {"q": 1.0}, "weight")
     >>> ties = DenseTies([vector, -0.1 * vector], keep=0.5)
@@ -57,7 +55,7 @@ class DenseTies:
             updates: the ΔW of the layer, of the vectors at `indices`.
         """
         parts = (hardshrink(_block(update, rows), self.cuts[i]) for update, i in zip(updates, indices, strict=True))
-        return self.scaling * Sides.of(parts).mean(rounding=_ROUNDING)
+        return self.scaling * Sides.of(parts).mean(rounding=16 * torch.finfo(updates[0].B.dtype).eps)
 
 
 def _values(vector: WeightVector) -> Iterator[dict[int, Tensor]]:

@@ -22,7 +22,8 @@ from torch.nn.functional import pad
 from linlora.fusion.truncation import Cut, OutRank, Spectrum
 from linlora.layers.weights import Update, one_thread
 from linlora.storage.tensor_files import StoredTensors, finite, memory
-from linlora.vectors.task_vector import DifferentPointError, TaskVector
+from linlora.vectors.points import DifferentPointError
+from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import Size, WeightVector, common_base, stored_factors, weight_vector
 
 T = TypeVar("T")
@@ -101,7 +102,7 @@ def layer(vectors: Sequence[WeightVector], name: str, weights: Sequence[float] |
             update = (vector if weights is None else weights[index] * vector).update(name)
             if not finite(update.A) or not finite(update.B):
                 raise ValueError(f"fuse: layer '{name}' of vector {index + 1} holds NaN or infinity")
-            parts.append((_by_value(update), index, update))
+            parts.append((by_value(update), index, update))
     parts.sort(key=lambda part: part[0])
     return Layer(name, [index for _, index, _ in parts], [update for _, _, update in parts])
 
@@ -131,7 +132,7 @@ def _beside(left: Size | None, right: Size) -> Size:
     return right._replace(rank=rank + right.rank, dtype=torch.promote_types(dtype, right.dtype))
 
 
-def _by_value(update: Update) -> tuple[int, ...]:
+def by_value(update: Update) -> tuple[int, ...]:
     """A key that tells two ΔW apart by their factors."""
     return len(update.A), *(zlib.crc32(memory(factor.contiguous())) for factor in (update.A, update.B))
 

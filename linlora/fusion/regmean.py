@@ -9,6 +9,7 @@ point at B0 = 0, whose ΔWₜ = s dBₜ A0 differ in dB alone, Z = A0 G A0ᵀ (r
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from linlora.fusion.inference import Logits, main_logits
 from linlora.fusion.layerwise import Layer, fused_layers, peek, weight_vectors
 from linlora.fusion.truncation import OutRank
 from linlora.layers.weights import Update
+from linlora.storage.tensor_files import memory
 from linlora.vectors.products import evaluating
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
@@ -133,7 +135,7 @@ def _weighted(layer: Layer, moments: Sequence[Tensor], shrink: float, scaling: f
                 f"vectors, are expected, got {tuple(moment.shape)}"
             )
     total = torch.zeros((), dtype=torch.float64)
-    for moment in moments:  # one at a time: K×K is as large as the weight
+    for moment in sorted(moments, key=_bits):  # one at a time: K×K is as large as the weight
         total = total + _shrunk(moment, shrink)
     rows = [_times(update.A.double(), _shrunk(moments[i], shrink))
             for i, update in zip(layer.indices, layer.updates, strict=True)]  # fmt: skip
@@ -169,6 +171,11 @@ def _of_one_point(vectors: Sequence[TaskVector], inputs: Sequence[Inputs], shrin
         merged = scaling * _solved(top, torch.stack(moments).sum(0), layer)
         deltas[f"{layer}.dB"] = merged.to(first.deltas[f"{layer}.dB"].dtype)
     return replace(first, deltas=deltas)
+
+
+def _bits(moment: Tensor) -> int:
+    """A key by which the order of the tasks changes no bit of a sum."""
+    return zlib.crc32(memory(moment.contiguous()))
 
 
 def _shrunk(moment: Tensor, shrink: float) -> Tensor:

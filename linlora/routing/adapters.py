@@ -21,7 +21,7 @@ from linlora.routing.scope import scope_of
 from linlora.storage.files import install_file
 from linlora.storage.staging import unfinished_folder
 from linlora.storage.tensor_files import save_tensors
-from linlora.vectors.task_vector import delta_parameters
+from linlora.vectors.adapters import delta_parameters
 
 
 @torch.no_grad()

@@ -15,7 +15,8 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from linlora.stream import DualTensor, Stream
-from linlora.vectors.task_vector import TaskVector, delta_parameters
+from linlora.vectors.adapters import delta_parameters
+from linlora.vectors.task_vector import TaskVector
 
 
 def jvp(model: PeftModel, vector: TaskVector, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:

@@ -6,36 +6,22 @@ different points do not, and mixing them is an error. What they add to the weigh
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
-import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
 from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
-from torch import Tensor, nn
+from torch import Tensor
 
 from linlora.layers.restoring import restoring
-from linlora.layers.sharding import check_there, sharded_like, whole
-from linlora.layers.vanilla import changed_base, not_vanilla_config, not_vanilla_layer, usable_scaling
-from linlora.storage.files import CorruptFileError, parse_json
-from linlora.storage.tensor_files import StoredTensors, TensorFile, finite, save_tensors, shapes
-
-FORMAT = "linlora.task_vector"
-FORMAT_VERSION = "2"
-_VERSIONS = ("1", FORMAT_VERSION)  # 1 had checksums of the tensors alone
-
-
-_PARTNERS = {"dA": "A0", "dB": "B0", "A0": "dA", "B0": "dB"}
-
-
-class DifferentPointError(ValueError):
-    """Vectors (or a vector and a model) of different linearization points, scopes or layers were combined."""
+from linlora.layers.vanilla import changed_base
+from linlora.storage.tensor_files import shapes
+from linlora.vectors.adapters import adapter_layers, assign, check_values, delta_parameters, held_by, one_adapter
+from linlora.vectors.files import Content, read_vector, write_vector
+from linlora.vectors.points import DifferentPointError, point_hash, point_name, some
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -98,41 +84,17 @@ class TaskVector:
 
         Raises ValueError for an adapter that is more than A and B of linear layers.
         """
-        adapter = _one_adapter(model, adapter)
+        adapter = one_adapter(model, adapter)
         if point is not None and point.scope == "weight":
             raise ValueError("from_model: a vector in weight space is no point; pass TaskVector.from_model(start)")
-        deltas: dict[str, Tensor] = {}
-        points: dict[str, Tensor] = {}
-        scalings = {}
-        scopes = set()
-        for name, layer in adapter_layers(model, adapter):
-            state = getattr(layer, "states", {}).get(adapter, "plain")
-            A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
-            scopes.add("lora" if state == "plain" else "layer" if layer.stream is None else "model")
-            scalings[name] = float(layer.scaling[adapter])
-            if state == "short":
-                points[f"{name}.A0"], deltas[f"{name}.dB"] = _copy(A), _copy(B)
-            elif state == "pair":
-                points[f"{name}.A0"], points[f"{name}.B0"] = _copy(A), _copy(B)
-                deltas[f"{name}.dA"] = _copy(layer.lora_dA[adapter])
-                deltas[f"{name}.dB"] = _copy(layer.lora_dB[adapter])
-            else:
-                for kind, factor in (("A", A), ("B", B)):
-                    current, start = _copy(factor), f"{name}.{kind}0"
-                    if point is None or point.point is None:
-                        points[start] = current
-                    elif start in point.point:
-                        points[start] = point.point[start]
-                    deltas[f"{name}.d{kind}"] = current - points[start] if start in points else current
-        if len(scopes) != 1:
-            raise ValueError(
-                f"adapter '{adapter}' is linearized in some layers and plain in others: linearize the model"
-            )
+        held = held_by(model, adapter, None if point is None else point.point)
         base_model = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
         changed = changed_base(model.peft_config.values())
-        vector = cls(deltas, points, point_hash(points), scalings, scopes.pop(), base_model, changed)
+        vector = cls(
+            held.deltas, held.point, point_hash(held.point), held.scalings, held.scope, base_model, changed
+        )  # fmt: skip
         if point is not None and point.point != {}:
-            vector.check_same_point(replace(point, scalings=scalings))  # a point has none of its own
+            vector.check_same_point(replace(point, scalings=held.scalings))  # a point has none of its own
         return vector
 
     def save(self, path: str | os.PathLike, include_point: bool = True) -> None:
@@ -141,21 +103,11 @@ class TaskVector:
         With `include_point=False` the point is stored as its hash only: smaller, and usable with a model that is at
         that point already.
         """
-        check_scalings(self.scalings, "save")
-        parts = [self.deltas, (self.point or {}) if include_point else {}]
-        home = {name: part for part in parts for name in part}
-        like = {name: tensor for part in parts for name, tensor in shapes(part).items()}
-        metadata = {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "scope": self.scope,
-            "point_hash": self.point_hash,
-            "scalings": json.dumps(self.scalings),
-            "base_model": self.base_model or "",
-            **({"changed_base": self.changed_base} if self.changed_base else {}),
-            **self.own_metadata(),
-        }
-        save_tensors(path, StoredTensors(like, lambda name: home[name][name]), metadata)
+        content = Content(
+            self.deltas, self.point if include_point else None, self.point_hash, self.scalings, self.scope,
+            self.base_model, self.changed_base, self.own_metadata(),
+        )  # fmt: skip
+        write_vector(path, content)
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TaskVector:
@@ -174,42 +126,9 @@ class TaskVector:
         >>> TaskVector.from_model(model).save("vector.safetensors")
         >>> linlora.fuse([TaskVector.open("vector.safetensors")] * 8, "ties").save("fused.safetensors")
         """
-        metadata = (file := TensorFile(path)).metadata
-        if metadata.get("format") != FORMAT:
-            raise CorruptFileError(f"{path}: not a task vector (no '{FORMAT}' in its metadata)")
-        version = metadata.get("format_version")
-        if version not in _VERSIONS:
-            raise CorruptFileError(
-                f"{path}: format version {version}, this linlora reads {', '.join(_VERSIONS)}; update linlora"
-            )
-        if version != "1" and not file.has_checksum:
-            raise CorruptFileError(f"{path}: its metadata has no checksum; the file was altered")
-        if missing := [key for key in ("scope", "point_hash", "scalings", "base_model") if key not in metadata]:
-            raise CorruptFileError(f"{path}: its metadata has no {_some(missing)}; the file was altered")
-        deltas = {name: file.like(name) for name in file.entries if name.endswith((".dA", ".dB"))}
-        point = {name: file.like(name) for name in file.entries if name not in deltas}
-        scalings = parse_json(metadata["scalings"], f"{path}: its scalings")
-        check_scalings(scalings, str(path))
-        layers = {name.rpartition(".")[0] for name in deltas}
-        scope = metadata["scope"]
-        if scalings.keys() != layers or scope not in ("lora", "layer", "model", "weight"):
-            raise CorruptFileError(f"{path}: its metadata does not fit its tensors; the file was altered")
-        _check_shapes(path, deltas, point)
-        if scope == "lora" and metadata["point_hash"] == point_hash({}):
-            scope = "weight"  # A and B without a start, as linlora wrote plain adapters before it knew weight space
-        if scope == "weight" and (lost := [layer for layer in layers if f"{layer}.dA" not in deltas]):
-            raise CorruptFileError(f"{path}: layer '{lost[0]}' has no A; the file was altered")
-        vector = (cls._spaces[scope] if scope == "weight" else cls)(
-            StoredTensors(deltas, file.read), StoredTensors(point, file.read), metadata["point_hash"],
-            {layer: float(s) for layer, s in scalings.items()}, scope, metadata["base_model"] or None,
-            metadata.get("changed_base"),
-        )  # fmt: skip
-        if not point and vector.point_hash != point_hash({}):
-            return replace(vector, point=None)
-        vector = vector.with_metadata(metadata)
-        if not file.has_checksums and point_hash(vector.point or {}) != vector.point_hash:
-            raise CorruptFileError(f"{path}: the linearization point does not match its hash; the file was altered")
-        return vector
+        content = read_vector(path)
+        space: Any = cls._spaces[content.scope] if content.scope == "weight" else cls
+        return space(*content[:-1]).with_metadata(content.metadata)
 
     def own_metadata(self) -> dict[str, str]:
         """What a file says of the vector beside its tensors and what every vector has."""
@@ -290,7 +209,7 @@ class TaskVector:
             raise ValueError(
                 "the vector was saved without its point (include_point=False), so no model can be moved to it"
             )
-        adapter = _one_adapter(model, None)
+        adapter = one_adapter(model, None)
         layers = self._matching_layers(model, adapter)
         for name, layer in layers:
             assign(layer.lora_A[adapter].weight, self.point.get(f"{name}.A0", 0.0), f"{name}.A0")
@@ -318,7 +237,7 @@ class TaskVector:
             if self.point is not None and other.point is not None:
                 both = self.point.keys() & other.point.keys()
                 odd = sorted(n for n in both if not torch.equal(self.point[n], other.point[n]))
-                where = f"; they differ in {_some(odd)}" if odd else ""
+                where = f"; they differ in {some(odd)}" if odd else ""
             raise DifferentPointError(
                 "the vectors start from different linearization points and live in different tangent spaces" + where +
                 ". Train every task from one adapter: linearize(model, point=first_vector)"
@@ -345,12 +264,12 @@ class TaskVector:
         """Raise a DifferentPointError unless the vectors have the same layers, with the same shapes."""
         if set(self.deltas) != set(other.deltas):
             odd = sorted(set(self.deltas) ^ set(other.deltas))
-            raise DifferentPointError(f"the vectors cover different layers; only one of them has {_some(odd)}")
+            raise DifferentPointError(f"the vectors cover different layers; only one of them has {some(odd)}")
         mine, others = shapes(self.deltas), shapes(other.deltas)
         odd = sorted(name for name in mine if mine[name].shape != others[name].shape)
         if odd:
             pair = f"{tuple(mine[odd[0]].shape)} and {tuple(others[odd[0]].shape)}"
-            raise DifferentPointError(f"the vectors differ in rank or layer size: {pair} in {_some(odd)}")
+            raise DifferentPointError(f"the vectors differ in rank or layer size: {pair} in {some(odd)}")
 
     def put_into(self, model: PeftModel, adapter: str) -> None:
         """Set an adapter to the vector: `apply`."""
@@ -384,7 +303,7 @@ class TaskVector:
         layers = list(adapter_layers(model, adapter))
         if set(self.scalings) != {name for name, _ in layers}:
             odd = sorted(set(self.scalings) ^ {name for name, _ in layers})
-            raise DifferentPointError(f"the vector and the model's adapter '{adapter}' differ in layers: {_some(odd)}")
+            raise DifferentPointError(f"the vector and the model's adapter '{adapter}' differ in layers: {some(odd)}")
         self.check_base(model)
         return layers
 
@@ -401,133 +320,6 @@ def apply(model: PeftModel, vector: TaskVector, adapter: str | None = None) -> N
     >>> _ = linlora.linearize(model)
     >>> linlora.apply(model, 2.0 * linlora.TaskVector.from_model(model))
     """
-    adapter = _one_adapter(model, adapter)
+    adapter = one_adapter(model, adapter)
     with restoring(model):
         vector.put_into(model, adapter)
-
-
-def delta_parameters(model: PeftModel, adapter: str | None = None) -> dict[str, nn.Parameter]:
-    """The parameters that hold an adapter's change, by their names in a TaskVector: '<layer>.dA', '<layer>.dB'.
-
-    Of a plain LoRA layer they are A and B themselves; where B0 = 0 a linearized layer has dB alone.
-    """
-    adapter = _one_adapter(model, adapter)
-    parameters = {}
-    for name, layer in adapter_layers(model, adapter):
-        state = getattr(layer, "states", {}).get(adapter, "plain")
-        if state == "pair":
-            parameters[f"{name}.dA"], parameters[f"{name}.dB"] = layer.lora_dA[adapter], layer.lora_dB[adapter]
-        else:
-            if state == "plain":
-                parameters[f"{name}.dA"] = layer.lora_A[adapter].weight
-            parameters[f"{name}.dB"] = layer.lora_B[adapter].weight
-    return parameters
-
-
-def point_name(name: str) -> str:
-    """The name, in a vector's point, of the factor that a delta changes.
-
-    >>> point_name("encoder.dense.dA")
-    'encoder.dense.A0'
-    """
-    layer, _, delta = name.rpartition(".")
-    return f"{layer}.{delta.removeprefix('d')}0"
-
-
-def adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
-    layers: list[tuple[str, Any]] = [
-        (path.removeprefix("base_model.model."), module)
-        for path, module in model.named_modules()
-        if isinstance(module, LoraLayer) and adapter in module.r
-    ]
-    for name, layer in layers:
-        linear = adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear)
-        why = (
-            not_vanilla_layer(layer, [adapter])
-            if linear
-            else f"it is a {type(layer).__module__}.{type(layer).__name__}"
-        )
-        if why is not None:
-            raise ValueError(
-                f"adapter '{adapter}' has no task vector, which would lose a part of layer '{name}': {why}. A vector "
-                "holds vanilla LoRA on linear layers; PEFT's save_pretrained keeps this adapter"
-            )
-        check_there(f"adapter '{adapter}'", ((n, p) for n, p in layer.named_parameters(name) if "lora_" in n))
-    if (why := not_vanilla_config(model.peft_config[adapter])) is not None:
-        raise ValueError(f"adapter '{adapter}' has no task vector: {why}. PEFT's save_pretrained keeps this adapter")
-    if not layers:
-        raise ValueError(f"the model has no LoRA layer with an adapter '{adapter}'")
-    return layers
-
-
-def _one_adapter(model: PeftModel, adapter: str | None) -> str:
-    if not isinstance(model, PeftModel):
-        raise TypeError(f"a PeftModel is expected, got {type(model).__name__}")
-    names = [adapter] if adapter is not None else list(model.active_adapters)
-    if len(names) != 1:
-        raise ValueError(f"adapters {names} are active; name one of them with adapter=...")
-    if names[0] not in model.peft_config:
-        raise ValueError(f"no adapter '{names[0]}'; the model has {sorted(model.peft_config)}")
-    return names[0]
-
-
-def check_scalings(scalings: Mapping[str, Any], where: str) -> None:
-    """Raise a CorruptFileError unless every scaling is a finite number of ordinary size."""
-    for layer, scaling in scalings.items():
-        if not usable_scaling(scaling):
-            raise CorruptFileError(
-                f"{where}: layer '{layer}' has the LoRA scaling {reprlib.repr(scaling)}, which cannot be meant"
-            )
-
-
-def _check_shapes(path: str | os.PathLike, deltas: Mapping[str, Tensor], point: Mapping[str, Tensor]) -> None:
-    """Raise a CorruptFileError unless the tensors of each layer are factors (r, K) and (N, r) that fit each other."""
-    tensors = {**deltas, **point}
-    for name, tensor in tensors.items():
-        layer, _, kind = name.rpartition(".")
-        if kind not in ("dA", "dB", "A0", "B0") or f"{layer}.dB" not in deltas or tensor.dim() != 2:
-            raise CorruptFileError(f"{path}: '{name}' {tuple(tensor.shape)} is no factor of a layer in it")
-        if not tensor.is_floating_point():
-            raise CorruptFileError(f"{path}: '{name}' is {tensor.dtype}; factors are of floating point")
-        like = tensors.get(f"{layer}.{_PARTNERS[kind]}", tensor)
-        rank = tensor.shape[0 if kind in ("dA", "A0") else 1]
-        if tensor.shape != like.shape or rank != deltas[f"{layer}.dB"].shape[1]:
-            raise CorruptFileError(
-                f"{path}: '{name}' {tuple(tensor.shape)} does not fit the other factors of its layer; the file was "
-                "altered"
-            )
-
-
-def check_values(deltas: Mapping[str, Tensor]) -> None:
-    """Raise a ValueError for NaN or infinity, before a model is changed."""
-    for name, tensor in deltas.items():
-        if not finite(tensor):
-            raise ValueError(f"the vector holds NaN or infinity in '{name}'; the model is unchanged")
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return whole(tensor.detach()).to("cpu", copy=True)
-
-
-def assign(parameter: Tensor, value: Tensor | float, name: str) -> None:
-    if isinstance(value, Tensor) and value.shape != parameter.shape:
-        raise ValueError(
-            f"'{name}' is {tuple(value.shape)} in the vector and {tuple(parameter.shape)} in the model: "
-            "their ranks or layer sizes differ; create the adapter with the LoraConfig the vector was trained with"
-        )
-    with torch.no_grad():
-        parameter.fill_(value) if isinstance(value, float) else parameter.copy_(sharded_like(value, parameter))
-
-
-def point_hash(point: Mapping[str, Tensor]) -> str:
-    """SHA-256 of names, shapes and values. Values are hashed as float64, so a widened copy is the same point."""
-    digest = hashlib.sha256()
-    for name in sorted(point):
-        values = point[name].double() + 0.0  # -0.0 and 0.0 are one value
-        digest.update(f"{name}{tuple(values.shape)}".encode())
-        digest.update(values.contiguous().numpy().data)
-    return digest.hexdigest()
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -24,14 +24,9 @@ from torch.nn.functional import pad
 from linlora.layers.vanilla import refuse_changed_base
 from linlora.layers.weights import Update, stacked
 from linlora.storage.tensor_files import StoredTensors, shapes
-from linlora.vectors.task_vector import (
-    DifferentPointError,
-    TaskVector,
-    adapter_layers,
-    assign,
-    check_values,
-    point_hash,
-)
+from linlora.vectors.adapters import adapter_layers, assign, check_values
+from linlora.vectors.points import DifferentPointError, point_hash
+from linlora.vectors.task_vector import TaskVector
 
 
 @dataclass(frozen=True, eq=False, repr=False)

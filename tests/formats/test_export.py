@@ -157,7 +157,7 @@ def test_a_killed_export_leaves_the_previous_adapter_whole(tmp_path, monkeypatch
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("linlora.vectors.task_vector.save_tensors", killed)
+    monkeypatch.setattr("linlora.vectors.files.save_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
         linlora.export(model, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

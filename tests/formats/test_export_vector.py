@@ -151,7 +151,7 @@ def test_an_interrupted_export_leaves_the_adapter_before(tmp_path, monkeypatch):
     def killed(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("linlora.vectors.task_vector.save_tensors", killed)
+    monkeypatch.setattr("linlora.vectors.files.save_tensors", killed)
     with pytest.raises(KeyboardInterrupt):
         linlora.export(TaskVector.from_model(linearized(seed=9)), tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

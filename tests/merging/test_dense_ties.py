@@ -1,5 +1,7 @@
 """TIES on the values of ΔW into a merged model, against dense matrices."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -68,6 +70,32 @@ def test_one_adapter_with_all_values_kept_is_that_adapter(tmp_path):
     merge_files(tmp_path / "base", names, tmp_path / "sum")
     ties, whole = (load_file(tmp_path / folder / "model.safetensors") for folder in ("ties", "sum"))
     torch.testing.assert_close(ties, whole)
+
+
+@pytest.mark.parametrize("method", [None, "ties", "tsv"])
+def test_the_order_of_the_adapters_changes_no_bit(method, tmp_path):
+    names = adapters(tmp_path, "bert")
+    tiny_base("bert").save_pretrained(tmp_path / "base")
+    merge_files(tmp_path / "base", names, tmp_path / "one", method=method)
+    merge_files(tmp_path / "base", [names[2], names[0], names[1]], tmp_path / "other", method=method)
+    one, other = (load_file(tmp_path / folder / "model.safetensors") for folder in ("one", "other"))
+    assert all(torch.equal(one[key], other[key]) for key in one)
+
+
+def test_adapters_that_cancel_in_other_factors_leave_the_base(tmp_path):
+    """A and B of the second are of the same ΔW, negated, up to rounding."""
+    name = adapters(tmp_path, "bert")[0]
+    vector = formats.read(name)
+    turn = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    deltas = {
+        n: (turn @ delta.double() if n.endswith("dA") else -delta.double() @ turn.T).float()
+        for n, delta in vector.deltas.items()
+    }
+    replace(vector, deltas=deltas).save(tmp_path / "turned.safetensors")
+    tiny_base("bert").save_pretrained(tmp_path / "base")
+    merge_files(tmp_path / "base", [name, tmp_path / "turned.safetensors"], tmp_path / "out", method="ties")
+    found, before = (load_file(tmp_path / folder / "model.safetensors") for folder in ("out", "base"))
+    torch.testing.assert_close(found, before, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(

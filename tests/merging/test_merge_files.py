@@ -341,7 +341,7 @@ class TestRefusals:
             merge_files(base, [vector], ".")
 
     def test_an_interrupted_merge_leaves_nothing(self, tmp_path, base, vector, monkeypatch):
-        import linlora.merging
+        import linlora.merging.plan
 
         calls = []
 
@@ -351,7 +351,7 @@ class TestRefusals:
                 raise KeyboardInterrupt("stopped")
             return weights.folded(*arguments)
 
-        monkeypatch.setattr(linlora.merging, "folded", interrupted)
+        monkeypatch.setattr(linlora.merging.plan, "folded", interrupted)
         self.refused(tmp_path, base, vector, KeyboardInterrupt, "stopped")
 
 

@@ -71,7 +71,7 @@ def test_the_function_is_linear_up_to_there(task, kind, end):
     inputs = {k: x.double() if x.is_floating_point() else x for k, x in batch(found).items()}
 
     def at(step):
-        for name, parameter in linlora.vectors.task_vector.delta_parameters(plain).items():
+        for name, parameter in linlora.vectors.adapters.delta_parameters(plain).items():
             if name.endswith(".dB"):
                 parameter.data = step * vector.deltas[name].double()
         outputs = plain(**inputs).logits

@@ -13,7 +13,7 @@ from transformers import ViTConfig, ViTForImageClassification
 import linlora
 from linlora.functional import jvp, solve, vjp
 from linlora.testing import randomize, tiny_batch, tiny_model
-from linlora.vectors.task_vector import delta_parameters
+from linlora.vectors.adapters import delta_parameters
 
 
 def linearized(architecture="bert", trained=True):

@@ -13,7 +13,7 @@ import linlora
 from linlora import DifferentPointError, TaskVector, WeightVector, formats
 from linlora.merging import merge_files
 from linlora.testing import randomize, relative_error, tiny_base, tiny_batch, tiny_model
-from linlora.vectors.task_vector import point_hash
+from linlora.vectors.points import point_hash
 
 numbers = st.floats(-3, 3)
 LAYERS = {"q": (5, 7), "k": (6, 4), "v": (3, 9)}

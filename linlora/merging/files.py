@@ -1,0 +1,138 @@
+"""Adapters merged into a base model from file to file: the model is never built, a block of rows is in memory.
+
+The shards of the base are gone through in the order of their bytes (linlora.merging.shards), by a plan of what becomes
+of each tensor (linlora.merging.plan). The folder appears under its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from linlora import formats
+from linlora.formats.base_folder import beside_the_weights
+from linlora.formats.checkpoint import INDEX_FILE, Checkpoint
+from linlora.fusion.checks import check_options
+from linlora.fusion.dense import DenseTies
+from linlora.fusion.registry import FROM_VECTORS, METHODS, fuse, needs
+from linlora.layers.vanilla import refuse_changed_base
+from linlora.layers.weights import one_thread
+from linlora.merging.plan import Plan
+from linlora.merging.shards import Queue, save_shard, write_shard
+from linlora.storage.staging import unfinished_folder
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What `merge_files` did. `left_out` names files of the base that are not in the merged folder."""
+
+    folder: Path
+    folded: int
+    replaced: int
+    tensors: int
+    nbytes: int
+    left_out: tuple[str, ...] = ()
+
+
+def merge_files(
+    base: str | os.PathLike,
+    adapters: Sequence[str | os.PathLike],
+    out: str | os.PathLike,
+    progress: Callable[[Sequence[str]], Iterator[str]] = iter,
+    weights: Sequence[float] | None = None,
+    method: str | None = None,
+    options: Mapping[str, Any] | None = None,
+) -> Merged:
+    """Write the model that a base and adapters make together, as a folder that transformers loads.
+
+    Args:
+        base: folder of a model, safetensors in one file or in shards, as transformers writes them.
+        adapters: files or folders of any format of `linlora.formats`; their ΔW are summed. What was trained beside an
+            adapter (a head) replaces the base's, or is added to it: where the adapter's `model_config` says of which
+            class of model it is, the merged model is of that class and has its class names.
+        out: the folder to write; it must not exist, or be empty.
+        progress: goes through the names of the shards.
+        weights: what each ΔW is multiplied by, 1 if left out.
+        method, options: of `linlora.fuse`, which makes one vector in weight space of them, layer by layer, instead of
+            the sum.
+
+    Raises, and writes nothing: FileExistsError; WrongBaseError where base and adapter do not fit; ValueError for no
+    adapter, a quantized base, a vector of scope "model", one without its point, weights that overflow;
+    CorruptFileError.
+
+    >>> import linlora
+    >>> model = linlora.testing.tiny_model("bert", trained=True)
+    >>> model.save_pretrained("adapter")
+    >>> linlora.testing.tiny_base("bert").save_pretrained("base")
+    >>> merge_files("base", ["adapter"], "merged").folded
+    11
+    """
+    if not adapters:
+        raise ValueError("merge: no adapters were given")
+    folder, out = Path(out), Path(out).resolve()  # the folder a link names is replaced, not the link
+    if out == Path.cwd() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
+        raise FileExistsError(f"{folder} exists already; choose another folder, or remove it")
+    checkpoint = Checkpoint(Path(base))
+    stored = [formats.open(path) for path in adapters]
+    for adapter in stored:
+        refuse_changed_base(adapter.vector.changed_base, str(adapter.path))
+    changes, dense = stored, None
+    if weights is not None or method is not None:
+        changes, dense = _fused(stored, weights, method, options or {})
+    plan = Plan(checkpoint, stored, changes, dense)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    beside, left_out = beside_the_weights(checkpoint.folder, {*checkpoint.files, INDEX_FILE})
+    beside += [Path(INDEX_FILE)] if checkpoint.index is not None else []
+    with unfinished_folder(out) as staging:
+        for path in beside:
+            (staging / path).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(checkpoint.folder / path, staging / path)
+        plan.describe(checkpoint, staging)
+        # a block keeps one thread busy for a millisecond, and the other core is the writing thread's
+        with one_thread(), Queue() as flushing, Queue(3) as writing:
+            for name in progress(list(checkpoint.files)):
+                file = checkpoint.files[name]
+                if plan.grows(file, name):
+                    save_shard(file, plan, staging / name)
+                else:
+                    write_shard(file, plan, staging / name, writing, flushing)
+        os.chmod(staging, 0o755)
+        os.replace(staging, out)
+    nbytes = sum(e.stop - e.start for file in checkpoint.files.values() for e in file.entries.values())
+    return Merged(
+        folder,
+        len(plan.folds),
+        len(plan.replacements),
+        len(plan.added.keys() | checkpoint.home.keys()),
+        nbytes,
+        tuple(map(str, left_out)),
+    )
+
+
+def _fused(
+    adapters: Sequence[formats.Stored], weights: Sequence[float] | None, method: str | None, options: Mapping[str, Any]
+) -> tuple[list[formats.Stored], DenseTies | None]:
+    """Adapters as one, whose layers are computed when they are asked for; for TIES all of them, and the rule."""
+    weights = [1.0] * len(adapters) if weights is None else list(weights)
+    if len(weights) != len(adapters):
+        raise ValueError(f"merge: {len(weights)} weights for {len(adapters)} adapters; one each is needed")
+    if method in METHODS and method not in FROM_VECTORS:
+        raise ValueError(
+            f"merge: {method} needs {needs(method)} of the tasks, which adapters do not hold; from files: "
+            f"{', '.join(FROM_VECTORS)}"
+        )
+    vectors = [  # all of the base that is given, whatever name they record
+        replace(weight * adapter.vector.cast("weight"), base_model=None)
+        for weight, adapter in zip(weights, adapters, strict=True)
+    ]
+    if method == "ties":
+        check_options(method, METHODS[method], options)
+        changes = [replace(adapter, vector=vector) for adapter, vector in zip(adapters, vectors, strict=True)]
+        return changes, DenseTies(vectors, **options)
+    sum_of = {"scaling": 1.0} if method is None else {}
+    fused = fuse(vectors, method or "task_arithmetic", **sum_of, **options)
+    return [formats.Stored(Path(" + ".join(str(adapter.path) for adapter in adapters)), "fused adapters", fused)], None
