@@ -42,18 +42,21 @@ def cut_below(pieces: Callable[[], Iterable[Mapping[int, Tensor]]], count: int, 
         from_above = of_stream.flip(0).cumsum(0)
         chosen.append(_BUCKETS - 1 - int(torch.searchsorted(from_above, kept)))
         ranks.append(int(from_above[_BUCKETS - 1 - max(0, chosen[-1])]) - kept)  # from below, in the bucket
-    found: list[list[np.ndarray]] = [[] for _ in range(count)]
+    found = [bytearray() for _ in range(count)]  # many small arrays would keep the memory between them
+    dtypes = [np.dtype(np.float32)] * count
     for piece in pieces():
         for stream, values in piece.items():
-            found[stream].append(values[_buckets(values) == chosen[stream]].abs().numpy())
-    return [_before(values, rank) for values, rank in zip(found, ranks, strict=True)]
+            inside = values[_buckets(values) == chosen[stream]].abs().numpy()
+            found[stream] += inside.data.cast("B") if inside.size else b""
+            dtypes[stream] = inside.dtype
+    return [_before(np.frombuffer(*stream), rank) for *stream, rank in zip(found, dtypes, ranks, strict=True)]
 
 
-def _before(found: list[np.ndarray], rank: int) -> float:
-    """The number before the one of a rank from below."""
-    if not sum(map(len, found)):
+def _before(found: np.ndarray, rank: int) -> float:
+    """The number before the one of a rank from below; infinity before none."""
+    if not found.size:
         return float("inf")
-    smallest = np.partition(np.concatenate(found), rank)[rank]
+    smallest = np.partition(found, rank)[rank]
     return float(np.nextafter(smallest, -1.0, dtype=smallest.dtype))
 
 
