@@ -49,7 +49,7 @@ def cut_below(pieces: Callable[[], Iterable[Mapping[int, Tensor]]], count: int, 
             inside = values[_buckets(values) == chosen[stream]].abs().numpy()
             found[stream] += inside.data.cast("B") if inside.size else b""
             dtypes[stream] = inside.dtype
-    return [_before(np.frombuffer(*stream), rank) for *stream, rank in zip(found, dtypes, ranks, strict=True)]
+    return [_before(np.frombuffer(f, d), rank) for f, d, rank in zip(found, dtypes, ranks, strict=True)]
 
 
 def _before(found: np.ndarray, rank: int) -> float:
