@@ -11,7 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from linlora.stream import Stream, head
-from linlora.stream.modules import fuse_modules, unfuse_modules
+from linlora.stream.modules import convert_modules, restore_modules
 
 _ATTENTION = ("eager", "sdpa")
 
@@ -22,13 +22,13 @@ def enter_model_scope(model: Any) -> tuple[str, ...]:
     for module in _layers(model):
         module.stream = stream
     head.attach(model, stream)
-    return tuple(name.removeprefix("base_model.model.") for name in fuse_modules(model))
+    return tuple(name.removeprefix("base_model.model.") for name in convert_modules(model))
 
 
 def leave_model_scope(model: Any) -> None:
     """Undo `enter_model_scope`; nothing to do at layer scope."""
     head.detach(model)
-    unfuse_modules(model)
+    restore_modules(model)
     for module in _layers(model):
         module.stream = None
 

@@ -1,7 +1,7 @@
-"""Modules fused as a whole: their forward reaches the stream in pieces (pow, mean, rsqrt, mul), no one of them an op.
+"""Modules that run whole, as one op: their forward would reach the stream in pieces (pow, mean, rsqrt, mul).
 
-As for a LoRA layer, a module becomes fused by a change of its class. That it is what its name says is checked, not
-assumed: the op and the module are compared on random input, and a module that differs is left alone.
+Like a LoRA layer, a module is converted by a change of its class. That it computes what its name says is checked: the
+op and the module are compared on random input, and a module that differs is left alone.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from linlora.stream.fused import PendingActivation, check_frozen
 from linlora.stream.tensor import DualTensor, Stream
 
 
-class Fused(nn.Module):
+class Whole(nn.Module):
     """Mixed into the class of a module: a stream takes the op, a plain tensor the module's own forward."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -34,7 +34,7 @@ class Fused(nn.Module):
         raise NotImplementedError
 
 
-class FusedRMSNorm(Fused):
+class WholeRMSNorm(Whole):
     """LlamaRMSNorm, Qwen2RMSNorm, T5LayerNorm, ...: y = w ⊙ x / sqrt(mean(x²) + eps)."""
 
     @staticmethod
@@ -45,7 +45,7 @@ class FusedRMSNorm(Fused):
         return DualTensor(y.to(dtype), y_tangent.to(dtype), x.stream)
 
 
-class FusedGeluTanh(Fused):
+class WholeGeluTanh(Whole):
     """NewGELUActivation: gelu by tanh, written out."""
 
     @staticmethod
@@ -53,7 +53,7 @@ class FusedGeluTanh(Fused):
         return PendingActivation(x, "gelu_tanh")
 
 
-class FusedQuantizedLinear(Fused):
+class WholeQuantizedLinear(Whole):
     """A linear layer quantized by bitsandbytes or torchao: y = base(x), y_t = base(x_t) without its bias."""
 
     @staticmethod
@@ -80,32 +80,32 @@ def quantized_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) and type(module.weight.data).__module__.startswith("torchao.")
 
 
-def fuse_modules(model: nn.Module) -> list[str]:
+def convert_modules(model: nn.Module) -> list[str]:
     """Fuse, in place, every module this file knows; returns their names."""
-    fused = []
+    converted = []
     for name, module in model.named_modules():
         mixin = _mixin(module)
         if name.endswith(".base_layer"):  # its LoRA layer takes the stream
             continue
-        if mixin is not None and not isinstance(module, Fused) and _agrees(module, mixin):
+        if mixin is not None and not isinstance(module, Whole) and _agrees(module, mixin):
             module.__class__ = _class(mixin, type(module))  # type: ignore[arg-type]
-            fused.append(name)
-    return fused
+            converted.append(name)
+    return converted
 
 
-def unfuse_modules(model: nn.Module) -> None:
+def restore_modules(model: nn.Module) -> None:
     for module in model.modules():
-        if isinstance(module, Fused):
+        if isinstance(module, Whole):
             module.__class__ = type(module).__bases__[1]
 
 
-def _mixin(module: nn.Module) -> type[Fused] | None:
+def _mixin(module: nn.Module) -> type[Whole] | None:
     if quantized_linear(module):
-        return FusedQuantizedLinear
+        return WholeQuantizedLinear
     name = type(module).__name__
     if name.endswith("RMSNorm") or name == "T5LayerNorm":
-        return FusedRMSNorm if hasattr(module, "weight") and hasattr(module, "variance_epsilon") else None
-    return FusedGeluTanh if name == "NewGELUActivation" else None
+        return WholeRMSNorm if hasattr(module, "weight") and hasattr(module, "variance_epsilon") else None
+    return WholeGeluTanh if name == "NewGELUActivation" else None
 
 
 @functools.cache
@@ -114,13 +114,13 @@ def _class(mixin: Any, base: Any) -> Any:
 
 
 def _empty(mixin: Any, base: Any) -> Any:
-    fused = _class(mixin, base)
-    return fused.__new__(fused)
+    made = _class(mixin, base)
+    return made.__new__(made)
 
 
-def _agrees(module: Any, mixin: type[Fused]) -> bool:
+def _agrees(module: Any, mixin: type[Whole]) -> bool:
     """Whether the op computes the module's function; a module that is called itself, on both streams, does."""
-    if mixin is FusedQuantizedLinear:
+    if mixin is WholeQuantizedLinear:
         return True
     weight = getattr(module, "weight", None)
     like = torch.empty(0) if weight is None else weight

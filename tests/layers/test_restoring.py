@@ -74,15 +74,15 @@ STEPS = {
         None,
         lambda made: linlora.linearize(made, scope="model"),
         [
-            (linearize, "enter_model_scope"), (head, "attach"), (model_scope, "fuse_modules"), (report, "_backend"),
+            (linearize, "enter_model_scope"), (head, "attach"), (model_scope, "convert_modules"), (report, "_backend"),
         ],
     ),
     "accelerate": (None, linlora.accelerate, [(linearize, "convert_layer"), (linearize, "report")]),
     "set_scope to model": (
-        "layer", lambda made: linlora.set_scope(made, "model"), [(head, "attach"), (model_scope, "fuse_modules")]
+        "layer", lambda made: linlora.set_scope(made, "model"), [(head, "attach"), (model_scope, "convert_modules")]
     ),
     "set_scope to layer": (
-        "model", lambda made: linlora.set_scope(made, "layer"), [(head, "detach"), (model_scope, "unfuse_modules")]
+        "model", lambda made: linlora.set_scope(made, "layer"), [(head, "detach"), (model_scope, "restore_modules")]
     ),
     "delinearize": (
         "model",

@@ -129,10 +129,10 @@ CASES = {
         _of("trained", lambda model: linlora.linearize(model, "model")), linlora.routing.scope, "enter_model_scope", 1,
     ),
     "set_scope": (
-        _of("layer", lambda model: linlora.set_scope(model, "model")), linlora.layers.model_scope, "fuse_modules", 1,
+        _of("layer", lambda model: linlora.set_scope(model, "model")), linlora.layers.model_scope, "convert_modules", 1,
     ),
     "set_scope, back": (
-        _of("model", lambda model: linlora.set_scope(model, "layer")), linlora.layers.model_scope, "unfuse_modules", 1,
+        _of("model", lambda model: linlora.set_scope(model, "layer")), linlora.layers.model_scope, "restore_modules", 1,
     ),
     "delinearize": (_of("layer", linlora.delinearize), RoutedLoraLinear, "delinearize", 3),
     "merge_task": (_of("trained", lambda model: routing.merge_task(model, 1)), RoutedModel, "unload", 1),
