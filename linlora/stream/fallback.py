@@ -99,8 +99,9 @@ def _tangents(func: Any, flat: list[Any], structure: Any, otherwise: str) -> lis
         stack.enter_context(torch.no_grad())
         stack.enter_context(forward_ad.dual_level())
         if function_name(func) in _RECURRENT:  # whose implementations by other libraries have no forward mode
-            for library in (torch.backends.mkldnn, torch.backends.cudnn):
-                stack.callback(setattr, library, "enabled", library.enabled)  # type: ignore[attr-defined]
+            libraries: tuple[Any, ...] = (torch.backends.mkldnn, torch.backends.cudnn)
+            for library in libraries:
+                stack.callback(setattr, library, "enabled", library.enabled)
                 library.enabled = False
         args, kwargs = tree_unflatten([_dual(leaf) for leaf in flat], structure)
         try:
