@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from types import CodeType, FunctionType, MethodType
@@ -70,7 +71,11 @@ def dual(model: Callable[..., Any], inputs: Any, tangents: Any) -> tuple[Any, An
     arguments = _started(inputs, tangents, "inputs", stream, held)
     modules = list(dict.fromkeys(modules_of(model)))
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_eagerly(modules))
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            from linlora.stream.sharded import through_wrappers  # which imports FSDP2
+
+            stack.enter_context(through_wrappers(modules))
         stack.callback(_release, modules)
         stack.callback(setattr, stream, "running", False)
         stream.running = True
@@ -222,6 +227,19 @@ def _names(code: CodeType) -> Iterator[str]:
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
             yield from _names(constant)
+
+
+def _eagerly(modules: list[nn.Module]) -> Any:
+    """What was compiled runs as it was written, both streams through its Python."""
+    for module in modules:
+        if hasattr(module, "_orig_mod") or module._compiled_call_impl is not None:
+            warnings.warn(
+                f"dual: {type(getattr(module, '_orig_mod', module)).__name__} is compiled, but runs eagerly here, "
+                "because both streams flow through its Python",
+                stacklevel=4,
+            )
+            break
+    return torch.compiler.set_stance("force_eager")
 
 
 def _release(modules: list[nn.Module]) -> None:

@@ -1,17 +1,21 @@
-"""Two streams through modules that FSDP2 has sharded.
+"""Two streams through modules that FSDP2 has sharded, and through DDP.
 
 `torch.distributed.fsdp.fully_shard` puts hooks before and after a module's forward that follow autograd through its
 inputs and outputs, to gather and free the weights in backward. The graph is that of the primal alone, so around those
-hooks a DualTensor is taken apart: they see the primal, and its tangent joins it again behind them.
+hooks a DualTensor is taken apart: they see the primal, and its tangent joins it again behind them. So it is around what
+DDP does with the inputs and outputs of the network: with find_unused_parameters it looks for their graph.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
 from linlora.stream.tensor import DualTensor, duals, rebuilt, relate, replace_duals, wrap
 
@@ -20,7 +24,7 @@ def follow_sharding(module: nn.Module, args: tuple) -> None:
     """A forward pre-hook of the base model: by its first call, `fully_shard` has put its hooks where it wants them."""
     if torch.distributed.is_initialized():
         for block in module.modules():
-            if isinstance(block, FSDPModule) and block is not module and not _has_boundary(block):
+            if isinstance(block, FSDPModule) and block is not module and _boundary(block) is None:
                 Boundary(block)
 
 
@@ -33,15 +37,42 @@ def forget_sharding(model: nn.Module) -> None:
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
-class Boundary:
-    """The hooks of one module, on both sides of those of FSDP2; between two of a pair, `apart` holds the tangents."""
+@contextmanager
+def through_wrappers(modules: list[nn.Module]) -> Iterator[None]:
+    """Lead the streams through the modules of a network that DDP and FSDP2 wrap, for the time of a call.
 
-    def __init__(self, block: nn.Module) -> None:
+    The boundaries of FSDP2 stay, because a checkpoint runs its modules again in backward.
+    """
+    wrapped = [Boundary(module, module.module) for module in modules if isinstance(module, DistributedDataParallel)]
+    sharded = [_boundary(block) or Boundary(block) for block in modules if isinstance(block, FSDPModule)]
+    try:
+        yield
+    finally:
+        for boundary in wrapped:
+            boundary.remove()
+        for boundary in sharded:  # where the network raised
+            boundary.apart = None
+
+
+class Boundary:
+    """The hooks on both sides of somebody else's code; between two of a pair, `apart` holds the tangents.
+
+    That code is the hooks of FSDP2 on one module, or what `outer`, a wrapper such as DDP, does around `inner`.
+    """
+
+    def __init__(self, outer: nn.Module, inner: nn.Module | None = None) -> None:
+        inner = outer if inner is None else inner
         self.apart: Any = None
-        block.register_forward_pre_hook(self.part_inputs, prepend=True, with_kwargs=True)
-        block.register_forward_pre_hook(self.join_inputs, with_kwargs=True)
-        block.register_forward_hook(self.part_output, prepend=True)
-        block.register_forward_hook(self.join_output)
+        self.handles = [
+            outer.register_forward_pre_hook(self.part_inputs, prepend=True, with_kwargs=True),
+            inner.register_forward_pre_hook(self.join_inputs, with_kwargs=True),
+            inner.register_forward_hook(self.part_output, prepend=True),
+            outer.register_forward_hook(self.join_output),
+        ]
+
+    def remove(self) -> None:
+        for handle in self.handles:
+            handle.remove()
 
     def part_inputs(self, module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         return self._part((args, kwargs))
@@ -85,8 +116,9 @@ def _joined(before: Any, after: Any) -> Any:
     return rebuilt(after, [_joined(*pair) for pair in zip(before, after, strict=True)])
 
 
-def _has_boundary(module: nn.Module) -> bool:
-    return any(_is_boundary(hook) for hook in module._forward_pre_hooks.values())
+def _boundary(module: nn.Module) -> Boundary | None:
+    hooks: Any = module._forward_pre_hooks.values()
+    return next((hook.__self__ for hook in hooks if _is_boundary(hook)), None)
 
 
 def _is_boundary(hook: Any) -> bool:
