@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import io
 import sys
+from typing import Annotated
 
 import typer
 
+import linlora
 from linlora.commands.compare import compare
 from linlora.commands.evaluate import evaluate
 from linlora.commands.export import export
@@ -24,6 +26,17 @@ app = typer.Typer(
     pretty_exceptions_show_locals=False,
     rich_markup_mode="markdown",  # paragraphs flow
 )
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
+) -> None:
+    if version:
+        typer.echo(f"linlora {linlora.__version__}")
+        raise typer.Exit
+
+
 app.command()(info)
 app.command()(quickstart)
 app.command()(train)

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+import sys
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import typer
-from rich.console import Console
-from rich.markup import escape
 
 INVALID, INTERRUPTED = 2, 130
+_OF_PACKAGES = (
+    ("safetensors", "SafetensorError"),
+    ("torch", "OutOfMemoryError"),
+    ("linlora.layers.finding", "UnsupportedLayerError"),
+    ("linlora.ops.backends", "BackendUnavailableError"),
+)
 
 
 @contextmanager
@@ -29,20 +35,37 @@ def user_errors(interrupted: str = "interrupted; nothing was written") -> Iterat
     ...     print(ended.exit_code)
     2
     """
-    import torch
-    from safetensors import SafetensorError
-
-    import linlora
-
-    expected = (
-        ValueError, OSError, ImportError, SafetensorError, torch.OutOfMemoryError, linlora.UnsupportedLayerError,
-        linlora.BackendUnavailableError,
-    )  # fmt: skip
     try:
         yield
-    except expected as error:
-        Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(str(error))}", highlight=False)
+    except Exception as error:
+        if not isinstance(error, _expected()):
+            raise
+        say_error(str(error))
         raise typer.Exit(INVALID) from error
     except KeyboardInterrupt:
-        Console(stderr=True).print(interrupted)
+        typer.echo(interrupted, err=True)
         raise typer.Exit(INTERRUPTED) from None
+
+
+def say_error(message: str) -> None:
+    """Print an error as one line."""
+    from rich.console import Console
+    from rich.markup import escape
+
+    Console(stderr=True, soft_wrap=True).print(f"[red]error:[/red] {escape(message)}", highlight=False)
+
+
+def _expected() -> tuple[type[BaseException], ...]:
+    """Errors a user can act on. Those of a package that was not imported cannot have been raised."""
+    there = [(sys.modules.get(module), name) for module, name in _OF_PACKAGES]
+    return (ValueError, OSError, ImportError, *(getattr(module, name) for module, name in there if module is not None))
+
+
+def refuse_missing(paths: Iterable[str | os.PathLike]) -> None:
+    """Raise a FileNotFoundError for a path that is not there, before anything slow is imported."""
+    for path in paths:
+        if not os.path.exists(path):
+            raise FileNotFoundError(
+                f"{path}: no such file or folder; an adapter of the Hugging Face hub has to be downloaded first: "
+                "hf download OWNER/NAME --local-dir FOLDER"
+            )

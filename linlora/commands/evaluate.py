@@ -7,13 +7,16 @@ from typing import Annotated
 
 import typer
 
-from linlora.commands.errors import user_errors
+from linlora.commands.errors import refuse_missing, user_errors
+from linlora.commands.methods import METHOD_HELP
 
 
 def evaluate(
     vectors: Annotated[list[Path], typer.Argument(help="Folders of runs; with --on any task vector or adapter.")],
     split: Annotated[str, typer.Option(help="validation, test or train.")] = "test",
-    fuse: Annotated[str | None, typer.Option(help="Fuse the vectors by this method of linlora.fusion first.")] = None,
+    fuse: Annotated[
+        str | None, typer.Option(help=f"{METHOD_HELP} With data also regmean, soup, lorahub, adamerging.")
+    ] = None,
     scaling: Annotated[float | None, typer.Option(help="The method's option scaling.")] = None,
     set_: Annotated[
         list[str] | None, typer.Option("--set", help="Any other option of the method: --set keep=0.2 (repeatable).")
@@ -32,16 +35,10 @@ def evaluate(
 ) -> None:
     """Score trained adapters on their data sets, alone or fused into one.
 
-    Fused: the table shows each task's own run, the fused vector, and the one over the other.
+    Fused: the table shows the backbone, the average, each task's own run, the fused vector, and the one over the other.
+    A search also shows what every λ scored on the validation split, with a picture beside the JSON.
     """
     with user_errors():
-        import json
-
-        from rich.console import Console
-
-        from linlora import formats
-        from linlora.storage.files import write_text
-        from linlora.training import fused, report
         from linlora.training.recipe import assigned
 
         options = {**({} if scaling is None else {"scaling": scaling}), **dict(assigned(set_ or []))}
@@ -52,19 +49,42 @@ def evaluate(
         path = out or _beside(vectors, fuse, split)
         if path.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
             raise FileExistsError(f"--out {path}: a JSON file is written there; name another")
-        read = [formats.read(vector) for vector in vectors]
-        tasks = fused.judges(on or vectors)
-        if fuse is not None:
-            result = fused.evaluate_fused(read, tasks, split, fuse, options, search)
-        elif on:
-            result = fused.evaluate_vector(read[0], tasks, split)
-        else:
-            result = fused.evaluate_alone(tasks, split)
-        result = {"vectors": [str(vector) for vector in vectors], **result}
-        write_text(path, json.dumps(result, indent=2) + "\n")
-        console = Console()
-        console.print(report.evaluated(result))
-        console.print(f"written to {path}", highlight=False, markup=False, soft_wrap=True)
+        refuse_missing([*vectors, *(on or [])])
+        from linlora.commands.surroundings import quiet
+
+        with quiet():
+            _evaluate(vectors, split, fuse, options, search, on or [], path)
+
+
+def _evaluate(
+    vectors: list[Path], split: str, method: str | None, options: dict, search: bool, on: list[Path], path: Path
+) -> None:
+    import json
+
+    from rich.console import Console
+
+    from linlora import formats
+    from linlora.storage.files import write_text
+    from linlora.training import fused, report
+
+    console = Console()
+    read = [formats.read(vector) for vector in vectors]
+    tasks = fused.judges(on or vectors)
+    if method is not None:
+        result = fused.evaluate_fused(read, tasks, split, method, options, search, console)
+    elif on:
+        result = fused.evaluate_vector(read[0], tasks, split)
+    else:
+        result = fused.evaluate_alone(tasks, split)
+    result = {"vectors": [str(vector) for vector in vectors], **result}
+    write_text(path, json.dumps(result, indent=2) + "\n")
+    written = [str(path)]
+    if result["search"]:
+        console.print(report.searched(result))
+        picture = path.with_suffix(".png")
+        written += [str(picture)] if report.draw_search(result, picture) else []
+    console.print(report.evaluated(result))
+    console.print(f"written to {' and '.join(written)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _beside(vectors: list[Path], method: str | None, split: str) -> Path:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from linlora.commands.errors import user_errors
+from linlora.commands.errors import refuse_missing, user_errors
 from linlora.commands.methods import METHOD_HELP
 
 if TYPE_CHECKING:
@@ -39,9 +40,11 @@ def fuse(
     The files are streamed through: memory holds a few tensors, whatever their number. Where λ comes from: `linlora eval
     ... --fuse METHOD --search` on a validation split.
     """
-    from rich.console import Console
-
     with user_errors(interrupted="interrupted; nothing was written"):
+        first = next((i for i, argument in enumerate(vectors) if argument.startswith("--")), len(vectors))
+        refuse_missing(vectors[:first])
+        from rich.console import Console
+
         import linlora
         from linlora import formats
         from linlora.fusion.registry import FROM_VECTORS
@@ -54,7 +57,6 @@ def fuse(
             )
         if out.suffix != ".safetensors":
             raise ValueError(f"--out {out}: a task vector is written to a .safetensors file")
-        first = next((i for i, argument in enumerate(vectors) if argument.startswith("--")), len(vectors))
         if any(_is_of(out, Path(path)) for path in vectors[:first]):
             raise FileExistsError(f"--out {out} is one of the vectors; name another file")
         stored = [formats.open(path) for path in vectors[:first]]
@@ -81,7 +83,9 @@ def fuse(
         extras = sorted({name for adapter in stored for name in adapter.extras})
         if extras:
             console.print(f"note: not fused, trained beside the adapters: {', '.join(extras)}", markup=False)
-        console.print(f"next: linlora inspect {out}, or linlora export {out} --out DIRECTORY", markup=False)
+        named, folder = shlex.quote(str(out)), shlex.quote(str(out.with_suffix("")))
+        cast = " --cast layer" if fused.scope == "model" else ""
+        console.print(f"next:\n  linlora inspect {named}\n  linlora export {named}{cast} --out {folder}", markup=False)
 
 
 def _is_of(out: Path, vector: Path) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from linlora.commands.errors import user_errors
+from linlora.commands.errors import refuse_missing, user_errors
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -22,11 +22,12 @@ def inspect(
 
     Every tensor is read and checked; the exit status is 2 where the file is damaged or foreign.
     """
-    from rich.console import Console
-
-    from linlora import formats
-
     with user_errors():
+        refuse_missing([path])
+        from rich.console import Console
+
+        from linlora import formats
+
         stored = formats.open(path)
         table = _layers(stored)
         console = Console(soft_wrap=True)

@@ -62,7 +62,16 @@ def merge(
         )
         if merged.left_out:
             console.print(f"not copied, of the base alone: {', '.join(merged.left_out)}")
-        console.print(f"next: AutoModel....from_pretrained({str(out)!r})")
+        console.print(f"it loads by {_class_of(out)}.from_pretrained({str(out)!r})")
+
+
+def _class_of(folder: Path) -> str:
+    """The class of a model, as its configuration names it."""
+    import json
+
+    path = folder / "config.json"
+    named = json.loads(path.read_text("utf-8")).get("architectures") if path.is_file() else None
+    return named[0] if named else "AutoModel"
 
 
 def weighted(argument: str) -> tuple[str, float | None]:

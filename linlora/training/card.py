@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from linlora.formats import Stored
 from linlora.formats.model_config import FOLDER
 from linlora.storage.files import write_text
 from linlora.training import plain_yaml
@@ -132,3 +133,24 @@ def _source(settings: Settings) -> str:
 
 def _is_of_the_hub(path: str) -> bool:
     return path.count("/") <= 1 and not path.startswith((".", "/", "~")) and not Path(path).exists()
+
+
+def write_card_of_export(stored: Stored, out: Path, base_model: str | None, cast: str | None) -> None:
+    """Write the card of an exported adapter: that of the run it comes from, or what its vector says."""
+    path, own = out / "README.md", stored.path / "README.md"
+    if cast is None and own.is_file() and _MARK in own.read_text("utf-8", errors="replace"):
+        write_text(path, own.read_text("utf-8"))
+        return
+    front: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "linlora"]}
+    front |= {"base_model": base_model} if base_model else {}
+    base = f"`{base_model}`" if base_model else "a base model that it does not name"
+    note = " Its values are of model scope; as an adapter they are another function." if cast else ""
+    sections = [
+        f"---\n{plain_yaml.dump(front)}---",
+        f"# {out.name}",
+        f"A LoRA adapter of {base}, {len(stored.vector.scalings)} layers: {stored.kind} `{stored.path.name}`, written "
+        f"by `linlora export`.{note}",
+        "## Use\n\n```python\nfrom peft import PeftModel\n\n"
+        'model = PeftModel.from_pretrained(base, "FOLDER")  # this one\n```',
+    ]
+    write_text(path, "\n\n".join(sections) + "\n")

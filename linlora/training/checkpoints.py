@@ -109,4 +109,5 @@ def _read(settings: Settings, kind: Any, what: str) -> Any:
         with quiet():
             return kind.from_pretrained(settings.model, revision=revision, trust_remote_code=trust)
     except (OSError, ValueError) as error:
-        raise ValueError(f"model '{settings.model}': {what} could not be read: {error}") from error
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"model '{settings.model}': {what} could not be read: {reason}") from error

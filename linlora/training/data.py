@@ -45,6 +45,13 @@ def load_split(data: Data, split: str, columns: Iterable[str]) -> Any:
     return both["train" if split == "train" else "test"]
 
 
+def check_files(data: Data) -> None:
+    """Raise a FileNotFoundError for a file that is named and is not there; nothing is read."""
+    for source in (data.path, data.train, data.validation, data.test, data.prototypes):
+        if isinstance(source, str) and is_file(source) and not Path(source).expanduser().is_file():
+            raise FileNotFoundError(f"data: there is no file {source}")
+
+
 def has_test(data: Data) -> bool:
     """Whether there is a test split: the one that is named, or a split of that name where the rows come from."""
     if data.test is not None:

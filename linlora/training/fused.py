@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from rich.console import Console
 
 from linlora.fusion import METHODS, fuse, grid, search
 from linlora.fusion.checks import check_options
@@ -37,6 +40,15 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
 _PROVIDED = {"lorahub": ("objective",), "adamerging": ("model", "inputs", "logits")}  # by `_data`
 _EXAMPLES = 16  # validation rows of each task in LoraHub's objective
 _UNLABELED = 16  # validation rows in a batch of AdaMerging, labels not looked at
+
+
+@dataclass(frozen=True)
+class Searched:
+    """The validation scores of a reference, by its name, or of options that were tried; one for each task."""
+
+    name: str | None
+    options: dict[str, Any] | None
+    scores: list[float]
 
 
 @dataclass(frozen=True)
@@ -97,12 +109,17 @@ def evaluate_fused(
     method: str,
     options: Mapping[str, Any],
     searched: bool = False,
+    console: Console | None = None,
 ) -> dict[str, Any]:
     """The scores of fused vectors on a split of some tasks, beside those of the single runs.
 
     Args:
         options: of the method. With `searched` they are searched on the validation split, among the values of GRIDS, or
             of a list where an option is one; the split itself has no say.
+        console: where the search is followed.
+
+    Returns: what `evaluate_vector` does, with "single" and "normalised" scores, the "references", which are the
+        backbone without a vector and the average of all, and the "search": every point with its validation scores.
 
     LoraHub's objective is the loss on 16 validation rows of each task; AdaMerging sees validation rows without labels.
     """
@@ -114,19 +131,48 @@ def evaluate_fused(
     like = fuse(vectors, "average") if isinstance(vectors[0], WeightVector) else vectors[0]
     suite = suite_of(tasks, like, split, *(["validation"] if searched else []))
     build = functools.partial(fuse, list(vectors), method, **_data(method, suite))
-    curve = None
+    references = {"backbone": 0.0 * like, "average": fuse(list(vectors), "average")}
+    curve: list[Searched] | None = None
     if searched:
         space = {name: values for name, values in GRIDS.get(method, {}).items() if name not in options}
         space |= {name: value if isinstance(value, list) else [value] for name, value in options.items()}
         if not any(len(values) > 1 for values in space.values()):
             raise ValueError(f"search: {method} has no option with several values to try; give one a list of them")
-        found = search(build, lambda v: [s["score"] for s in suite.scores(v, "validation").values()], grid(**space))
+        choices, count = grid(**space), itertools.count(1)
+
+        def score(vector: TaskVector) -> list[float]:
+            i = next(count)
+            if console is not None and not console.is_terminal:  # which has a bar
+                console.print(f"search {i} of {len(choices)}: {in_words(choices[i - 1])}", highlight=False)
+            return _scores(suite, vector, "validation")
+
+        found = search(build, score, choices)
         options = found.options
-        curve = [{"options": point.options, "scores": list(point.scores)} for point in found.curve]
+        curve = [Searched(name, None, _scores(suite, vector, "validation")) for name, vector in references.items()]
+        curve += [Searched(None, point.options, list(point.scores)) for point in found.curve]
     vector = build(**options)
     result = _result(suite, suite.scores(vector, split, progress=True), split)
+    result["references"] = {name: _scores(suite, reference, split) for name, reference in references.items()}
     single = {judge.settings.name: _single(judge, split) for judge in tasks}
-    return {**_normalised(result, single), "method": method, "options": dict(options), "search": curve}
+    return {
+        **_normalised(result, single),
+        "method": method,
+        "options": dict(options),
+        "search": None if curve is None else [asdict(point) for point in curve],
+    }
+
+
+def _scores(suite: Suite, vector: TaskVector, split: str) -> list[float]:
+    return [scores["score"] for scores in suite.scores(vector, split).values()]
+
+
+def in_words(options: Mapping[str, Any]) -> str:
+    """Options of a method.
+
+    >>> in_words({"keep": 0.2, "scaling": 1.0})
+    'keep 0.2, scaling 1.0'
+    """
+    return ", ".join(f"{name} {value}" for name, value in options.items())
 
 
 def _data(method: str, suite: Suite) -> dict[str, Any]:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from linlora.training.folder import Run
+from linlora.training.fused import in_words
+from linlora.training.suite import different_models
 
 _SPLITS = ("validation", "test")
 
@@ -33,38 +37,88 @@ def trained(runs: Sequence[Run]) -> Table:
 
 
 def what_next(runs: Sequence[Run]) -> str:
-    """The commands one is likely to want now."""
-    folders = " ".join(str(run.folder) for run in runs)
-    if len(runs) > 1:
-        return f"next: linlora eval {folders} --fuse task_arithmetic --search"
-    split = "" if "test" in runs[0].metrics else " --split validation"
-    lines = [f"next: linlora eval {folders}{split}"]
-    if runs[0].settings.method != "model":
-        lines.append(f"      PeftModel.from_pretrained(base, '{folders}') loads the adapter without linlora")
-    return "\n".join(lines)
+    """The commands one is likely to want now; each works as it stands."""
+    folders = shlex.join(str(run.folder) for run in runs)
+    tested = all("test" in run.metrics for run in runs)
+    split = "" if tested else " --split validation"
+    first = runs[0]
+    if len(runs) == 1:
+        lines = [f"linlora eval {folders}{split}", f"linlora inspect {folders}"]
+    else:
+        lines = [f"linlora eval {folders}{split}"]
+        if not any(different_models(first.settings, run.settings) for run in runs[1:]):
+            lines.append(f"linlora eval {folders} --fuse task_arithmetic --search{split}")
+            fused = shlex.quote(str(first.folder.parent / "fused.safetensors"))
+            lines.append(f"linlora fuse {folders} --scaling 0.3 --out {fused}")
+    notes = [] if tested else ["a test split is added by the same command with --test"]
+    notes.append(f"how to load it: {first.folder / 'README.md'}")
+    return "\n".join(["next:", *(f"  {line}" for line in lines), *(f"note: {note}" for note in notes)])
 
 
 def evaluated(result: Mapping[str, Any]) -> Table:
     """A row for each task: its score; where its run is known, the score of that and the one over the other."""
     single = any(of_task.get("single") is not None for of_task in result["tasks"].values())
+    references = result.get("references") or {}
     keys = ("single", "score", "normalised") if single else ("score",)
     view = Table(title=_title(result), title_justify="left")
     view.add_column("task")
     view.add_column("metric")
-    for heading in ("rows", *(("single %", "fused %", "fused / single %") if single else ("score %",))):
+    headings = ("single %", "fused %", "fused / single %") if single else ("score %",)
+    for heading in ("rows", *(f"{name} %" for name in references), *headings):
         view.add_column(heading, justify="right")
-    for name, of_task in result["tasks"].items():
-        view.add_row(name, of_task["metric"], str(of_task["rows"]), *(percent(of_task[key]) for key in keys))
+    for i, (name, of_task) in enumerate(result["tasks"].items()):
+        others = [percent(scores[i]) for scores in references.values()]
+        view.add_row(name, of_task["metric"], str(of_task["rows"]), *others, *(percent(of_task[key]) for key in keys))
     if len(result["tasks"]) > 1:
         view.add_section()
-        view.add_row("mean", "", "", *(percent(result["mean"][key]) for key in keys))
+        others = [percent(statistics.fmean(scores)) for scores in references.values()]
+        view.add_row("mean", "", "", *others, *(percent(result["mean"][key]) for key in keys))
     return view
+
+
+def searched(result: Mapping[str, Any]) -> Table:
+    """A row for each point of a search, with the backbone and the average before; the best one is marked."""
+    view = Table(title="search, validation %", title_justify="left")
+    view.add_column("")
+    for name in (*result["tasks"], "mean"):
+        view.add_column(name, justify="right")
+    for point in result["search"]:
+        mark = " ←" if point["options"] == result["options"] else ""
+        scores = [percent(score) for score in point["scores"]]
+        name = point["name"] or in_words(point["options"])
+        view.add_row(name, *scores, percent(statistics.fmean(point["scores"])) + mark, end_section=name == "average")
+    return view
+
+
+def draw_search(result: Mapping[str, Any], path: Path) -> bool:
+    """Mean validation score against the scaling, a line for each choice of the other options; False without one."""
+    from matplotlib.figure import Figure
+
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for point in result["search"]:
+        options = dict(point["options"] or {})
+        if isinstance(scaling := options.pop("scaling", None), (int, float)):
+            lines.setdefault(in_words(options), []).append((scaling, 100 * statistics.fmean(point["scores"])))
+    if max(map(len, lines.values()), default=0) < 2:
+        return False
+    figure = Figure(figsize=(6.4, 4), layout="constrained")
+    axes = figure.subplots()
+    for name, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name or result["method"])
+    for point, style in zip((p for p in result["search"] if p["name"]), (":", "--"), strict=False):
+        axes.axhline(100 * statistics.fmean(point["scores"]), color="gray", linestyle=style, label=point["name"])
+    title = f"{result['method']} of {len(result['vectors'])} vectors"
+    axes.set(xlabel="scaling λ", ylabel="mean validation score in %", title=title)
+    axes.legend()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return True
 
 
 def _title(result: Mapping[str, Any]) -> str:
     if result["method"] is None:
         return f"{result['split']} split"
-    options = ", ".join(f"{name} {value}" for name, value in result["options"].items())
+    options = in_words(result["options"])
     return f"{result['split']} split, fused by {result['method']}" + (f" ({options})" if options else "")
 
 

@@ -13,12 +13,18 @@ from torch import Tensor, nn
 from linlora.training.adapted import adapt
 from linlora.training.evaluation import arithmetic, evaluate, on_device
 from linlora.training.head import set_head
+from linlora.training.settings import Settings
 from linlora.training.task import Task
 from linlora.vectors.products import evaluating
 from linlora.vectors.task_vector import TaskVector, apply
 from linlora.vectors.weight_vector import WeightVector
 
-_SHARED = ("model", "kind", "lora.", "model_options.")
+_SHARED = ("model", "kind", "head", "linear_to", "lora.", "model_options.")
+
+
+def different_models(one: Settings, other: Settings) -> list[str]:
+    """In what two tasks differ that have to share one model for their vectors to be fused."""
+    return [difference for difference in one.differences(other) if difference.startswith(_SHARED)]
 
 
 class TaskSet:
@@ -101,8 +107,7 @@ class Suite:
         self.of = TaskSet(tasks, heads)
         first = next(iter(tasks.values()))
         for name, task in tasks.items():
-            odd = [d for d in first.settings.differences(task.settings) if d.startswith(_SHARED)]
-            if odd:
+            if odd := different_models(first.settings, task.settings):
                 raise ValueError(f"tasks '{first.settings.name}' and '{name}' do not share one model: {'; '.join(odd)}")
             if self._needs_head(name):
                 raise ValueError(f"task '{name}' has a head that was trained; name the folder of its run")

@@ -52,7 +52,7 @@ def test_a_recipe_trains_scores_and_fuses(run, recipe):
     result = run("train", recipe)
     assert result.exit_code == 0, result.output
     assert "mood: step 2 of 2, loss" in result.output
-    assert "next: linlora eval runs/both/mood runs/both/word --fuse task_arithmetic --search" in result.output
+    assert "  linlora eval runs/both/mood runs/both/word --fuse task_arithmetic --search\n" in result.output
     again = run("train", recipe, "--task", "mood")
     assert "mood: found finished in runs/both/mood" in again.output
 
@@ -66,7 +66,10 @@ def test_a_recipe_trains_scores_and_fuses(run, recipe):
     result = run("eval", "runs/both/mood", "runs/both/word", "--fuse", "dare", "--search", "--set", "scaling=[0.5,1.0]",
                  "--set", "drop=0.5", "--split", "validation", "--out", "dare.json")  # fmt: skip
     assert result.exit_code == 0, result.output
-    assert len(json.loads(Path("dare.json").read_text())["search"]) == 2
+    points = json.loads(Path("dare.json").read_text())["search"]
+    assert [point["name"] for point in points] == ["backbone", "average", None, None]
+    assert "search 2 of 2: scaling 1.0, drop 0.5" in result.output
+    assert Path("dare.png").exists()
 
     result = run("eval", "runs/both/mood")
     assert json.loads(Path("runs/both/mood/eval-test.json").read_text())["mean"]["score"] == pytest.approx(
@@ -88,7 +91,7 @@ def test_flags_make_a_run_and_go_before_the_file(run, recipe, checkpoints, revie
     assert (settings.data.validation, settings.seed, settings.method) == (8, 3, "lora")
     assert settings.lora == {"r": 2, "lora_alpha": 4, "lora_dropout": 0.0, "target_modules": ["query", "value"]}
     assert settings.training["weight_decay"] == 0.1
-    assert "PeftModel.from_pretrained(base, 'runs/flags')" in result.output
+    assert "how to load it: runs/flags/README.md" in result.output
     assert run("train", recipe, "--task", "word", "--steps", "1", "--out", "runs/other").exit_code == 0
     assert Settings.from_yaml("runs/other/word/settings.yaml").training["max_steps"] == 1
 
@@ -96,7 +99,11 @@ def test_flags_make_a_run_and_go_before_the_file(run, recipe, checkpoints, revie
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["train"], "settings: 'model' is missing"),
+        (["train"], "error: --model is missing"),
+        (["train", "--model", "x", "--kind", "classification", "--data", "x.csv"], "needs one of the two, --text or"),
+        (["train", "both.yaml", "--method", "full"], "--method: unknown method 'full'; choose one of lora, lora-fa"),
+        (["train", "both.yaml", "--steps", "0"], "--steps is a whole number, 1 or more"),
+        (["train", "both.yaml", "--data", "gone.csv"], "data: there is no file gone.csv"),
         (["train", "missing.yaml"], "missing.yaml: no such file"),
         (["train", "both.yaml", "--task", "rte"], "has no task 'rte'; its tasks are mood, word"),
         (["train", "both.yaml", "--set", "training.steps=1"], "unknown key 'steps'"),
