@@ -6,7 +6,7 @@ import functools
 import itertools
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -40,15 +40,6 @@ GRIDS: dict[str, dict[str, Sequence[Any]]] = {
 _PROVIDED = {"lorahub": ("objective",), "adamerging": ("model", "inputs", "logits")}  # by `_data`
 _EXAMPLES = 16  # validation rows of each task in LoraHub's objective
 _UNLABELED = 16  # validation rows in a batch of AdaMerging, labels not looked at
-
-
-@dataclass(frozen=True)
-class Searched:
-    """The validation scores of a reference, by its name, or of options that were tried; one for each task."""
-
-    name: str | None
-    options: dict[str, Any] | None
-    scores: list[float]
 
 
 @dataclass(frozen=True)
@@ -118,8 +109,8 @@ def evaluate_fused(
             of a list where an option is one; the split itself has no say.
         console: where the search is followed.
 
-    Returns: what `evaluate_vector` does, with "single" and "normalised" scores, the "references", which are the
-        backbone without a vector and the average of all, and the "search": every point with its validation scores.
+    Returns: what `evaluate_vector` does, with "single" and "normalised" scores; the "references", by split what the
+        backbone without a vector and the average score; and the "search", every point with its validation scores.
 
     LoraHub's objective is the loss on 16 validation rows of each task; AdaMerging sees validation rows without labels.
     """
@@ -132,7 +123,7 @@ def evaluate_fused(
     suite = suite_of(tasks, like, split, *(["validation"] if searched else []))
     build = functools.partial(fuse, list(vectors), method, **_data(method, suite))
     references = {"backbone": 0.0 * like, "average": fuse(list(vectors), "average")}
-    curve: list[Searched] | None = None
+    curve = None
     if searched:
         space = {name: values for name, values in GRIDS.get(method, {}).items() if name not in options}
         space |= {name: value if isinstance(value, list) else [value] for name, value in options.items()}
@@ -148,17 +139,19 @@ def evaluate_fused(
 
         found = search(build, score, choices)
         options = found.options
-        curve = [Searched(name, None, _scores(suite, vector, "validation")) for name, vector in references.items()]
-        curve += [Searched(None, point.options, list(point.scores)) for point in found.curve]
+        curve = [{"options": point.options, "scores": list(point.scores)} for point in found.curve]
     vector = build(**options)
     result = _result(suite, suite.scores(vector, split, progress=True), split)
-    result["references"] = {name: _scores(suite, reference, split) for name, reference in references.items()}
+    splits = dict.fromkeys([split, *(["validation"] if searched else [])])
+    result["references"] = {
+        name: {of: _scores(suite, reference, of) for of in splits} for name, reference in references.items()
+    }
     single = {judge.settings.name: _single(judge, split) for judge in tasks}
     return {
         **_normalised(result, single),
         "method": method,
         "options": dict(options),
-        "search": None if curve is None else [asdict(point) for point in curve],
+        "search": curve,
     }
 
 

@@ -58,7 +58,7 @@ def what_next(runs: Sequence[Run]) -> str:
 def evaluated(result: Mapping[str, Any]) -> Table:
     """A row for each task: its score; where its run is known, the score of that and the one over the other."""
     single = any(of_task.get("single") is not None for of_task in result["tasks"].values())
-    references = result.get("references") or {}
+    references = {name: of[result["split"]] for name, of in (result.get("references") or {}).items()}
     keys = ("single", "score", "normalised") if single else ("score",)
     view = Table(title=_title(result), title_justify="left")
     view.add_column("task")
@@ -82,11 +82,13 @@ def searched(result: Mapping[str, Any]) -> Table:
     view.add_column("")
     for name in (*result["tasks"], "mean"):
         view.add_column(name, justify="right")
+    for name, scores in result["references"].items():
+        view.add_row(name, *map(percent, scores["validation"]), percent(statistics.fmean(scores["validation"])))
+    view.add_section()
     for point in result["search"]:
         mark = " ←" if point["options"] == result["options"] else ""
-        scores = [percent(score) for score in point["scores"]]
-        name = point["name"] or in_words(point["options"])
-        view.add_row(name, *scores, percent(statistics.fmean(point["scores"])) + mark, end_section=name == "average")
+        mean = percent(statistics.fmean(point["scores"])) + mark
+        view.add_row(in_words(point["options"]), *map(percent, point["scores"]), mean)
     return view
 
 
@@ -96,7 +98,7 @@ def draw_search(result: Mapping[str, Any], path: Path) -> bool:
 
     lines: dict[str, list[tuple[float, float]]] = {}
     for point in result["search"]:
-        options = dict(point["options"] or {})
+        options = dict(point["options"])
         if isinstance(scaling := options.pop("scaling", None), (int, float)):
             lines.setdefault(in_words(options), []).append((scaling, 100 * statistics.fmean(point["scores"])))
     if max(map(len, lines.values()), default=0) < 2:
@@ -105,8 +107,8 @@ def draw_search(result: Mapping[str, Any], path: Path) -> bool:
     axes = figure.subplots()
     for name, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=name or result["method"])
-    for point, style in zip((p for p in result["search"] if p["name"]), (":", "--"), strict=False):
-        axes.axhline(100 * statistics.fmean(point["scores"]), color="gray", linestyle=style, label=point["name"])
+    for (name, scores), style in zip(result["references"].items(), (":", "--"), strict=True):
+        axes.axhline(100 * statistics.fmean(scores["validation"]), color="gray", linestyle=style, label=name)
     title = f"{result['method']} of {len(result['vectors'])} vectors"
     axes.set(xlabel="scaling λ", ylabel="mean validation score in %", title=title)
     axes.legend()

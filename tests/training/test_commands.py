@@ -66,8 +66,7 @@ def test_a_recipe_trains_scores_and_fuses(run, recipe):
     result = run("eval", "runs/both/mood", "runs/both/word", "--fuse", "dare", "--search", "--set", "scaling=[0.5,1.0]",
                  "--set", "drop=0.5", "--split", "validation", "--out", "dare.json")  # fmt: skip
     assert result.exit_code == 0, result.output
-    points = json.loads(Path("dare.json").read_text())["search"]
-    assert [point["name"] for point in points] == ["backbone", "average", None, None]
+    assert len(json.loads(Path("dare.json").read_text())["search"]) == 2
     assert "search 2 of 2: scaling 1.0, drop 0.5" in result.output
     assert Path("dare.png").exists()
 

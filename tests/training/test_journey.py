@@ -103,7 +103,7 @@ def test_a_search_shows_every_point_beside_the_backbone_and_the_average(run, rec
     same = run("eval runs/mood runs/thing --fuse average --out a.json")
     assert "average %" in same
     average = json.loads(Path("a.json").read_text())
-    assert average["references"]["average"] == [of_task["score"] for of_task in average["tasks"].values()]
+    assert average["references"]["average"]["test"] == [of_task["score"] for of_task in average["tasks"].values()]
 
 
 def test_a_run_is_uploaded_without_its_checkpoints(run, recipe, monkeypatch):
