@@ -38,7 +38,7 @@ def inspect(
 
 def _summary(stored: Stored) -> str:
     """What it is, in lines of a name and a value."""
-    from linlora.storage.tensor_files import shapes
+    from linlora.storage.tensors import shapes
 
     vector = stored.vector
     like = shapes(vector.deltas)
@@ -75,7 +75,7 @@ def _layers(stored: Stored) -> Table:
     """A row for each layer; reads, and so checks, every tensor."""
     from rich.table import Table
 
-    from linlora.vectors.weight_vector import change_of_weight
+    from linlora.vectors.factors import change_of_weight
 
     vector = stored.vector
     table = Table("layer", "K → N", "rank", "scaling", "‖dA‖", "‖dB‖", "‖change of W‖", box=None, pad_edge=False)

@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from linlora.layers.weights import Update
+from linlora.vectors.factors import change_of_weight
 from linlora.vectors.task_vector import TaskVector
-from linlora.vectors.weight_vector import WeightVector, change_of_weight, weight_vector
+from linlora.vectors.weight_vector import WeightVector, weight_vector
 
 
 def in_weights(vectors: Sequence[TaskVector]) -> list[WeightVector]:

@@ -25,11 +25,12 @@ from linlora.layers.sharding import writes
 from linlora.layers.vanilla import changed_base, refuse_changed_base
 from linlora.storage.files import install_file
 from linlora.storage.staging import unfinished_folder
-from linlora.storage.tensor_files import StoredTensors, save_tensors, shapes
+from linlora.storage.tensor_files import save_tensors
+from linlora.storage.tensors import StoredTensors, shapes
 from linlora.vectors.adapters import one_adapter
+from linlora.vectors.factors import factors_of
 from linlora.vectors.points import DifferentPointError
 from linlora.vectors.task_vector import TaskVector
-from linlora.vectors.weight_vector import factors_of
 
 _KEPT = ("task_type", "fan_in_fan_out", "modules_to_save", "bias", "trainable_token_indices")
 """Configuration keys that are copied unchanged."""

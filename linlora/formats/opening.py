@@ -14,7 +14,8 @@ from linlora.formats.l_lora import LINEARIZED_FILE, open_l_lora
 from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE, open_peft_adapter, parameters, split
 from linlora.formats.stored import Stored
 from linlora.storage.files import CorruptFileError
-from linlora.storage.tensor_files import TensorFile, shapes
+from linlora.storage.tensor_files import TensorFile
+from linlora.storage.tensors import shapes
 from linlora.vectors.files import FORMAT
 from linlora.vectors.points import DifferentPointError, point_hash, point_name
 from linlora.vectors.task_vector import TaskVector

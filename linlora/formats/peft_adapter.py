@@ -13,7 +13,8 @@ from linlora.formats.adapter_config import read_config, scalings
 from linlora.formats.stored import Stored
 from linlora.layers.vanilla import not_a_factor
 from linlora.storage.files import CorruptFileError
-from linlora.storage.tensor_files import StoredTensors, TensorFile
+from linlora.storage.tensor_files import TensorFile
+from linlora.storage.tensors import StoredTensors
 from linlora.vectors.points import point_hash
 from linlora.vectors.weight_vector import WeightVector
 

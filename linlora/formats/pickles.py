@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from linlora.storage.files import CorruptFileError
-from linlora.storage.tensor_files import finite
+from linlora.storage.tensors import finite
 
 
 def load(path: Path) -> dict[str, Tensor]:

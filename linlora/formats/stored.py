@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from linlora.storage.tensor_files import shapes
+from linlora.storage.tensors import shapes
 from linlora.vectors.task_vector import TaskVector
 
 

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from linlora.fusion.checks import check_count, check_number, checked
 from linlora.fusion.inference import Logits, main_logits
-from linlora.fusion.rule import wide
 from linlora.fusion.search import bar
+from linlora.fusion.tensorwise import wide
 from linlora.vectors.adapters import delta_parameters
 from linlora.vectors.points import point_name
 from linlora.vectors.products import displaced, evaluating, trainable

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from linlora.fusion.checks import check_finite, check_number, plain
 from linlora.fusion.layerwise import Layer, fused_layers, peek, weight_vectors
-from linlora.fusion.rule import Rule, fused, zeros
+from linlora.fusion.tensorwise import Rule, fused, zeros
 from linlora.fusion.truncation import Cut, OutRank
 from linlora.layers.weights import Update
 from linlora.vectors.task_vector import TaskVector

@@ -9,7 +9,7 @@ from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any
 
-from linlora.storage.tensor_files import shapes
+from linlora.storage.tensors import shapes
 from linlora.vectors.task_vector import TaskVector
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from linlora.fusion.arithmetic import WeightedSum, task_arithmetic
 from linlora.fusion.checks import check_number, check_options
-from linlora.fusion.rule import Rule, fused, mapped, wide
+from linlora.fusion.tensorwise import Rule, fused, mapped, wide
 from linlora.fusion.ties import Ties, ties
 from linlora.vectors.task_vector import TaskVector
 

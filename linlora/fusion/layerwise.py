@@ -21,10 +21,11 @@ from torch.nn.functional import pad
 
 from linlora.fusion.truncation import Cut, OutRank, Spectrum
 from linlora.layers.weights import Update, one_thread
-from linlora.storage.tensor_files import StoredTensors, finite, memory
+from linlora.storage.tensors import StoredTensors, finite, memory
+from linlora.vectors.factors import Size, stored_factors
 from linlora.vectors.points import DifferentPointError
 from linlora.vectors.task_vector import TaskVector
-from linlora.vectors.weight_vector import Size, WeightVector, common_base, stored_factors, weight_vector
+from linlora.vectors.weight_vector import WeightVector, common_base, weight_vector
 
 T = TypeVar("T")
 

@@ -11,8 +11,8 @@ from torch.nn.functional import hardshrink
 
 from linlora.fusion.checks import check_number
 from linlora.fusion.quantiles import cut_below
-from linlora.fusion.rule import Rule, fused, values, wide
 from linlora.fusion.sides import Sides, check_keep
+from linlora.fusion.tensorwise import Rule, fused, values, wide
 from linlora.vectors.task_vector import TaskVector
 
 PUBLISHED_KEEP, PUBLISHED_SCALING = 0.2, 1.0

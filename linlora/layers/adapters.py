@@ -27,7 +27,7 @@ from linlora.layers.restoring import restoring
 from linlora.layers.vanilla import not_vanilla_layer
 from linlora.layers.weights import Fold
 from linlora.ops.checks import autocast_enabled
-from linlora.storage.tensor_files import finite
+from linlora.storage.tensors import finite
 from linlora.stream import Stream
 
 State = Literal["plain", "short", "pair"]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from linlora.layers.adapters import LoraAdapters
 from linlora.layers.sharding import check_there
 from linlora.layers.weights import Update, check_sum, fold, fold_keeping, stacked, unfold
-from linlora.storage.tensor_files import finite
+from linlora.storage.tensors import finite
 
 
 class MergeableAdapters(LoraAdapters):

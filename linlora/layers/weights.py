@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linlora.storage.tensor_files import finite
+from linlora.storage.tensors import finite
 
 BLOCK = 2**20
 """Elements of a block: 4 MiB of float32. Larger ones fall out of the cache, smaller ones are launches."""

@@ -14,7 +14,7 @@ from linlora.layers.restoring import restoring, uninterrupted
 from linlora.layers.sharding import is_sharded
 from linlora.layers.sharing import adapted_layers, refuse_shared
 from linlora.layers.weights import Update, check_sum, fold, rehearse
-from linlora.storage.tensor_files import finite
+from linlora.storage.tensors import finite
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
 

@@ -23,8 +23,9 @@ from linlora.fusion.layerwise import by_value
 from linlora.layers.sharing import group_of
 from linlora.layers.weights import BLOCK, Update, blocks, folded
 from linlora.storage.files import write_text
-from linlora.storage.tensor_files import TensorFile, finite, shapes
-from linlora.vectors.weight_vector import factors_of
+from linlora.storage.tensor_files import TensorFile
+from linlora.storage.tensors import finite, shapes
+from linlora.vectors.factors import factors_of
 
 
 class Plan:

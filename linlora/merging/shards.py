@@ -17,7 +17,8 @@ import torch
 
 from linlora.merging.plan import Plan
 from linlora.storage.files import install_file
-from linlora.storage.tensor_files import StoredTensors, TensorFile, memory, save_tensors, write
+from linlora.storage.tensor_files import TensorFile, save_tensors, write
+from linlora.storage.tensors import StoredTensors, memory
 
 _FLUSH = 2**27
 """Bytes after which what is written goes to the disk, beside the work; all of it at the end would be waited for."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 from linlora.layers.model_scope import check_attention, enter_model_scope, leave_model_scope
 from linlora.routing.routed_lora_linear import RoutedLoraLinear
 from linlora.routing.structure import RoutedStructure
-from linlora.storage.tensor_files import finite
+from linlora.storage.tensors import finite
 from linlora.stream import head
 
 SCOPES = ("layer", "model")

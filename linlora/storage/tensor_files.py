@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import os
 import threading
 import zlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from io import FileIO
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from linlora.storage.files import CorruptFileError, install_file, parse_json
 from linlora.storage.staging import unfinished_file
+from linlora.storage.tensors import finite, memory, shapes
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -164,48 +164,6 @@ class TensorFile:
         return DTYPES[code]
 
 
-class StoredTensors(Mapping[str, Tensor]):
-    """A mapping of tensors that are made when they are asked for, each time: read from a file, or computed from those.
-
-    Args:
-        like: a tensor of the shape and dtype of each, on the meta device.
-        read: the tensor of a name.
-
-    >>> stored = StoredTensors({"w": torch.empty(2, device="meta")}, lambda name: torch.ones(2))
-    >>> stored["w"].tolist(), list(stored)
-    ([1.0, 1.0], ['w'])
-    """
-
-    def __init__(self, like: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
-        self.like = dict(like)
-        self._read = read
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self.like:
-            raise KeyError(name)
-        return self._read(name)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.like)
-
-    def __len__(self) -> int:
-        return len(self.like)
-
-    def __contains__(self, name: object) -> bool:  # Mapping's would read the tensor
-        return name in self.like
-
-
-def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors of the same names, shapes and dtypes on the meta device; nothing is read.
-
-    >>> shapes({"w": torch.ones(2, 3)})["w"].device.type
-    'meta'
-    """
-    if isinstance(tensors, StoredTensors):
-        return tensors.like
-    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
-
-
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
     """Write a safetensors file beside its place and rename it there; one tensor at a time is asked for and held."""
     like = dict(sorted(shapes(tensors).items(), key=lambda item: -item[1].element_size()))  # so each starts aligned
@@ -227,19 +185,6 @@ def load_tensors(path: str | os.PathLike) -> tuple[dict[str, Tensor], dict[str, 
     """Read a safetensors file: its tensors, on the CPU, and its metadata. NaN and infinity are refused by name."""
     with TensorFile(path) as file:
         return {name: file.read(name) for name in file.entries}, file.metadata
-
-
-def finite(tensor: Tensor) -> bool:
-    """Whether a tensor holds neither NaN nor infinity; extremes tell, many times faster than a test of every value.
-
-    >>> finite(torch.tensor([1.0, float("nan")])), finite(torch.ones(0))
-    (False, True)
-    """
-    if not tensor.is_floating_point() or tensor.numel() == 0:
-        return True
-    if tensor.element_size() == 1:  # no float8 reductions
-        tensor = tensor.float()
-    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor.detach()))
 
 
 def _header(like: Mapping[str, Tensor], checksums: Mapping[str, str], metadata: Mapping[str, str]) -> bytes:
@@ -266,8 +211,3 @@ def write(file: FileIO, content: bytes | memoryview) -> None:
     rest = memoryview(content)
     while rest:
         rest = rest[file.write(rest[:_CHUNK]) :]
-
-
-def memory(tensor: Tensor) -> memoryview:
-    """The memory of a contiguous tensor."""
-    return tensor.reshape(-1).view(torch.uint8).numpy().data

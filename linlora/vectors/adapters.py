@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from linlora.layers.sharding import check_there, sharded_like, whole
 from linlora.layers.vanilla import not_vanilla_config, not_vanilla_layer
-from linlora.storage.tensor_files import finite
+from linlora.storage.tensors import finite
 
 
 def one_adapter(model: PeftModel, adapter: str | None) -> str:

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from linlora.layers.vanilla import usable_scaling
 from linlora.storage.files import CorruptFileError, parse_json
-from linlora.storage.tensor_files import StoredTensors, TensorFile, save_tensors, shapes
+from linlora.storage.tensor_files import TensorFile, save_tensors
+from linlora.storage.tensors import StoredTensors, shapes
 from linlora.vectors.points import point_hash, some
 
 FORMAT = "linlora.task_vector"

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from linlora.layers.restoring import restoring
 from linlora.layers.vanilla import changed_base
-from linlora.storage.tensor_files import shapes
+from linlora.storage.tensors import shapes
 from linlora.vectors.adapters import adapter_layers, assign, check_values, delta_parameters, held_by, one_adapter
 from linlora.vectors.files import Content, read_vector, write_vector
 from linlora.vectors.points import DifferentPointError, point_hash, point_name, some

@@ -5,7 +5,7 @@ import torch
 
 import linlora
 from linlora.fusion.dare import thin
-from linlora.fusion.rule import mapped
+from linlora.fusion.tensorwise import mapped
 
 
 def test_survivors_are_rescaled_and_the_expectation_stays(made):

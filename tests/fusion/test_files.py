@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 import linlora
 from linlora import TaskVector
 from linlora.fusion.quantiles import cut_below
-from linlora.storage.tensor_files import StoredTensors, TensorFile
+from linlora.storage.tensor_files import TensorFile
+from linlora.storage.tensors import StoredTensors
 
 OPTIONS = [
     ("average", {}),

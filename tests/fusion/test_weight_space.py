@@ -8,7 +8,7 @@ from linlora import DifferentPointError, TaskVector, WeightVector
 from linlora.fusion import METHODS
 from linlora.fusion.registry import IN_WEIGHT_SPACE
 from linlora.fusion.truncation import basis
-from linlora.storage.tensor_files import StoredTensors
+from linlora.storage.tensors import StoredTensors
 from linlora.testing import relative_error
 from linlora.vectors.points import point_hash
 

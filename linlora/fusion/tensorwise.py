@@ -19,7 +19,7 @@ from torch import Tensor
 
 from linlora.fusion.checks import checked
 from linlora.fusion.layerwise import peek
-from linlora.storage.tensor_files import StoredTensors, finite, shapes
+from linlora.storage.tensors import StoredTensors, finite, shapes
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
 

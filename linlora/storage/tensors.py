@@ -1,0 +1,69 @@
+"""Mappings of tensors that are made when they are asked for, and what is asked of a tensor: shape, memory, finite."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+from torch import Tensor
+
+
+class StoredTensors(Mapping[str, Tensor]):
+    """A mapping of tensors that are made when they are asked for, each time: read from a file, or computed from those.
+
+    Args:
+        like: a tensor of the shape and dtype of each, on the meta device.
+        read: the tensor of a name.
+
+    >>> stored = StoredTensors({"w": torch.empty(2, device="meta")}, lambda name: torch.ones(2))
+    >>> stored["w"].tolist(), list(stored)
+    ([1.0, 1.0], ['w'])
+    """
+
+    def __init__(self, like: Mapping[str, Tensor], read: Callable[[str], Tensor]) -> None:
+        self.like = dict(like)
+        self._read = read
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self.like:
+            raise KeyError(name)
+        return self._read(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.like)
+
+    def __len__(self) -> int:
+        return len(self.like)
+
+    def __contains__(self, name: object) -> bool:  # Mapping's would read the tensor
+        return name in self.like
+
+
+def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors of the same names, shapes and dtypes on the meta device; nothing is read.
+
+    >>> shapes({"w": torch.ones(2, 3)})["w"].device.type
+    'meta'
+    """
+    if isinstance(tensors, StoredTensors):
+        return tensors.like
+    return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
+
+
+def finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinity; extremes tell, many times faster than a test of every value.
+
+    >>> finite(torch.tensor([1.0, float("nan")])), finite(torch.ones(0))
+    (False, True)
+    """
+    if not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.element_size() == 1:  # no float8 reductions
+        tensor = tensor.float()
+    return all(math.isfinite(extreme) for extreme in torch.aminmax(tensor.detach()))
+
+
+def memory(tensor: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return tensor.reshape(-1).view(torch.uint8).numpy().data

@@ -1,0 +1,131 @@
+"""The factors A and B of what a vector adds to the weights of a layer: their sizes, values and sums."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from linlora.layers.vanilla import refuse_changed_base
+from linlora.layers.weights import Update, stacked
+from linlora.storage.tensors import StoredTensors, shapes
+from linlora.vectors.task_vector import TaskVector
+
+
+class Size(NamedTuple):
+    """(N, K), the rank, and the dtype of the factors of a layer."""
+
+    outputs: int
+    inputs: int
+    rank: int
+    dtype: torch.dtype
+
+
+def stored_factors(sizes: Mapping[str, Size], factors: Callable[[str], tuple[Tensor, Tensor]]) -> StoredTensors:
+    """The tensors '<layer>.dA' and '<layer>.dB' of a weight vector, made by layer when they are asked for.
+
+    A and B of a layer are one computation, and asked for one after the other: the last layer's is kept.
+
+    Args:
+        factors: (A, B) of a layer.
+    """
+    like = {}
+    for layer, size in sizes.items():
+        like[f"{layer}.dA"] = torch.empty(size.rank, size.inputs, dtype=size.dtype, device="meta")
+        like[f"{layer}.dB"] = torch.empty(size.outputs, size.rank, dtype=size.dtype, device="meta")
+    kept: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def read(name: str) -> Tensor:
+        layer, _, kind = name.rpartition(".")
+        if layer not in kept:
+            kept.clear()  # before the next one is made
+            kept[layer] = factors(layer)
+        return kept[layer][kind == "dB"]
+
+    return StoredTensors(like, read)
+
+
+def factors_of(vector: TaskVector, layer: str) -> tuple[Tensor, Tensor]:
+    """(A', B') with ΔW = s B' A' of a layer of a vector, in float32 or wider: what replaces the layer's adapter.
+
+    Raises ValueError for a vector of scope "model", which folds into no weight, and for one without its point or of
+    base weights that its start changed.
+
+    >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
+    >>> A, B = factors_of(TaskVector(deltas, point, "", {"q": 0.5}, "layer"), "q")
+    >>> (B @ A).tolist()
+    [[1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
+    """
+    if vector.scope == "model":
+        raise ValueError(
+            "no LoRA adapter, and no weight, has the function of a network linearized as a whole (scope 'model'). Run "
+            "it in linlora, or give up the exact function: vector.cast('layer')"
+        )
+    refuse_changed_base(vector.changed_base, "the vector")
+    A0, B0, dA, dB = _of_layer(vector, layer)
+    if vector.scope == "layer":
+        assert A0 is not None
+        assert dB is not None
+        return stacked(A0, B0, dA, dB)
+    return stacked(_sum(A0, dA), None, None, _sum(B0, dB))
+
+
+def change_of_weight(vector: TaskVector, layer: str) -> Update:
+    """What the vector adds to the ΔW its layer starts with: s (dB A0 + B0 dA) linearized, s (B A - B0 A0) plain.
+
+    >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
+    >>> update = change_of_weight(TaskVector(deltas, point, "", {"q": 0.5}, "model"), "q")
+    >>> (update.B @ update.A).tolist()
+    [[0.5, 0.5], [0.5, 0.5], [0.5, 0.5]]
+    """
+    A0, B0, dA, dB = _of_layer(vector, layer)
+    scaling = vector.scalings[layer]
+    if vector.scope in ("layer", "model"):
+        assert A0 is not None
+        assert dB is not None
+        parts = [(A0, dB)] if B0 is None or dA is None else [(A0, dB), (dA, B0)]
+    else:
+        parts = [(_sum(A0, dA), _sum(B0, dB))] + ([] if A0 is None or B0 is None else [(A0, -B0)])
+    return Update(torch.cat([A for A, _ in parts]).float(), scaling * torch.cat([B for _, B in parts], dim=1).float())
+
+
+def total(updates: Sequence[Update]) -> Update:
+    """Σ ΔW: factors side by side; of those that share A, B is added, so that a vector minus itself is zero."""
+    As: list[Tensor] = []
+    Bs: list[Tensor] = []
+    for update in updates:
+        same = next((i for i, A in enumerate(As) if A.shape == update.A.shape and torch.equal(A, update.A)), None)
+        if same is None:
+            As.append(update.A)
+            Bs.append(update.B)
+        else:
+            Bs[same] = Bs[same] + update.B
+    return Update(torch.cat(As), torch.cat(Bs, dim=1))
+
+
+def size_of(vector: TaskVector, layer: str) -> Size:
+    """The size of the factors `factors_of` makes, without reading a tensor."""
+    point, deltas = shapes(vector.point or {}), shapes(vector.deltas)
+    A, dB, dtype = point[f"{layer}.A0"], deltas[f"{layer}.dB"], torch.float32
+    for factor in (A, dB, point.get(f"{layer}.B0", A), deltas.get(f"{layer}.dA", A)):
+        dtype = torch.promote_types(dtype, factor.dtype)
+    pair = vector.scope == "layer" and f"{layer}.B0" in point and f"{layer}.dA" in deltas
+    return Size(dB.shape[0], A.shape[1], A.shape[0] * (1 + pair), dtype)
+
+
+def _of_layer(vector: TaskVector, layer: str) -> list[Tensor | None]:
+    """A0, B0, dA, dB; None for zero."""
+    if vector.point is None:
+        raise ValueError(
+            "the vector was saved without its point (include_point=False), and its weights are those of the point and "
+            "the change; use the vector with its point"
+        )
+    names = (("point", "A0"), ("point", "B0"), ("deltas", "dA"), ("deltas", "dB"))
+    return [getattr(vector, part).get(f"{layer}.{kind}") for part, kind in names]
+
+
+def _sum(start: Tensor | None, delta: Tensor | None) -> Tensor:
+    assert delta is not None
+    return delta if start is None else start.to(torch.promote_types(start.dtype, torch.float32)) + delta
