@@ -37,7 +37,7 @@ def inspect(
 
 
 def _summary(stored: Stored) -> str:
-    """What it is, in lines of a name and a value."""
+    """A description in lines of a name and a value."""
     from linlora.storage.tensors import shapes
 
     vector = stored.vector

@@ -43,7 +43,7 @@ def shard(folder: Path, name: str) -> Path:
 
 
 def beside_the_weights(folder: Path, weights: Iterable[str]) -> tuple[list[Path], list[Path]]:
-    """What goes with a merged model unchanged, and what does not, as paths in the folder; hidden files are neither.
+    """Split the files of a base into those copied beside a merged model and those left out; hidden ones are neither.
 
     Configuration, tokenizer and the weights of further modules in folders of their own go with it. Weights in other
     formats and of other models do not, as they would be of the model before; nor do adapters, which are of that too.

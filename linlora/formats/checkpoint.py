@@ -1,4 +1,4 @@
-"""The weights of a base model in its folder, as transformers writes it: what is where, without building the model."""
+"""Finds the weights of a base model in the files of its folder, without building the model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class WrongBaseError(ValueError):
 
 
 class Placed(NamedTuple):
-    """Where the weight of an adapted layer is, and whether it is stored (K, N)."""
+    """The key of an adapted layer's weight, and whether it is stored (K, N)."""
 
     key: str
     transposed: bool
@@ -90,12 +90,12 @@ class Checkpoint:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the largest weight."""
+        """The dtype of the largest weight."""
         key = max(self.home, key=lambda key: math.prod(self.entry(key).shape))
         return self.home[key].like(key).dtype
 
     def place(self, layers: Mapping[str, tuple[int, int]]) -> dict[str, Placed]:
-        """Where the weights of layers of shape (N, K) are. Raises WrongBaseError where the base has no such layer."""
+        """Find the weights of layers of shape (N, K). Raises WrongBaseError where the base has no such layer."""
         keys = self.keys([f"{name}.weight" for name in layers])
         missing = [name for name in layers if keys[f"{name}.weight"] not in self.home]
         if missing:
@@ -133,7 +133,7 @@ class Checkpoint:
         return found
 
     def _shift(self, key: str) -> Callable[[str], str]:
-        """What adds to every key, or removes from it, the prefix by which one of them is not that of the checkpoint."""
+        """A function that adds, or removes, the prefix by which one key differs from the checkpoint's."""
         longer = [known for known in self.home if known.endswith(f".{key}")]
         parts = key.split(".")
         prefixes = [".".join(parts[:cut]) + "." for cut in range(1, len(parts) - 1)]

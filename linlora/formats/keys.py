@@ -19,7 +19,7 @@ class Factor(NamedTuple):
 
 
 def factor(key: str) -> Factor | None:
-    """What a key of an adapter file is; None for a parameter that is no LoRA factor.
+    """The factor that a key of an adapter file names; None for a parameter that is no LoRA factor.
 
     >>> factor("base_model.model.encoder.q.lora_A.weight")
     Factor(layer='encoder.q', kind='A')

@@ -37,7 +37,7 @@ def copy_model_config(source: Path, folder: Path) -> None:
 
 
 def read_head_config(folder: Path) -> dict[str, Any] | None:
-    """What a head adds to the configuration of a base model; None where the folder does not say."""
+    """The entries that a head adds to the configuration of a base model; None where the folder does not say."""
     path = folder / FOLDER / "config.json"
     if not path.is_file():
         return None

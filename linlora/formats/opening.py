@@ -48,7 +48,7 @@ def read(path: str | os.PathLike, point: TaskVector | str | os.PathLike | None =
 
 
 def open(path: str | os.PathLike) -> Stored:
-    """What a file or folder holds; tensors are read when they are asked for. Raises as `read` does.
+    """Open the adapter in a file or folder; tensors are read when they are asked for. Raises as `read` does.
 
     >>> import linlora
     >>> linlora.testing.tiny_model("bert", modules_to_save=["classifier"]).save_pretrained("adapter")
@@ -135,7 +135,7 @@ def _open_file(path: Path) -> Stored:
 
 
 def _extras(folder: Path) -> Mapping[str, Tensor]:
-    """What the PEFT adapter beside a task vector holds that the vector does not."""
+    """Tensors of the PEFT adapter beside a task vector that the vector does not hold."""
     if not (folder / TENSOR_FILE).is_file():
         return {}
     file = TensorFile(folder / TENSOR_FILE)

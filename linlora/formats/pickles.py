@@ -66,7 +66,7 @@ def _check_archive(path: Path) -> None:
 
 
 def _lies_whole(tensor: Tensor) -> bool:
-    """Whether a tensor has a place of its own for every value; one can be made to claim any number of them."""
+    """Whether a tensor has a place of its own for every value; a file can claim any number of them."""
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
         return False
     return tensor.numel() * tensor.element_size() <= tensor.untyped_storage().nbytes()

@@ -1,4 +1,4 @@
-"""What lies in a file or folder."""
+"""An adapter in a file or folder."""
 
 from __future__ import annotations
 

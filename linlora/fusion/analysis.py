@@ -1,4 +1,4 @@
-"""How task vectors stand to one another: the angles between them, and what one does on the inputs of another's task."""
+"""Measures how task vectors interfere: the angles between them, and what one does to the task of another."""
 
 from __future__ import annotations
 

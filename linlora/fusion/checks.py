@@ -1,4 +1,4 @@
-"""What every method refuses: vectors that do not add, options it does not take, numbers that are not finite."""
+"""Refusals of every method: vectors that do not add, options it does not take, numbers that are not finite."""
 
 from __future__ import annotations
 

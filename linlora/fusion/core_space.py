@@ -4,8 +4,8 @@ U (N, p) is an orthonormal basis of the columns of all Bₜ, V (K, q) of the row
 sides are at most the sum of the ranks (arXiv 2509.17786). A method that commutes with rotations gives here what it does
 for the N×K matrices, which are never formed.
 
-A singular value is on the support of a matrix where it is more than rounding. What is not has no direction of its own:
-LAPACK's choice of one depends on the driver, and methods that lift every direction to one size would lift it too.
+The support of a matrix are its singular values that are more than rounding. The others have no direction of their own:
+LAPACK chooses one that depends on the driver, and methods that lift every direction to one size would lift it too.
 """
 
 from __future__ import annotations

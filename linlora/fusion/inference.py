@@ -1,4 +1,4 @@
-"""What a model with fused vectors in it answers, called without labels."""
+"""The logits of a model that holds a fused vector, called without labels."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""A fusion method in weight space as it acts on one layer, and the way through the layers that runs it.
+"""Fuses vectors in weight space layer by layer: a method merges the ΔW of one layer, `fused_layers` runs it.
 
     of vectors in memory            every layer at once
     of vectors that lie in files    a layer when it is asked for: the fused vector lies in files as its parts do
 
-A method sees the ΔW of a layer as factors, of those adapters that change it, in an order of their values and not of the
-list: the fused vector is the same, bit for bit, in whatever order the adapters come.
+A method sees the factors of the adapters that change a layer, sorted by their values: the order in which adapters are
+given changes no bit of the fused vector.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Layer:
-    """What vectors in weight space have of one layer.
+    """The ΔW of one layer in the vectors that change it.
 
     Attributes:
         indices: of the vectors that change it, by their place in the list.
@@ -96,7 +96,7 @@ def layers(vectors: Sequence[WeightVector], weights: Sequence[float] | None = No
 
 
 def layer(vectors: Sequence[WeightVector], name: str, weights: Sequence[float] | None = None) -> Layer:
-    """What vectors have of a layer, in an order of its values. Raises ValueError where one is not finite."""
+    """The ΔW of a layer, in an order of its values. Raises ValueError where one is not finite."""
     parts = []
     for index, vector in enumerate(vectors):
         if name in vector.scalings:

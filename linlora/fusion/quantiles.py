@@ -1,4 +1,4 @@
-"""The magnitude where the largest values are cut off, of values that come in pieces: exactly, and in little memory."""
+"""Finds the magnitude above which the largest values lie, of values that come in pieces: exactly, in little memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _BUCKETS = 2**15
 
 
 def cut_below(pieces: Callable[[], Iterable[Mapping[int, Tensor]]], count: int, keep: float) -> list[float]:
-    """Of each of some streams the number that the k largest magnitudes exceed, k = ⌊keep · d⌋ and at least 1.
+    """The number that the k largest magnitudes of a stream exceed, for each stream; k = ⌊keep · d⌋ and at least 1.
 
     Positive floating-point numbers are ordered as their bits are. The first pass counts values by their leading 16
     bits, which are sign, exponent and the start of the mantissa; the second sorts those of the one bucket that holds

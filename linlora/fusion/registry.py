@@ -47,7 +47,7 @@ _NEEDS: dict[str, Needs] = {"lorahub": "examples", "soup": "examples", "adamergi
 
 
 def needs(method: str) -> Needs:
-    """What a method needs beside the vectors: nothing, unlabeled inputs of the tasks, or labeled examples.
+    """Names what a method needs beside the vectors: nothing, unlabeled inputs of the tasks, or labeled examples.
 
     The options that bring it have no default: of inputs `inputs`, and for AdaMerging `model`; of examples `objective`
     for LoraHub, `model` and `batches` for LoRA-Soups.

@@ -1,4 +1,4 @@
-"""The search for the options of a fusion method, and the progress bar of everything here that takes long."""
+"""Searches the options of a fusion method on a validation split; shows the progress of whatever takes long."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Search:
-    """What `search` found: the best options, their mean score, and every point tried, in order."""
+    """The best options found, their mean score, and every point tried, in order."""
 
     options: dict[str, Any]
     score: float

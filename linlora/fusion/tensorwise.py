@@ -1,10 +1,10 @@
-"""A fusion method as it acts on one tensor, and the two ways through tensors and vectors that run it.
+"""Fuses vectors of one point tensor by tensor: a `Rule` fuses one tensor, two drivers run it.
 
     in memory, or from a generator      for every vector: for every tensor      holds what the rule keeps of all tensors
     of vectors that lie in files        for every tensor: for every vector      holds what the rule keeps of one tensor
 
-The second way is lazy: the fused vector lies in files as its parts do, and each of its tensors is computed when it is
-asked for. To save it is to stream through the files.
+The second driver is lazy: each tensor of the fused vector is computed when it is asked for, so saving it streams
+through the files.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ State = TypeVar("State")
 
 
 class Rule(ABC, Generic[State]):
-    """What a method does with one tensor: `zero`, `add` for every vector, `result`. `add` is in the vectors' order."""
+    """A method for one tensor: `zero`, then `add` for every vector in their order, then `result`."""
 
     method: str
 
@@ -39,7 +39,7 @@ class Rule(ABC, Generic[State]):
 
     @abstractmethod
     def zero(self, like: Tensor) -> State:
-        """What is kept of a tensor before anything is added."""
+        """The state of a tensor before anything is added."""
 
     @abstractmethod
     def add(self, state: State, index: int, name: str, delta: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""The best adapter of a smaller rank: ΔW by its singular vectors, cut where asked, and what the cut loses.
+"""Cuts ΔW to the best adapter of a smaller rank, and says what the cut loses.
 
 No matrix of rank k is nearer to ΔW than its k largest singular triplets, and the squared error is the sum of the other
 σ². They come from the factors alone: orthonormal bases of B and Aᵀ, and the SVD of an R×R matrix between them.
@@ -62,7 +62,7 @@ class Spectrum:
 
 @dataclass(frozen=True)
 class Cut:
-    """Where the singular values of a layer are cut: at a rank, at a part of Σ σ², or, "exact", nowhere.
+    """The place where singular values are cut: at a rank, at a part of Σ σ², or, "exact", nowhere.
 
     Raises ValueError for a rank that is no whole number above 0, and an energy that is no part of one.
     """
@@ -88,7 +88,7 @@ class Cut:
         return values * (values > _DEPENDENT * values[:1].sum())
 
     def rank(self, values: Tensor) -> int:
-        """How many of some singular values are kept; at least 1, the least that an adapter has.
+        """The number of singular values that are kept; at least 1, the least that an adapter has.
 
         >>> Cut(energy=0.9).rank(torch.tensor([3.0, 1.0, 0.1])), Cut(out_rank=5).rank(torch.tensor([3.0, 1.0, 0.1]))
         (2, 3)

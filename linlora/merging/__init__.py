@@ -1,4 +1,4 @@
-"""Adapters merged into the weights of a base model: of a model in memory, or from file to file."""
+"""Merges adapters into the weights of a base model: a model in memory, or from file to file."""
 
 from linlora.merging.files import Merged, merge_files
 

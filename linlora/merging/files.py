@@ -28,7 +28,7 @@ from linlora.storage.staging import unfinished_folder
 
 @dataclass(frozen=True)
 class Merged:
-    """What `merge_files` did. `left_out` names files of the base that are not in the merged folder."""
+    """The result of `merge_files`. `left_out` names files of the base that are not in the merged folder."""
 
     folder: Path
     folded: int

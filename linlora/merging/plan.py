@@ -1,4 +1,4 @@
-"""A plan of a merge: what becomes of each tensor of a base model, and the blocks of rows it becomes.
+"""Plans a merge: which tensors of a base model change, and the blocks of rows they become.
 
 Everything that cannot be merged is refused when the plan is made, before a file is written.
 """
@@ -29,7 +29,7 @@ from linlora.vectors.factors import factors_of
 
 
 class Plan:
-    """What becomes of each tensor of the base."""
+    """The tensors of a base model that a merge changes, replaces or adds."""
 
     def __init__(
         self,
@@ -94,7 +94,7 @@ class Plan:
     def _is_copy_of_tied(
         self, checkpoint: Checkpoint, adapter: formats.Stored, key: str, extras: dict[str, str]
     ) -> bool:
-        """Whether a tensor the base has not is what the adapter holds for one that the model ties it to."""
+        """Whether a tensor that the base lacks is the adapter's copy of one that the model ties it to."""
         twins = [twin for twin in group_of(key, checkpoint.tied) if twin in checkpoint.home and twin in extras]
         return any(torch.equal(adapter.extras[extras[key]], adapter.extras[extras[twin]]) for twin in twins)
 

@@ -1,4 +1,4 @@
-"""Safetensors files: reads and writes one tensor at a time and keeps none.
+"""Reads and writes safetensors files, one tensor at a time, and keeps none.
 
 Files written here carry a CRC-32 of every tensor in their metadata, so that a value altered on the way is found by the
 name of its tensor, and a SHA-256 of the header, those and all other metadata included: nothing in the file is without

@@ -1,4 +1,4 @@
-"""Mappings of tensors that are made when they are asked for, and what is asked of a tensor: shape, memory, finite."""
+"""Tensors that are made when they are asked for; shapes without values, memory, and whether all values are finite."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The factors A and B of what a vector adds to the weights of a layer: their sizes, values and sums."""
+"""Factors A and B of the ΔW that a vector adds to a layer: their sizes, values and sums."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def factors_of(vector: TaskVector, layer: str) -> tuple[Tensor, Tensor]:
 
 
 def change_of_weight(vector: TaskVector, layer: str) -> Update:
-    """What the vector adds to the ΔW its layer starts with: s (dB A0 + B0 dA) linearized, s (B A - B0 A0) plain.
+    """The change of the ΔW that a layer starts with: s (dB A0 + B0 dA) linearized, s (B A - B0 A0) plain.
 
     >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
     >>> update = change_of_weight(TaskVector(deltas, point, "", {"q": 0.5}, "model"), "q")

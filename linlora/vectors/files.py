@@ -56,7 +56,7 @@ def write_vector(path: str | os.PathLike, content: Content) -> None:
 
 
 def read_vector(path: str | os.PathLike) -> Content:
-    """What `write_vector` wrote; tensors are read, and checked, when they are asked for. Raises CorruptFileError."""
+    """Open a file of `write_vector`; a tensor is read, and checked, when it is asked for. Raises CorruptFileError."""
     file = TensorFile(path)
     metadata = file.metadata
     if metadata.get("format") != FORMAT:

@@ -33,7 +33,7 @@ from linlora.vectors.task_vector import TaskVector
 
 @dataclass(frozen=True)
 class Solution:
-    """What `solve` found: the vector, the mean data loss ℓ at the start and after every step, the passes over the data
+    """The solution: the vector, the mean data loss ℓ at the start and after every step, the passes over the data
     (each one forward and one backward)."""
 
     vector: TaskVector

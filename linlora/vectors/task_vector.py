@@ -131,7 +131,7 @@ class TaskVector:
         return space(*content[:-1]).with_metadata(content.metadata)
 
     def own_metadata(self) -> dict[str, str]:
-        """What a file says of the vector beside its tensors and what every vector has."""
+        """Entries of a file's metadata that are of this class of vectors alone."""
         return {}
 
     def with_metadata(self, metadata: Mapping[str, str]) -> TaskVector:

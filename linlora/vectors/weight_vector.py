@@ -32,7 +32,7 @@ from linlora.vectors.task_vector import TaskVector
 
 @dataclass(frozen=True, eq=False, repr=False)
 class WeightVector(TaskVector, scope="weight"):
-    """What an adapter adds to the weights: ΔW = s B A, with A '<layer>.dA' (R, K) and B '<layer>.dB' (N, R).
+    """The change of the weights by an adapter: ΔW = s B A, with A '<layer>.dA' (R, K) and B '<layer>.dB' (N, R).
 
     `linlora.formats.read` of a plain adapter gives one, and `cast("weight")` of a vector of scope "layer" or "lora" at
     any starting point. There is no point, and `scalings` holds each s.
@@ -54,7 +54,7 @@ class WeightVector(TaskVector, scope="weight"):
 
     @classmethod
     def of(cls, vector: TaskVector) -> WeightVector:
-        """What a vector adds to the base weights, its point's part included; the function is the same.
+        """The change of the base weights by a vector, its point's part included; the function is the same.
 
         Raises ValueError for scope "model", whose function is no change of weights, and for a vector without its point
         or of base weights that its start changed.
@@ -217,7 +217,7 @@ def common_base(*vectors: TaskVector) -> str | None:
 
 
 def _model_name(base_model: str) -> str:
-    """What a model is called whatever folder it is in, one of the hub's cache for instance.
+    """The name of a model, whatever folder it is in, for instance one of the hub's cache.
 
     >>> _model_name("/cache/hub/models--Org--Base/snapshots/0a1b"), _model_name("./Base/")
     ('base', 'base')
