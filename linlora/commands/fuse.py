@@ -51,9 +51,8 @@ def fuse(
 
         if method in linlora.fusion.METHODS and method not in FROM_VECTORS:
             raise ValueError(
-                f"{method} needs {linlora.fusion.needs(method)} of the tasks, which adapters do not hold: linlora eval "
-                f"... --fuse {method}, or linlora.fuse(vectors, {method!r}, ...) in Python. From files: "
-                f"{', '.join(FROM_VECTORS)}"
+                f"{method} needs {linlora.fusion.needs(method)} of the tasks, which adapters do not hold: linlora "
+                f"compare, or linlora.fuse(vectors, {method!r}, ...) in Python. From files: {', '.join(FROM_VECTORS)}"
             )
         if out.suffix != ".safetensors":
             raise ValueError(f"--out {out}: a task vector is written to a .safetensors file")

@@ -89,12 +89,6 @@ def fused_layers(
     return replace(fused, truncation_error=(lost / whole) ** 0.5 if whole else 0.0)
 
 
-def layers(vectors: Sequence[WeightVector], weights: Sequence[float] | None = None) -> Iterator[Layer]:
-    """All layers, one after the other."""
-    for name in fused_sizes(vectors):
-        yield layer(vectors, name, weights)
-
-
 def layer(vectors: Sequence[WeightVector], name: str, weights: Sequence[float] | None = None) -> Layer:
     """The ΔW of a layer, in an order of its values. Raises ValueError where one is not finite."""
     parts = []
