@@ -30,6 +30,7 @@ backward.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -117,7 +118,8 @@ class LoraLinear(NamedTuple):
     def primal(self) -> LoraLinear:
         """The primal of two streams alone: plain LoRA at (A0, B0), one stream in the short form."""
         assert self.expand is not None
-        return self._replace(expand=None, d_shrink=None, d_expand=self.expand, x_tangent=None, two_streams=False)
+        x, weight, bias, A0, B0, *_ = self
+        return LoraLinear(x, weight, bias, A0, None, None, B0, self.scaling, None, self.dropout_p, self.seed)
 
     def outputs(self, save: bool = True, primal: bool = True) -> Result:
         """What a backend returns for matrices. `save`: with u and c. Not `primal`: without the y of two streams."""
@@ -130,10 +132,10 @@ class LoraLinear(NamedTuple):
             low if self.is_pair else None,
         )
 
-    def check(self, op: str = "", autocast: bool = False) -> LoraLinear:
+    def check(self, op: str = "", casts: Callable[[str], bool] | None = None) -> LoraLinear:
         """Itself. Raises a ValueError that names the argument, what it is and what it has to be.
 
-        `autocast` says that weights and factors are cast to x's dtype, whatever theirs is.
+        `casts` says for a type of device whether weights and factors are cast to x's dtype, whatever theirs is.
         """
         x, weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, seed, *_ = self
 
@@ -161,11 +163,11 @@ class LoraLinear(NamedTuple):
             refuse(f"x_tangent is expected like x, got {_shapes(x=x, x_tangent=x_tangent)}")
         if x.dtype not in DTYPES:
             refuse(f"x is {x.dtype}: use float32, float16, bfloat16 (or float64 on the torch backend)")
-        if weight.dtype != x.dtype and not autocast:
+        if weight.dtype != x.dtype and not (casts and casts(x.device.type)):
             refuse(f"x is {x.dtype} and weight is {weight.dtype}: cast x, or run under torch.autocast")
         for name, factor in (("A0", A0), ("B0", B0), ("dA", dA), ("dB", dB)):
             if factor is not None:
-                if factor.dtype not in (x.dtype, torch.float32) and not autocast:
+                if factor.dtype not in (x.dtype, torch.float32) and not (casts and casts(x.device.type)):
                     refuse(f"{name} is {factor.dtype}: factors are float32 or of x's dtype ({x.dtype})")
                 if factor.device != x.device:
                     refuse(f"{name} is on {factor.device}, x on {x.device}: move the model or the input")

@@ -31,8 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.kernels.packing import pack, unpack
-from linlora.kernels.problem import FactorGradients, LoraLinear, Result
+from linlora.kernels.problem import FactorGradients, Gradients, LoraLinear, Result
 from linlora.ops import aten, backends, composed
 from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.composed import backward_backend
@@ -87,7 +86,7 @@ def lora_linear(
     problem = LoraLinear(
         autocast_input(x), weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, seed, two_streams=True
     )
-    return run(problem.check(autocast=autocast_enabled(x.device.type)))
+    return run(problem.check(casts=autocast_enabled))
 
 
 def linearized_lora_linear(
@@ -127,7 +126,7 @@ def linearized_lora_linear(
     [2.5, 2.5, 2.5]
     """
     problem = LoraLinear(autocast_input(x), weight, bias, A0, B0, dA, dB, scaling, None, dropout_p, seed)
-    return run(problem.check(autocast=autocast_enabled(x.device.type)))
+    return run(problem.check(casts=autocast_enabled))
 
 
 def run(problem: LoraLinear, constant_tangent: bool = False) -> Any:
@@ -151,36 +150,42 @@ def run(problem: LoraLinear, constant_tangent: bool = False) -> Any:
 
 def _matrices(problem: LoraLinear) -> LoraLinear:
     """The problem as backends take it: rows for leading dimensions, the frozen layer in the dtype of x."""
-    x, weight, bias, x_tangent = problem.x, problem.weight, problem.bias, problem.x_tangent
-    return problem._replace(
-        x=as_rows(x),
-        weight=weight.to(x.dtype),
-        bias=None if bias is None else bias.to(x.dtype),
-        x_tangent=_rows(x_tangent),
-    )
+    x, weight, bias = problem[:3]
+    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
+        weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
+    elif x.dim() == 2:
+        return problem
+    return LoraLinear(as_rows(x), weight, bias, *problem[3:8], _rows(problem.x_tangent), *problem[9:])
 
 
 def _shaped(result: Result, problem: LoraLinear) -> Any:
     """The outputs with the leading dimensions of x."""
-    shape = (*problem.x.shape[:-1], problem.weight.shape[0])
-    y = result.y.reshape(shape)
-    return (y, result.y_tangent.reshape(shape)) if problem.two_streams else y
+    y, y_tangent, *_ = result
+    if problem.x.dim() != 2:
+        shape = (*problem.x.shape[:-1], problem.weight.shape[0])
+        y, y_tangent = y.reshape(shape), None if y_tangent is None else y_tangent.reshape(shape)
+    return (y, y_tangent) if problem.two_streams else y
 
 
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, constant_tangent: bool, *fields: Any) -> Any:
-        problem, needs = LoraLinear(*fields), _needs(ctx.needs_input_grad, constant_tangent)
+        problem, needs = LoraLinear(*fields), LoraLinear(*ctx.needs_input_grad[2:])
+        if constant_tangent:
+            needs = _needs(x=needs.x, d_shrink=needs.d_shrink, d_expand=needs.d_expand)
         result = backend.lora_linear(_matrices(problem), save=needs.d_expand or needs.expand)
-        kept = problem._replace(
-            x=problem.x if needs.weight or needs.shrink or needs.d_shrink else None,
-            x_tangent=problem.x_tangent if needs.weight or needs.shrink else None,
-            bias=None,
-        )
-        tensors, ctx.numbers = pack(kept)
         saves_u = needs.d_expand or (needs.expand and problem.two_streams)
-        ctx.save_for_backward(*tensors, result.u if saves_u else None, result.c if needs.expand else None)
-        ctx.backend, ctx.constant_tangent, ctx.x_shape = backend, constant_tangent, problem.x.shape
+        ctx.save_for_backward(
+            problem.x if needs.weight or needs.shrink or needs.d_shrink else None,
+            problem.x_tangent if needs.weight or needs.shrink else None,
+            problem.weight,
+            *problem[3:7],
+            problem.seed,
+            result.u if saves_u else None,
+            result.c if needs.expand else None,
+        )
+        ctx.numbers = problem.scaling, problem.dropout_p, problem.two_streams
+        ctx.backend, ctx.needs, ctx.constant_tangent, ctx.x_shape = backend, needs, constant_tangent, problem.x.shape
         ctx.set_materialize_grads(False)
         outputs = _shaped(result, problem)
         if constant_tangent:
@@ -189,32 +194,30 @@ class _LoraLinear(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_tangent: Tensor | None = None) -> tuple[Any, ...]:
-        *tensors, u, c = ctx.saved_tensors
-        problem, needs = unpack(LoraLinear, tensors, ctx.numbers), _needs(ctx.needs_input_grad, ctx.constant_tangent)
-        backend = backward_backend(problem.op, ctx.backend, g, g_tangent)
+        x, x_tangent, weight, *factors, seed, u, c = ctx.saved_tensors
+        scaling, dropout_p, two_streams = ctx.numbers
+        op = "lora_linear" if two_streams else "linearized_lora_linear"
+        backend = backward_backend(op, ctx.backend, g, g_tangent)
         lead = g if g_tangent is None else g_tangent
         if lead is None:
-            return (None, None, *_NOTHING)
-        problem = problem._replace(
-            x=_rows(problem.x), x_tangent=_rows(problem.x_tangent), weight=problem.weight.to(lead.dtype)
+            return (None, None, *_needs())
+        problem = LoraLinear(
+            _rows(x), weight.to(lead.dtype), None, *factors, scaling, _rows(x_tangent), dropout_p, seed, two_streams
         )
-        if problem.two_streams and g_tangent is None:
-            of = _gradients_of_primal(backend, problem, as_rows(lead), u, needs, ctx.constant_tangent)
+        if two_streams and g_tangent is None:
+            of = _gradients_of_primal(backend, problem, as_rows(lead), u, ctx.needs, ctx.constant_tangent)
         else:
-            of = _gradients(backend, problem, (_rows(g), _rows(g_tangent)), (u, c), needs)
-        of = of._replace(
-            x=None if of.x is None else of.x.view(ctx.x_shape),
-            x_tangent=None if of.x_tangent is None else of.x_tangent.view(ctx.x_shape),
-        )
-        return (None, None, *of)
+            of = _gradients(backend, problem, (_rows(g), _rows(g_tangent)), (u, c), ctx.needs)
+        dx, dx_tangent, shape = of.x, of.x_tangent, ctx.x_shape
+        return (
+            None, None, None if dx is None else dx.view(shape), *of[1:8],
+            None if dx_tangent is None else dx_tangent.view(shape), *of[9:],
+        )  # fmt: skip
 
 
-def _needs(needs_input_grad: tuple[bool, ...], constant_tangent: bool) -> LoraLinear:
-    """Which fields of a problem ask for a gradient, and may."""
-    needs = LoraLinear(*needs_input_grad[2:])
-    if not constant_tangent:
-        return needs
-    return _NOTHING._replace(x=needs.x, d_shrink=needs.d_shrink, d_expand=needs.d_expand)
+def _needs(**fields: Any) -> LoraLinear:
+    """Something of some fields of a problem, None of the others: which ask for gradients, or the gradients."""
+    return _NOTHING._replace(**fields) if fields else _NOTHING
 
 
 def _gradients(
@@ -233,80 +236,73 @@ def _gradients(
             adjoint, save=needs.shrink or needs.d_shrink, primal=not two or needs.x_tangent
         )
     elif needs.shrink or needs.d_shrink:
-        u_adjoint, c_adjoint = aten.low_rank(adjoint, with_c=needs.shrink)
+        u_adjoint, c_adjoint = aten.low_rank(aten.in_one_dtype(adjoint), with_c=needs.shrink)
     of_A0 = c_adjoint if problem.is_pair else u_adjoint
-    (d_dB, d_B0), (d_dA, d_A0) = _products(
-        backend, problem, (adjoint.x, (u if needs.d_expand else None, c if needs.expand else None)),
-        (problem.x, (u_adjoint if needs.d_shrink else None, of_A0 if needs.shrink else None)),
-    )  # fmt: skip
+    p, q = _chosen(u, needs.d_expand, c, needs.expand), _chosen(u_adjoint, needs.d_shrink, of_A0, needs.shrink)
+    d_expand, d_shrink = _products(backend, problem, p, adjoint.x, q, problem.x)
+    d_dB, d_B0 = _divided(d_expand, needs.d_expand, needs.expand, dim=1)
+    d_dA, d_A0 = _divided(d_shrink, needs.d_shrink, needs.shrink, dim=0)
     if two and problem.is_pair:
-        _, (of_tangent,) = _products(
-            backend, problem, (None, ()), (problem.x_tangent, (u_adjoint if needs.shrink else None,))
-        )  # fmt: skip
-        (of_primal,), _ = _products(backend, problem, (g, (u if needs.expand else None,)), (None, ()))
-        d_A0, d_B0 = _sum(d_A0, of_tangent), _sum(d_B0, of_primal)
-    return _NOTHING._replace(
-        x=y_tangent if two else y,
-        x_tangent=y if two else None,
-        weight=_sum(_outer(g, problem.x), _outer(g_tangent, problem.x_tangent)) if needs.weight else None,
-        bias=g.sum(0) if needs.bias and g is not None else None,
-        shrink=d_A0,
-        expand=d_B0,
-        d_shrink=d_dA,
-        d_expand=d_dB,
-    )
+        if needs.shrink and problem.x_tangent is not None:
+            d_A0 = d_A0 + _products(backend, problem, None, None, u_adjoint, problem.x_tangent).d_shrink
+        if needs.expand and g is not None:
+            d_B0 = d_B0 + _products(backend, problem, u, g, None, None).d_expand
+    d_weight = _sum(_outer(g, problem.x), _outer(g_tangent, problem.x_tangent)) if needs.weight else None
+    d_bias = g.sum(0) if needs.bias and g is not None else None
+    dx, dx_tangent = (y_tangent, y) if two else (y, None)
+    return LoraLinear(dx, d_weight, d_bias, d_A0, d_B0, d_dA, d_dB, None, dx_tangent, None, None, None, None)
 
 
 def _gradients_of_primal(
     backend: ModuleType, problem: LoraLinear, g: Tensor, u: Tensor | None, needs: LoraLinear, constant_tangent: bool
 ) -> LoraLinear:
     """The gradients where the primal of two streams alone is differentiated. At model scope those of A0 and B0 are the
-    gradients of dA and dB, those of B0 = 0 included."""
+    gradients of dA and dB, that of B0 = 0 included."""
     of_A, of_B = (needs.d_shrink, needs.d_expand) if constant_tangent else (needs.shrink, needs.expand)
     if problem.is_pair:
-        asked = _NOTHING._replace(x=needs.x, weight=needs.weight, bias=needs.bias, shrink=of_A, d_expand=of_B)
+        asked = LoraLinear(*needs[:3], of_A, None, None, of_B, None)
         found = _gradients(backend, problem.primal(), (g, None), (u, None), asked)
     else:
-        (d_B,), _ = _products(backend, problem, (g, (u if of_B else None,)), (None, ()))
-        found = _NOTHING._replace(
+        found = _needs(
             x=g @ problem.weight if needs.x else None,
             weight=_outer(g, problem.x) if needs.weight else None,
             bias=g.sum(0) if needs.bias else None,
-            d_expand=d_B,
+            d_expand=_products(backend, problem, u if of_B else None, g, None, None).d_expand,
         )
-    d_A, d_B = found.shrink, found.d_expand
-    if constant_tangent:
-        return found._replace(shrink=None, d_shrink=d_A)
-    return found._replace(expand=d_B, d_expand=None)
+    dx, d_weight, d_bias, d_A, _, _, d_B, *rest = found
+    factors = (None, None, d_A, d_B) if constant_tangent else (d_A, d_B, None, None)
+    return LoraLinear(dx, d_weight, d_bias, *factors, *rest)
 
 
-Wide = tuple[Tensor | None, tuple[Tensor | None, ...]]
-
-
-def _products(backend: ModuleType, problem: LoraLinear, of_g: Wide, of_x: Wide) -> tuple[list[Any], list[Any]]:
-    """s gᵀ p for every p of (g, ps) and s qᵀ x' for every q of (x, qs), in one reading of g and x; None gives None."""
-    (g, all_p), (x, all_q) = of_g, of_x
-    ps, qs = (
-        () if wide is None else tuple(low for low in all_low if low is not None) for wide, all_low in (of_g, of_x)
-    )
-    if not ps and not qs:
-        return [None] * len(all_p), [None] * len(all_q)
-    d_expand, d_shrink = backend.factor_gradients(
+def _products(
+    backend: ModuleType, problem: LoraLinear, p: Tensor | None, g: Tensor | None, q: Tensor | None, x: Tensor | None
+) -> Gradients:
+    """s gᵀ p and s qᵀ x', in one reading of g and x; None for a p or q that is None."""
+    if p is None and q is None:
+        return Gradients()
+    return backend.factor_gradients(
         FactorGradients(
-            _columns(ps), g if ps else None, _columns(qs), x if qs else None,
+            p, None if p is None else g, q, None if q is None else x,
             problem.scaling, problem.d_expand.dtype, problem.dropout_p, problem.seed,
         )
     )  # fmt: skip
-    expands = iter(d_expand.split([p.shape[1] for p in ps], dim=1) if ps else ())
-    shrinks = iter(d_shrink.split([q.shape[1] for q in qs], dim=0) if qs else ())
-    return (
-        [None if p is None or g is None else next(expands) for p in all_p],
-        [None if q is None or x is None else next(shrinks) for q in all_q],
-    )
 
 
-def _columns(blocks: tuple[Tensor, ...]) -> Tensor | None:
-    return (blocks[0] if len(blocks) == 1 else torch.cat(blocks, dim=1)) if blocks else None
+def _chosen(first: Tensor | None, takes_first: bool, second: Tensor | None, takes_second: bool) -> Tensor | None:
+    """The columns of the blocks that are taken, side by side."""
+    if takes_first and takes_second:
+        assert first is not None
+        assert second is not None
+        return torch.cat((first, second), 1)
+    return first if takes_first else second if takes_second else None
+
+
+def _divided(product: Tensor | None, has_first: bool, has_second: bool, dim: int) -> tuple[Any, ...]:
+    """The parts of a product with what `_chosen` chose."""
+    if has_first and has_second:
+        assert product is not None
+        return product.chunk(2, dim)
+    return (product, None) if has_first else (None, product)
 
 
 def _rows(x: Tensor | None) -> Tensor | None:

@@ -7,7 +7,7 @@ from linlora.ops.aten.activations import activation, activation_backward, gated_
 from linlora.ops.aten.attention import attention, attention_backward
 from linlora.ops.aten.grouping import group_rows
 from linlora.ops.aten.linear import linear
-from linlora.ops.aten.lora import factor_gradients, folding_pays, lora_linear, low_rank
+from linlora.ops.aten.lora import factor_gradients, folding_pays, in_one_dtype, lora_linear, low_rank
 from linlora.ops.aten.mixing import mix_inventories, unmix_inventories
 from linlora.ops.aten.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from linlora.ops.aten.routed import (
@@ -32,6 +32,7 @@ __all__ = [
     "grouped_gradients",
     "grouped_lora_linear",
     "grouped_shrink",
+    "in_one_dtype",
     "layer_norm",
     "layer_norm_backward",
     "linear",

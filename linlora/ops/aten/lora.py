@@ -20,36 +20,33 @@ _REDUCTION_BLOCKS = 8
 
 def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True) -> Result:
     """The result of one stream or two, of matrices. Two streams have u and c without `save` too."""
-    problem = _in_one_dtype(problem)
+    problem = in_one_dtype(problem)
     x, weight, two = problem.x, problem.weight, problem.two_streams
     if not (save or two) and problem.dropout_p == 0.0 and folding_pays(x, weight):
         return Result(linear(x, _folded(problem), problem.bias))
     u, c = low_rank(problem)
-    both = ((u, problem.d_expand), (c, problem.expand))
-    y = None
-    if primal or not two:
-        y = _updated(linear(x, weight, problem.bias), ((u, problem.expand),) if two else both, problem)
     if not two:
+        y = _updated(linear(x, weight, problem.bias), problem, u, problem.d_expand, c)
         return Result(y, None, u, c) if save else Result(y)
-    tangent = problem.x_tangent
-    y_tangent = x.new_zeros(x.shape[0], weight.shape[0]) if tangent is None else linear(tangent, weight)
-    return Result(y, _updated(y_tangent, both, problem), u, c)
+    y = _updated(linear(x, weight, problem.bias), problem, u, problem.expand, None) if primal else None
+    x_tangent = problem.x_tangent
+    y_tangent = x.new_zeros(x.shape[0], weight.shape[0]) if x_tangent is None else linear(x_tangent, weight)
+    return Result(y, _updated(y_tangent, problem, u, problem.d_expand, c), u, c)
 
 
 def low_rank(problem: LoraLinear, with_c: bool = True) -> tuple[Tensor, Tensor | None]:
-    """u and c, the products of rank r. In the short form u alone, and not `with_c`."""
-    x_tangent, dtype = problem.x_tangent, problem.x.dtype
-    low, shrink = _dropped(problem.x, problem), problem.shrink.to(dtype)
-    u = low @ shrink.t()
-    if problem.d_shrink is None or not with_c:
+    """u and c, the products of rank r, of factors in the dtype of x. In the short form u alone, and not `with_c`."""
+    low, low_tangent, shrink, d_shrink = problem.x, problem.x_tangent, problem.shrink, problem.d_shrink
+    if problem.dropout_p > 0.0 and not problem.masks_update:
+        low = dropout(low, problem.dropout_p, problem.seed)
+        low_tangent = None if low_tangent is None else dropout(low_tangent, problem.dropout_p, problem.seed)
+    u = linear(low, shrink)
+    if d_shrink is None or not with_c:
         return u, None
-    d_shrink = problem.d_shrink.to(dtype)
     if not problem.two_streams:
         return u, torch.addmm(u, low, d_shrink.t())
-    of_tangent = low @ d_shrink.t()
-    if x_tangent is not None:
-        of_tangent = torch.addmm(of_tangent, _dropped(x_tangent, problem), shrink.t())
-    return u, of_tangent
+    c = linear(low, d_shrink)
+    return u, c if low_tangent is None else torch.addmm(c, low_tangent, shrink.t())
 
 
 def folding_pays(x: Tensor, weight: Tensor) -> bool:
@@ -77,33 +74,24 @@ def _add_product(weight: Tensor, expand: Tensor, shrink: Tensor, scaling: float)
     return torch.addmm(weight, expand, shrink, alpha=scaling)
 
 
-def _updated(y: Tensor, terms: tuple[tuple[Tensor | None, Tensor | None], ...], problem: LoraLinear) -> Tensor:
-    """y + s Σ low expandᵀ, masked in an adjoint with dropout."""
-    if not (problem.masks_update and problem.dropout_p > 0.0):
-        return _with_products(y, terms, problem.scaling)
-    update = _with_products(torch.zeros_like(y), terms, problem.scaling)
-    return _plus(y, dropout(update, problem.dropout_p, problem.seed))
+def _updated(y: Tensor, problem: LoraLinear, u: Tensor, of_u: Tensor | None, c: Tensor | None) -> Tensor:
+    """y + s [ u of_uᵀ + c E0ᵀ ], masked in an adjoint with dropout; without `of_u` or c their term is left out.
 
-
-def _with_products(y: Tensor, terms: tuple[tuple[Tensor | None, Tensor | None], ...], scaling: float) -> Tensor:
-    in_place = _in_place()
-    for low, expand in terms:
-        if low is None or expand is None:
-            continue
-        if in_place:
-            y.addmm_(low, expand.t(), alpha=scaling)
-        else:
-            y = torch.addmm(y, low, expand.t(), alpha=scaling)
-    return y
-
-
-def _plus(y: Tensor, update: Tensor) -> Tensor:
-    return y.add_(update) if _in_place() else y + update
-
-
-def _in_place() -> bool:
-    """Whether nobody differentiates these calls."""
-    return not (torch.is_grad_enabled() or transform_active())
+    In place, unless somebody differentiates these calls.
+    """
+    masked = problem.masks_update and problem.dropout_p > 0.0
+    update = torch.zeros_like(y) if masked else y
+    if torch.is_grad_enabled() or transform_active():
+        if of_u is not None:
+            update = torch.addmm(update, u, of_u.t(), alpha=problem.scaling)
+        if c is not None and problem.expand is not None:
+            update = torch.addmm(update, c, problem.expand.t(), alpha=problem.scaling)
+        return y + dropout(update, problem.dropout_p, problem.seed) if masked else update
+    if of_u is not None:
+        update.addmm_(u, of_u.t(), alpha=problem.scaling)
+    if c is not None and problem.expand is not None:
+        update.addmm_(c, problem.expand.t(), alpha=problem.scaling)
+    return y.add_(dropout(update, problem.dropout_p, problem.seed)) if masked else y
 
 
 def factor_gradients(problem: FactorGradients) -> Gradients:
@@ -138,15 +126,14 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return torch.cat(blocks).mul_(1.0 / (1.0 - p)) if blocks else x
 
 
-def _dropped(x: Tensor, problem: LoraLinear) -> Tensor:
-    """x', the shrink's input."""
-    return x if problem.masks_update else dropout(x, problem.dropout_p, problem.seed)
-
-
-def _in_one_dtype(problem: LoraLinear) -> LoraLinear:
+def in_one_dtype(problem: LoraLinear) -> LoraLinear:
     """The problem with its factors in the dtype of x."""
-    factors = problem[3:7]
-    if all(factor is None or factor.dtype == problem.x.dtype for factor in factors):
+    dtype, (shrink, expand, d_shrink, d_expand) = problem.x.dtype, problem[3:7]
+    if shrink.dtype == d_expand.dtype == dtype and (expand is None or expand.dtype == d_shrink.dtype == dtype):
         return problem
-    shrink, expand, d_shrink, d_expand = (None if factor is None else factor.to(problem.x.dtype) for factor in factors)
-    return problem._replace(shrink=shrink, expand=expand, d_shrink=d_shrink, d_expand=d_expand)
+    return problem._replace(
+        shrink=shrink.to(dtype),
+        expand=None if expand is None else expand.to(dtype),
+        d_shrink=None if d_shrink is None else d_shrink.to(dtype),
+        d_expand=d_expand.to(dtype),
+    )

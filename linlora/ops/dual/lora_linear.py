@@ -16,6 +16,8 @@ def lora_linear(problem: LoraLinear) -> tuple[Tensor, Tensor]:
     dA and dB receive the gradient of y; W, b, A0 and B0 are frozen. Raises ValueError for what does not fit.
     """
     check_constants("lora_linear", x_tangent=problem.x_tangent)
-    x_tangent = None if problem.x_tangent is None else autocast_input(problem.x_tangent)
-    problem = problem._replace(x=autocast_input(problem.x), x_tangent=x_tangent)
-    return run(problem.check(autocast=autocast_enabled(problem.x.device.type)), constant_tangent=True)
+    x, x_tangent = autocast_input(problem.x), problem.x_tangent
+    x_tangent = None if x_tangent is None else autocast_input(x_tangent)
+    if x is not problem.x or x_tangent is not problem.x_tangent:
+        problem = problem._replace(x=x, x_tangent=x_tangent)
+    return run(problem.check(casts=autocast_enabled), constant_tangent=True)
