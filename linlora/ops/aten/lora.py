@@ -28,10 +28,10 @@ def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True) -> 
     if not two:
         y = _updated(linear(x, weight, problem.bias), problem, u, problem.d_expand, c)
         return Result(y, None, u, c) if save else Result(y)
-    y = _updated(linear(x, weight, problem.bias), problem, u, problem.expand, None) if primal else None
+    primal_y = _updated(linear(x, weight, problem.bias), problem, u, problem.expand, None) if primal else None
     x_tangent = problem.x_tangent
     y_tangent = x.new_zeros(x.shape[0], weight.shape[0]) if x_tangent is None else linear(x_tangent, weight)
-    return Result(y, _updated(y_tangent, problem, u, problem.d_expand, c), u, c)
+    return Result(primal_y, _updated(y_tangent, problem, u, problem.d_expand, c), u, c)
 
 
 def low_rank(problem: LoraLinear, with_c: bool = True) -> tuple[Tensor, Tensor | None]:
