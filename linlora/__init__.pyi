@@ -18,8 +18,8 @@ from .layers.linearize import set_scope as set_scope
 from .layers.report import Report as Report
 from .merging.model import merge as merge
 from .ops.backends import BackendUnavailableError as BackendUnavailableError
-from .ops.backends import explain as explain
 from .ops.backends import use_backend as use_backend
+from .ops.explanation import explain as explain
 from .storage.files import CorruptFileError as CorruptFileError
 from .stream import TangentError as TangentError
 from .vectors.points import DifferentPointError as DifferentPointError

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from linlora.layers.lora_linear import ConvertedLoraLinear
 from linlora.layers.quantized import QuantizedLoraLinear
-from linlora.ops import backends
+from linlora.ops.explanation import explain
 
 if TYPE_CHECKING:
     from linlora.stream import Stream
@@ -101,7 +101,7 @@ def report(action: str, model: nn.Module, layers: list[tuple[str, Any]], whole_m
 def _backend(layer: ConvertedLoraLinear) -> str:
     if isinstance(layer, QuantizedLoraLinear):
         return f"quantized base ({layer.kind}): its own forward and a low-rank update, in place of one op"
-    return backends.explain(device=layer.weight.device).backend
+    return explain(device=layer.weight.device).backend
 
 
 def _trainable(parameters: Iterable[Tensor]) -> int:

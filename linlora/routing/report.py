@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from linlora.ops import backends
+from linlora.ops.explanation import explain
 from linlora.routing.inventory import in_words
 from linlora.routing.routed_layer import RoutedLayer
 from linlora.routing.routed_lora_linear import RoutedLoraLinear
@@ -77,7 +77,7 @@ def report(model: RoutedStructure) -> RoutedReport:
             ),
         },
         scope=scope_of(model),
-        backend=backends.explain("routed_lora_linear", device).backend,
+        backend=explain("routed_lora_linear", device).backend,
         modules_to_save=model.modules_to_save,
         whole_modules=model.whole_modules,
         stream=model.layers[0].stream if model.layers else None,
