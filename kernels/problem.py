@@ -30,7 +30,6 @@ backward.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -132,10 +131,10 @@ class LoraLinear(NamedTuple):
             low if self.is_pair else None,
         )
 
-    def check(self, op: str = "", casts: Callable[[str], bool] | None = None) -> LoraLinear:
+    def check(self, op: str = "", autocast: bool = False) -> LoraLinear:
         """Itself. Raises a ValueError that names the argument, what it is and what it has to be.
 
-        `casts` says for a type of device whether weights and factors are cast to x's dtype, whatever theirs is.
+        `autocast` says that weights and factors are cast to x's dtype, whatever theirs is.
         """
         x, weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, seed, *_ = self
 
@@ -163,11 +162,11 @@ class LoraLinear(NamedTuple):
             refuse(f"x_tangent is expected like x, got {_shapes(x=x, x_tangent=x_tangent)}")
         if x.dtype not in DTYPES:
             refuse(f"x is {x.dtype}: use float32, float16, bfloat16 (or float64 on the torch backend)")
-        if weight.dtype != x.dtype and not (casts and casts(x.device.type)):
+        if weight.dtype != x.dtype and not autocast:
             refuse(f"x is {x.dtype} and weight is {weight.dtype}: cast x, or run under torch.autocast")
         for name, factor in (("A0", A0), ("B0", B0), ("dA", dA), ("dB", dB)):
             if factor is not None:
-                if factor.dtype not in (x.dtype, torch.float32) and not (casts and casts(x.device.type)):
+                if factor.dtype not in (x.dtype, torch.float32) and not autocast:
                     refuse(f"{name} is {factor.dtype}: factors are float32 or of x's dtype ({x.dtype})")
                 if factor.device != x.device:
                     refuse(f"{name} is on {factor.device}, x on {x.device}: move the model or the input")

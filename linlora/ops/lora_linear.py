@@ -86,7 +86,7 @@ def lora_linear(
     problem = LoraLinear(
         autocast_input(x), weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, seed, two_streams=True
     )
-    return run(problem.check(casts=autocast_enabled))
+    return run(problem.check(autocast=autocast_enabled(x.device.type)))
 
 
 def linearized_lora_linear(
@@ -126,7 +126,7 @@ def linearized_lora_linear(
     [2.5, 2.5, 2.5]
     """
     problem = LoraLinear(autocast_input(x), weight, bias, A0, B0, dA, dB, scaling, None, dropout_p, seed)
-    return run(problem.check(casts=autocast_enabled))
+    return run(problem.check(autocast=autocast_enabled(x.device.type)))
 
 
 def run(problem: LoraLinear, constant_tangent: bool = False) -> Any:

@@ -159,7 +159,7 @@ def _check_frozen(
     point = dA if A0 is None else A0
     LoraLinear(
         x, weight, bias, point, B0, None if B0 is None else dA, dB, 1.0, x_tangent, dropout_p, seed
-    ).check(op, autocast_enabled)  # fmt: skip
+    ).check(op, autocast_enabled(x.device.type))  # fmt: skip
     for name, tensor in (("A", A), ("B", B)):
         if tensor is not None:
             _check_placed(op, name, tensor, x)

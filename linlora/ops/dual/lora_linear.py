@@ -20,4 +20,4 @@ def lora_linear(problem: LoraLinear) -> tuple[Tensor, Tensor]:
     x_tangent = None if x_tangent is None else autocast_input(x_tangent)
     if x is not problem.x or x_tangent is not problem.x_tangent:
         problem = problem._replace(x=x, x_tangent=x_tangent)
-    return run(problem.check(casts=autocast_enabled), constant_tangent=True)
+    return run(problem.check(autocast=autocast_enabled(x.device.type)), constant_tangent=True)
