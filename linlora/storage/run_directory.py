@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from linlora.storage import files
 from linlora.storage.files import CorruptFileError, write_text
@@ -22,27 +24,38 @@ class DifferentSettingsError(ValueError):
 
 
 def open_run_directory(out: Path, fingerprint: dict[str, Any], fresh: bool, job: str) -> None:
-    """Create a run directory, or accept one of the same settings to continue. Raises DifferentSettingsError.
+    """Create a run directory, or accept one of the same settings to continue. Raises as `accept_directory`.
 
-    A directory with content whose `settings.json` does not name the job was not made by it, and is never written to,
-    nor emptied.
+    One with content whose `settings.json` does not name the job was not made by it.
     """
     settings_file = out / SETTINGS_FILE
     before = _settings(settings_file)
-    empty = not out.exists() or (out.is_dir() and not any(out.iterdir()))
-    if not empty and before.get("job") != job:
-        raise FileExistsError(f"{out} is not empty and not a {job} run; choose another --out")
-    if fresh and before:
-        shutil.rmtree(out)
-        before = {}
     now = json.loads(json.dumps({"job": job, **fingerprint}))  # tuples become lists, as in the file
-    different = sorted(key for key in before.keys() | now.keys() if before and before.get(key) != now.get(key))
-    if different:
-        changes = "; ".join(f"{key}: {before.get(key)} there, {now.get(key)} now" for key in different)
-        raise DifferentSettingsError(
-            f"{out} holds a run with different settings ({changes}); choose another --out, or start over with --fresh"
-        )
+    different = [f"{k}: {before.get(k)} and {now.get(k)}" for k in sorted(before | now) if before.get(k) != now.get(k)]
+    accept_directory(out, f"{job} run", before.get("job") == job, different, fresh)
     write_text(settings_file, json.dumps(now, indent=2))
+
+
+def accept_directory(out: Path, what: str, ours: bool, different: Sequence[str], fresh: bool) -> None:
+    """Accept a directory that is new, empty or holds a run of the same settings; with `fresh` delete the run in it.
+
+    Args:
+        what: the kind of run, for messages.
+        ours: whether it holds one; any other content is never written to, nor deleted.
+        different: the settings in which that run differs, in words.
+
+    Raises FileExistsError for other content, DifferentSettingsError for a run of other settings.
+    """
+    empty = not out.exists() or (out.is_dir() and all(path.name == LOCK_FILE for path in out.iterdir()))
+    if not ours and not empty:
+        raise FileExistsError(f"{out} is not empty and not a {what}; choose another --out")
+    if ours and fresh:
+        shutil.rmtree(out)
+    elif ours and different:
+        raise DifferentSettingsError(
+            f"{out} holds a run of other settings (there and now: {'; '.join(different)}); choose another --out, or "
+            "start over with --fresh"
+        )
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -56,19 +69,15 @@ def _settings(file: Path) -> dict[str, Any]:
 @contextmanager
 def only_run_in(out: Path) -> Iterator[None]:
     """Keep a second process out of a run directory: two would write the same files. The lock ends with the process."""
+    lock = FileLock(out / LOCK_FILE, timeout=0)
     try:
-        import fcntl
-    except ImportError:  # no such lock on this platform
+        lock.acquire()
+    except Timeout as error:
+        raise FileExistsError(f"another process is working in {out}; wait for it, or choose another --out") from error
+    try:
         yield
-        return
-    with (out / LOCK_FILE).open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise FileExistsError(
-                f"another process is working in {out}; wait for it, or choose another --out"
-            ) from error
-        yield
+    finally:
+        lock.release()
 
 
 @contextmanager

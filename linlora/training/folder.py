@@ -32,7 +32,7 @@ from torch import Tensor
 from linlora.formats import model_config
 from linlora.formats.export import TASK_VECTOR_FILE
 from linlora.storage.files import read_json, write_text
-from linlora.storage.run_directory import LOCK_FILE
+from linlora.storage.run_directory import LOCK_FILE, accept_directory
 from linlora.storage.run_directory import only_run_in as locked
 from linlora.storage.tensor_files import load_tensors
 from linlora.training import plain_yaml
@@ -116,17 +116,9 @@ def check_folder(settings: Settings, fresh: bool = False) -> None:
     anything else, which is never written to, nor emptied.
     """
     folder = Path(settings.out)
-    file = folder / SETTINGS_FILE
-    if folder.exists() and not file.exists() and not (folder.is_dir() and _is_empty(folder)):
-        raise FileExistsError(f"{folder} is not empty and not a run of linlora train; choose another --out")
-    if fresh and file.exists():
-        settings_in(folder)  # raises for another program's
-        shutil.rmtree(folder)
-    if file.exists() and (differences := _differences(settings_in(folder), settings)):
-        raise ValueError(
-            f"{folder} holds a run of other settings (there and now: {'; '.join(differences)}); choose another --out, "
-            "or start over with --fresh"
-        )
+    ours = (folder / SETTINGS_FILE).exists()
+    different = _differences(settings_in(folder), settings) if ours else []  # raises for another program's file
+    accept_directory(folder, "run of linlora train", ours, different, fresh)
 
 
 def _differences(before: Settings, now: Settings) -> list[str]:
@@ -137,10 +129,6 @@ def _differences(before: Settings, now: Settings) -> list[str]:
 def is_finished(settings: Settings) -> bool:
     """Whether the run of some settings is done."""
     return (Path(settings.out) / METRICS_FILE).exists()
-
-
-def _is_empty(folder: Path) -> bool:
-    return all(path.name == LOCK_FILE for path in folder.iterdir())
 
 
 @contextmanager

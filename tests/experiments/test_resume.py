@@ -106,7 +106,7 @@ def test_more_seeds_keep_the_adapters_of_the_first(tmp_path, miniature, console)
 
 def test_other_settings_are_refused_by_name(copied, miniature, console):
     before = (copied / "results.json").read_bytes()
-    with pytest.raises(DifferentSettingsError, match=r"steps: 15 there, 16 now.*--out.*--fresh"):
+    with pytest.raises(DifferentSettingsError, match=r"steps: 15 and 16.*--out.*--fresh"):
         again(copied, dataclasses.replace(miniature, steps=16), console)
     assert (copied / "results.json").read_bytes() == before
 
