@@ -97,6 +97,20 @@ def list_cases(suite: Suite = "default", dtype: Dtype = None, rank: Ranks = None
 app.command()(programme)
 
 
+@app.command("forward-mode")
+def forward_mode(
+    size: Annotated[str, typer.Option(help="tiny, dit-s or dit-b.")] = "dit-s",
+    device: Device = "auto",
+    seconds: Annotated[float, typer.Option(help="Wall-clock time of the measurement.", min=1)] = 60,
+) -> None:
+    """Measure a MeanFlow step of a diffusion transformer by `functional.dual` against the ways of PyTorch."""
+    from .forward_mode import SIZES, measure, table
+
+    if size not in SIZES:
+        raise typer.BadParameter(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
+    typer.echo(table(measure(size, chosen_device(device), seconds)))
+
+
 @app.command()
 def evidence() -> None:
     """Write the table by which linlora chooses a backend from the runs under bench/results/ of a checkout."""
