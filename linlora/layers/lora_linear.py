@@ -76,7 +76,11 @@ class ConvertedLoraLinear(MergeableAdapters):
         x = autocast_input(x)
         if x.shape[-1] != weight.shape[1] or x.device != weight.device or x.dtype != weight.dtype:
             self._check_input(x, weight)
-        return run(problem.LoraLinear(x, weight, self.base_layer.bias, *factors, None, p, seed))
+        layer = problem.LoraLinear(x, weight, self.base_layer.bias, *factors, None, p, seed)
+        if torch._C._get_tracing_state() is None:
+            return run(layer)
+        with torch.enable_grad():  # torch.jit.trace compares two graphs, one of them made without gradients
+            return run(layer)
 
     @torch.compiler.disable
     def _both_streams(self, x: Tensor, active: list[str]) -> Tensor:
