@@ -134,7 +134,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_numbers(finished, tmp_pat
 
 
 def test_other_settings_are_refused(finished):
-    with pytest.raises(DifferentSettingsError, match="steps: 3 there, 4 now"):
+    with pytest.raises(DifferentSettingsError, match="steps: 3 and 4"):
         run(finished[0], settings=dataclasses.replace(SETTINGS, steps=4), console=Console(file=io.StringIO()))
 
 
