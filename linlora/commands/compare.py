@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Annotated
 
@@ -12,17 +11,22 @@ from linlora.commands.errors import user_errors
 
 
 def compare(
-    recipe: Annotated[
-        Path | None,
+    paths: Annotated[
+        list[str] | None,
         typer.Argument(
-            help="A YAML file of several tasks, as for `linlora train`; the quickstart's tasks if left out."
+            help="A recipe of several tasks, as for `linlora train`; or adapters to fuse, mixed: folders of runs, task "
+            "vectors, PEFT adapters, ids of the hub. The packaged tasks if left out."
         ),
+    ] = None,
+    on: Annotated[
+        list[Path] | None,
+        typer.Option(help="Of adapters: score by the data of this run or recipe (repeatable), not of their own runs."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run continues there.")] = Path(
         "runs/compare"
     ),
-    seeds: Annotated[int, typer.Option(help="How many seeds to average over.", min=1)] = 3,
-    device: Annotated[str, typer.Option(help="Of the quickstart's tasks: cpu or cuda.")] = "cpu",
+    seeds: Annotated[int, typer.Option(help="Not of adapters: how many seeds to average over.", min=1)] = 3,
+    device: Annotated[str, typer.Option(help="Of the packaged tasks: cpu or cuda.")] = "cpu",
     learning_rate: Annotated[
         list[str] | None,
         typer.Option(help="Of a recipe: METHOD=RATE for lora, lora-fa, layer or model (repeatable)."),
@@ -39,22 +43,33 @@ def compare(
     ] = "1",
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete what the directory holds and start over.")] = False,
 ) -> None:
-    """Compare LoRA added as factors and as ΔW, LoRA-FA, layer and model scope, by every fusion method.
+    """Which fusion method, which λ? Every method that fits, options searched on validation, scores of test splits.
 
-    Options of the methods are searched on validation splits, scores are of test splits, absolute and over the
-    single-task adapters'; with cosines, disentanglement maps and pictures.
+    linlora compare RUN RUN RUN: your own adapters, on the tasks of their runs; prints the command that makes the best.
+
+    linlora compare A B --on recipe.yaml: anyone's adapters, on the tasks of a recipe.
+
+    linlora compare recipe.yaml: trains LoRA, layer and model scope on its tasks, and adds them in every way; with cosines,
+    disentanglement maps and pictures.
     """
     with user_errors(interrupted="interrupted; run the same command again to continue"):
+        import dataclasses
+
         from linlora import experiments, quickstart
         from linlora.experiments.jobs import workers_of
         from linlora.experiments.options import Options, learning_rates
 
         options, processes = Options.of(method or [], set_ or []), workers_of(workers)
-        if recipe is None:
-            if learning_rate:
-                raise ValueError("--learning-rate is for a recipe; those of the quickstart's tasks are chosen already")
-            settings = dataclasses.replace(quickstart.CONTROLS, options=options)
-            quickstart.run(out, device, seeds, fresh, settings, workers=processes, job="linlora compare")
-        else:
+        recipe = paths[0] if paths and len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml") else None
+        if learning_rate and recipe is None:
+            raise ValueError("--learning-rate is for a recipe")
+        if on and (recipe or not paths):
+            raise ValueError("--on says which tasks score adapters; name adapters")
+        if recipe is not None:
             rates = learning_rates(learning_rate or [])
             experiments.compare_recipe(recipe, out, seeds, fresh, options, rates, workers=processes)
+        elif paths:
+            experiments.compare_adapters(paths, on or (), out, fresh, options, workers=processes)
+        else:
+            settings = dataclasses.replace(quickstart.CONTROLS, options=options)
+            quickstart.run(out, device, seeds, fresh, settings, workers=processes, job="linlora compare")

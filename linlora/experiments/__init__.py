@@ -5,6 +5,7 @@
     experiment   what is done: starts, kinds of training, controls, fusion methods, seeds
     images       an experiment on images in memory: the quickstart's
     recipes      an experiment on the tasks of a recipe: any model and data sets that `linlora train` takes
+    adapters     the user's own adapters on the user's own tasks: which method, which λ
     jobs         its steps, each a folder that is whole or absent, in worker processes
     fusing       one control's adapters fused by every method, options chosen on validation
     report       tables, pictures, and what they say

@@ -63,6 +63,29 @@ def draw_scalings(results: Mapping[str, Any], path: Path) -> None:
     save(figure, path)
 
 
+def draw_search(results: Mapping[str, Any], path: Path) -> None:
+    """The best validation score at each λ, of every method that was searched, of a comparison of adapters."""
+    figure = Figure(figsize=(8.0, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    for method, row in results["rows"].items():
+        best: dict[float, float] = {}
+        for point in row["validation"]:
+            scaling = point["options"].get("scaling")
+            if scaling is not None:
+                best[scaling] = max(best.get(scaling, 0.0), float(np.mean(point["scores"])))
+        if best:
+            x = sorted(best)
+            axes.plot(x, [100 * best[s] for s in x], marker="o", markersize=4, label=METHOD_TITLES[method])
+    before = 100 * float(np.mean(results["rows"]["backbone"]["chosen_by"]))
+    axes.axhline(before, color="0.35", linestyle="--", linewidth=1.5, label="backbone, no adapter")
+    axes.set_xlabel("scaling coefficient λ", fontsize=12)
+    axes.set_ylabel(f"validation score (%), mean of {len(results['tasks'])} tasks", fontsize=12)
+    axes.set_title("Fused adapters, scaled by λ", fontsize=13)
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=10, framealpha=0.9, edgecolor="white")
+    save(figure, path)
+
+
 def draw_scores(results: Mapping[str, Any], path: Path) -> None:
     """Normalised test score of every method and control, mean and standard deviation over seeds."""
     starts = results["starts"].values()

@@ -154,7 +154,8 @@ _watching: set[int] = set()  # of a worker: the processes it works for
 
 def _work_for(main: int) -> None:
     """In a worker: a Ctrl-C is for the main process, which ends its workers; a worker outlives it by a second."""
-    if main in _watching or os.getppid() != main:  # of a cluster, whose workers are their own
+    of_cluster = os.getppid() != main or threading.current_thread() is not threading.main_thread()
+    if main in _watching or of_cluster:  # whose workers have a life of their own
         return
     _watching.add(main)
     signal.signal(signal.SIGINT, signal.SIG_IGN)

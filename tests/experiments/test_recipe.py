@@ -1,10 +1,13 @@
-"""The comparison on the tasks of a recipe: tiny checkpoints and data sets, written here."""
+"""The comparison on the tasks of a recipe, and of adapters on them: tiny checkpoints and data sets, written here."""
 
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import json
+import re
+import shlex
 import shutil
 
 import numpy as np
@@ -19,7 +22,7 @@ from typer.testing import CliRunner
 import linlora
 from linlora import TaskVector
 from linlora.cli import app
-from linlora.experiments import Options, compare_recipe, report
+from linlora.experiments import Options, compare_adapters, compare_recipe, report
 from linlora.testing import tiny_base, tiny_model
 from linlora.training import Run, adapt, evaluate, load_task, plain_yaml, set_head
 
@@ -193,3 +196,87 @@ def test_the_heads_of_other_sizes_fit_a_plain_model(finished):
     (scores,) = finished[1]["starts"]["zero"]["controls"]["delta_weight"]["methods"]["ties"]["by_seed_and_task"]
     assert all(0.0 <= score <= 1.0 for score in scores)
     assert torch.tensor(scores).isfinite().all()
+
+
+FEW = Options(
+    methods=("average", "task_arithmetic", "ties", "tsv", "regmean"), scalings=(0.3, 1.0), weights_scalings=(1.0,),
+    ties_keep=(0.5,), ties_scalings=(1.0,), regmean_examples=8,
+)  # fmt: skip
+
+
+@pytest.fixture
+def runs(finished):
+    return finished[0] / "adapters" / "zero"
+
+
+def test_adapters_of_any_kind_are_compared_as_what_they_add_to_the_weights(finished, runs, tmp_path, console):
+    adapters = [str(runs / "lora" / "mood" / "seed0"), str(runs / "layer" / "colour" / "seed0")]
+    results = compare_adapters(adapters, out=tmp_path / "run", options=FEW, console=console)
+    assert results["scope"] == "weight"
+    assert list(results["rows"]) == [
+        "backbone",
+        "adapter-1",
+        "adapter-2",
+        "average",
+        "task_arithmetic",
+        "tsv",
+        "regmean",
+    ]
+    assert list(results["left_out"]) == ["ties"]
+    assert results["single"]["test"] == [Run.open(adapter).metrics["test"]["score"] for adapter in adapters]
+    for fused in ("average", "tsv", "regmean"):
+        vector = tmp_path / "run" / "rows" / fused / "task_vector.safetensors"
+        assert evaluated(adapters, vector) == pytest.approx(results["rows"][fused]["test"])
+    printed = " ".join(console.file.getvalue().split())
+    assert "Recommended: " in printed
+    assert "only task arithmetic gains reliably" in printed
+    again = compare_adapters(adapters, out=tmp_path / "run", options=FEW, console=console)
+    assert again["jobs"]["made"] == 0
+    assert again["rows"] == json.loads(json.dumps(results["rows"]))
+
+
+def evaluated(runs, vector):
+    """The scores of a vector in a file, by the code of `linlora eval`."""
+    from linlora.training.fused import evaluate_vector, judges
+
+    result = evaluate_vector(linlora.formats.read(vector), judges(runs), "test")
+    return [of_task["score"] for of_task in result["tasks"].values()]
+
+
+@pytest.mark.parametrize("kind", ["layer", "model"])
+def test_linearized_adapters_of_one_point_are_compared_there(runs, tmp_path, console, kind):
+    adapters = [str(runs / kind / task / "seed0") for task in ("mood", "colour")]
+    results = compare_adapters(adapters, out=tmp_path / "run", options=FEW, console=console)
+    assert results["scope"] == kind
+    assert "ties" in results["rows"]
+    assert list(results["left_out"]) == (["tsv"] if kind == "layer" else ["tsv", "regmean"])
+
+
+def test_the_command_it_recommends_works_as_printed(runs, tmp_path, console, monkeypatch):
+    adapters = [str(runs / "lora" / task / "seed0") for task in ("mood", "colour")]
+    options = dataclasses.replace(FEW, methods=("tsv",))
+    results = compare_adapters(adapters, out=tmp_path / "run", options=options, console=console)
+    monkeypatch.chdir(tmp_path)
+    program, *arguments = shlex.split(results["recommendation"]["command"])
+    assert program == "linlora"
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    assert evaluated(adapters, "fused.safetensors") == pytest.approx(results["rows"]["tsv"]["test"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["{lora}/mood/seed0"], "two adapters or more, got 1"),
+        (["{lora}/mood/seed0", "no-such-thing"], "no such file or folder, and no name of the Hugging Face hub"),
+        (["{lora}/mood/seed0", "{model}/colour/seed0"], "model.*scope 'model'"),
+        (["{lora}/mood/seed0", "{lora}/colour/seed0", "--learning-rate", "lora=1"], "is for a recipe"),
+        (["recipe.yaml", "--on", "recipe.yaml"], "name adapters"),
+    ],
+)
+def test_adapters_that_cannot_be_compared_are_refused(runs, tmp_path, arguments, message):
+    names = [argument.format(lora=runs / "lora", model=runs / "model") for argument in arguments]
+    result = CliRunner().invoke(app, ["compare", *names, "--out", str(tmp_path / "x")])
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.stderr.split()))
+    assert not (tmp_path / "x").exists()

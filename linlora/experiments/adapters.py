@@ -1,0 +1,334 @@
+"""The user's own adapters, fused by every method that fits them, on the user's own tasks: which method, which λ?
+
+Linearized adapters of one starting point are fused there; all others as what they add to the weights, ΔW. Every row of
+the table is a job: the backbone, each adapter by itself, each method with options searched on validation.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import shlex
+import statistics
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict
+from importlib.util import find_spec
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from linlora import formats
+from linlora.experiments.controls import ELEMENTWISE, ON_WEIGHTS, Space
+from linlora.experiments.environment import surroundings
+from linlora.experiments.figures import draw_search
+from linlora.experiments.fusing import fuse_by
+from linlora.experiments.jobs import Job, Workers, run_jobs
+from linlora.experiments.options import METHOD_TITLES, Options, fusion_method
+from linlora.experiments.report import percent, print_outputs
+from linlora.experiments.results import normalised
+from linlora.experiments.run import opened
+from linlora.fusion import fuse
+from linlora.fusion.registry import FROM_VECTORS
+from linlora.storage.environment import environment
+from linlora.storage.files import write_text
+from linlora.storage.run_directory import read_json, staged, write_json
+from linlora.training.fused import judges, suite_of
+from linlora.training.suite import Suite
+from linlora.vectors.task_vector import DifferentPointError, TaskVector, apply
+
+SCORES_FILE, VECTOR_FILE = "scores.json", "task_vector.safetensors"
+DEFAULT = "task_arithmetic"
+CAVEAT = (
+    "Published comparisons of these methods disagree, and on large language models only task arithmetic gains "
+    "reliably: it is recommended unless another method is ahead of it here by more than one standard error."
+)
+_OUTPUTS = {
+    "results.json": "every number, by task, with the options that were tried",
+    "table.txt": "the table and the recommendation; table.md the same for a README",
+    "scalings.png": "validation score against the scaling coefficient λ",
+    "rows/": "the scores of every row, and the fused vectors",
+}
+
+
+def compare_adapters(
+    adapters: Sequence[str],
+    on: Sequence[str | Path] = (),
+    out: str | Path = "runs/compare",
+    fresh: bool = False,
+    options: Options | None = None,
+    console: Console | None = None,
+    workers: Workers = 1,
+) -> dict[str, Any]:
+    """Fuse adapters by every method that fits; print the table, a picture, and the command that makes the best.
+
+    A call with the same `out` and arguments continues where an interrupted one was.
+
+    Args:
+        adapters: folders of runs, task vectors, PEFT adapters, mixed; or ids of the Hugging Face hub. Two or more.
+        on: recipes, or folders of runs, whose data sets score; those of the adapters if left out.
+        options: what is tried; `Options(methods=...)` for some methods.
+
+    Returns: what `results.json` holds.
+
+    Raises ValueError for adapters that do not add, fewer than two, or a task without a test split; what
+    `linlora.formats.read` does.
+    """
+    if len(adapters) < 2:
+        raise ValueError(f"a comparison fuses two adapters or more, got {len(adapters)}")
+    out, options, console = Path(out), options or Options(), console or Console()
+    comparison = AdapterComparison([local(adapter) for adapter in adapters], list(map(str, on)), out, options)
+    comparison.check()
+    begin = time.perf_counter()
+    with opened(out, comparison.fingerprint(), "linlora compare, adapters", 1, workers, fresh):
+        done = run_jobs([comparison.jobs()], workers, comparison.around, console)
+        results = comparison.results()
+        results |= {"jobs": asdict(done), "wall_seconds": time.perf_counter() - begin}
+        _write(results, out, console)
+    return results
+
+
+def local(adapter: str) -> str:
+    """The folder or file of an adapter; an id of the hub is downloaded."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    if Path(adapter).exists():
+        return adapter
+    if adapter.count("/") != 1 or adapter.startswith((".", "/", "~")):
+        raise FileNotFoundError(f"{adapter}: no such file or folder, and no name of the Hugging Face hub, OWNER/NAME")
+    try:
+        return snapshot_download(adapter, allow_patterns=["*.safetensors", "*.json"])
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise FileNotFoundError(f"{adapter}: no such file or folder, and not found on the hub: {reason}") from error
+
+
+class AdapterComparison:
+    """The jobs of one run directory. Adapters and model are loaded when a process first asks for them."""
+
+    def __init__(self, adapters: Sequence[str], on: Sequence[str], out: Path, options: Options) -> None:
+        self.adapters, self.on, self.out, self.options = list(adapters), list(on), out, options
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in ("vectors", "suite", "space")}
+
+    def fingerprint(self) -> dict[str, Any]:
+        return {"adapters": self.adapters, "on": self.on, "options": asdict(self.options)}
+
+    def around(self) -> AbstractContextManager[None]:
+        return surroundings("cpu", None)  # which kernels run on a GPU is chosen as in training
+
+    @functools.cached_property
+    def vectors(self) -> list[TaskVector]:
+        """In the space they are fused in."""
+        read = [formats.read(adapter) for adapter in self.adapters]
+        if {vector.scope for vector in read} - {"layer", "model"} or len({vector.point_hash for vector in read}) > 1:
+            read = [_in_weights(vector, adapter) for vector, adapter in zip(read, self.adapters, strict=True)]
+        for (one, first), (other, second) in itertools.combinations(zip(read, self.adapters, strict=True), 2):
+            try:
+                one.check_same_point(other)
+            except DifferentPointError as error:
+                raise DifferentPointError(f"{first} and {second}: {error}") from error
+        return read
+
+    @property
+    def in_weights(self) -> bool:
+        return self.vectors[0].scope == "weight"
+
+    @functools.cached_property
+    def suite(self) -> Suite:
+        like = fuse(self.vectors, "average") if self.in_weights else self.vectors[0]
+        return suite_of(judges(self.on or self.adapters), like, "validation", "test")
+
+    @functools.cached_property
+    def space(self) -> Space:
+        model = self.suite.model
+        base = next(iter(self.suite.tasks.values())).base_model().to(self.suite.device).requires_grad_(False)
+        return Space(self.vectors, base, model, lambda fused: apply(model, fused))
+
+    def check(self) -> None:
+        for judge in judges(self.on or self.adapters):
+            if judge.settings.data.test is None:
+                raise ValueError(
+                    f"task '{judge.settings.name}' has no test split; options are chosen on validation: set data.test"
+                )
+        self.methods()
+
+    def methods(self) -> dict[str, str | None]:
+        """The methods that are asked for, with the reason why one does not fit."""
+        scope = self.vectors[0].scope
+        reasons: dict[str, str | None] = dict.fromkeys(self.options.methods)
+        for method in reasons:
+            if method in ELEMENTWISE and self.in_weights:
+                into = ", for a merged model: linlora merge BASE A B --method ties" if method == "ties" else ""
+                reasons[method] = f"picks single values of ΔW, which no adapter holds{into}"
+            elif method == "lorahub" and find_spec("nevergrad") is None:
+                reasons[method] = "needs nevergrad: pip install 'linlora[lorahub]'"
+            elif method == "adamerging" and self.in_weights:
+                reasons[method] = "needs vectors of one starting point"
+            elif method == "regmean" and self.on:
+                reasons[method] = "needs to know which task is whose: adapters that are runs, without --on"
+            elif method in ON_WEIGHTS and not self.in_weights and not (method == "regmean" and scope == "layer"):
+                reasons[method] = "acts on ΔW; these vectors share a starting point, and add there"
+        return reasons
+
+    def folder(self, row: str) -> Path:
+        return self.out / "rows" / row
+
+    def jobs(self) -> list[Job]:
+        rows = {"backbone": "scored the backbone"}
+        rows |= {f"adapter-{i}": f"scored {name}" for i, name in enumerate(self.adapters, 1)}
+        rows |= {m: f"fused by {METHOD_TITLES[m]}" for m, reason in self.methods().items() if reason is None}
+        return [
+            Job(title, self.folder(row), (SCORES_FILE,), functools.partial(self.score, row))
+            for row, title in rows.items()
+        ]
+
+    def score(self, row: str) -> None:
+        """Write the scores of a row, and of a method the fused vector."""
+        tasks, at = self.suite.of, self.space
+        with staged(self.folder(row)) as staging:
+            if row in METHOD_TITLES:
+                scores, vector = fuse_by(row, at, tasks, self.options, seed=0)
+                at.put(vector)
+                vector.save(staging / VECTOR_FILE)
+            else:
+                scores = {"options": {}, "validation": []}
+                at.put(0.0 * at.vectors[0] if row == "backbone" else at.vectors[int(row.rpartition("-")[2]) - 1])
+                scores["test"] = tasks.scores(at.model, "test")
+            scores["chosen_by"] = tasks.scores(at.model, "validation")
+            write_json(staging / SCORES_FILE, scores)
+
+    def results(self) -> dict[str, Any]:
+        """The rows, the best single adapter of each task, and the recommendation."""
+        rows = {job.folder.name: read_json(job.folder / SCORES_FILE) for job in self.jobs()}
+        singles = [rows[f"adapter-{i}"] for i in range(1, 1 + len(self.adapters))]
+        tasks = list(self.suite.tasks)
+        own = not self.on and len(tasks) == len(singles)
+        best = [i if own else _best([single["chosen_by"][i] for single in singles]) for i in range(len(tasks))]
+        single = [singles[b]["test"][i] for i, b in enumerate(best)]
+        for row in rows.values():
+            row["normalised"] = normalised(row["test"], single)
+        counts = [len(task.rows("validation")) for task in self.suite.tasks.values()]
+        return {
+            "environment": environment(self.suite.device),
+            **self.fingerprint(),
+            "scope": self.vectors[0].scope,
+            "tasks": tasks,
+            "single": {"of_task": [self.adapters[b] for b in best], "own": own, "test": single},
+            "rows": rows,
+            "left_out": {method: reason for method, reason in self.methods().items() if reason},
+            "recommendation": self._recommended(rows, counts),
+        }
+
+    def _recommended(self, rows: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any]:
+        """The method with the best validation score; task arithmetic where that is not clearly worse."""
+        found = {method: statistics.fmean(rows[method]["chosen_by"]) for method in rows if method in METHOD_TITLES}
+        method = max(found, key=lambda name: found[name])
+        errors = [max(0.0, s * (1 - s)) / n for s, n in zip(rows[method]["chosen_by"], counts, strict=True)]
+        error = math.sqrt(2 * sum(errors)) / len(counts)
+        if DEFAULT in found and found[method] - found[DEFAULT] <= error:
+            method = DEFAULT
+        return {"method": method, "standard_error": error, "command": self._command(method, rows[method]["options"])}
+
+    def _command(self, method: str, options: Mapping[str, Any]) -> str:
+        """The command that makes the fused vector: from the files, or the vector that is here where data is needed."""
+        here = str(self.folder(method) / VECTOR_FILE)
+        if fusion_method(method) not in FROM_VECTORS:
+            exported = ["export", here, "--out", "fused-adapter"]
+            return shlex.join(["linlora", *(["inspect", here] if self.vectors[0].scope == "model" else exported)])
+        scope = ["--scope", "weight"] if self.in_weights else []
+        chosen = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", f"{value:g}")]
+        words = [
+            "linlora",
+            "fuse",
+            *self.adapters,
+            *scope,
+            "--method",
+            fusion_method(method),
+            "--out",
+            "fused.safetensors",
+        ]
+        return shlex.join([*words, *chosen])
+
+
+def _in_weights(vector: TaskVector, adapter: str) -> TaskVector:
+    try:
+        return vector.cast("weight")
+    except ValueError as error:
+        raise ValueError(f"{adapter}: {error}") from error
+
+
+def _best(scores: Sequence[float]) -> int:
+    return max(range(len(scores)), key=lambda i: scores[i])
+
+
+def table(results: Mapping[str, Any]) -> Table:
+    """A row for the backbone, each adapter, and each method: scores of the test splits in %."""
+    tasks, rows = results["tasks"], results["rows"]
+    view = Table(title="Test score in %; options chosen on validation", caption=_caption(results))
+    view.add_column("", overflow="fold")
+    for heading in (*(tasks if len(tasks) <= 6 else ()), "mean", "normalised"):
+        view.add_column(heading, justify="right", overflow="fold")
+    view.add_column("options", overflow="fold")
+    for title, cells in _rows(results):
+        if title == METHOD_TITLES[next((m for m in METHOD_TITLES if m in rows), DEFAULT)]:
+            view.add_section()
+        view.add_row(title, *(cells if len(tasks) <= 6 else cells[len(tasks) :]))
+    return view
+
+
+def _rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
+    found = []
+    titles = {"backbone": "backbone, no adapter"}
+    titles |= {f"adapter-{i}": Path(name).name for i, name in enumerate(results["adapters"], 1)}
+    for key, row in results["rows"].items():
+        scores = [percent(score) for score in (*row["test"], statistics.fmean(row["test"]), row["normalised"])]
+        options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
+        found.append((titles.get(key) or METHOD_TITLES[key], [*scores, options]))
+    single = results["single"]["test"]
+    whose = "own adapter of each task" if results["single"]["own"] else "best adapter of each task"
+    cells = [*(percent(score) for score in (*single, statistics.fmean(single), 1.0)), ""]
+    return [*found[: 1 + len(results["adapters"])], (whose, cells), *found[1 + len(results["adapters"]) :]]
+
+
+def _caption(results: Mapping[str, Any]) -> str:
+    where = "as what they add to the weights" if results["scope"] == "weight" else "at their starting point"
+    over = "the task's own adapter" if results["single"]["own"] else "the best adapter of the task, by validation"
+    left = "".join(f"\nLeft out: {METHOD_TITLES[method]} {reason}." for method, reason in results["left_out"].items())
+    return f"The adapters are added {where}. Normalised: over {over}.{left}"
+
+
+def reading(results: Mapping[str, Any]) -> str:
+    """The recommendation, in a sentence, with its command."""
+    rows, chosen = results["rows"], results["recommendation"]
+    row, mean = rows[chosen["method"]], {name: statistics.fmean(row["test"]) for name, row in rows.items()}
+    single = statistics.fmean(results["single"]["test"])
+    options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
+    beside = f", the plain average {percent(mean['average'])}" if "average" in mean else ""
+    return (
+        f"Recommended: {METHOD_TITLES[chosen['method']]}{f' ({options})' if options else ''}. It scores "
+        f"{percent(mean[chosen['method']])} % on test; the backbone {percent(mean['backbone'])}{beside}, one adapter "
+        f"for each task {percent(single)}.\n{CAVEAT}\n  {chosen['command']}"
+    )
+
+
+def _write(results: Mapping[str, Any], out: Path, console: Console) -> None:
+    write_json(out / "results.json", dict(results))
+    headings = ["", *results["tasks"], "mean", "normalised", "options"]
+    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
+    lines += [f"| {' | '.join([title, *cells])} |" for title, cells in _rows(results)]
+    write_text(out / "table.md", "\n".join([*lines, "", reading(results), ""]))
+    draw_search(results, out / "scalings.png")
+    file = StringIO()
+    for place in (console, Console(file=file, width=120)):
+        place.print(table(results))
+        place.print(reading(results), highlight=False, markup=False, soft_wrap=True)
+    write_text(out / "table.txt", file.getvalue())
+    print_outputs(results["wall_seconds"], out, _OUTPUTS, console)
