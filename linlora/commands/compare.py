@@ -49,8 +49,8 @@ def compare(
 
     linlora compare A B --on recipe.yaml: anyone's adapters, on the tasks of a recipe.
 
-    linlora compare recipe.yaml: trains LoRA, layer and model scope on its tasks, and adds them in every way; with cosines,
-    disentanglement maps and pictures.
+    linlora compare recipe.yaml: trains LoRA, layer and model scope on its tasks, and adds them in every way; with
+    cosines, disentanglement maps and pictures.
     """
     with user_errors(interrupted="interrupted; run the same command again to continue"):
         import dataclasses

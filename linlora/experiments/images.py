@@ -104,7 +104,7 @@ class Settings:
             rate of LoRA.
         timed_steps: interleaved steps beside `torch.func`, of which the first `untimed_steps` are not counted; 0 times
             nothing.
-        threads: of the CPU in every process. The tensors are so small that a second thread gains nothing (32 ms a step of
+        threads: of the CPU in every process. The tensors are so small that a second one gains nothing (32 ms a step of
             pre-training with two, 31 ms with one), and where cores are shared two that wait for each other cost a lot
             (3 s a fine-tuning became 20 to 90 s; with one thread 4 s).
     """

@@ -1,7 +1,7 @@
 """The main job, `linlora quickstart`: a packaged experiment. LoRA, plain and linearized, trained, fused, compared.
 
-`linlora.experiments` runs it; here are its settings (`settings`) and its data (`glyphs`; `digits` for `linlora compare` and
-for `routing`, an experiment of its own). Nothing is downloaded.
+`linlora.experiments` runs it; here are its settings (`settings`) and its data (`glyphs`; `digits` for `linlora compare`
+and for `routing`, an experiment of its own). Nothing is downloaded.
 """
 
 from linlora.quickstart.run import run
