@@ -29,7 +29,7 @@ def quickstart(
         typer.Option("--routing", help="Instead: train inventories of skills on 24 tasks and adapt to 6 new ones."),
     ] = False,
 ) -> None:
-    """Train, fuse and compare plain and linearized LoRA adapters on handwritten digits (about three minutes)."""
+    """Train, fuse and compare plain and linearized LoRA adapters on packaged tasks (minutes, on a CPU)."""
     with user_errors(interrupted="interrupted; run the same command again to continue"):
         from linlora import quickstart as job
         from linlora.experiments.jobs import workers_of

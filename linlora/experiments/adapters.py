@@ -119,7 +119,16 @@ class AdapterComparison:
         return {name: value for name, value in vars(self).items() if name not in ("vectors", "suite", "space")}
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"adapters": self.adapters, "on": self.on, "options": asdict(self.options)}
+        """What has to be equal for a run directory to be continued: adapters that changed since are other adapters."""
+        tasks = {judge.settings.name: judge.settings.to_dict() for judge in judges(self.on or self.adapters)}
+        files = {adapter: _stamps(Path(adapter)) for adapter in self.adapters}
+        return {
+            "adapters": self.adapters,
+            "files": files,
+            "on": self.on,
+            "settings": tasks,
+            "options": asdict(self.options),
+        }
 
     def around(self) -> AbstractContextManager[None]:
         return surroundings("cpu", None)  # which kernels run on a GPU is chosen as in training
@@ -256,6 +265,14 @@ class AdapterComparison:
             "fused.safetensors",
         ]
         return shlex.join([*words, *chosen])
+
+
+def _stamps(adapter: Path) -> dict[str, list[int]]:
+    """Size and time of change of an adapter's files."""
+    files = (
+        [adapter] if adapter.is_file() else sorted(adapter.glob("*adapter*")) + sorted(adapter.glob("*.safetensors"))
+    )
+    return {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in files if file.is_file()}
 
 
 def _in_weights(vector: TaskVector, adapter: str) -> TaskVector:
