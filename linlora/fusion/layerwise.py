@@ -91,15 +91,13 @@ def fused_layers(
 
 def layer(vectors: Sequence[WeightVector], name: str, weights: Sequence[float] | None = None) -> Layer:
     """The ΔW of a layer, in an order of its values. Raises ValueError where one is not finite."""
-    parts = []
-    for index, vector in enumerate(vectors):
-        if name in vector.scalings:
-            update = (vector if weights is None else weights[index] * vector).update(name)
-            if not finite(update.A) or not finite(update.B):
-                raise ValueError(f"fuse: layer '{name}' of vector {index + 1} holds NaN or infinity")
-            parts.append((by_value(update), index, update))
-    parts.sort(key=lambda part: part[0])
-    return Layer(name, [index for _, index, _ in parts], [update for _, _, update in parts])
+    indices = [index for index, vector in enumerate(vectors) if name in vector.scalings]
+    updates = [(vectors[i] if weights is None else weights[i] * vectors[i]).update(name) for i in indices]
+    for index, update in zip(indices, updates, strict=True):
+        if not finite(update.A) or not finite(update.B):
+            raise ValueError(f"fuse: layer '{name}' of vector {index + 1} holds NaN or infinity")
+    order = order_of_values(updates)
+    return Layer(name, [indices[i] for i in order], [updates[i] for i in order])
 
 
 def fused_sizes(vectors: Sequence[WeightVector]) -> dict[str, Size]:
@@ -127,9 +125,17 @@ def _beside(left: Size | None, right: Size) -> Size:
     return right._replace(rank=rank + right.rank, dtype=torch.promote_types(dtype, right.dtype))
 
 
-def by_value(update: Update) -> tuple[int, ...]:
-    """A key that tells two ΔW apart by their factors."""
-    return len(update.A), *(zlib.crc32(memory(factor.contiguous())) for factor in (update.A, update.B))
+def order_of_values(updates: Sequence[Update]) -> list[int]:
+    """The places of some ΔW in an order that is a function of their factors alone.
+
+    >>> one, two = Update(torch.ones(1, 2), torch.ones(3, 1)), Update(torch.ones(1, 2), torch.zeros(3, 1))
+    >>> order_of_values([one, two]), order_of_values([two, one])
+    ([1, 0], [0, 1])
+    """
+    keys: list[tuple[float, ...]] = [(len(update.A), *update.B[:4].flatten().tolist()) for update in updates]
+    if len(set(keys)) < len(keys):  # a few rows do not tell them apart
+        keys = [tuple(zlib.crc32(memory(factor.contiguous())) for factor in (u.A, u.B)) for u in updates]
+    return sorted(range(len(updates)), key=keys.__getitem__)
 
 
 def weight_vectors(vectors: Iterable[TaskVector]) -> list[WeightVector]:

@@ -19,7 +19,7 @@ from linlora import formats
 from linlora.formats.checkpoint import CONFIG_FILE, INDEX_FILE, Checkpoint, WrongBaseError
 from linlora.formats.model_config import read_head_config
 from linlora.fusion.dense import DenseTies
-from linlora.fusion.layerwise import by_value
+from linlora.fusion.layerwise import order_of_values
 from linlora.layers.sharing import group_of
 from linlora.layers.weights import BLOCK, Update, blocks, folded
 from linlora.storage.files import write_text
@@ -142,9 +142,9 @@ class Plan:
                 f"'{key}' is {like.dtype}: a quantized weight, in whose rounding ΔW would be lost; merge into the "
                 "original weights"
             )
-        parts = [(index, read()) for index, (_, read) in zip(self.indices[key], self.folds[key], strict=True)]
-        parts.sort(key=lambda part: by_value(part[1]))  # so that the order of the adapters changes no bit
-        indices, updates = [index for index, _ in parts], [update for _, update in parts]
+        updates = [read() for _, read in self.folds[key]]
+        order = order_of_values(updates)  # so that the order of the adapters changes no bit
+        indices, updates = [self.indices[key][i] for i in order], [updates[i] for i in order]
         if self.dense is not None:
             yield from self._dense(self.dense, key, indices, updates, like, read_rows)
             return

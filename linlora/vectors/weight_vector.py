@@ -90,8 +90,9 @@ class WeightVector(TaskVector, scope="weight"):
 
     def update(self, layer: str) -> Update:
         """ΔW of a layer, in float32 or wider."""
-        A, B = factors_of(self, layer)
-        return Update(A, self.scalings[layer] * B)
+        A, B = self.deltas[f"{layer}.dA"], self.deltas[f"{layer}.dB"]
+        wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
+        return Update(A.to(wide), self.scalings[layer] * B.to(wide))
 
     def __add__(self, other: TaskVector) -> WeightVector:
         if not isinstance(other, TaskVector):
