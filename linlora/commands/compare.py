@@ -25,7 +25,9 @@ def compare(
     out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run continues there.")] = Path(
         "runs/compare"
     ),
-    seeds: Annotated[int, typer.Option(help="Not of adapters: how many seeds to average over.", min=1)] = 3,
+    seeds: Annotated[
+        int | None, typer.Option(help="Not of adapters: how many seeds to average over.", min=1, show_default="3")
+    ] = None,
     device: Annotated[str, typer.Option(help="Of the packaged tasks: cpu or cuda.")] = "cpu",
     learning_rate: Annotated[
         list[str] | None,
@@ -58,18 +60,23 @@ def compare(
         from linlora import experiments, quickstart
         from linlora.experiments.jobs import workers_of
         from linlora.experiments.options import Options, learning_rates
+        from linlora.training.recipe import assigned
 
         options, processes = Options.of(method or [], set_ or []), workers_of(workers)
+        given = {"methods": method} if method else {}
         recipe = paths[0] if paths and len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml") else None
         if learning_rate and recipe is None:
             raise ValueError("--learning-rate is for a recipe")
         if on and (recipe or not paths):
             raise ValueError("--on says which tasks score adapters; name adapters")
         if recipe is not None:
-            rates = learning_rates(learning_rate or [])
-            experiments.compare_recipe(recipe, out, seeds, fresh, options, rates, workers=processes)
+            section = {**dict(assigned(set_ or [])), **given, **({"seeds": seeds} if seeds else {})}
+            if learning_rate:
+                section["learning_rates"] = learning_rates(learning_rate)
+            overrides = {"experiment": section}
+            experiments.compare_recipe(recipe, out, fresh=fresh, overrides=overrides, workers=processes)
         elif paths:
             experiments.compare_adapters(paths, on or (), out, fresh, options, workers=processes)
         else:
             settings = dataclasses.replace(quickstart.CONTROLS, options=options)
-            quickstart.run(out, device, seeds, fresh, settings, workers=processes, job="linlora compare")
+            quickstart.run(out, device, seeds or 3, fresh, settings, workers=processes, job="linlora compare")

@@ -84,12 +84,24 @@ ties_scalings, dare_drop, dare_scalings, lorahub_examples, lorahub_budget, adame
 adamerging_learning_rates, adamerging_steps, adamerging_batch, weights_scalings, regmean_shrink, regmean_examples, \
 soup_examples, soup_epochs, soup_learning_rates, negation_scalings, negation_keeps, map_scalings
         """
-        known = [f.name for f in fields(cls) if f.name != "methods"]
-        given: dict[str, Any] = {"methods": tuple(methods)} if methods else {}
-        for key, value in assigned(assignments):
+        return cls.of_values(dict(assigned(assignments)) | ({"methods": list(methods)} if methods else {}), "--set")
+
+    @classmethod
+    def of_values(cls, values: Mapping[str, Any], where: str, beside: Sequence[str] = ()) -> Options:
+        """Options from plain values, as a recipe holds them; an unknown key is an error that lists the known ones.
+
+        Args:
+            beside: other keys that may stand there, for the message.
+        """
+        known = [f.name for f in fields(cls)]
+        given: dict[str, Any] = {}
+        for key, value in values.items():
             if key not in known:
-                raise unknown("--set", key, known)
-            given[key] = _like(key, value, getattr(cls, key))
+                raise unknown(where, key, [*beside, *(name for name in known if name != "methods")])
+            if key == "methods":
+                given[key] = tuple(map(str, value if isinstance(value, list) else [value]))
+            else:
+                given[key] = _like(f"{where} {key}", value, getattr(cls, key))
         return cls(**given)
 
     def choices(self, method: str, seed: int) -> Sequence[Mapping[str, Any]]:
@@ -140,12 +152,12 @@ def learning_rates(assignments: Sequence[str]) -> dict[str, float]:
     return rates
 
 
-def _like(key: str, value: Any, default: Any) -> Any:
+def _like(where: str, value: Any, default: Any) -> Any:
     """A value of the kind of the default: a number, or a list of numbers (one number is a list of one)."""
     several = isinstance(default, tuple)
     values = value if several and isinstance(value, list) else [value]
     if not values or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
-        raise ValueError(f"--set {key}: expected {'numbers, as [0.1, 0.2]' if several else 'a number'}, got {value!r}")
+        raise ValueError(f"{where}: expected {'numbers, as [0.1, 0.2]' if several else 'a number'}, got {value!r}")
     if several:
         return tuple(float(v) for v in values)
     return type(default)(value)

@@ -26,7 +26,7 @@ from linlora.experiments.options import START_NOTES, Options, Start
 from linlora.experiments.run import run
 from linlora.formats.export import TASK_VECTOR_FILE
 from linlora.storage.run_directory import read_json
-from linlora.training import Run, Settings, Task, load_task, recipe, train
+from linlora.training import Run, Settings, Task, load_task, read_recipe, train
 from linlora.training.adapted import read_point
 from linlora.training.folder import METRICS_FILE
 from linlora.training.suite import TaskSet
@@ -35,7 +35,7 @@ from linlora.training.suite import TaskSet
 def compare_recipe(
     path: str | Path,
     out: str | Path = "runs/compare",
-    seeds: int = 3,
+    seeds: int | None = None,
     fresh: bool = False,
     options: Options | None = None,
     learning_rates: Mapping[str, float] | None = None,
@@ -49,8 +49,9 @@ def compare_recipe(
 
     Args:
         path: the YAML file; at least two tasks that share one model. A `method` in it has no say here.
-        seeds: as many from the recipe's seed on.
-        learning_rates: by method ("lora", "lora-fa", "layer", "model") where it is not the recipe's.
+        seeds, options, learning_rates: those of the section `experiment` of the recipe if left out. There may stand
+            `seeds` (3), `learning_rates` by method ("lora", "lora-fa", "layer", "model") where they are not the
+            tasks', `methods`, and every field of `Options`. Seeds are counted from the recipe's on.
         overrides: settings that go before those of the file.
         workers: how many adapters are trained at a time; each has the model in memory.
 
@@ -59,10 +60,29 @@ def compare_recipe(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("compare runs in one process; train the tasks with torchrun and linlora train, then fuse them")
-    tasks = recipe(path, (), overrides)
-    _check(tasks, learning_rates or {})
-    experiment = RecipeExperiment(tasks, Path(out), options or Options(), learning_rates or {})
-    return run(experiment, "linlora compare", seeds, workers, fresh, console)
+    found = read_recipe(path, (), overrides)
+    of_recipe = described(found.experiment, f"{found.where}, experiment")
+    rates = dict(of_recipe[2] if learning_rates is None else learning_rates)
+    _check(found.tasks, rates)
+    experiment = RecipeExperiment(found.tasks, Path(out), options or of_recipe[1], rates)
+    return run(experiment, "linlora compare", of_recipe[0] if seeds is None else seeds, workers, fresh, console)
+
+
+def described(section: Mapping[str, Any], where: str) -> tuple[int, Options, dict[str, float]]:
+    """Seeds, options and learning rates of the section `experiment` of a recipe.
+
+    >>> described({"seeds": 1, "methods": ["ties"], "ties_keep": 0.1, "learning_rates": {"model": 1e-3}}, "r.yaml")[::2]
+    (1, {'model': 0.001})
+    """
+    values = dict(section)
+    seeds, rates = values.pop("seeds", 3), values.pop("learning_rates", {})
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise ValueError(f"{where}: seeds is a whole number, 1 or more, got {seeds!r}")
+    numbers = isinstance(rates, Mapping) and all(isinstance(rate, (int, float)) for rate in rates.values())
+    if not numbers:
+        raise ValueError(f"{where}: learning_rates is a section of 'method: rate' lines, got {rates!r}")
+    options = Options.of_values(values, where, ("seeds", "methods", "learning_rates"))
+    return seeds, options, {name: float(rate) for name, rate in rates.items()}
 
 
 class RecipeExperiment(Experiment):

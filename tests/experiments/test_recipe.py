@@ -23,6 +23,7 @@ import linlora
 from linlora import TaskVector
 from linlora.cli import app
 from linlora.experiments import Options, compare_adapters, compare_recipe, report
+from linlora.experiments.recipes import described
 from linlora.testing import tiny_base, tiny_model
 from linlora.training import Run, adapt, evaluate, load_task, plain_yaml, set_head
 
@@ -166,6 +167,29 @@ def test_bad_flags_end_the_command_with_one_line(place, tmp_path, arguments, mes
     assert result.exit_code == 2
     assert message in " ".join(result.stderr.split())
     assert not (tmp_path / "x").exists()
+
+
+@pytest.mark.parametrize(
+    ("section", "message"),
+    [
+        ({"seed": 1}, "experiment: unknown key 'seed'; did you mean"),
+        ({"seeds": 0}, "seeds is a whole number"),
+        ({"learning_rates": 1e-3}, "'method: rate' lines"),
+        ({"learning_rates": {"sgd": 1.0}}, "the methods are lora, lora-fa, layer, model"),
+        ({"ties_keep": "often"}, "ties_keep: expected numbers"),
+        ({"methods": ["slerp"]}, "choose from average"),
+    ],
+)
+def test_the_section_experiment_of_a_recipe_is_checked(place, tmp_path, console, section, message):
+    with pytest.raises(ValueError, match=message):
+        compare_recipe(place / "recipe.yaml", tmp_path / "run", console=console, overrides={"experiment": section})
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_section_experiment_says_seeds_methods_and_rates():
+    section = {"seeds": 1, "methods": ["ties"], "ties_keep": [0.1], "learning_rates": {"model": 1e-3}}
+    seeds, options, rates = described(section, "recipe.yaml")
+    assert (seeds, options.methods, options.ties_keep, rates) == (1, ("ties",), (0.1,), {"model": 1e-3})
 
 
 @pytest.mark.parametrize(
