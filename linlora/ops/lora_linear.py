@@ -139,7 +139,7 @@ def run(problem: LoraLinear, constant_tangent: bool = False) -> Any:
     if not constant_tangent and transform_active():
         return _shaped(aten.lora_linear(_matrices(problem)), problem)
     backend = backends.select_layer(problem)
-    if composed.preferred(backend, problem.x, problem.weight, problem.rank, problem.dropout_p):
+    if composed.preferred(backend, problem.x, problem.weight, problem.shrink.shape[0], problem.dropout_p):
         if not constant_tangent:
             return _shaped(aten.lora_linear(_matrices(problem)), problem)
         backend = aten
@@ -160,7 +160,7 @@ def _matrices(problem: LoraLinear) -> LoraLinear:
 
 def _shaped(result: Result, problem: LoraLinear) -> Any:
     """The outputs with the leading dimensions of x."""
-    y, y_tangent, *_ = result
+    y, y_tangent = result[:2]
     if problem.x.dim() != 2:
         shape = (*problem.x.shape[:-1], problem.weight.shape[0])
         y, y_tangent = y.reshape(shape), None if y_tangent is None else y_tangent.reshape(shape)
