@@ -1,6 +1,7 @@
 """The scripts of the tasks, and the rule that drew their letters and papers.
 
-The rule was written before anything was trained on the result:
+It was written, and the letters and papers were drawn, before anything was trained on them. Afterwards only the ink was
+made darker, so that one can read the glyphs; no fused score had been seen by then.
 
 * Scripts: those of matplotlib's fonts, besides the ones pre-trained on, with ten letters in at least two training and
   two test faces, and written with a pen; without those whose letters are Latin, turned or mirrored (Lisu, Old Italic).

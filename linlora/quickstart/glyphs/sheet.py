@@ -29,7 +29,7 @@ def contact_sheet(tasks: Sequence[Task], path: Path) -> None:
             axis.set_yticks([])
         panels[0].set_ylabel(task.name)
     axes[0][0].set_title("training images")
-    axes[0][1].set_title("test images, in fonts not seen before")
+    axes[0][1].set_title("test images; print in held-out fonts")
     figure.savefig(path, dpi=150)
 
 
