@@ -11,14 +11,17 @@ The ops, each in the file of its name or of its family, which opens with its for
     grouped_gradients               the gradients of every group's factors
     mix_inventories                 the factors of every task in every layer from inventories of skills, and the adjoint
     linear                          primal and tangent streams of one frozen linear layer
-    layer_norm, rms_norm            both streams of a norm, and the backward of the primal (norms)
+    norm                            both streams of a layer or RMS norm, and the backward of the primal (norms)
     attention                       both streams of softmax attention
     attention_backward              the gradients of its primal; what the two share is in attention_tiles
     activation, gated_activation    both streams of gelu, silu or relu, and the backward of the primal (activations)
 
 What they stand on, from the bottom:
 
-    device      what can run where            checks      the constraints on arguments, stated once
+    problem     what an op is given: one NamedTuple from the layer to the launch; also attention_problem,
+                grouped_problem and norm_problem
+    packing     problems and results as lists, for autograd and operators
+    device      what can run where            checks      what the kernels serve, stated once
     dropout     the mask, bit for bit         configs     the table of tile sizes, and the function that picks
     tiles       loads, dots, low-rank steps   launch      from tensors to a launch, for running and for `aot`
     stacks      rows in groups                pointers    tables of addresses
@@ -48,7 +51,6 @@ __all__ = [
     "attention",
     "attention_backward",
     "availability",
-    "dual_grouped_lora_linear",
     "factor_gradients",
     "gated_activation",
     "gated_activation_backward",
@@ -56,14 +58,12 @@ __all__ = [
     "grouped_gradients",
     "grouped_lora_linear",
     "grouped_shrink",
-    "layer_norm",
-    "layer_norm_backward",
     "linear",
     "lora_linear",
     "mix_inventories",
+    "norm",
+    "norm_backward",
     "place",
-    "rms_norm",
-    "rms_norm_backward",
     "unmix_inventories",
 ]
 
@@ -77,12 +77,12 @@ if __name__ == "linlora.kernels" and importlib.util.find_spec("triton") is not N
     from .attention_backward import attention_backward
     from .device import unavailable as _unavailable
     from .grouped_gradients import grouped_gradients
-    from .grouped_lora_linear import dual_grouped_lora_linear, grouped_lora_linear, place
+    from .grouped_lora_linear import grouped_lora_linear, place
     from .grouped_shrink import grouped_shrink
     from .library import factor_gradients, lora_linear
     from .linear import linear
     from .mix_inventories import mix_inventories, unmix_inventories
-    from .norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
+    from .norms import norm, norm_backward
     from .stacks import group_rows
 
 else:
@@ -94,10 +94,10 @@ else:
         raise ValueError(f"the Triton kernels cannot run: {_MISSING}")
 
     factor_gradients = lora_linear = linear = _raise_missing
-    layer_norm = layer_norm_backward = rms_norm = rms_norm_backward = _raise_missing
+    norm = norm_backward = _raise_missing
     activation = activation_backward = gated_activation = gated_activation_backward = _raise_missing
     attention = attention_backward = _raise_missing
-    group_rows = place = grouped_lora_linear = dual_grouped_lora_linear = _raise_missing
+    group_rows = place = grouped_lora_linear = _raise_missing
     grouped_shrink = grouped_gradients = mix_inventories = unmix_inventories = _raise_missing
 
 

@@ -18,10 +18,12 @@ from .activations import launch as launch_activation
 from .activations import launch_gated, launch_gated_backward
 from .attention import launch as launch_attention
 from .attention_backward import launch_key_gradients, launch_query_gradient
+from .attention_problem import Attention, AttentionResult
 from .configs import Row
 from .factor_gradients import launch as launch_factor_gradients
 from .grouped_gradients import launch as launch_grouped_gradients
 from .grouped_lora_linear import launch as launch_grouped
+from .grouped_problem import GroupedGradients, GroupedLoraLinear
 from .grouped_shrink import launch as launch_grouped_shrink
 from .launch import Launch
 from .linear import launch as launch_linear
@@ -29,10 +31,11 @@ from .linearized_lora_linear import launch as launch_recompute
 from .linearized_lora_linear_flags import launch as launch_flags
 from .lora_linear import launch as launch_lora_linear
 from .mix_inventories import Layer, mix_launch, plan_of, unmix_launch
+from .norm_problem import Norm, NormResult
 from .norms import launch as launch_norm
 from .norms import launch_backward as launch_norm_backward
 from .packing import empty
-from .problem import FactorGradients, LoraLinear
+from .problem import FactorGradients, Gradients, LoraLinear, Result
 from .stacks import Segments
 
 M, N, K = 8192, 4096, 4096
@@ -181,27 +184,27 @@ def grouped_launch(case: Case) -> Launch:
     config, variant, dtype, rank = case.row.config, case.variant.split(), getattr(torch, case.dtype), case.size
     groups = 64
     layout = Segments(*(_meta(torch.int32, size) for size in (M, M, groups + 1)))
-    x, low, splits = _meta(dtype, M, K), _meta(dtype, M, rank), _meta(torch.float32, 1, M, rank)
-    shrink, d_shrink = _meta(torch.float32, rank, K).t(), _meta(torch.float32, groups, K, rank)
+    x, g, low, splits = _meta(dtype, M, K), _meta(dtype, M, N), _meta(dtype, M, rank), _meta(torch.float32, 1, M, rank)
     dropout = (0.1 if "dropout" in variant else 0.0, _meta(torch.int64))
-    if "short" in variant:
-        return launch_grouped_shrink(x, None, shrink, None, layout, splits, None, 0.0, None, config)
-    if case.row.op == "grouped_shrink":
-        return launch_grouped_shrink(x, x, shrink, d_shrink, layout, splits, splits, *dropout, config)
-    expand, d_expand = _meta(torch.float32, rank, N), _meta(torch.float32, groups, rank, N)
-    g = _meta(dtype, M, N)
+    d_shrink, d_expand = _meta(torch.float32, groups, K, rank), _meta(torch.float32, groups, rank, N)
     if case.row.op == "grouped_gradients":
-        return launch_grouped_gradients(
-            low, g, low, x, layout, groups, 2.0, *dropout, d_expand, d_shrink, config
-        )  # fmt: skip
+        problem = GroupedGradients(low, g, low, x, layout, groups, 2.0, torch.float32, *dropout)
+        return launch_grouped_gradients(problem, Gradients(d_expand, d_shrink), config)
+    shrink, expand = _meta(torch.float32, rank, K), _meta(torch.float32, rank, N).t()
+    layer = x, _meta(dtype, N, K), _meta(dtype, N), shrink, expand, d_shrink, d_expand, layout, 2.0, x, *dropout
+    problem = GroupedLoraLinear(*layer, two_streams=True)
+    if "short" in variant:
+        problem = problem._replace(expand=None, d_shrink=None, dropout_p=0.0, x_tangent=None)
+        return launch_grouped_shrink(problem, splits, None, config)
+    if case.row.op == "grouped_shrink":
+        return launch_grouped_shrink(problem, splits, splits, config)
     if case.row.op == "dual_grouped_lora_linear":
-        layer, outputs = (x, x, _meta(dtype, N, K), _meta(dtype, N), expand, d_expand), (g, g, low, None)
-    else:
-        layer = (x, None, _meta(dtype, K, N).t(), None, expand.t().contiguous().t(), d_expand.mT.contiguous().mT)
-        outputs = (g, None, low, low)
-    return launch_grouped(
-        *layer, layout, splits, splits, *outputs, 2.0, *dropout, "adjoint" in variant, config
+        return launch_grouped(problem, Result(g, g, low), (splits, splits), config)
+    adjoint = problem._replace(
+        weight=_meta(dtype, K, N).t(), bias=None, expand=_meta(torch.float32, N, rank),
+        d_expand=d_expand.mT.contiguous().mT, x_tangent=None, two_streams=False, masks_update=True,
     )  # fmt: skip
+    return launch_grouped(adjoint, Result(g, None, low, low), (splits, splits), config)
 
 
 def mix_cases(row: Row, architecture: int) -> Iterator[Case]:
@@ -232,10 +235,12 @@ def norm_cases(row: Row, architecture: int) -> Iterator[Case]:
 def norm_launch(case: Case) -> Launch:
     dtype, variant, config, width = getattr(torch, case.dtype), case.variant.split(), case.row.config, case.size
     x, weight, rstd = _meta(dtype, M, width), _meta(torch.float32, width), _meta(torch.float32, M)
-    mean, bias = (rstd, weight) if "layer" in variant else (None, None)
+    centered, x_tangent = "layer" in variant, x if "tangent" in variant else None
+    problem = Norm(x, x_tangent, weight, weight if centered else None, 1e-5, centered)
+    result = NormResult(x, x_tangent, rstd if centered else None, rstd)
     if "backward" in variant:
-        return launch_norm_backward(x, x, weight, mean, rstd, x, config)
-    return launch_norm(x, x if "tangent" in variant else None, weight, bias, 1e-5, x, x, mean, rstd, config)
+        return launch_norm_backward(problem, x, result, x, config)
+    return launch_norm(problem, result, config)
 
 
 def activation_cases(row: Row, architecture: int) -> Iterator[Case]:
@@ -294,15 +299,16 @@ def attention_launch(case: Case) -> Launch:
         mask = _meta(dtype, BATCH, 1, sequence, sequence)
     elif "key-mask" in variant:
         mask = _meta(torch.bool, BATCH, 1, 1, sequence)
-    options = (mask, "causal" in variant, 0.1, 0.1 if "dropout" in variant else 0.0, _meta(torch.int64))
-    if case.row.op == "attention_backward":
-        arguments = (o, q, k, k, lse, *options, lse)
-        if "dq" in variant:
-            return launch_query_gradient(*arguments, o, o, config)
-        return launch_key_gradients(*arguments, k, k, config)
     v_tangent = k if "tangents" in variant or "v-tangent" in variant else None
     tangents = (q, k, v_tangent) if "tangents" in variant else (None, None, v_tangent)
-    return launch_attention(q, k, k, *tangents, *options, o, None if v_tangent is None else o, lse, config)
+    options = (mask, "causal" in variant, 0.1, 0.1 if "dropout" in variant else 0.0, _meta(torch.int64))
+    problem = Attention(q, k, k, *tangents, *options)
+    result = AttentionResult(o, o if problem.has_tangents else None, lse)
+    if case.row.op == "attention":
+        return launch_attention(problem, result, config)
+    if "dq" in variant:
+        return launch_query_gradient(problem, o, result, lse, o, config)
+    return launch_key_gradients(problem, o, result, lse, (k, k), config)
 
 
 OPS = {

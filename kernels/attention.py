@@ -40,11 +40,10 @@ Measured: not yet run on a GPU; verified in the interpreter and by ahead-of-time
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
+from .attention_problem import Attention, AttentionResult
 from .attention_tiles import (
     LOG2_E,
     alignment,
@@ -60,6 +59,7 @@ from .checks import check_attention
 from .configs import Config
 from .dropout import keep_mask
 from .launch import Launch
+from .packing import empty
 from .tiles import dot, load_tile, store_tile
 
 
@@ -175,71 +175,36 @@ def attention_kernel(
         store_tile(head(o_tangent, i_batch, i_head, ALIGNMENT), b_o_tangent / b_sum[:, None], o_m, o_c)
 
 
-def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_tangent: Tensor | None,
-    k_tangent: Tensor | None,
-    v_tangent: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(o (B, H, Sq, Dv), o_tangent alike, lse (B, H, Sq) in fp32); one launch, no synchronization.
+def attention(problem: Attention, config: Config | None = None) -> AttentionResult:
+    """o, o_tangent where an input has a tangent, and lse; one launch, no synchronization.
 
-    `mask` broadcasts to (B, H, Sq, Sk): bool, True where a query sees a key, or floating, added to the scores, where
-    anything below −2.3e38 (the least fp32 or bf16) counts as −∞. `causal` lets query i see the keys j ≤ i, of those
-    the mask leaves. o_tangent is (0,) when no input has a tangent. `config` overrides what `configs` picks. Raises
-    ValueError for shapes, dtypes and devices that do not fit.
+    In a floating mask anything below −2.3e38 (the least fp32 or bf16) counts as −∞. `config` overrides what `configs`
+    picks. Raises ValueError for shapes, dtypes and devices that do not fit.
     """
-    tangents = (q_tangent, k_tangent, v_tangent)
-    check_attention(q, k, v, mask, dropout_p, seed, tangents)
-    o = q.new_empty(*q.shape[:3], v.shape[3])
-    o_tangent = None if all(tangent is None for tangent in tangents) else o.new_empty(o.shape)
-    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
-    if o.numel() > 0:
-        config = config or attention_config("attention", q, k, v, mask)
-        launch(q, k, v, *tangents, mask, causal, scale, dropout_p, seed, o, o_tangent, lse, config).run(q.device)
-    return o, q.new_empty(0) if o_tangent is None else o_tangent, lse
+    check_attention(problem)
+    result = empty(problem.outputs(), problem.q)
+    if result.o.numel() > 0:
+        launch(problem, result, config or attention_config("attention", problem)).run(problem.q.device)
+    return result
 
 
-def launch(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_tangent: Tensor | None,
-    k_tangent: Tensor | None,
-    v_tangent: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    o: Tensor,
-    o_tangent: Tensor | None,
-    lse: Tensor,
-    config: Config,
-) -> Launch:
-    """The launch that fills o, o_tangent (unless None) and lse."""
-    batch, n_heads, queries, _ = q.shape
-    shared = shared_arguments(q, k, v, mask, causal, scale, dropout_p, seed, config)
-    chunks = triton.cdiv(v.shape[3], shared["BLOCK_O"])
+def launch(problem: Attention, result: AttentionResult, config: Config) -> Launch:
+    """The launch that fills the result."""
+    batch, n_heads, queries, _ = problem.q.shape
+    shared = shared_arguments(problem, config)
+    chunks = triton.cdiv(problem.v.shape[3], shared["BLOCK_O"])
     return Launch(
         kernel=attention_kernel,
         grid=(batch * n_heads * chunks * triton.cdiv(queries, config.block_m),),
         arguments={
             **shared,
-            "q_tangent": heads(q_tangent),
-            "k_tangent": heads(k_tangent),
-            "v_tangent": heads(v_tangent),
-            "o": heads(o),
-            "o_tangent": heads(o_tangent),
-            "p_lse": lse,
-            "ALIGNMENT": alignment(q, k, v, q_tangent, k_tangent, v_tangent, o, o_tangent),
+            "q_tangent": heads(problem.q_tangent),
+            "k_tangent": heads(problem.k_tangent),
+            "v_tangent": heads(problem.v_tangent),
+            "o": heads(result.o),
+            "o_tangent": heads(result.o_tangent),
+            "p_lse": result.lse,
+            "ALIGNMENT": alignment(*problem[:6], result.o, result.o_tangent),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
         },

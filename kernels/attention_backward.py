@@ -28,11 +28,14 @@ Measured: not yet run on a GPU; verified in the interpreter and by ahead-of-time
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_problem import Attention, AttentionResult
 from .attention_tiles import (
     LOG2_E,
     alignment,
@@ -210,67 +213,40 @@ def key_gradients_kernel(
 
 
 def attention_backward(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    o: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    config: Config | None = None,
+    problem: Attention, g: Tensor, result: AttentionResult, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), each like its input, of the cotangent g of o; o and lse as `attention` returned them.
 
     Two launches, deterministic, no synchronization. `config` overrides what `configs` picks. Raises ValueError for
     shapes, dtypes and devices that do not fit.
     """
-    check_attention(q, k, v, mask, dropout_p, seed)
-    check_attention_outputs(g, o, lse, q, v)
+    q, k, v = problem[:3]
+    check_attention(problem)
+    check_attention_outputs(problem, g, result)
     dq, dk, dv = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
     delta = q.new_empty(q.shape[:3], dtype=torch.float32)
-    config = config or attention_config("attention_backward", q, k, v, mask)
-    arguments = (g, q, k, v, lse, mask, causal, scale, dropout_p, seed, delta)
+    config = config or attention_config("attention_backward", problem)
     if dq.numel() > 0:
-        launch_query_gradient(*arguments, o, dq, config).run(q.device)
+        launch_query_gradient(problem, g, result, delta, dq, config).run(q.device)
     if dk.numel() > 0:
-        launch_key_gradients(*arguments, dk, dv, config).run(q.device)
+        launch_key_gradients(problem, g, result, delta, (dk, dv), config).run(q.device)
     return dq, dk, dv
 
 
 def launch_query_gradient(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    delta: Tensor,
-    o: Tensor,
-    dq: Tensor,
-    config: Config,
+    problem: Attention, g: Tensor, result: AttentionResult, delta: Tensor, dq: Tensor, config: Config
 ) -> Launch:
     """The first launch, which fills dq and δ."""
-    batch, n_heads, queries, size = q.shape
-    shared = shared_arguments(q, k, v, mask, causal, scale, dropout_p, seed, config)
+    batch, n_heads, queries, size = problem.q.shape
+    backward = _arguments(problem, g, result, delta, config)
     return Launch(
         kernel=query_gradient_kernel,
-        grid=(batch * n_heads * triton.cdiv(size, shared["BLOCK_O"]) * triton.cdiv(queries, config.block_m),),
+        grid=(batch * n_heads * triton.cdiv(size, backward["BLOCK_O"]) * triton.cdiv(queries, config.block_m),),
         arguments={
-            **shared,
-            "g": heads(g),
-            "o": heads(o),
-            "p_lse": lse.contiguous(),
+            **backward,
+            "o": heads(result.o),
             "dq": heads(dq),
-            "p_delta": delta,
-            "ALIGNMENT": alignment(g, q, k, v, o, dq),
+            "ALIGNMENT": alignment(g, *problem[:3], result.o, dq),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
         },
@@ -279,38 +255,28 @@ def launch_query_gradient(
 
 
 def launch_key_gradients(
-    g: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    lse: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    delta: Tensor,
-    dk: Tensor,
-    dv: Tensor,
-    config: Config,
+    problem: Attention, g: Tensor, result: AttentionResult, delta: Tensor, dk_dv: tuple[Tensor, Tensor], config: Config
 ) -> Launch:
     """The second launch, which reads δ and fills dk and dv."""
-    batch, n_key_heads, keys, size = k.shape
-    shared = shared_arguments(q, k, v, mask, causal, scale, dropout_p, seed, config)
-    chunks = triton.cdiv(max(size, v.shape[3]), shared["BLOCK_O"])
+    (batch, n_key_heads, keys, size), (dk, dv) = problem.k.shape, dk_dv
+    backward = _arguments(problem, g, result, delta, config)
+    chunks = triton.cdiv(max(size, problem.v.shape[3]), backward["BLOCK_O"])
     return Launch(
         kernel=key_gradients_kernel,
         grid=(batch * n_key_heads * chunks * triton.cdiv(keys, config.block_m),),
         arguments={
-            **shared,
-            "g": heads(g),
-            "p_lse": lse.contiguous(),
+            **backward,
             "dk": heads(dk),
             "dv": heads(dv),
-            "p_delta": delta,
-            "ALIGNMENT": alignment(g, q, k, v, dk, dv),
+            "ALIGNMENT": alignment(g, *problem[:3], dk, dv),
             "BLOCK_M": config.block_n,
             "BLOCK_N": config.block_m,
         },
         config=config,
     )
+
+
+def _arguments(problem: Attention, g: Tensor, result: AttentionResult, delta: Tensor, config: Config) -> dict[str, Any]:
+    """The arguments that both launches have in common."""
+    of_g = {"g": heads(g), "p_lse": result.lse.contiguous(), "p_delta": delta}
+    return shared_arguments(problem, config) | of_g

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .attention_problem import Attention
 from .configs import Config, select_by_size
 from .device import device_traits
 from .dropout import dropout_argument
@@ -132,30 +133,21 @@ def masked_scores(
     return tl.where(m_seen, b_s, float("-inf"))
 
 
-def attention_config(op: str, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Config:
+def attention_config(op: str, problem: Attention) -> Config:
     """What the table has for these heads, and for a mask with a row for every query or none such."""
     return select_by_size(
         op,
-        size=max(q.shape[3], v.shape[3]),
-        itemsize=q.element_size(),
-        architecture=device_traits(q.device).architecture,
-        dropout=expanded_mask(mask, q, k)[1],
+        size=max(problem.q.shape[3], problem.v.shape[3]),
+        itemsize=problem.q.element_size(),
+        architecture=device_traits(problem.q.device).architecture,
+        dropout=expanded_mask(problem.mask, problem.q, problem.k)[1],
     )
 
 
-def shared_arguments(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    config: Config,
-) -> dict[str, Any]:
+def shared_arguments(problem: Attention, config: Config) -> dict[str, Any]:
     """The arguments that forward and backward have in common."""
-    mask_argument, mask_rows = expanded_mask(mask, q, k)
+    q, k, v = problem[:3]
+    mask_argument, mask_rows = expanded_mask(problem.mask, q, k)
     size = max(16, triton.next_power_of_2(max(q.shape[3], v.shape[3])))
     return {
         "q": heads(q),
@@ -165,9 +157,9 @@ def shared_arguments(
         "MASK_ROWS": mask_rows,
         "n_heads": q.shape[1],
         "heads_per_key_head": q.shape[1] // k.shape[1],
-        "scale": scale,
-        "dropout": dropout_argument(dropout_p, seed),
-        "CAUSAL": causal,
+        "scale": problem.scale,
+        "dropout": dropout_argument(problem.dropout_p, problem.seed),
+        "CAUSAL": problem.causal,
         "WHOLE": size <= config.block_k,
         "PRECISION": dot_precision(q.dtype),
         "BLOCK_D": min(size, config.block_k),

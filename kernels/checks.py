@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
+from .attention_problem import Attention, AttentionResult
 from .device import unavailable
+from .grouped_problem import GroupedGradients, GroupedLoraLinear
+from .norm_problem import Norm, NormResult
 from .problem import FactorGradients, LoraLinear
-
-if TYPE_CHECKING:
-    from .stacks import Segments
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 256
@@ -31,43 +29,42 @@ def check_served(problem: LoraLinear) -> None:
     check_dropout(problem.dropout_p, problem.seed, problem.x)
 
 
-def check_grouped(
-    x: Tensor,
-    shrink: Tensor | None,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor | None,
-    layout: Segments,
-    dropout_p: float,
-    seed: Tensor | None,
-    outputs: int = 0,
-) -> int:
-    """The rank r, once x (M, K), shrink (K, r), d_shrink (T, K, r), expand (r, N) and d_expand (T, r, N) agree with
-    each other and with the layout of the M rows; any may be None, not both of the first two."""
+def check_grouped(problem: GroupedLoraLinear) -> int:
+    """The rank r, once a problem of matrices agrees with itself and its rows' layout, and the kernels serve it."""
+    x, weight, bias = problem[:3]
     check_activation("x", x)
-    first = d_shrink if shrink is None else shrink
-    if first is None:
+    if problem.shrink is None and problem.d_shrink is None:
         raise ValueError("a routed layer has a shrink, a d_shrink, or both")
-    (m, k), rank, groups = x.shape, first.shape[-1], layout.first.shape[0] - 1
+    (m, k), n, rank, groups = x.shape, weight.shape[0], problem.rank, problem.groups.first.shape[0] - 1
     if not 1 <= rank <= MAX_RANK:
         raise ValueError(f"rank {rank} is outside 1..{MAX_RANK}")
-    if layout.order.shape[0] != m:
-        raise ValueError(f"the groups are of {layout.order.shape[0]} rows, x has {m}")
-    for name, factor, shape in (
-        ("shrink", shrink, (k, rank)),
-        ("d_shrink", d_shrink, (groups, k, rank)),
-        ("expand", expand, (rank, outputs)),
-        ("d_expand", d_expand, (groups, rank, outputs)),
+    if problem.groups.order.shape[0] != m:
+        raise ValueError(f"the groups are of {problem.groups.order.shape[0]} rows, x has {m}")
+    for name, tensor, shape, factor in (
+        ("weight", weight, (n, k), False),
+        ("bias", bias, (n,), True),
+        ("x_tangent", problem.x_tangent, (m, k), False),
+        ("shrink", problem.shrink, (rank, k), True),
+        ("expand", problem.expand, (n, rank), True),
+        ("d_shrink", problem.d_shrink, (groups, k, rank), True),
+        ("d_expand", problem.d_expand, (groups, rank, n), True),
     ):
-        if factor is not None:
-            _check_like(name, factor, shape, x, factor=True)
-    check_dropout(dropout_p, seed, x)
+        if tensor is not None:
+            _check_like(name, tensor, shape, x, factor=factor)
+    check_dropout(problem.dropout_p, problem.seed, x)
     return rank
 
 
-def check_linear_weight(x: Tensor, weight: Tensor, bias: Tensor | None, x_tangent: Tensor | None = None) -> None:
-    """x and x_tangent (M, K), weight (N, K) and bias (N,) agree; a tangent may be absent."""
-    check_linear(x, x if x_tangent is None else x_tangent, weight, bias)
+def check_grouped_gradients(problem: GroupedGradients) -> None:
+    """Both pairs agree, and the kernel serves their dtype, ranks and device."""
+    p, g, q, x = problem[:4]
+    _check_gradient("p", p, "g", g)
+    _check_gradient("q", q, "x", x)
+    if g is None and x is None:
+        raise ValueError("grouped_gradients has nothing to do: pass p and g, or q and x, or all four")
+    if p is not None and q is not None and p.shape[1] != q.shape[1]:
+        raise ValueError(f"p and q are of one rank, got {p.shape[1]} and {q.shape[1]}")
+    check_dropout(problem.dropout_p, problem.seed, problem.wide)
 
 
 def check_linear(x: Tensor, x_tangent: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
@@ -83,24 +80,26 @@ def check_linear(x: Tensor, x_tangent: Tensor | None, weight: Tensor, bias: Tens
         _check_like("bias", bias, (weight.shape[0],), x, factor=True)
 
 
-def check_norm(x: Tensor, x_tangent: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> None:
+def check_norm(problem: Norm) -> None:
     """x and x_tangent (M, N), weight and bias (N,) agree."""
+    x = problem.x
     check_activation("x", x)
     features = x.shape[1]
     if features == 0:
         raise ValueError(f"x has features to normalise over, got {tuple(x.shape)}")
-    if x_tangent is not None:
-        _check_like("x_tangent", x_tangent, tuple(x.shape), x, factor=False)
-    for name, vector in (("weight", weight), ("bias", bias)):
+    if problem.x_tangent is not None:
+        _check_like("x_tangent", problem.x_tangent, tuple(x.shape), x, factor=False)
+    for name, vector in (("weight", problem.weight), ("bias", problem.bias)):
         if vector is not None:
             _check_like(name, vector, (features,), x, factor=True)
 
 
-def check_norm_backward(g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor) -> None:
-    """g and x (M, N), weight (N,), mean and rstd (M,) as the forward returned them."""
-    check_norm(x, None, weight, None)
+def check_norm_backward(problem: Norm, g: Tensor, result: NormResult) -> None:
+    """g (M, N) is the cotangent of y, mean and rstd (M,) are as the forward returned them."""
+    x = problem.x
+    check_norm(problem)
     _check_like("g", g, tuple(x.shape), x, factor=False)
-    for name, statistic in (("mean", mean), ("rstd", rstd)):
+    for name, statistic in (("mean", result.mean), ("rstd", result.rstd)):
         if statistic is not None:
             _check_placed(name, statistic, (x.shape[0],), x)
             if statistic.dtype is not torch.float32:
@@ -128,7 +127,7 @@ def check_factor_gradients(problem: FactorGradients) -> None:
     check_dropout(problem.dropout_p, problem.seed, problem.wide)
 
 
-def check_gradient(name: str, low: Tensor | None, other_name: str, wide: Tensor | None) -> None:
+def _check_gradient(name: str, low: Tensor | None, other_name: str, wide: Tensor | None) -> None:
     """One product of `factor_gradients`: low (M, R) and wide (M, columns), or neither."""
     if (low is None) != (wide is None):
         raise ValueError(f"{name} and {other_name} come together: pass both or neither")
@@ -140,53 +139,26 @@ def check_gradient(name: str, low: Tensor | None, other_name: str, wide: Tensor 
     _check_like(name, low, (wide.shape[0], low.shape[1]), wide, factor=False)
 
 
-def check_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    mask: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    tangents: tuple[Tensor | None, ...] = (),
-) -> None:
-    """q (B, H, Sq, D), k (B, Hkv, Sk, D) and v (B, Hkv, Sk, Dv) agree, tangents with them, and the mask broadcasts."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.ndim != 4:
-            raise ValueError(f"{name} is 4-D (batch, heads, sequence, head size), got {tuple(x.shape)}")
-        if not 1 <= x.shape[3] <= MAX_HEAD_SIZE:
-            raise ValueError(f"the head size of {name} is in 1..{MAX_HEAD_SIZE}, got {x.shape[3]}")
-    check_supported("q", q)
-    (batch, n_heads, _, size), (n_key_heads, keys) = q.shape, k.shape[1:3]
-    if n_key_heads < 1 or n_heads % n_key_heads != 0:
-        raise ValueError(f"the heads of q are a multiple of those of k, got {n_heads} and {n_key_heads}")
-    _check_like("k", k, (batch, n_key_heads, keys, size), q, factor=False)
-    _check_like("v", v, (batch, n_key_heads, keys, v.shape[3]), q, factor=False)
-    for name, primal, tangent in zip(("q_tangent", "k_tangent", "v_tangent"), (q, k, v), tangents, strict=False):
-        if tangent is not None:
-            _check_like(name, tangent, tuple(primal.shape), q, factor=False)
-    if mask is not None:
-        _check_mask(mask, (*q.shape[:3], keys), q)
-    check_dropout(dropout_p, seed, q)
+def check_attention(problem: Attention) -> None:
+    """A problem agrees with itself, and the kernels serve it: one dtype, the head sizes, the device."""
+    problem.check()
+    check_supported("q", problem.q)
+    for name, x in zip(problem._fields[:6], problem[:6], strict=True):
+        if x is not None:
+            _check_like(name, x, tuple(x.shape), problem.q, factor=False)
+            if not 1 <= x.shape[3] <= MAX_HEAD_SIZE:
+                raise ValueError(f"the head size of {name} is in 1..{MAX_HEAD_SIZE}, got {x.shape[3]}")
+    check_dropout(problem.dropout_p, problem.seed, problem.q)
 
 
-def check_attention_outputs(g: Tensor, o: Tensor, lse: Tensor, q: Tensor, v: Tensor) -> None:
-    """o and lse are what `attention` returned for q and v, g the cotangent of o."""
-    for name, x in (("g", g), ("o", o)):
-        _check_like(name, x, (*q.shape[:3], v.shape[3]), q, factor=False)
-    if lse.shape != q.shape[:3] or lse.dtype is not torch.float32 or lse.device != q.device:
-        expected = f"torch.float32 {tuple(q.shape[:3])} on {q.device}"
-        raise ValueError(f"lse is {expected}, got {lse.dtype} {tuple(lse.shape)} on {lse.device}")
-
-
-def _check_mask(mask: Tensor, shape: tuple[int, ...], q: Tensor) -> None:
-    if mask.dtype is not torch.bool and not mask.is_floating_point():
-        raise ValueError(f"mask is bool (True = attend) or floating (added to the scores), got {mask.dtype}")
-    if mask.device != q.device:
-        raise ValueError(f"mask is on {mask.device}, the activations are on {q.device}")
-    # zip from the right, as broadcasting does
-    sides = zip(reversed(mask.shape), reversed(shape), strict=False)
-    if mask.ndim > 4 or any(side not in (1, expected) for side, expected in sides):
-        raise ValueError(f"mask broadcasts to {shape} (batch, heads, queries, keys), got {tuple(mask.shape)}")
+def check_attention_outputs(problem: Attention, g: Tensor, result: AttentionResult) -> None:
+    """o and lse are what `attention` returned for the problem, g the cotangent of o."""
+    q, o, lse = problem.q, *problem.primal().outputs()[::2]
+    for name, x in (("g", g), ("o", result.o)):
+        _check_like(name, x, o.shape, q, factor=False)
+    if result.lse.shape != lse.shape or result.lse.dtype is not lse.dtype or result.lse.device != q.device:
+        got = f"{result.lse.dtype} {tuple(result.lse.shape)} on {result.lse.device}"
+        raise ValueError(f"lse is {lse.dtype} {lse.shape} on {q.device}, got {got}")
 
 
 def check_activation(name: str, x: Tensor) -> None:

@@ -23,17 +23,17 @@ Measured: not yet run on a GPU; verified in the interpreter and by ahead-of-time
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from .checks import check_dropout, check_gradient
-from .configs import Config, select
-from .device import device_traits
+from .checks import check_grouped_gradients
+from .configs import Config
 from .dropout import drop, dropout_argument
-from .launch import Launch, block_r, dot_precision
-from .stacks import Segments, rows_at, stack, store_to
+from .grouped_problem import GroupedGradients
+from .launch import Launch, block_r, chosen, dot_precision
+from .packing import empty
+from .problem import Gradients
+from .stacks import rows_at, stack, store_to
 from .tiles import dot, load_tile, matrix
 
 
@@ -98,85 +98,40 @@ def grouped_gradients_kernel(
         )  # fmt: skip
 
 
-def grouped_gradients(
-    p: Tensor | None,
-    g: Tensor | None,
-    q: Tensor | None,
-    x: Tensor | None,
-    layout: Segments,
-    n_groups: int,
-    scaling: float,
-    out_dtype: torch.dtype,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(d_expand (T, r, N), d_shrink (T, K, r)) in out_dtype; one launch, no synchronization, the same bits every time.
+def grouped_gradients(problem: GroupedGradients, config: Config | None = None) -> Gradients:
+    """d_expand and d_shrink; one launch, no synchronization, the same bits every time. Dropout masks x.
 
-    Pass p and g, or q and x, as None to leave a gradient out; it is (0,) then. Dropout masks x. `config` overrides
-    what `configs.select` picks. Raises ValueError for shapes, dtypes and devices that do not fit.
+    `config` overrides what `configs.select` picks. Raises ValueError for shapes, dtypes and devices that do not fit.
     """
-    check_gradient("p", p, "g", g)
-    check_gradient("q", q, "x", x)
-    wide, low = (g, p) if g is not None else (x, q)
-    if wide is None or low is None:
-        raise ValueError("grouped_gradients has nothing to do: pass p and g, or q and x, or all four")
-    if q is not None and q.shape[1] != low.shape[1]:
-        raise ValueError(f"p and q are of one rank, got {low.shape[1]} and {q.shape[1]}")
-    check_dropout(dropout_p, seed, wide)
-    d_expand = wide.new_empty((0,) if g is None else (n_groups, p.shape[1], g.shape[1]), dtype=out_dtype)
-    d_shrink = wide.new_empty((0,) if x is None else (n_groups, x.shape[1], q.shape[1]), dtype=out_dtype)
-    if d_expand.numel() == 0 and d_shrink.numel() == 0:
-        return d_expand, d_shrink
-    if config is None:
-        traits = device_traits(wide.device)
-        config = select(
-            "grouped_gradients",
-            m=wide.shape[0],
-            n=wide.shape[1],
-            rank=low.shape[1],
-            itemsize=wide.element_size(),
-            architecture=traits.architecture,
-            multiprocessors=traits.multiprocessors,
-        )
-    launch(p, g, q, x, layout, n_groups, scaling, dropout_p, seed, d_expand, d_shrink, config).run(wide.device)
-    return d_expand, d_shrink
+    check_grouped_gradients(problem)
+    gradients = empty(problem.outputs(), problem.wide)
+    if any(gradient is not None and gradient.numel() for gradient in gradients):
+        wide = problem.wide
+        config = config or chosen("grouped_gradients", wide, wide.shape[1], problem.rank)
+        launch(problem, gradients, config).run(wide.device)
+    return gradients
 
 
-def launch(
-    p: Tensor | None,
-    g: Tensor | None,
-    q: Tensor | None,
-    x: Tensor | None,
-    layout: Segments,
-    n_groups: int,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    d_expand: Tensor,
-    d_shrink: Tensor,
-    config: Config,
-) -> Launch:
-    """The launch that fills d_expand (from p, g) and d_shrink (from q, x); a pair that is None is left out."""
-    wide = g if g is not None else x
-    g_tiles, x_tiles = (0 if a is None else triton.cdiv(a.shape[1], config.block_n) for a in (g, x))
-    rank = (p if p is not None else q).shape[1]
-    rank_block = block_r(rank, config)
+def launch(problem: GroupedGradients, gradients: Gradients, config: Config) -> Launch:
+    """The launch that fills the gradients there are."""
+    p, g, q, x = problem[:4]
+    g_tiles, x_tiles = (0 if wide is None else triton.cdiv(wide.shape[1], config.block_n) for wide in (g, x))
+    rank_block = block_r(problem.rank, config)
     return Launch(
         kernel=grouped_gradients_kernel,
-        grid=(n_groups, triton.cdiv(rank, rank_block), g_tiles + x_tiles),
+        grid=(problem.n_groups, triton.cdiv(problem.rank, rank_block), g_tiles + x_tiles),
         arguments={
             "g": matrix(g),
             "p": matrix(p),
-            "d_expand_transposed": None if g is None else stack(d_expand.mT),
+            "d_expand_transposed": None if g is None else stack(gradients.d_expand.mT),
             "x": matrix(x),
             "q": matrix(q),
-            "d_shrink": None if x is None else stack(d_shrink),
-            "segments": layout,
+            "d_shrink": stack(gradients.d_shrink),
+            "segments": problem.groups,
             "n_g_tiles": g_tiles,
-            "scaling": scaling,
-            "dropout": dropout_argument(dropout_p, seed),
-            "PRECISION": dot_precision(wide.dtype),
+            "scaling": problem.scaling,
+            "dropout": dropout_argument(problem.dropout_p, problem.seed),
+            "PRECISION": dot_precision(problem.wide.dtype),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_R": rank_block,

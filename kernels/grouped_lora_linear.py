@@ -7,7 +7,7 @@
     x, x_t (M, K)   W (N, K)   b (N,)   S0 (K, r)   dS (T, K, r)   E0 (r, N)   dE (T, r, N)   t the group of the row
     forward: S0, dS, E0, dE = A0ᵀ, A_t, B0ᵀ, B_t      backward: B0, B_tᵀ, A0, A_tᵀ, with W the transpose and no b
 
-Each of the four may be absent, see `linlora.ops.aten.routed`. Two launches: `grouped_shrink` makes u and v; this
+Each of the four may be absent, see `grouped_problem`. Two launches: `grouped_shrink` makes u and v; this
 kernel adds their update to the accumulator of the frozen product, which is written once. One program computes a tile
 of y (and of y_t, from the same tile of W), for BLOCK_M rows in the order of their groups; rows are gathered as they are
 loaded and stored. The update comes first, so that `adjoint` can move the dropout mask from the shrink's input to it
@@ -31,12 +31,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .checks import check_grouped, check_linear_weight
-from .configs import Config, select
-from .device import device_traits
+from .checks import check_grouped
+from .configs import Config
 from .dropout import dropout_argument, keep_mask
+from .grouped_problem import GroupedLoraLinear
 from .grouped_shrink import partial_products
-from .launch import Launch, block_r, dot_precision
+from .launch import Launch, block_r, chosen, dot_precision
+from .packing import empty
+from .problem import Result
 from .stacks import Segments, group_at, load_from, rows_at, stack
 from .tiles import bias_tile, dot, grouped_tile, load_tile, load_transposed, matrix, store_tile
 
@@ -157,137 +159,54 @@ def place(x: Tensor, layout: Segments, dropout_p: float = 0.0, seed: Tensor | No
     return x
 
 
-def grouped_lora_linear(
-    x: Tensor,
-    placed: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor | None,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor | None,
-    layout: Segments,
-    scaling: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    adjoint: bool = False,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y (M, N), u, c (M, r)) in the dtype of x, u or c (M, 0) where nothing makes it.
+def grouped_lora_linear(problem: GroupedLoraLinear, config: Config | None = None) -> Result:
+    """The result of one stream or two, in the dtype of x.
 
     Two launches, no synchronization. `config` overrides what `configs.select` picks for the second. Raises ValueError
     for shapes, dtypes and devices that do not fit.
     """
-    check_linear_weight(x, weight, bias)
-    rank = check_grouped(x, shrink, d_shrink, expand, d_expand, layout, dropout_p, seed, weight.shape[0])
-    in_shrink = 0.0 if adjoint else dropout_p
-    u_splits, v_splits = partial_products(x, None, shrink, d_shrink, layout, in_shrink, seed)
-    y = x.new_empty(x.shape[0], weight.shape[0])
-    u = x.new_empty(x.shape[0], 0 if u_splits is None else rank)
-    c = x.new_empty(x.shape[0], 0 if v_splits is None else rank)
-    if y.numel() > 0:
-        config = config or _select("grouped_lora_linear", x, weight, rank)
-        launch(
-            x, None, weight, bias, expand, d_expand, layout, u_splits, v_splits, y, None, u, c, scaling,
-            dropout_p, seed, adjoint, config,
-        ).run(x.device)  # fmt: skip
-    return y, u, c
-
-
-def dual_grouped_lora_linear(
-    x: Tensor,
-    x_tangent: Tensor | None,
-    placed: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    shrink: Tensor,
-    d_shrink: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor,
-    layout: Segments,
-    scaling: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, y_tangent (M, N), u (M, r)) in the dtype of x: both streams, in two launches without synchronization."""
-    check_linear_weight(x, weight, bias, x_tangent)
-    rank = check_grouped(x, shrink, d_shrink, expand, d_expand, layout, dropout_p, seed, weight.shape[0])
-    tangent_of_low = x_tangent if expand is not None else None  # at B0 = 0 nothing reads v
-    u_splits, v_splits = partial_products(x, tangent_of_low, shrink, d_shrink, layout, dropout_p, seed)
-    y, y_tangent = (x.new_empty(x.shape[0], weight.shape[0]) for _ in range(2))
-    u = x.new_empty(x.shape[0], rank)
-    if y.numel() > 0:
-        config = config or _select("dual_grouped_lora_linear", x, weight, rank)
-        launch(
-            x, x_tangent, weight, bias, expand, d_expand, layout, u_splits, v_splits, y, y_tangent, u, None, scaling,
-            dropout_p, seed, False, config,
-        ).run(x.device)  # fmt: skip
-    return y, y_tangent, u
-
-
-def _select(op: str, x: Tensor, weight: Tensor, rank: int) -> Config:
-    traits = device_traits(x.device)
-    return select(
-        op,
-        m=x.shape[0],
-        n=weight.shape[0],
-        rank=rank,
-        itemsize=x.element_size(),
-        architecture=traits.architecture,
-        multiprocessors=traits.multiprocessors,
-    )
+    check_grouped(problem)
+    splits = partial_products(problem)
+    result = empty(problem.outputs(), problem.x)
+    if result.y.numel() > 0:
+        config = config or chosen(problem.op, problem.x, problem.weight.shape[0], problem.rank)
+        launch(problem, result, splits, config).run(problem.x.device)
+    return result
 
 
 def launch(
-    x: Tensor,
-    x_tangent: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    expand: Tensor | None,
-    d_expand: Tensor | None,
-    layout: Segments,
-    u_splits: Tensor | None,
-    v_splits: Tensor | None,
-    y: Tensor,
-    y_tangent: Tensor | None,
-    u: Tensor | None,
-    c: Tensor | None,
-    scaling: float,
-    dropout_p: float,
-    seed: Tensor | None,
-    adjoint: bool,
-    config: Config,
+    problem: GroupedLoraLinear, result: Result, splits: tuple[Tensor | None, Tensor | None], config: Config
 ) -> Launch:
-    """The launch that fills y, y_tangent (unless None), and u and c (unless None or without columns)."""
+    """The launch that fills the result, from u and v in splits."""
+    x, weight, bias = problem.x, problem.weight, problem.bias
     row_tiles, column_tiles = triton.cdiv(x.shape[0], config.block_m), triton.cdiv(weight.shape[0], config.block_n)
-    splits = u_splits if u_splits is not None else v_splits
+    u_splits, v_splits = splits
     return Launch(
         kernel=grouped_lora_linear_kernel,
         grid=(row_tiles * column_tiles,),
         arguments={
             "x": matrix(x),
-            "x_tangent": matrix(x_tangent),
+            "x_tangent": matrix(problem.x_tangent),
             "weight": matrix(weight),
             "p_bias": bias if bias is None else bias.contiguous(),
-            "expand": matrix(expand),
-            "d_expand": stack(d_expand),
-            "segments": layout,
+            "expand": None if problem.expand is None else matrix(problem.expand.t()),
+            "d_expand": stack(problem.d_expand),
+            "segments": problem.groups,
             "u_splits": stack(u_splits),
             "v_splits": stack(v_splits),
-            "n_splits": splits.shape[0],
-            "y": matrix(y),
-            "y_tangent": matrix(y_tangent),
-            "u": matrix(u) if u is not None and u.shape[1] else None,
-            "c": matrix(c) if c is not None and c.shape[1] else None,
-            "scaling": scaling,
-            "dropout": dropout_argument(dropout_p, seed),
-            "MASK_UPDATE": adjoint and dropout_p > 0.0,
+            "n_splits": next(split.shape[0] for split in splits if split is not None),
+            "y": matrix(result.y),
+            "y_tangent": matrix(result.y_tangent),
+            "u": matrix(result.u),
+            "c": matrix(result.c),
+            "scaling": problem.scaling,
+            "dropout": dropout_argument(problem.dropout_p, problem.seed),
+            "MASK_UPDATE": problem.masks_update and problem.dropout_p > 0.0,
             "PRECISION": dot_precision(x.dtype),
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "BLOCK_K": config.block_k,
-            "BLOCK_R": block_r(splits.shape[2], config),
+            "BLOCK_R": block_r(problem.rank, config),
             "GROUP_M": config.group_m,
         },
         config=config,

@@ -27,11 +27,12 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import check_grouped
-from .configs import Config, select
+from .configs import Config
 from .device import device_traits
 from .dropout import drop, dropout_argument
-from .launch import Launch, block_r, dot_precision
-from .stacks import Segments, group_at, load_from, rows_at, stack, store_to
+from .grouped_problem import GroupedLoraLinear
+from .launch import Launch, block_r, chosen, dot_precision
+from .stacks import group_at, load_from, rows_at, stack, store_to
 from .tiles import dot, load_tile, matrix
 
 
@@ -116,57 +117,26 @@ def grouped_shrink_kernel(
         store_to(v, b_v, i_split, o_row, o_r)
 
 
-def partial_products(
-    x: Tensor,
-    x_tangent: Tensor | None,
-    shrink: Tensor | None,
-    d_shrink: Tensor | None,
-    layout: Segments,
-    dropout_p: float,
-    seed: Tensor | None,
-    config: Config | None = None,
-) -> tuple[Tensor | None, Tensor | None]:
-    """u and v, (splits, M, r) in fp32, of checked arguments; None what has no factor, or no rows."""
-    factors = shrink if shrink is not None else d_shrink
-    rank = factors.shape[-1]
-    if config is None:
-        traits = device_traits(x.device)
-        config = select(
-            "grouped_shrink",
-            m=x.shape[0],
-            n=0,
-            rank=rank,
-            itemsize=x.element_size(),
-            architecture=traits.architecture,
-            multiprocessors=traits.multiprocessors,
-        )
+def partial_products(problem: GroupedLoraLinear, config: Config | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """u and v, (splits, M, r) in fp32, of a checked problem; None what has no factor."""
+    x, rank = problem.x, problem.rank
+    config = config or chosen("grouped_shrink", x, 0, rank)
     splits, _ = _splits(x, rank, config)
-    has_v = d_shrink is not None or (x_tangent is not None and shrink is not None)
-    u = None if shrink is None else x.new_empty(splits, x.shape[0], rank, dtype=torch.float32)
+    has_v = problem.d_shrink is not None or _tangent(problem) is not None
+    u = None if problem.shrink is None else x.new_empty(splits, x.shape[0], rank, dtype=torch.float32)
     v = x.new_empty(splits, x.shape[0], rank, dtype=torch.float32) if has_v else None
     if x.shape[0] > 0:
-        launch(x, x_tangent, shrink, d_shrink, layout, u, v, dropout_p, seed, config).run(x.device)
+        launch(problem, u, v, config).run(x.device)
     return u, v
 
 
-def grouped_shrink(
-    placed: Tensor,
-    shrink: Tensor | None,
-    d_shrink: Tensor | None,
-    layout: Segments,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor]:
-    """(u, c) with c = u + v, (M, r) in the dtype of x, or (M, 0) what has no factor; one launch and a sum of splits."""
-    check_grouped(placed, shrink, d_shrink, None, None, layout, dropout_p, seed)
-    u, v = (
-        None if low is None else low.sum(0)
-        for low in partial_products(placed, None, shrink, d_shrink, layout, dropout_p, seed, config)
-    )
-    nothing = placed.new_empty(placed.shape[0], 0)
-    c = None if v is None else (v if u is None else u + v)
-    return (nothing if u is None else u.to(placed.dtype)), (nothing if c is None else c.to(placed.dtype))
+def grouped_shrink(problem: GroupedLoraLinear, config: Config | None = None) -> tuple[Tensor | None, Tensor | None]:
+    """(u, c) with c = u + v, (M, r) in the dtype of x, None what has no factor; one launch and a sum of splits."""
+    check_grouped(problem)
+    u, v = (None if low is None else low.sum(0) for low in partial_products(problem, config))
+    c = v if u is None or v is None else u + v
+    dtype = problem.x.dtype
+    return (None if u is None else u.to(dtype)), (None if c is None else c.to(dtype))
 
 
 def _splits(x: Tensor, rank: int, config: Config) -> tuple[int, int]:
@@ -178,35 +148,25 @@ def _splits(x: Tensor, rank: int, config: Config) -> tuple[int, int]:
     return max(1, triton.cdiv(x.shape[1], max(columns, 1))), columns
 
 
-def launch(
-    x: Tensor,
-    x_tangent: Tensor | None,
-    shrink: Tensor | None,
-    d_shrink: Tensor | None,
-    layout: Segments,
-    u: Tensor | None,
-    v: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-    config: Config,
-) -> Launch:
+def launch(problem: GroupedLoraLinear, u: Tensor | None, v: Tensor | None, config: Config) -> Launch:
     """The launch that fills u and v (each unless None)."""
-    rank = (u if v is None else v).shape[2]
+    x, rank = problem.x, problem.rank
     rank_block = block_r(rank, config)
     splits, columns = _splits(x, rank, config)
+    masked = 0.0 if problem.masks_update else problem.dropout_p
     return Launch(
         kernel=grouped_shrink_kernel,
         grid=(triton.cdiv(x.shape[0], config.block_m), triton.cdiv(rank, rank_block), splits),
         arguments={
             "x": matrix(x),
-            "x_tangent": matrix(x_tangent),
-            "shrink": matrix(shrink),
-            "d_shrink": stack(d_shrink),
-            "segments": layout,
+            "x_tangent": matrix(_tangent(problem)),
+            "shrink": None if problem.shrink is None else matrix(problem.shrink.t()),
+            "d_shrink": stack(problem.d_shrink),
+            "segments": problem.groups,
             "u": stack(u),
             "v": stack(v),
             "columns_per_split": columns,
-            "dropout": dropout_argument(dropout_p, seed),
+            "dropout": dropout_argument(masked, problem.seed),
             "PRECISION": dot_precision(x.dtype),
             "BLOCK_M": config.block_m,
             "BLOCK_K": config.block_k,
@@ -214,3 +174,8 @@ def launch(
         },
         config=config,
     )
+
+
+def _tangent(problem: GroupedLoraLinear) -> Tensor | None:
+    """x_t where it has a part in v: at B0 = 0 nothing reads v."""
+    return problem.x_tangent if problem.expand is not None else None

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 import triton
+from torch import Tensor
 
 from .configs import Config, select
 from .device import device_traits
@@ -57,20 +58,26 @@ def block_r(rank: int, config: Config) -> int:
     return min(max(16, triton.next_power_of_2(rank)), config.block_r)
 
 
-def configuration(problem: LoraLinear, descriptors: bool = False) -> Config:
-    """What `configs.select` picks for a LoRA layer. `descriptors` says whether tensor descriptors can read it."""
-    x, traits = problem.x, device_traits(problem.x.device)
+def chosen(op: str, x: Tensor, n: int, rank: int, dropout: bool = False, descriptors: bool = False) -> Config:
+    """What `configs.select` picks for rows x (M, K) and outputs (M, n). `descriptors`: whether these can read it."""
+    traits = device_traits(x.device)
     return select(
-        problem.op,
+        op,
         m=x.shape[0],
-        n=problem.weight.shape[0],
-        rank=problem.rank,
+        n=n,
+        rank=rank,
         itemsize=x.element_size(),
         architecture=traits.architecture,
         multiprocessors=traits.multiprocessors,
-        dropout=problem.dropout_p > 0.0,
+        dropout=dropout,
         descriptors=descriptors,
     )
+
+
+def configuration(problem: LoraLinear, descriptors: bool = False) -> Config:
+    """What `configs.select` picks for a LoRA layer. `descriptors` says whether tensor descriptors can read it."""
+    n, dropout = problem.weight.shape[0], problem.dropout_p > 0.0
+    return chosen(problem.op, problem.x, n, problem.rank, dropout, descriptors)
 
 
 def layer_arguments(problem: LoraLinear, result: Result, config: Config) -> dict[str, Any]:

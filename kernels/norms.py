@@ -1,4 +1,4 @@
-"""layer_norm, rms_norm: the normalisation of rows on two streams, and its backward; one launch each.
+"""norm: layer norm and RMS norm, the normalisation of rows on two streams, and its backward; one launch each.
 
     layer norm   x̂ = (x − mean(x)) rstd   rstd = (var(x) + eps)^-1/2     y = w ⊙ x̂ + b
     rms norm     x̂ = x rstd               rstd = (mean(x²) + eps)^-1/2   y = w ⊙ x̂
@@ -29,7 +29,6 @@ Measured: not yet run on a GPU; verified in the interpreter and by ahead-of-time
 
 from __future__ import annotations
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -38,6 +37,8 @@ from .checks import check_norm, check_norm_backward
 from .configs import Config, select_by_size
 from .device import device_traits
 from .launch import Launch
+from .norm_problem import Norm, NormResult
+from .packing import empty
 from .tiles import Matrix, load_tile, load_vector, matrix, store_tile, store_vector
 
 
@@ -158,73 +159,25 @@ def norm_backward_kernel(
         store_tile(dx, apply_jacobian(b_z, b_x_hat, b_rstd, b_mean_z, b_mean_z_x_hat, CENTERED), o_m, o_n)
 
 
-def layer_norm(
-    x: Tensor,
-    x_tangent: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    config: Config | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y (M, N), y_tangent (M, N), mean (M,), rstd (M,)): y and y_tangent in the dtype of x, mean and rstd in fp32.
+def norm(problem: Norm, config: Config | None = None) -> NormResult:
+    """Both streams in the dtype of x, mean and rstd in fp32.
 
-    y_tangent is (0,) without x_tangent. `config` overrides what `configs.select_by_size` picks. Raises ValueError for
-    shapes, dtypes and devices that do not fit.
+    `config` overrides what `configs.select_by_size` picks. Raises ValueError for shapes, dtypes and devices that do not
+    fit.
     """
-    check_norm(x, x_tangent, weight, bias)
-    mean = x.new_empty(x.shape[0], dtype=torch.float32)
-    y, y_tangent, rstd = _forward(x, x_tangent, weight, bias, eps, mean, config)
-    return y, y_tangent, mean, rstd
+    check_norm(problem)
+    result = empty(problem.outputs(), problem.x)
+    if problem.x.shape[0] > 0:
+        launch(problem, result, config or _config(problem.x)).run(problem.x.device)
+    return result
 
 
-def rms_norm(
-    x: Tensor, x_tangent: Tensor | None, weight: Tensor | None, eps: float, config: Config | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """(y (M, N), y_tangent (M, N), rstd (M,)), like `layer_norm`."""
-    check_norm(x, x_tangent, weight, None)
-    return _forward(x, x_tangent, weight, None, eps, None, config)
-
-
-def layer_norm_backward(
-    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, config: Config | None = None
-) -> Tensor:
-    """dx (M, N) in the dtype of x, from the mean and rstd that `layer_norm` returned. Raises like it."""
-    check_norm_backward(g, x, weight, mean, rstd)
-    return _backward(g, x, weight, mean, rstd, config)
-
-
-def rms_norm_backward(
-    g: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor, config: Config | None = None
-) -> Tensor:
-    """dx (M, N) in the dtype of x, from the rstd that `rms_norm` returned. Raises like it."""
-    check_norm_backward(g, x, weight, None, rstd)
-    return _backward(g, x, weight, None, rstd, config)
-
-
-def _forward(
-    x: Tensor,
-    x_tangent: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    mean: Tensor | None,
-    config: Config | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    y = x.new_empty(x.shape)
-    y_tangent = x.new_empty(0 if x_tangent is None else x.shape)
-    rstd = x.new_empty(x.shape[0], dtype=torch.float32)
-    if x.shape[0] > 0:
-        config = config or _config(x)
-        launch(x, x_tangent, weight, bias, eps, y, y_tangent, mean, rstd, config).run(x.device)
-    return y, y_tangent, rstd
-
-
-def _backward(
-    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, config: Config | None
-) -> Tensor:
-    dx = x.new_empty(x.shape)
-    if x.shape[0] > 0:
-        launch_backward(g, x, weight, mean, rstd, dx, config or _config(x)).run(x.device)
+def norm_backward(problem: Norm, g: Tensor, result: NormResult, config: Config | None = None) -> Tensor:
+    """dx (M, N) in the dtype of x, from the mean and rstd that `norm` returned. Raises like it."""
+    check_norm_backward(problem, g, result)
+    dx = problem.x.new_empty(problem.x.shape)
+    if dx.shape[0] > 0:
+        launch_backward(problem, g, result, dx, config or _config(dx)).run(dx.device)
     return dx
 
 
@@ -244,51 +197,40 @@ def _every_row(vector: Tensor | None, x: Tensor) -> Matrix | None:
     return None if vector is None else matrix(vector.expand(x.shape))
 
 
-def launch(
-    x: Tensor,
-    x_tangent: Tensor | None,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    y: Tensor,
-    y_tangent: Tensor,
-    mean: Tensor | None,
-    rstd: Tensor,
-    config: Config,
-) -> Launch:
-    """The launch that fills y, y_tangent (if x_tangent is given), mean and rstd; no mean asks for the rms norm."""
+def launch(problem: Norm, result: NormResult, config: Config) -> Launch:
+    """The launch that fills the result; no mean asks for the RMS norm."""
+    x = problem.x
     return Launch(
         kernel=norm_kernel,
         grid=(triton.cdiv(x.shape[0], config.block_m),),
         arguments={
             "x": matrix(x),
-            "x_tangent": matrix(x_tangent),
-            "weight": _every_row(weight, x),
-            "bias": _every_row(bias, x),
-            "y": matrix(y),
-            "y_tangent": None if x_tangent is None else matrix(y_tangent),
-            "p_mean": mean,
-            "p_rstd": rstd,
-            "eps": eps,
+            "x_tangent": matrix(problem.x_tangent),
+            "weight": _every_row(problem.weight, x),
+            "bias": _every_row(problem.bias, x),
+            "y": matrix(result.y),
+            "y_tangent": matrix(result.y_tangent),
+            "p_mean": result.mean,
+            "p_rstd": result.rstd,
+            "eps": problem.eps,
             **_blocks(x, config),
         },
         config=config,
     )
 
 
-def launch_backward(
-    g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor | None, rstd: Tensor, dx: Tensor, config: Config
-) -> Launch:
-    """The launch that fills dx; no mean asks for the backward of the rms norm."""
+def launch_backward(problem: Norm, g: Tensor, result: NormResult, dx: Tensor, config: Config) -> Launch:
+    """The launch that fills dx."""
+    x, mean = problem.x, result.mean
     return Launch(
         kernel=norm_backward_kernel,
         grid=(triton.cdiv(x.shape[0], config.block_m),),
         arguments={
             "g": matrix(g),
             "x": matrix(x),
-            "weight": _every_row(weight, x),
-            "p_mean": mean if mean is None else mean.contiguous(),
-            "p_rstd": rstd.contiguous(),
+            "weight": _every_row(problem.weight, x),
+            "p_mean": None if mean is None else mean.contiguous(),
+            "p_rstd": result.rstd.contiguous(),
             "dx": matrix(dx),
             **_blocks(x, config),
         },

@@ -11,6 +11,11 @@ The backward of the op is the op of the transposes. What the point (A0, B0) leav
     plain routing     y = x Wᵀ + b + s c B_t,  c = x' A_t      dx = g W + s c̄ A_tᵀ,  c̄ = g B_tᵀ
     B0 = 0            y = x Wᵀ + b + s u B_t,  u = x' A0ᵀ      dx = g W + s c̄ A0,    c̄ = g B_tᵀ
 
+Model scope runs both streams, at the point (A0, B0) that all rows share; its tangent is a constant to autograd:
+
+    forward    y  = x W ᵀ  + b + s u B0ᵀ             y_t = x_t Wᵀ + s [ c B0ᵀ + u B_t ],  c = x' A_t + x_t' A0ᵀ
+    backward   dx = g W + s ū A0    dB_t, dA_t as above
+
 Saved for backward: the u or c that B_t multiplies (M, r), x if A_t, A0 or W trains, the factors, no copy of W.
 """
 
@@ -22,15 +27,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.kernels.problem import FactorGradients, LoraLinear
+from linlora.kernels.grouped_problem import GroupedGradients, GroupedLoraLinear
+from linlora.kernels.packing import pack, unpack
+from linlora.kernels.problem import FactorGradients
 from linlora.ops import aten, backends, composed, lora_linear
-from linlora.ops.checks import autocast_input, check_number
+from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.composed import backward_backend
 from linlora.ops.grouping import Groups
 from linlora.ops.mixing import by_groups
-from linlora.ops.routing_checks import check_grouped_lora_linear
 from linlora.ops.rows import as_rows
 from linlora.ops.transforms import transform_active
+
+_NOTHING: Any = GroupedLoraLinear(*[None] * len(GroupedLoraLinear._fields))
+"""No gradient of any field."""
 
 
 def grouped_lora_linear(
@@ -77,135 +86,119 @@ def grouped_lora_linear(
     [[7.5, 7.5], [1.5, 1.5]]
     """
     x = autocast_input(x)
-    check_number("grouped_lora_linear", "scaling", scaling)
-    check_grouped_lora_linear(
-        x, weight, bias, A, B, groups, A0, B0, None, dropout_p, seed
-    )  # fmt: skip
-    return unchecked(x, weight, bias, A, B, groups, scaling, A0, B0, dropout_p, seed)
+    problem = GroupedLoraLinear(x, weight, bias, A0, B0, A, B, groups, scaling, None, dropout_p, seed)
+    return run(problem.check(autocast_enabled(x.device.type)))
 
 
-def unchecked(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor | None,
-    B: Tensor,
-    groups: Groups,
-    scaling: float,
-    A0: Tensor | None,
-    B0: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """The op for callers that have checked its arguments; x is in its dtype."""
-    if A0 is not None and B0 is None:
-        A = None
-    if groups.n_groups == 1:
-        return _one_adapter(x, weight, bias, A, B, scaling, A0, B0, dropout_p, seed)
-    rows = as_rows(x)
+def run(problem: GroupedLoraLinear) -> Tensor:
+    """The op of one stream for callers that have checked the problem; x is in its dtype."""
+    if problem.at_zero:
+        problem = problem._replace(d_shrink=None)
+    if problem.groups.n_groups == 1:
+        return lora_linear.run(problem.of_one_group())
+    x, weight = problem.x, problem.weight
+    problem = problem._replace(x=as_rows(x))
     backend = backends.select(x.device, "routed_lora_linear")
     if (
         transform_active()
         or torch.compiler.is_compiling()
-        or composed.preferred(backend, x, weight, B.shape[1], dropout_p)
+        or composed.preferred(backend, x, weight, problem.rank, problem.dropout_p)
     ):
-        y = by_groups(rows, weight, bias, A, B, groups.layout(aten), scaling, A0, B0, dropout_p, seed)
+        y = by_groups(problem._replace(groups=problem.groups.layout(aten)))
     else:
-        y = _GroupedLoraLinear.apply(rows, weight, bias, A, B, A0, B0, scaling, groups, dropout_p, seed, backend)
+        y = _GroupedLoraLinear.apply(backend, *problem)
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
-def _one_adapter(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor | None,
-    B: Tensor,
-    scaling: float,
-    A0: Tensor | None,
-    B0: Tensor | None,
-    dropout_p: float,
-    seed: Tensor | None,
-) -> Tensor:
-    """A single group is a single adapter: the op without groups. Plain LoRA is its short form with A for A0."""
-    B = B[0].t()
-    if A0 is None:
-        assert A is not None
-        A0, A = A[0].t(), None
-    dA = None if A is None else A[0].t()
-    return lora_linear.run(LoraLinear(x, weight, bias, A0, B0, dA, B, scaling, None, dropout_p, seed))
+def run_two_streams(problem: GroupedLoraLinear, backend: ModuleType) -> tuple[Tensor, Tensor]:
+    """(y, y_tangent) of model scope, of a checked problem."""
+    x, x_tangent = problem.x, problem.x_tangent
+    problem = problem._replace(
+        x=as_rows(x),
+        x_tangent=None if x_tangent is None else as_rows(x_tangent),
+        d_shrink=None if problem.at_zero else problem.d_shrink,
+    )
+    shape = (*x.shape[:-1], problem.weight.shape[0])
+    y, y_tangent = _GroupedLoraLinear.apply(backend, *problem)
+    return y.view(shape), y_tangent.view(shape)
 
 
 class _GroupedLoraLinear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        A: Tensor | None,
-        B: Tensor,
-        A0: Tensor | None,
-        B0: Tensor | None,
-        scaling: float,
-        groups: Groups,
-        dropout_p: float,
-        seed: Tensor | None,
-        backend: ModuleType,
-    ) -> Tensor:
-        layout = groups.layout(backend)
-        bias = bias if bias is None else bias.to(x.dtype)
-        y, u, c = backend.grouped_lora_linear(
-            x, backend.place(x, layout, dropout_p, seed), weight.to(x.dtype), bias,
-            _transposed(A0), A, _transposed(B0), B, layout, scaling, dropout_p, seed,
-        )  # fmt: skip
-        _, W_needs, _, A_needs, B_needs, A0_needs, B0_needs, *_ = ctx.needs_input_grad
-        ctx.save_for_backward(
-            x if W_needs or A_needs or A0_needs else None,
-            weight, A, B, A0, B0,
-            (c if A0 is None else u) if B_needs else None,
-            c if B0_needs else None,
-            seed,
-        )  # fmt: skip
-        ctx.scaling, ctx.groups, ctx.dropout_p, ctx.backend = scaling, groups, dropout_p, backend
-        return y
+    def forward(ctx: Any, backend: ModuleType, *fields: Any) -> Any:
+        problem = GroupedLoraLinear(*fields)
+        needs, x, bias = _needs(ctx.needs_input_grad, problem.two_streams), problem.x, problem.bias
+        result = backend.grouped_lora_linear(
+            problem._replace(
+                weight=problem.weight.to(x.dtype),
+                bias=None if bias is None else bias.to(x.dtype),
+                groups=problem.groups.layout(backend),
+            )
+        )
+        keeps_x = needs.weight or needs.d_shrink or needs.shrink
+        tensors, ctx.numbers = pack(problem._replace(x=x if keeps_x else None, bias=None, x_tangent=None))
+        low = result.c if problem.shrink is None else result.u
+        ctx.save_for_backward(*tensors, low if needs.d_expand else None, result.c if needs.expand else None)
+        ctx.backend = backend
+        if not problem.two_streams:
+            return result.y
+        ctx.mark_non_differentiable(result.y_tangent)
+        return result.y, result.y_tangent
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, _: Any = None) -> tuple[Any, ...]:
         backend = backward_backend("grouped_lora_linear", ctx.backend, g)
-        x, weight, A, B, A0, B0, low, c, seed = ctx.saved_tensors
-        x_needs, W_needs, bias_needs, A_needs, B_needs, A0_needs, B0_needs, *_ = ctx.needs_input_grad
-        scaling, layout = ctx.scaling, ctx.groups.layout(backend)
-        dx = dA = dB = dA0 = dB0 = low_adjoint = c_adjoint = None
-        placed_g = backend.place(g, layout)
-        roles = (B0, B.mT, A0, None if A is None else A.mT)
-        if x_needs:
-            dx, u_adjoint, c_adjoint = backend.grouped_lora_linear(
-                g, placed_g, weight.to(g.dtype).t(), None, *roles, layout, scaling, ctx.dropout_p, seed, adjoint=True
+        *tensors, low, c = ctx.saved_tensors
+        problem = unpack(GroupedLoraLinear, tensors, ctx.numbers)
+        needs, x, layout = _needs(ctx.needs_input_grad, problem.two_streams), problem.x, problem.groups.layout(backend)
+        problem = problem._replace(weight=problem.weight.to(g.dtype), groups=layout)
+        placed = backend.place(g, layout)
+        dx, u_adjoint, c_adjoint = _low_adjoints(backend, problem, g, placed, needs)
+        dropout = problem.dropout_p, problem.seed
+        dA = dB = dA0 = dB0 = None
+        if needs.d_shrink or needs.d_expand:
+            of_g = (low, placed) if needs.d_expand else (None, None)
+            low_adjoint = c_adjoint if problem.expand is None else u_adjoint
+            of_x = (low_adjoint, backend.place(x, layout, *dropout)) if needs.d_shrink else (None, None)
+            B = problem.d_expand
+            dB, dA = backend.grouped_gradients(
+                GroupedGradients(*of_g, *of_x, layout, B.shape[0], problem.scaling, B.dtype, *dropout)
             )
-        elif A_needs or A0_needs:
-            u_adjoint, c_adjoint = backend.grouped_shrink(placed_g, *roles[:2], layout)
-        if A_needs:
-            low_adjoint = c_adjoint if B0 is None else u_adjoint
-        if A_needs or B_needs:
-            d_expand, d_shrink = backend.grouped_gradients(
-                low if B_needs else None, placed_g if B_needs else None,
-                low_adjoint, backend.place(x, layout, ctx.dropout_p, seed) if A_needs else None,
-                layout, B.shape[0], scaling, B.dtype, ctx.dropout_p, seed,
-            )  # fmt: skip
-            dA, dB = d_shrink if A_needs else None, d_expand if B_needs else None
-        if A0_needs or B0_needs:
+        if needs.shrink or needs.expand:
+            of_g, of_x = (c, g) if needs.expand else (None, None), (c_adjoint, x) if needs.shrink else (None, None)
             dB0, dA0 = backend.factor_gradients(
-                FactorGradients(
-                    c if B0_needs else None, g if B0_needs else None,
-                    c_adjoint if A0_needs else None, x if A0_needs else None,
-                    scaling, A0.dtype, ctx.dropout_p, seed,
-                )
-            )  # fmt: skip
-        dW = g.t() @ x if W_needs else None
-        d_bias = g.sum(0) if bias_needs else None
-        return dx, dW, d_bias, dA, dB, dA0, dB0, None, None, None, None, None
+                FactorGradients(*of_g, *of_x, problem.scaling, problem.shrink.dtype, *dropout)
+            )
+        return None, *_NOTHING._replace(
+            x=dx,
+            weight=g.t() @ x if needs.weight else None,
+            bias=g.sum(0) if needs.bias else None,
+            shrink=dA0,
+            expand=dB0,
+            d_shrink=dA,
+            d_expand=dB,
+        )
 
 
-def _transposed(factor: Tensor | None) -> Tensor | None:
-    return None if factor is None else factor.t()
+def _needs(needs_input_grad: tuple[bool, ...], two_streams: bool) -> GroupedLoraLinear:
+    """Which fields of a problem ask for a gradient; at model scope all but x and the groups' factors are frozen."""
+    needs = GroupedLoraLinear(*needs_input_grad[1:])
+    return _NOTHING._replace(x=needs.x, d_shrink=needs.d_shrink, d_expand=needs.d_expand) if two_streams else needs
+
+
+def _low_adjoints(
+    backend: ModuleType, problem: GroupedLoraLinear, g: Tensor, placed: Tensor, needs: GroupedLoraLinear
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, ū, c̄), of which those that are needed; placed is g as the backend's blocks read it."""
+    if problem.two_streams:
+        if problem.expand is None:
+            return (g @ problem.weight if needs.x else None), None, None
+        if needs.x:
+            y, _, u_adjoint, _ = backend.lora_linear(problem.primal().adjoint(g), save=bool(needs.d_shrink))
+            return y, u_adjoint, None
+        return None, g @ problem.expand.to(g.dtype) if needs.d_shrink else None, None
+    adjoint = problem.adjoint(g)._replace(placed=placed)
+    if needs.x:
+        y, _, u_adjoint, c_adjoint = backend.grouped_lora_linear(adjoint)
+        return y, u_adjoint, c_adjoint
+    return (None, *backend.grouped_shrink(adjoint)) if needs.d_shrink or needs.shrink else (None, None, None)

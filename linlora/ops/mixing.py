@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from linlora.kernels.grouped_problem import GroupedLoraLinear
 from linlora.ops.aten.grouping import Blocks
 from linlora.ops.aten.mixing import selected
 from linlora.ops.transforms import readable, transform_active
@@ -39,61 +40,45 @@ def activations_pay(examples: int, repeats: int, groups: int, skills: int, rank:
     return skills * rank <= 16 or skills * rows <= (4 if gathers else 1) * rows + 64 * groups
 
 
-def by_groups(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor | None,
-    B: Tensor,
-    layout: Blocks,
-    scaling: float,
-    A0: Tensor | None,
-    B0: Tensor | None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """The layer of a matrix x (M, K) with factors A (T, K, r), B (T, r, N) of the groups of `layout`."""
-    y, low = linear(x, _like(x, weight), _like(x, bias)), dropout(x, dropout_p, seed)
-    u = None if A0 is None else linear(low, _like(x, A0))
-    c = None if A is None else _product(low, _like(x, A), layout)
+def by_groups(problem: GroupedLoraLinear) -> Tensor:
+    """The layer of a matrix x (M, K) with mixed factors, its groups in the layout of the `torch` backend."""
+    x, layout, scaling = problem.x, problem.groups, problem.scaling
+    y, low, u, expand = _frozen(problem)
+    c = None if problem.d_shrink is None else _product(low, _like(x, problem.d_shrink), layout)
     own = c if u is None else u  # what a group's own B multiplies
     assert own is not None
-    y = torch.add(y, _product(own, _like(x, B), layout), alpha=scaling)
-    if u is None or B0 is None:
+    y = torch.add(y, _product(own, _like(x, problem.d_expand), layout), alpha=scaling)
+    if u is None or expand is None:
         return y
-    return torch.addmm(y, u if c is None else u + c, _like(x, B0).t(), alpha=scaling)
+    return torch.addmm(y, u if c is None else u + c, expand, alpha=scaling)
 
 
-def by_activations(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    A: Tensor | None,
-    B: Tensor,
-    mixture: Tensor,
-    scaling: float,
-    task_ids: Tensor,
-    A0: Tensor | None,
-    B0: Tensor | None,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """The layer of a matrix x (M, K) with weights mixture[task_ids], task_ids (M,)."""
+def by_activations(problem: GroupedLoraLinear, mixture: Tensor, task_ids: Tensor) -> Tensor:
+    """The layer of a matrix x (M, K) with an inventory and weights mixture[task_ids], task_ids (M,)."""
+    x, scaling = problem.x, problem.scaling
     wide = mixture.to(torch.promote_types(mixture.dtype, torch.float32))  # backward sums a task's rows in it
     w = wide[task_ids].to(x.dtype).transpose(0, 1)  # (Q, M, S)
-    y, low = linear(x, _like(x, weight), _like(x, bias)), dropout(x, dropout_p, seed)
-    A, B = _like(x, A), _like(x, B)
+    y, low, u, expand = _frozen(problem)
+    A, B = _like(x, problem.d_shrink), _like(x, problem.d_expand)
     selects = None if readable(mixture) else w != 0
     if selects is not None:
         y = y + _nan_where_selected([B] if A is None else [A, B], selects)
         A, B = (None if A is None else _finite(A)), _finite(B)
     c = None if A is None else _shrink(low, A, w, selects)
-    if A0 is None:
-        assert c is not None
-        return torch.add(y, _expand(c, B, w, selects), alpha=scaling)
-    u = linear(low, _like(x, A0))
-    y = torch.add(y, _expand(u, B, w, selects), alpha=scaling)
-    return y if B0 is None else torch.addmm(y, u if c is None else u + c, _like(x, B0).t(), alpha=scaling)
+    own = c if u is None else u
+    assert own is not None
+    y = torch.add(y, _expand(own, B, w, selects), alpha=scaling)
+    if u is None or expand is None:
+        return y
+    return torch.addmm(y, u if c is None else u + c, expand, alpha=scaling)
+
+
+def _frozen(problem: GroupedLoraLinear) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """What all rows share: the frozen layer's y, x', u = x' A0ᵀ and B0ᵀ."""
+    x = problem.x
+    y, low = linear(x, _like(x, problem.weight), _like(x, problem.bias)), dropout(x, problem.dropout_p, problem.seed)
+    u = None if problem.shrink is None else linear(low, _like(x, problem.shrink))
+    return y, low, u, None if problem.expand is None else _like(x, problem.expand).t()
 
 
 def _product(rows: Tensor, factors: Tensor, layout: Blocks) -> Tensor:

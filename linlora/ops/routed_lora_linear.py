@@ -16,9 +16,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from linlora.ops import backends, composed, grouped_lora_linear
+from linlora.kernels.grouped_problem import GroupedLoraLinear
+from linlora.ops import backends, composed
 from linlora.ops.aten.grouping import MIN_BLOCK
-from linlora.ops.checks import autocast_input, check_number
+from linlora.ops.checks import autocast_input
+from linlora.ops.grouped_lora_linear import run
 from linlora.ops.grouping import Groups, unique_tasks
 from linlora.ops.mix_inventories import mix_inventories
 from linlora.ops.mixing import activations_pay, by_activations
@@ -80,8 +82,8 @@ def routed_lora_linear(
     [[1.0, 1.0], [5.5, 5.5], [1.0, 1.0]]
     """
     x = autocast_input(x)
-    check_number("routed_lora_linear", "scaling", scaling)
-    check_routed_lora_linear(x, weight, bias, A, B, mixture, task_ids, A0, B0, dropout_p, seed)
+    problem = GroupedLoraLinear(x, weight, bias, A0, B0, A, B, None, scaling, None, dropout_p, seed)
+    check_routed_lora_linear(problem, mixture, task_ids)
     if task_ids is None:
         mixture = mixture.reshape(-1, *mixture.shape[-2:])
         task_ids = torch.arange(mixture.shape[0], device=x.device)
@@ -90,21 +92,16 @@ def routed_lora_linear(
     else:
         task_ids = task_ids.reshape(-1).long()
         check_task_ids(task_ids, mixture.shape[0])
-    if A0 is not None and B0 is None:
-        A = None
     rows = as_rows(x)
-    examples = task_ids.shape[0]
-    repeats = rows.shape[0] // max(examples, 1)
+    problem = problem._replace(x=rows, d_shrink=None if problem.at_zero else A)
     tasks, places = unique_tasks(task_ids, mixture.shape[0])
-    if not _leaves_out(mixture) and _mixes_activations(x, weight, examples, repeats, tasks.shape[0], B, dropout_p):
-        every_row = task_ids.unsqueeze(1).expand(-1, repeats).reshape(-1)
-        y = by_activations(rows, weight, bias, A, B, mixture, scaling, every_row, A0, B0, dropout_p, seed)
+    if not _leaves_out(mixture) and _mixes_activations(problem, task_ids.shape[0], tasks.shape[0]):
+        repeats = rows.shape[0] // max(task_ids.shape[0], 1)
+        y = by_activations(problem, mixture, task_ids.unsqueeze(1).expand(-1, repeats).reshape(-1))
     else:
-        (mixed_A,), (mixed_B,) = mix_inventories([A], [B], [mixture.index_select(0, tasks)])
+        (mixed_A,), (mixed_B,) = mix_inventories([problem.d_shrink], [B], [mixture.index_select(0, tasks)])
         groups = Groups(places, tasks.shape[0], rows.shape[0])
-        y = grouped_lora_linear.unchecked(
-            rows, weight, bias, mixed_A, mixed_B, groups, scaling, A0, B0, dropout_p, seed
-        )  # fmt: skip
+        y = run(problem._replace(d_shrink=mixed_A, d_expand=mixed_B, groups=groups))
     return y.view(*x.shape[:-1], weight.shape[0])
 
 
@@ -113,13 +110,14 @@ def _leaves_out(mixture: Tensor) -> bool:
     return readable(mixture) and bool((mixture == 0).any())
 
 
-def _mixes_activations(
-    x: Tensor, weight: Tensor, examples: int, repeats: int, groups: int, B: Tensor, dropout_p: float
-) -> bool:
+def _mixes_activations(problem: GroupedLoraLinear, examples: int, groups: int) -> bool:
     """Which of the two forms runs; under a transform or torch.compile, on no rows or few, the one of fewer calls."""
+    x, B = problem.x, problem.d_expand
+    assert B is not None
     backend = backends.select(x.device, "routed_lora_linear")
     if transform_active() or torch.compiler.is_compiling() or x.numel() == 0:
         return True
-    if composed.preferred(backend, x, weight, B.shape[2], dropout_p):
+    if composed.preferred(backend, x, problem.weight, B.shape[2], problem.dropout_p):
         return True
+    repeats = x.shape[0] // max(examples, 1)
     return activations_pay(examples, repeats, groups, B.shape[1], B.shape[2], gathers=repeats < MIN_BLOCK)

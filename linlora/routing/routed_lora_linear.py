@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from linlora.functional import routed_lora_linear
+from linlora.kernels.grouped_problem import GroupedLoraLinear
 from linlora.layers.adapters import State
 from linlora.ops import dual
 from linlora.ops.grouped_lora_linear import grouped_lora_linear
@@ -113,10 +114,8 @@ class RoutedLoraLinear(RoutedLayer):
         x, x_tangent = self.stream.enter(x)
         factors = unrecorded(routing.factors[self.layer_name])
         groups = routing.groups(self._lead(x, routing.places), x.device)
-        return self.stream.leave(*dual.grouped_lora_linear(
-            x, x_tangent, weight, bias, self.A0, self.B0, *factors, groups, self.sizes.scaling,
-            **options,
-        ))  # fmt: skip
+        layer = x, weight, bias, self.A0, self.B0, *factors, groups, self.sizes.scaling, x_tangent
+        return self.stream.leave(*dual.grouped_lora_linear(GroupedLoraLinear(*layer, **options)))
 
     def _lead(self, x: Tensor, places: Tensor) -> tuple[int, ...]:
         """The leading dimensions of x, the first of which holds the examples (or copies of each in succession)."""

@@ -4,6 +4,7 @@ import pytest
 import torch
 from kernel_oracles import assert_close, mask_of, wide
 from linlora.kernels.configs import Config
+from linlora.kernels.grouped_problem import GroupedLoraLinear
 from linlora.kernels.grouped_shrink import grouped_shrink, partial_products
 from linlora.kernels.stacks import group_rows
 
@@ -28,7 +29,7 @@ def problem(m, n, k, rank, dtype, device, groups=5, roles=FORWARD["pair"], facto
 
     factor_dtype = factor_dtype or dtype
     shapes = {
-        "shrink": (k, rank), "d_shrink": (groups, k, rank), "expand": (rank, n), "d_expand": (groups, rank, n)
+        "shrink": (rank, k), "expand": (n, rank), "d_shrink": (groups, k, rank), "d_expand": (groups, rank, n)
     }  # fmt: skip
     factors = {name: random(*shape, of=factor_dtype) if name in roles else None for name, shape in shapes.items()}
     ids = torch.randint(groups, (m,), device=device)
@@ -36,9 +37,15 @@ def problem(m, n, k, rank, dtype, device, groups=5, roles=FORWARD["pair"], facto
     return {"x": x, "weight": weight, "bias": torch.randn(n).to(device, dtype), **factors}, ids
 
 
+def layer(arguments, layout, scaling=1.0, **options):
+    """The problem that the kernels take."""
+    return GroupedLoraLinear(**arguments, groups=layout, scaling=scaling, **options)
+
+
 def formula(a, ids, scaling, dropout_p=0.0, seed=None, adjoint=False, x_tangent=None):
     """(y, u, c), or with a tangent (y, y_tangent, u), in float64."""
-    x, W, b, S0, dS, E0, dE, x_t = wide(*a.values(), x_tangent)
+    x, W, b, S0, E0, dS, dE, x_t = wide(*a.values(), x_tangent)
+    S0, E0 = (None if factor is None else factor.t() for factor in (S0, E0))
 
     def rows(low, factor):
         return (low.unsqueeze(1) @ factor[ids]).squeeze(1)
@@ -59,21 +66,21 @@ def formula(a, ids, scaling, dropout_p=0.0, seed=None, adjoint=False, x_tangent=
     if E0 is not None:
         update = update + c @ E0
     mask_out = mask_of(update, dropout_p, seed) if adjoint else 1.0
-    nothing = y[:, :0]
-    return y + scaling * mask_out * update, nothing if u is None else u, nothing if c is None else c
+    return y + scaling * mask_out * update, u, c
 
 
 def check(a, ids, groups=5, scaling=0.7, tolerance=None, config=CONFIG, **options):
     layout = group_rows(ids, groups, 1, True)
-    outputs = kernels.grouped_lora_linear(
-        a["x"], a["x"], *list(a.values())[1:], layout, scaling, config=config, **options
-    )  # fmt: skip
-    for name, actual, expected in zip(("y", "u", "c"), outputs, formula(a, ids, scaling, **options), strict=True):
-        assert actual.dtype == a["x"].dtype
-        if name == "c" and a["d_shrink"] is None:
-            assert actual.shape[1] == 0
-            continue
-        assert_close(name, actual, expected, tolerance)
+    adjoint, named = options.pop("adjoint", False), ("y", "u", "c")
+    made = kernels.grouped_lora_linear(layer(a, layout, scaling, masks_update=adjoint, **options), config=config)
+    expected = dict(zip(named, formula(a, ids, scaling, adjoint=adjoint, **options), strict=True))
+    if a["d_shrink"] is None:
+        expected["c"] = None  # it is u
+    for name, actual in ((name, getattr(made, name)) for name in named):
+        assert (actual is None) == (expected[name] is None), name
+        if actual is not None:
+            assert actual.dtype == a["x"].dtype
+            assert_close(name, actual, expected[name], tolerance)
 
 
 @pytest.mark.parametrize("roles", FORWARD.values(), ids=FORWARD)
@@ -109,8 +116,9 @@ def test_dropout_masks_the_input_of_the_shrink_or_the_update(device, adjoint, ro
 def test_the_mask_is_the_references_bit_for_bit_at_the_rows_own_places(device):
     m, k = 37, 64
     seed, layout = torch.tensor(5, device=device), group_rows(torch.arange(m, device=device).flip(0), m, 1, True)
-    eye = torch.eye(k, device=device)
-    u, _ = grouped_shrink(torch.ones(m, k, device=device), eye, None, layout, 0.3, seed)
+    eye, ones = torch.eye(k, device=device), torch.ones(m, k, device=device)
+    of_one = {"x": ones, "weight": eye, "bias": None, "shrink": eye, "expand": None, "d_shrink": None, "d_expand": None}
+    u, _ = grouped_shrink(layer(of_one, layout, dropout_p=0.3, seed=seed))
     assert torch.equal(u != 0, reference.keep_mask(m, k, 0.3, seed))
 
 
@@ -132,8 +140,9 @@ def test_few_rows_split_the_columns_and_many_do_not(device):
         x = torch.randn(m, 256, device=device)
         d_shrink = torch.randn(3, 256, 8, device=device)
         ids = torch.randint(3, (m,), device=device)
-        layout = group_rows(ids, 3, 1, True)
-        u, v = partial_products(x, None, None, d_shrink, layout, 0.0, None, config)
+        factors = {"shrink": None, "expand": None, "d_shrink": d_shrink, "d_expand": None}
+        of_groups = {"x": x, "weight": x, "bias": None, **factors}
+        u, v = partial_products(layer(of_groups, group_rows(ids, 3, 1, True)), config)
         assert u is None
         assert v.shape == (splits, m, 8)
         assert_close("v", v.sum(0), (x.double().unsqueeze(1) @ d_shrink.double()[ids]).squeeze(1))
@@ -146,20 +155,18 @@ def test_both_streams(device, dtype, form, tangent):
     arguments, ids = problem(37, 40, 72, 40, dtype, device, roles=FORWARD[form])
     x_tangent = torch.randn_like(arguments["x"]) if tangent else None
     seed = torch.tensor(77, device=device)
-    outputs = kernels.dual_grouped_lora_linear(
-        arguments["x"], x_tangent, arguments["x"], *list(arguments.values())[1:], group_rows(ids, 5, 1, True), 0.7,
-        0.3, seed, config=CONFIG,
-    )  # fmt: skip
+    options = dict(x_tangent=x_tangent, dropout_p=0.3, seed=seed, two_streams=True)
+    outputs = kernels.grouped_lora_linear(layer(arguments, group_rows(ids, 5, 1, True), 0.7, **options), config=CONFIG)
     zero = torch.zeros_like(arguments["x"])
     expected = formula(arguments, ids, 0.7, 0.3, seed, x_tangent=x_tangent if tangent else zero)
-    for name, actual, wanted in zip(("y", "y_tangent", "u"), outputs, expected, strict=True):
+    for name, actual, wanted in zip(("y", "y_tangent", "u"), outputs[:3], expected, strict=True):
         assert_close(name, actual, wanted)
+    assert outputs.c is None
 
 
 def test_empty_sides(device):
     arguments, ids = problem(0, 40, 64, 8, FP32, device)
-    layout = group_rows(ids, 5, 1, True)
-    y, u, c = kernels.grouped_lora_linear(arguments["x"], arguments["x"], *list(arguments.values())[1:], layout, 1.0)
+    y, _, u, c = kernels.grouped_lora_linear(layer(arguments, group_rows(ids, 5, 1, True)))
     assert (y.shape, u.shape, c.shape) == ((0, 40), (0, 8), (0, 8))
 
 
@@ -167,10 +174,10 @@ def test_empty_sides(device):
     ("change", "message"),
     [
         (dict(d_shrink=torch.zeros(4, 64, 8)), r"d_shrink is \(5, 64, 8\)"),
-        (dict(expand=torch.zeros(8, 41)), r"expand is \(8, 40\)"),
+        (dict(expand=torch.zeros(41, 8)), r"expand is \(40, 8\)"),
         (dict(shrink=None, d_shrink=None), "a shrink, a d_shrink, or both"),
         (dict(x=torch.zeros(19, 64)), "the groups are of 20 rows, x has 19"),
-        (dict(shrink=torch.zeros(64, 257)), "rank 257 is outside 1..256"),
+        (dict(shrink=torch.zeros(257, 64)), "rank 257 is outside 1..256"),
         (dict(weight=torch.zeros(40, 63)), r"weight is \(40, 64\)"),
     ],
 )
@@ -178,6 +185,4 @@ def test_refuses_loudly(device, change, message):
     arguments, ids = problem(20, 40, 64, 8, FP32, device)
     arguments |= {name: value if value is None else value.to(device) for name, value in change.items()}
     with pytest.raises(ValueError, match=message):
-        kernels.grouped_lora_linear(
-            arguments["x"], arguments["x"], *list(arguments.values())[1:], group_rows(ids, 5, 1, True), 1.0
-        )
+        kernels.grouped_lora_linear(layer(arguments, group_rows(ids, 5, 1, True)))

@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linlora.kernels.grouped_problem import GroupedLoraLinear
 from linlora.kernels.problem import LoraLinear
 
 import linlora
@@ -113,7 +114,7 @@ def test_ops_of_model_scope(backend, shape):
             (dual.linear(x, x_tangent, W, None), 5),
             (dual.linear(x, x_tangent, torch.ones(0, width), None), 0),
             (dual.lora_linear(LoraLinear(x, W, None, A0, B0, A0, B0, 1.0, x_tangent, two_streams=True)), 5),
-            (dual.grouped_lora_linear(x, x_tangent, W, None, A0, B0, *factors, groups, 1.0), 5),
+            (dual.grouped_lora_linear(GroupedLoraLinear(x, W, None, A0, B0, *factors, groups, 1.0, x_tangent)), 5),
             (dual.layer_norm(x, x_tangent, None, None), width),
             (dual.rms_norm(x, x_tangent, None), width),
             (dual.activation(x, x_tangent, "gelu"), width),

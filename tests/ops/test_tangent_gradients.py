@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linlora.kernels.grouped_problem import GroupedLoraLinear
 from linlora.kernels.problem import LoraLinear
 
 import linlora
@@ -114,10 +115,10 @@ OF_MODEL_SCOPE = {
     "lora_linear": lambda t, x=X: dual.lora_linear(
         LoraLinear(x, torch.eye(3), None, *FACTORS, 1.0, t, two_streams=True)
     ),
-    "grouped_lora_linear": lambda t, x=X: dual.grouped_lora_linear(
-        x, t, torch.eye(3), None, *FACTORS[:2], torch.ones(1, 3, 2), torch.ones(1, 2, 3),
-        functional.Groups.of(torch.tensor([0]), 1, 4), 1.0,
-    ),
+    "grouped_lora_linear": lambda t, x=X: dual.grouped_lora_linear(GroupedLoraLinear(
+        x, torch.eye(3), None, *FACTORS[:2], torch.ones(1, 3, 2), torch.ones(1, 2, 3),
+        functional.Groups.of(torch.tensor([0]), 1, 4), 1.0, t,
+    )),
     "layer_norm": lambda t, x=X: dual.layer_norm(x, t, None, None),
     "rms_norm": lambda t, x=X: dual.rms_norm(x, t, None),
     "activation": lambda t, x=X: dual.activation(x, t, "gelu"),

@@ -9,21 +9,14 @@ from linlora.ops.aten.grouping import group_rows
 from linlora.ops.aten.linear import linear
 from linlora.ops.aten.lora import factor_gradients, folding_pays, in_one_dtype, lora_linear, low_rank
 from linlora.ops.aten.mixing import mix_inventories, unmix_inventories
-from linlora.ops.aten.norms import layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
-from linlora.ops.aten.routed import (
-    dual_grouped_lora_linear,
-    grouped_gradients,
-    grouped_lora_linear,
-    grouped_shrink,
-    place,
-)
+from linlora.ops.aten.norms import norm, norm_backward
+from linlora.ops.aten.routed import grouped_gradients, grouped_lora_linear, grouped_shrink, place
 
 __all__ = [
     "activation",
     "activation_backward",
     "attention",
     "attention_backward",
-    "dual_grouped_lora_linear",
     "factor_gradients",
     "folding_pays",
     "gated_activation",
@@ -33,14 +26,12 @@ __all__ = [
     "grouped_lora_linear",
     "grouped_shrink",
     "in_one_dtype",
-    "layer_norm",
-    "layer_norm_backward",
     "linear",
     "lora_linear",
     "low_rank",
     "mix_inventories",
+    "norm",
+    "norm_backward",
     "place",
-    "rms_norm",
-    "rms_norm_backward",
     "unmix_inventories",
 ]

@@ -20,9 +20,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from linlora.kernels.attention_problem import Attention
 from linlora.ops.aten.attention import (
     blocks,
-    every_head,
+    computed,
+    jacobian,
     kept_mask,
     probabilities,
     product_tangent,
@@ -33,46 +35,31 @@ from linlora.ops.aten.attention import (
 
 
 def attention_dual_backward(
-    g: Tensor | None,
-    g_tangent: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_tangent: Tensor | None,
-    k_tangent: Tensor | None,
-    v_tangent: Tensor | None,
-    mask: Tensor | None,
-    causal: bool,
-    scale: float,
-    dropout_p: float = 0.0,
-    seed: Tensor | None = None,
+    problem: Attention, g: Tensor | None, g_tangent: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients in q, k, v and in q_tangent, k_tangent, v_tangent; arguments as of `attention`, None is zero."""
-    dtype, heads, kv_heads = q.dtype, q.shape[1], k.shape[1]
-    g, g_tangent, q, k, v = wide(g, g_tangent, q, k, v)
-    q_tangent, k_tangent, v_tangent = wide(q_tangent, k_tangent, v_tangent)
-    q, k, v = q * scale, every_head(k, heads), every_head(v, heads)
-    q_tangent = None if q_tangent is None else q_tangent * scale
-    k_tangent, v_tangent = (None if t is None else every_head(t, heads) for t in (k_tangent, v_tangent))
+    """The gradients in q, k, v and in q_tangent, k_tangent, v_tangent."""
+    dtype, kv_heads = problem.q.dtype, problem.k.shape[1]
+    g, g_tangent = wide(g, g_tangent)
+    problem = computed(problem)
+    q, k, v, q_tangent, k_tangent, v_tangent = problem[:6]
     of_primals = [g_tangent.new_zeros(x.shape) for x in (q, k, v)]
     of_tangents = [g_tangent.new_zeros(x.shape) for x in (q, k, v)]
     (dq, dk, dv), (dq_tangent, dk_tangent, dv_tangent) = of_primals, of_tangents
-    for rows, keys in blocks(q, k, causal):
-        P = probabilities(q[rows], k[keys], mask, causal, rows)
-        keep = kept_mask(P, rows, q.shape, dropout_p, seed)
+    for rows, keys in blocks(problem):
+        P, keep = probabilities(problem, rows, keys), kept_mask(problem, rows, keys)
         R = times((g_tangent[rows] @ v[keys].mT).to(P.dtype), keep)
-        dS, kept = _jacobian(P, R), times(P, keep).to(v.dtype)
+        dS, kept = jacobian(P, R), times(P, keep).to(v.dtype)
         dv_tangent[keys] += kept.mT @ g_tangent[rows]
         dq_tangent[rows] = dS.to(q.dtype) @ k[keys]
         dk_tangent[keys] += dS.to(q.dtype).mT @ q[rows]
         dS_tangent = torch.zeros_like(dS)
         if g is not None:
             dv[keys] += kept.mT @ g[rows]
-            dS_tangent += _jacobian(P, times((g[rows] @ v[keys].mT).to(P.dtype), keep))
+            dS_tangent += jacobian(P, times((g[rows] @ v[keys].mT).to(P.dtype), keep))
         if v_tangent is not None:
-            dS_tangent += _jacobian(P, times((g_tangent[rows] @ v_tangent[keys].mT).to(P.dtype), keep))
+            dS_tangent += jacobian(P, times((g_tangent[rows] @ v_tangent[keys].mT).to(P.dtype), keep))
         if q_tangent is not None or k_tangent is not None:
-            P_tangent = _jacobian(P, product_tangent(q, q_tangent, k, k_tangent, rows, keys).to(P.dtype))
+            P_tangent = jacobian(P, product_tangent(problem, rows, keys).to(P.dtype))
             dv[keys] += times(P_tangent, keep).to(v.dtype).mT @ g_tangent[rows]
             dS_tangent += P_tangent * (R - (P * R).sum(-1, keepdim=True)) - P * (P_tangent * R).sum(-1, keepdim=True)
         dS, dS_tangent = dS.to(q.dtype), dS_tangent.to(q.dtype)
@@ -83,12 +70,7 @@ def attention_dual_backward(
         if q_tangent is not None:
             dk[keys] += dS.mT @ q_tangent[rows]
     gradients = [
-        (scale * of_q, sum_groups(of_k, kv_heads), sum_groups(of_v, kv_heads))
+        (problem.scale * of_q, sum_groups(of_k, kv_heads), sum_groups(of_v, kv_heads))
         for of_q, of_k, of_v in (of_primals, of_tangents)
     ]
     return tuple(x.to(dtype) for stream in gradients for x in stream)  # type: ignore[return-value]
-
-
-def _jacobian(P: Tensor, S: Tensor) -> Tensor:
-    """P ⊙ (S − rowsum(P ⊙ S)): the softmax's derivative along S, and its transpose."""
-    return torch.ops.aten._softmax_backward_data.default(S, P, -1, P.dtype)

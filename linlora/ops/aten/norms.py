@@ -12,40 +12,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
-def layer_norm(
-    x: Tensor, x_tangent: Tensor | None, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(y, y_t, mean, rstd) of a matrix x (M, N); mean and rstd (M,) as backward wants them."""
-    y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], _like(weight, x), _like(bias, x), eps)
-    if x_tangent is None:
-        return y, y.new_empty(0), mean, rstd
-    y_tangent = layer_norm_backward(x_tangent, x, None, mean, rstd)
-    return y, y_tangent if weight is None else y_tangent.mul_(weight), mean, rstd
+from linlora.kernels.norm_problem import Norm, NormResult
 
 
-def layer_norm_backward(g: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
-    """dx = J (w ⊙ g)."""
-    dx, _, _ = torch.ops.aten.native_layer_norm_backward.default(
-        g, x, x.shape[-1:], mean, rstd, _like(weight, x), None, [True, False, False]
-    )
-    return dx
-
-
-def rms_norm(x: Tensor, x_tangent: Tensor | None, weight: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """(y, y_t, rstd) of a matrix x (M, N), rstd = (mean(x²) + eps)^-½ of shape (M,)."""
+def norm(problem: Norm) -> NormResult:
+    """Both streams of a matrix x (M, N), with mean and rstd as backward wants them."""
+    x, x_tangent, weight, bias, eps, centered = problem
+    if centered:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], _like(weight, x), _like(bias, x), eps)
+        result = NormResult(y, None, mean, rstd)
+        if x_tangent is None:
+            return result
+        y_tangent = norm_backward(problem._replace(weight=None), x_tangent, result)
+        return result._replace(y_tangent=y_tangent if weight is None else y_tangent.mul_(weight))
     wide = _wide(x)
     rstd = torch.linalg.vector_norm(wide, dim=-1).square_().div_(max(x.shape[-1], 1)).add_(eps).rsqrt_()
     normalized = wide * rstd.unsqueeze(-1)
+    result = NormResult(_scaled(normalized, weight, x.dtype), None, None, rstd)
     if x_tangent is None:
-        y_tangent = x.new_empty(0)
-    else:
-        y_tangent = _scaled(_rms_jacobian(_wide(x_tangent), normalized, rstd), weight, x.dtype)
-    return _scaled(normalized, weight, x.dtype), y_tangent, rstd
+        return result
+    return result._replace(y_tangent=_scaled(_rms_jacobian(_wide(x_tangent), normalized, rstd), weight, x.dtype))
 
 
-def rms_norm_backward(g: Tensor, x: Tensor, weight: Tensor | None, rstd: Tensor) -> Tensor:
+def norm_backward(problem: Norm, g: Tensor, result: NormResult) -> Tensor:
     """dx = J (w ⊙ g)."""
+    x, weight, rstd = problem.x, problem.weight, result.rstd
+    if problem.centered:
+        dx, _, _ = torch.ops.aten.native_layer_norm_backward.default(
+            g, x, x.shape[-1:], result.mean, rstd, _like(weight, x), None, [True, False, False]
+        )
+        return dx
     g = _wide(g) if weight is None else _wide(g) * weight
     return _rms_jacobian(g, _wide(x) * rstd.unsqueeze(-1), rstd).to(x.dtype)
 

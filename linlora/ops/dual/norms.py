@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linlora.kernels.norm_problem import Norm, NormResult
 from linlora.ops.composed import backward_backend
 from linlora.ops.dual.checks import backend_of, check_constants
 from linlora.ops.rows import as_rows
@@ -25,64 +26,39 @@ def layer_norm(
     x: Tensor, x_tangent: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float = 1e-5
 ) -> tuple[Tensor, Tensor]:
     """(y, y_tangent) of x and x_tangent (..., N), normalized over the last dimension; weight, bias (N,) or None."""
-    check_constants("layer_norm", x_tangent=x_tangent)
-    _check("layer_norm", x, x_tangent, weight)
-    return _LayerNorm.apply(x, x_tangent, weight, bias, eps, backend_of("layer_norm", x))
+    return _run(Norm(x, x_tangent, weight, bias, eps, centered=True))
 
 
 def rms_norm(x: Tensor, x_tangent: Tensor, weight: Tensor | None, eps: float = 1e-6) -> tuple[Tensor, Tensor]:
     """(y, y_tangent) of x and x_tangent (..., N): y = w ⊙ x / sqrt(mean(x²) + eps) over the last dimension."""
-    check_constants("rms_norm", x_tangent=x_tangent)
-    _check("rms_norm", x, x_tangent, weight)
-    return _RMSNorm.apply(x, x_tangent, weight, eps, backend_of("rms_norm", x))
+    return _run(Norm(x, x_tangent, weight, None, eps, centered=False))
 
 
-class _LayerNorm(torch.autograd.Function):
+def _run(problem: Norm) -> tuple[Tensor, Tensor]:
+    check_constants(problem.op, x_tangent=problem.x_tangent)
+    _check(problem.op, problem.x, problem.x_tangent, problem.weight)
+    return _Norm.apply(backend_of(problem.op, problem.x), *problem)
+
+
+class _Norm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        x_tangent: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        backend: ModuleType,
-    ) -> tuple[Tensor, Tensor]:
-        rows = as_rows(x)
-        y, y_tangent, mean, rstd = backend.layer_norm(rows, x_tangent.reshape(rows.shape), weight, bias, eps)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.backend = backend
-        y, y_tangent = y.view(x.shape), y_tangent.view(x.shape)
+    def forward(ctx: Any, backend: ModuleType, *fields: Any) -> tuple[Tensor, Tensor]:
+        problem = Norm(*fields)
+        x, rows = problem.x, as_rows(problem.x)
+        result = backend.norm(problem._replace(x=rows, x_tangent=problem.x_tangent.reshape(rows.shape)))
+        ctx.save_for_backward(x, problem.weight, result.mean, result.rstd)
+        ctx.backend, ctx.eps, ctx.centered = backend, problem.eps, problem.centered
+        y, y_tangent = result.y.view(x.shape), result.y_tangent.view(x.shape)
         ctx.mark_non_differentiable(y_tangent)
         return y, y_tangent
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        backend = backward_backend("layer_norm", ctx.backend, g)
-        dx = backend.layer_norm_backward(as_rows(g), as_rows(x), weight, mean, rstd)
-        return dx.view(x.shape), None, None, None, None, None
-
-
-class _RMSNorm(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, x_tangent: Tensor, weight: Tensor | None, eps: float, backend: ModuleType
-    ) -> tuple[Tensor, Tensor]:
-        rows = as_rows(x)
-        y, y_tangent, rstd = backend.rms_norm(rows, x_tangent.reshape(rows.shape), weight, eps)
-        ctx.save_for_backward(x, weight, rstd)
-        ctx.backend = backend
-        y, y_tangent = y.view(x.shape), y_tangent.view(x.shape)
-        ctx.mark_non_differentiable(y_tangent)
-        return y, y_tangent
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
-        x, weight, rstd = ctx.saved_tensors
-        backend = backward_backend("rms_norm", ctx.backend, g)
-        dx = backend.rms_norm_backward(as_rows(g), as_rows(x), weight, rstd)
-        return dx.view(x.shape), None, None, None, None
+        problem = Norm(as_rows(x), None, weight, None, ctx.eps, ctx.centered)
+        backend = backward_backend(problem.op, ctx.backend, g)
+        dx = backend.norm_backward(problem, as_rows(g), NormResult(None, None, mean, rstd))
+        return None, dx.view(x.shape), *(None,) * 5
 
 
 def _check(op: str, x: Tensor, x_tangent: Tensor, weight: Tensor | None) -> None:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from linlora.kernels.grouped_problem import GroupedLoraLinear
 
 import linlora
 from linlora import functional, reference
@@ -77,10 +78,9 @@ def test_grouped_rows(backend, form, position, value, ids, repeats, p):
             layer = [tensors[name] for name in ("x", "weight", "bias")]
             with linlora.use_backend("triton" if backend == "triton" else "torch"):
                 if form == "two streams":
-                    y, y_tangent = dual.grouped_lora_linear(
-                        layer[0], layer[0].detach(), *layer[1:], tensors["A0"], tensors["B0"], tensors["A"],
-                        tensors["B"], groups, 0.5, p, seed,
-                    )  # fmt: skip
+                    factors = (tensors[name] for name in ("A0", "B0", "A", "B"))
+                    options = dict(x_tangent=layer[0].detach(), dropout_p=p, seed=seed)
+                    y, y_tangent = dual.grouped_lora_linear(GroupedLoraLinear(*layer, *factors, groups, 0.5, **options))
                 else:
                     y = y_tangent = functional.grouped_lora_linear(
                         *layer, tensors["A"], tensors["B"], groups, 0.5, A0=tensors["A0"], B0=tensors["B0"],

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from linlora.kernels.grouped_problem import GroupedLoraLinear
 from routed_problems import cast, make_grouped
 
 import linlora
@@ -17,8 +18,9 @@ def run(arguments, x_tangent):
     arguments = dict(arguments)
     task_ids, rows = arguments.pop("task_ids"), arguments["x"].numel() // arguments["x"].shape[-1]
     groups = Groups.of(task_ids, arguments["B"].shape[0], rows)
-    arguments.setdefault("B0", None)
-    return dual.grouped_lora_linear(**arguments, x_tangent=x_tangent, groups=groups)
+    names = {"A0": "shrink", "B0": "expand", "A": "d_shrink", "B": "d_expand"}
+    named = {names.get(name, name): value for name, value in {"B0": None, **arguments}.items()}
+    return dual.grouped_lora_linear(GroupedLoraLinear(**named, groups=groups, x_tangent=x_tangent))
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3], ids=["", "dropout"])
