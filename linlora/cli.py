@@ -16,6 +16,7 @@ from linlora.commands.fuse import fuse
 from linlora.commands.info import info
 from linlora.commands.inspect import inspect
 from linlora.commands.merge import merge
+from linlora.commands.plain import PlainCommand
 from linlora.commands.quickstart import quickstart
 from linlora.commands.train import train
 
@@ -28,24 +29,30 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _options(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
-) -> None:
-    if version:
+def _version(asked: bool) -> None:
+    if asked:
         typer.echo(f"linlora {linlora.__version__}")
         raise typer.Exit
 
 
-app.command()(info)
-app.command()(quickstart)
-app.command()(train)
-app.command("eval")(evaluate)
-app.command()(compare)
-app.command(context_settings={"ignore_unknown_options": True})(fuse)
-app.command()(inspect)
-app.command()(export)
-app.command()(merge)
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_version, is_eager=True)
+    ] = False,
+) -> None:
+    """Linearized LoRA fine-tuning at the cost of plain LoRA."""
+
+
+app.command(cls=PlainCommand)(info)
+app.command(cls=PlainCommand)(quickstart)
+app.command(cls=PlainCommand)(train)
+app.command("eval", cls=PlainCommand)(evaluate)
+app.command(cls=PlainCommand)(compare)
+app.command(cls=PlainCommand, context_settings={"ignore_unknown_options": True})(fuse)
+app.command(cls=PlainCommand)(inspect)
+app.command(cls=PlainCommand)(export)
+app.command(cls=PlainCommand)(merge)
 
 
 def main() -> None:

@@ -1,6 +1,7 @@
 """The command line: what it prints, and one-line errors instead of tracebacks."""
 
 import io
+import subprocess
 import sys
 
 import pytest
@@ -54,3 +55,29 @@ def test_errors_of_a_user_are_one_line(run, monkeypatch):
     assert result.exit_code == 2
     assert "error: directory holds another run" in result.output
     assert "Traceback" not in result.output
+
+
+def test_the_version_is_printed_alone(run):
+    assert run("--version").output == f"linlora {linlora.__version__}\n"
+
+
+def test_help_names_types_in_plain_words(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    text = run("train", "--help").output
+    assert "list[" not in text
+    assert "<str>" not in text
+    for method in ("lora, lora-fa, layer, model", "trained, frozen, prototypes"):
+        assert method in text
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train"], ["eval", "gone"], ["fuse", "gone", "--out", "f.safetensors"]]
+)
+def test_help_and_what_is_typed_wrong_import_no_torch(arguments):
+    code = (
+        f"import sys; sys.argv[1:] = {arguments}; from linlora import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
