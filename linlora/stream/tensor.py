@@ -50,6 +50,11 @@ class Stream:
                 "scope, which forms its own tangents. Take gradients with loss.backward() or torch.autograd.grad, "
                 "products with the Jacobian by linlora.functional.jvp and vjp, or use scope='layer'"
             )
+        if isinstance(x, DualTensor) and x.stream.guarded:
+            raise TangentError(
+                f"{where()}: functional.dual of a network at model scope, whose tangents are those of its adapter; set "
+                "scope='layer', or differentiate the function without linearize"
+            )
         if isinstance(x, DualTensor) and not x.constant:
             return x.primal, x.tangent
         x = primals(x)

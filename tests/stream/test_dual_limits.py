@@ -5,8 +5,10 @@ import torch
 from forward_oracle import assert_like_func, network, pair
 from torch import Tensor, nn
 
+import linlora
 from linlora.functional import dual
 from linlora.stream import TangentError
+from linlora.testing import tiny_model
 
 D = torch.float64
 
@@ -157,3 +159,19 @@ def test_the_callers_tensors_are_not_written():
     with pytest.raises(TangentError, match="shares its memory"):
         dual(write, (x, y), (v, None))
     assert type(y) is Tensor
+
+
+@pytest.mark.parametrize("scope", ["layer", "model"])
+def test_a_linearized_model_has_tangents_at_layer_scope_and_refuses_at_model_scope(scope):
+    model = tiny_model("bert", trained=True).double()
+    linlora.linearize(model, scope=scope)
+    x, v = torch.randn(2, 1, 5, model.config.hidden_size, dtype=D)
+
+    def logits(x):
+        return model(inputs_embeds=x).logits
+
+    if scope == "model":
+        with pytest.raises(TangentError, match="network at model scope"):
+            dual(logits, (x,), (v,))
+    else:
+        assert_like_func(logits, (x,), (v,), model)
