@@ -42,6 +42,8 @@ _at_home_nowhere()
 
 import torch  # noqa: E402
 
+import linlora  # noqa: E402
+
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
@@ -94,6 +96,8 @@ def cuda_kernels(device: str) -> Iterator[None]:
 @pytest.fixture
 def double(monkeypatch: pytest.MonkeyPatch) -> None:
     """transformers computes norms, softmax and some losses in float32, whatever the model; here that means float64."""
+    for name in linlora.__all__:  # tables of dtypes are made when their module is imported, which is now
+        getattr(linlora, name)
     monkeypatch.setattr(torch, "float32", torch.float64)
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
 
