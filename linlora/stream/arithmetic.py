@@ -90,7 +90,8 @@ def quotient_of(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("pow", "__pow__", "float_power")
 def power(func: Any, args: tuple, kwargs: dict) -> Any:
     """x^n with a number n; anything else is a fallback. x^0 is constant, at x = 0 too."""
-    x, n = (*args, *kwargs.values())
+    given = dict(zip(("input", "exponent"), args, strict=False)) | kwargs
+    x, n = given.get("input"), given["exponent"]
     if not isinstance(x, DualTensor) or not isinstance(n, (int, float)):
         return DualTensor.rules[None](func, args, kwargs)
     y = func(x.primal, n)
@@ -120,8 +121,8 @@ for _name, _jacobian in {
     "log": lambda t, x, y: t / x,
     "sin": lambda t, x, y: t * x.cos(),
     "cos": lambda t, x, y: -t * x.sin(),
-    "tanh": lambda t, x, y: torch.ops.aten.tanh_backward.default(t, y),
-    "sigmoid": lambda t, x, y: torch.ops.aten.sigmoid_backward.default(t, y),
+    "tanh": lambda t, x, y: torch.ops.aten.tanh_backward.default(t, y.conj()),
+    "sigmoid": lambda t, x, y: torch.ops.aten.sigmoid_backward.default(t, y.conj()),
 }.items():
     rule(_name)(_elementwise(_jacobian))
 

@@ -15,8 +15,7 @@ from linlora.ops import dual
 from linlora.ops.packed_attention import by_sequence
 from linlora.stream.arithmetic import tangent
 from linlora.stream.caller import where
-from linlora.stream.fused import bound
-from linlora.stream.tensor import DualTensor, TangentError, duals, primals, rule, wrap
+from linlora.stream.tensor import DualTensor, TangentError, bound, duals, primals, rule, wrap
 
 
 @rule("scaled_dot_product_attention")

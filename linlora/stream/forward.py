@@ -21,13 +21,13 @@ from torch import Tensor
 from linlora.stream import attention, fused
 from linlora.stream.caller import refuse_inside_function, where
 from linlora.stream.fallback import forward_mode
-from linlora.stream.fused import bound
 from linlora.stream.multilinear import affine
 from linlora.stream.tensor import (
     DualTensor,
     Rule,
     Stream,
     TangentError,
+    bound,
     duals,
     named,
     primals,

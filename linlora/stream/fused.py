@@ -13,7 +13,7 @@ from linlora.ops.aten.activations import Kind
 from linlora.stream.arithmetic import product, tangent
 from linlora.stream.caller import where
 from linlora.stream.evaluation import recording
-from linlora.stream.tensor import DualTensor, TangentError, collapse, duals, primals, rebind, rule, wrap
+from linlora.stream.tensor import DualTensor, TangentError, bound, collapse, duals, primals, rebind, rule, wrap
 
 LOSSES = (
     "cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits",
@@ -160,12 +160,6 @@ LINEAR: dict[str, Any] = {"input": None, "weight": None, "bias": None}
 LAYER_NORM = {"input": None, "normalized_shape": (), "weight": None, "bias": None, "eps": 1e-5}
 RMS_NORM = {"input": None, "normalized_shape": (), "weight": None, "eps": None}
 _DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
-
-
-def bound(defaults: dict[str, Any], args: tuple, kwargs: dict) -> list[Any]:
-    """The arguments of a call in the order of `defaults`."""
-    given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-    return [given[name] for name in defaults]
 
 
 def _carry(*arguments: Any) -> bool:

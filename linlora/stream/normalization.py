@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.stream.fused import bound
-from linlora.stream.tensor import DualTensor, primals, rule, wrap
+from linlora.stream.tensor import DualTensor, bound, primals, rule, wrap
 
 
 @rule("group_norm")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from linlora.stream.caller import where
 from linlora.stream.tensor import (
     DualTensor,
     TangentError,
+    bound,
     collapse,
     differentiable,
     duals,
@@ -151,16 +153,23 @@ def value(func: Any, args: tuple, kwargs: dict) -> Any:
     )
 
 
-@rule(
-    *_JOINS, "index_add", "index_copy", "index_put",
-    "scatter_add", "slice_scatter", "select_scatter", "diagonal_scatter", "masked_scatter",
-)  # fmt: skip
+@rule(*_JOINS, "slice_scatter", "select_scatter", "diagonal_scatter")
 def joint_map(func: Any, args: tuple, kwargs: dict) -> Any:
-    """func is linear in all its tensors of numbers together: those without a tangent have tangent zero."""
+    """func is linear in all its tensors together: those without a tangent, integers too, have tangent zero."""
+    return _joint(func, args, kwargs, lambda x: isinstance(x, Tensor))
+
+
+@rule("index_add", "index_copy", "index_put", "scatter_add", "masked_scatter")
+def indexed_map(func: Any, args: tuple, kwargs: dict) -> Any:
+    """func is linear in all its tensors of numbers together; integers and booleans say where."""
+    return _joint(func, args, kwargs, differentiable)
+
+
+def _joint(func: Any, args: tuple, kwargs: dict, is_joined: Callable[[Any], bool]) -> Any:
     y = func(*primals(args), **primals(kwargs))
     with torch.no_grad():
         given, structure = tree_flatten((args, kwargs))
-        tangents = [tangent_or_zeros(x, y.dtype) if differentiable(x) else x for x in given]
+        tangents = [tangent_or_zeros(x, y.dtype) if is_joined(x) else x for x in given]
         rest, options = tree_unflatten(tangents, structure)
         return wrap(y, func(*rest, **options), next(duals(given)).stream)
 
@@ -168,11 +177,11 @@ def joint_map(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("where")
 def choose(func: Any, args: tuple, kwargs: dict) -> Any:
     """where(condition, a, b); as a method, condition.where is a.where(condition, b)."""
-    if func is Tensor.where:
-        args = (args[1], args[0], *args[2:])
-    if len(args) + len(kwargs) == 1:
+    names = ("input", "condition", "other") if func is Tensor.where else ("condition", "input", "other")
+    given = dict(zip(names, args, strict=False)) | kwargs
+    if len(given) == 1:
         return constant(func, args, kwargs)
-    condition, a, b = (*args, *kwargs.values())
+    condition, a, b = given["condition"], given["self" if "self" in given else "input"], given["other"]
     y = torch.where(primals(condition), primals(a), primals(b))
     tangents = [t.tangent if isinstance(t, DualTensor) else None for t in (a, b)]
     stream = next(duals((condition, a, b))).stream
@@ -185,7 +194,7 @@ def choose(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @rule("masked_fill")
 def masked_fill(func: Any, args: tuple, kwargs: dict) -> Any:
-    x, mask, value = (*args, *kwargs.values())
+    x, mask, value = bound(dict.fromkeys(("input", "mask", "value")), args, kwargs)
     if not isinstance(x, DualTensor) or isinstance(value, DualTensor):
         return choose(torch.where, (mask, value, x), {})
     y = x.primal.masked_fill(primals(mask), value)

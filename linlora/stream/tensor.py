@@ -239,6 +239,12 @@ def _by_position(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 _NAMES_OF_FIRST = {"input", "tensors"}
 
 
+def bound(defaults: dict[str, Any], args: tuple, kwargs: dict) -> list[Any]:
+    """The arguments of a call in the order of `defaults`."""
+    given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
+    return [given[name] for name in defaults]
+
+
 def wrap(primal: Any, tangent: Any, stream: Stream) -> Any:
     """DualTensors of a primal and a tangent result, which are tensors or equal (named) tuples or lists of them.
 

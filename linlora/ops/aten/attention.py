@@ -35,7 +35,7 @@ def attention(problem: Attention) -> AttentionResult:
     if _serves(problem):
         heads = problem.q.shape[1]
         problem = problem._replace(k=every_head(problem.k, heads), v=every_head(problem.v, heads))
-        o, lse = _flash(*problem[:3], 0.0, problem.causal, scale=problem.scale)
+        o, lse = _flash(_adjacent(problem.q), *problem[1:3], 0.0, problem.causal, scale=problem.scale)
         return AttentionResult(o, _tangent(computed(problem), lse) if problem.has_tangents else None, lse)
     problem = computed(problem)
     q, _, v, q_tangent, k_tangent, v_tangent = problem[:6]
@@ -59,7 +59,14 @@ def _serves(problem: Attention) -> bool:
     plain = q.device.type == "cpu" and q.dtype in (torch.float32, torch.float64)
     if not plain or problem.mask is not None or problem.dropout_p > 0.0:
         return False
+    if problem.causal and problem.scale <= 0:
+        return False  # it scales what causality has set to -inf
     return q.shape[3] == v.shape[3] and q.numel() > 0 and v.numel() > 0 and not transform_active()
+
+
+def _adjacent(x: Tensor) -> Tensor:
+    """x in a layout that flash attention reads: it takes the numbers of a row for adjacent, whatever the strides."""
+    return x if x.stride(3) == 1 and x.stride(2) >= x.shape[3] else x.contiguous()
 
 
 def _tangent(problem: Attention, lse: Tensor) -> Tensor:
@@ -91,7 +98,8 @@ def attention_backward(problem: Attention, g: Tensor, result: AttentionResult) -
     dtype, kv_heads, scale = problem.q.dtype, problem.k.shape[1], problem.scale
     if result.lse is not None and _serves(problem):
         k, v = (every_head(x, problem.q.shape[1]) for x in problem[1:3])
-        dq, dk, dv = _flash_backward(g, problem.q, k, v, result.o, result.lse, 0.0, problem.causal, scale=scale)
+        g, q = _adjacent(g), _adjacent(problem.q)
+        dq, dk, dv = _flash_backward(g, q, k, v, result.o, result.lse, 0.0, problem.causal, scale=scale)
         return dq, sum_groups(dk, kv_heads), sum_groups(dv, kv_heads)
     (g,) = wide(g)
     problem, g = computed(problem), g.contiguous()
