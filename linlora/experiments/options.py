@@ -26,14 +26,14 @@ METHOD_TITLES = {
     "iso_cts": "Iso-CTS", "knots_ties": "KnOTS-TIES", "compress_then_merge": "Compress-then-Merge",
     "wudi_minimiser": "WUDI's minimiser", "regmean": "RegMean", "soup": "LoRA-Soups",
 }  # fmt: skip
-METHODS = tuple(METHOD_TITLES)
+ROWS = tuple(METHOD_TITLES)
 
 
 @dataclass(frozen=True)
 class Options:
     """Grids are searched on the validation split; of equal options the first wins, so the mildest come first."""
 
-    methods: tuple[str, ...] = METHODS
+    methods: tuple[str, ...] = ROWS
     # task arithmetic
     scalings: tuple[float, ...] = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.8, 1.0)
     ties_keep: tuple[float, ...] = (0.2, 0.5)
@@ -64,9 +64,9 @@ class Options:
     map_scalings: tuple[float, ...] = (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 
     def __post_init__(self) -> None:
-        unknown = [method for method in self.methods if method not in METHODS]
+        unknown = [method for method in self.methods if method not in ROWS]
         if unknown or not self.methods:
-            raise ValueError(f"methods: choose from {', '.join(METHODS)}, got {', '.join(unknown) or 'none'}")
+            raise ValueError(f"methods: choose from {', '.join(ROWS)}, got {', '.join(unknown) or 'none'}")
         for searched in fields(self):
             if getattr(self, searched.name) == () and searched.name not in ("negation_scalings", "map_scalings"):
                 raise ValueError(f"{searched.name}: there has to be a value to try")
@@ -132,7 +132,7 @@ soup_examples, soup_epochs, soup_learning_rates, negation_scalings, negation_kee
 
 
 def fusion_method(method: str) -> str:
-    """The name in `linlora.fusion.METHODS` of a row of the table."""
+    """The name in `linlora.fusion.ROWS` of a row of the table."""
     return "task_arithmetic" if method == "sum" else method
 
 

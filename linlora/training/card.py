@@ -14,7 +14,7 @@ from linlora.training.head import HEAD_FILE
 from linlora.training.settings import Settings
 from linlora.training.task import Task
 
-_METHODS = {
+_FAMILIES = {
     "lora": "A LoRA adapter",
     "lora-fa": "A LoRA adapter whose A was frozen (LoRA-FA)",
     "layer": "A LoRA adapter, linearized layer by layer around its starting point (layer scope)",
@@ -58,7 +58,7 @@ def card(run: Run, task: Task) -> str:
     sections = [
         f"---\n{plain_yaml.dump(front)}---",
         f"# {settings.name}",
-        f"{_METHODS[settings.method]}, of `{settings.model}`: rank {lora['r']}, alpha {lora['lora_alpha']}, "
+        f"{_FAMILIES[settings.method]}, of `{settings.model}`: rank {lora['r']}, alpha {lora['lora_alpha']}, "
         f"{metrics['trainable_parameters']:,} trained values. Made by `{_MARK}`; `{SETTINGS_FILE}` makes it again.",
         f"## Task\n\n{settings.kind.capitalize()}: {task.labels_in_words()}. Trained on {_source(settings)}, "
         f"{len(task.rows('train'))} rows, {metrics['steps']} steps at the learning rate {metrics['learning_rate']:g}, "

@@ -14,7 +14,7 @@ from typing import Any
 from linlora.training import plain_yaml
 
 KINDS = ("classification", "text-to-text", "zero-shot")
-METHODS = ("lora", "lora-fa", "layer", "model")
+FAMILIES = ("lora", "lora-fa", "layer", "model")
 HEADS = ("trained", "frozen", "prototypes")
 ENDS = ("scores", "features")
 # Where `training.learning_rate` is left out. The rates that validated best on the quickstart's digits, of one grid for
@@ -153,7 +153,7 @@ lr_grid, lora, training, model_options
             if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
                 raise ValueError(f"{key} is a whole number, {least} or more and below 2^32, got {value!r}")
         _choice("kind", self.kind, KINDS)
-        _choice("method", self.method, METHODS)
+        _choice("method", self.method, FAMILIES)
         _choice("head", self.head, HEADS)
         self._check_kind()
         self._check_end()

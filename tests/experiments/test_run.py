@@ -15,7 +15,7 @@ import linlora
 from linlora import TaskVector, quickstart
 from linlora.experiments.controls import BY_KEY, space
 from linlora.experiments.images import ImageExperiment, features, training_steps
-from linlora.experiments.options import METHODS, fusion_method
+from linlora.experiments.options import ROWS, fusion_method
 from linlora.experiments.report import markdown
 from linlora.experiments.step_time import model_of
 
@@ -36,7 +36,7 @@ def test_every_control_has_every_method_that_fits(finished):
     starts = finished[1]["starts"]
     assert {start: list(starts[start]["controls"]) for start in starts} == CONTROLS
     for start, key in CASES:
-        fitting = [method for method in METHODS if BY_KEY[key].fits(method)]
+        fitting = [method for method in ROWS if BY_KEY[key].fits(method)]
         assert list(starts[start]["controls"][key]["methods"]) == fitting
 
 

@@ -17,7 +17,7 @@ from linlora.quickstart.routing import RoutingSettings, run
 from linlora.quickstart.routing.adaptation import adapt
 from linlora.quickstart.routing.experiment import RoutingExperiment, accuracy
 from linlora.quickstart.routing.inventories import load_inventory
-from linlora.quickstart.routing.methods import INVENTORIES, METHODS
+from linlora.quickstart.routing.methods import ADAPTATIONS, INVENTORIES
 from linlora.quickstart.routing.results import paired_difference
 from linlora.quickstart.routing.tasks import DOMAINS, QUESTIONS, divide
 
@@ -57,8 +57,8 @@ def test_a_question_that_does_not_exist_is_refused():
 
 def test_the_table_has_every_method_and_number_of_images(finished):
     _, results, text = finished
-    assert set(results["methods"]) == set(METHODS)
-    for name, method in METHODS.items():
+    assert set(results["methods"]) == set(ADAPTATIONS)
+    for name, method in ADAPTATIONS.items():
         assert method.title in text
         assert set(results["methods"][name]) == {"4", "8"}
 
@@ -66,7 +66,7 @@ def test_the_table_has_every_method_and_number_of_images(finished):
 def test_the_numbers_follow_from_the_files(finished):
     out, results, _ = finished
     assert json.loads((out / "results.json").read_text()) == json.loads(json.dumps(results))
-    for method in METHODS:
+    for method in ADAPTATIONS:
         means = []
         for seed in range(2):
             records = json.loads((out / "adaptations" / method / "8-shot" / f"seed{seed}" / "scores.json").read_text())
@@ -108,7 +108,7 @@ def test_before_its_first_step_a_linearized_mean_is_the_mean(experiment):
     rows = experiment.rows(experiment.held_out[0], "train")[torch.arange(4)]
     logits = []
     for name in ("zero", "mhr-mu", "mhr-mu-layer", "mhr-mu-model"):
-        model, _, _ = adapt(experiment, dataclasses.replace(METHODS[name], learning_rate=0.0), rows, seed=0)
+        model, _, _ = adapt(experiment, dataclasses.replace(ADAPTATIONS[name], learning_rate=0.0), rows, seed=0)
         logits.append(model(pixel_values=rows.images, question_ids=rows.question_ids).logits)
     for other in logits[1:]:
         torch.testing.assert_close(other, logits[0])
@@ -127,7 +127,7 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_numbers(finished, tmp_pat
     for seed in range(2):
         shutil.rmtree(copied / "adaptations" / "mhr-z" / "8-shot" / f"seed{seed}")
     again = run(copied, seeds=2, settings=SETTINGS, console=Console(file=io.StringIO()), workers=1)
-    for name in METHODS:
+    for name in ADAPTATIONS:
         for shots in ("4", "8"):
             found, before = (r["methods"][name][shots]["test"]["by_seed"] for r in (again, results))
             assert found == pytest.approx(before, abs=0.003)  # trained again, rounded otherwise
@@ -141,5 +141,5 @@ def test_other_settings_are_refused(finished):
 def test_the_linearized_adapters_have_the_scope_of_their_row(experiment):
     rows = experiment.rows(experiment.held_out[0], "train")[torch.arange(4)]
     for name in ("lora-layer", "lora-model"):
-        model, _, _ = adapt(experiment, METHODS[name], rows, seed=0)
-        assert linlora.TaskVector.from_model(model).scope == METHODS[name].scope
+        model, _, _ = adapt(experiment, ADAPTATIONS[name], rows, seed=0)
+        assert linlora.TaskVector.from_model(model).scope == ADAPTATIONS[name].scope

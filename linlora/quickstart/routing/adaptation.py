@@ -13,7 +13,7 @@ import linlora
 from linlora.experiments.images import batches
 from linlora.quickstart.routing.experiment import RoutingExperiment, Rows, accuracy
 from linlora.quickstart.routing.inventories import load_inventory
-from linlora.quickstart.routing.methods import METHODS, Method
+from linlora.quickstart.routing.methods import ADAPTATIONS, Method
 from linlora.quickstart.routing.settings import RoutingSettings
 from linlora.routing import RoutedModel, add_task, collapse, fit_routing, mhr_mu, mhr_z
 from linlora.storage.run_directory import read_json, staged, write_json
@@ -33,7 +33,7 @@ def adapt_all(experiment: RoutingExperiment, method: str, shots: int, seed: int)
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:shots]
         torch.manual_seed(seed)
         start = time.perf_counter()
-        model, task, parameters = adapt(experiment, METHODS[method], train[chosen], seed)
+        model, task, parameters = adapt(experiment, ADAPTATIONS[method], train[chosen], seed)
         seconds = time.perf_counter() - start
         scores = {}
         for split in ("validation", "test"):

@@ -9,7 +9,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from linlora.fusion.figures import save
-from linlora.quickstart.routing.methods import METHODS
+from linlora.quickstart.routing.methods import ADAPTATIONS
 
 _COLORS = {None: "#D55E00", "layer": "#0072B2", "model": "#009E73"}  # by scope; Okabe and Ito's palette
 
@@ -19,11 +19,11 @@ def draw_accuracies(results: dict[str, Any], path: Path) -> None:
     shots = results["settings"]["shots"]
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")
     panels = figure.subplots(1, len(shots), sharey=True, squeeze=False)[0]
-    names = list(METHODS)[::-1]
+    names = list(ADAPTATIONS)[::-1]
     before = 100 * sum(results["before"]) / len(results["before"])
     for axes, count in zip(panels, shots, strict=True):
         for place, name in enumerate(names):
-            score, color = results["methods"][name][str(count)]["test"], _COLORS[METHODS[name].scope]
+            score, color = results["methods"][name][str(count)]["test"], _COLORS[ADAPTATIONS[name].scope]
             axes.errorbar(
                 100 * score["mean"], place, xerr=100 * (score["std"] or 0.0), fmt="o", color=color, markersize=6,
                 capsize=3,
@@ -32,7 +32,7 @@ def draw_accuracies(results: dict[str, Any], path: Path) -> None:
         axes.set_title(f"{count} labelled images a task")
         axes.set_xlabel(f"test accuracy, mean of {len(results['held_out'])} held-out tasks (%)")
         axes.grid(alpha=0.25)
-    panels[0].set_yticks(range(len(names)), [METHODS[name].title for name in names])
+    panels[0].set_yticks(range(len(names)), [ADAPTATIONS[name].title for name in names])
     for scope, label in ((None, "plain"), ("layer", "layer scope"), ("model", "model scope")):
         panels[-1].plot([], [], "o", color=_COLORS[scope], label=label)
     panels[-1].plot([], [], color="0.4", linestyle=":", linewidth=1.4, label="before adaptation")

@@ -33,7 +33,7 @@ class Method:
 #     LoRA      2e-3 0.672, 5e-3 0.708, 1e-2 0.683        Poly-z    0.1 0.670, 0.5 0.669
 #     MHR-μ     2e-3 0.730, 5e-3 0.694                    MHR-z     0.1 0.680, 0.5 0.699
 # The shared skill, Poly and MHR have that of MHR-μ.
-METHODS: dict[str, Method] = {
+ADAPTATIONS: dict[str, Method] = {
     "zero": Method("MHR, mean of the skills", "mhr", "nothing"),
     "lora": Method("LoRA", None, "adapter", None, 5e-3),
     "lora-layer": Method("LoRA, layer scope", None, "adapter", "layer", 5e-3),

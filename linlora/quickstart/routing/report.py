@@ -7,7 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from linlora.experiments.report import compare, percent, spread
-from linlora.quickstart.routing.methods import INVENTORY_TITLES, METHODS
+from linlora.quickstart.routing.methods import ADAPTATIONS, INVENTORY_TITLES
 from linlora.quickstart.routing.results import paired_difference
 
 # Pairs the reading compares: few numbers against many, an inventory against none, linearized against plain.
@@ -30,7 +30,7 @@ def table(results: dict[str, Any]) -> Table:
         view.add_column(header, justify="right", no_wrap=True)
     before = percent(sum(results["before"]) / len(results["before"]))
     view.add_row("before adaptation", "0", *[before] * len(shots), "–")
-    for name, method in METHODS.items():
+    for name, method in ADAPTATIONS.items():
         entries = [results["methods"][name][str(count)] for count in shots]
         seconds = f"{entries[-1]['seconds']:.2f}" if method.trains != "nothing" else "–"
         view.add_row(
@@ -49,7 +49,7 @@ def reading(results: dict[str, Any]) -> str:
     ]
     for count in results["settings"]["shots"]:
         verdicts = (
-            compare(METHODS[one].title, METHODS[other].title, paired_difference(results, one, other, count))
+            compare(ADAPTATIONS[one].title, ADAPTATIONS[other].title, paired_difference(results, one, other, count))
             for one, other in _PAIRS
         )
         lines += [f"With {count} images:", *(f"  {verdict}" for verdict in verdicts)]

@@ -13,7 +13,7 @@ from linlora.experiments.results import mean_std
 from linlora.quickstart.routing.adaptation import adaptation_record
 from linlora.quickstart.routing.experiment import RoutingExperiment, accuracy
 from linlora.quickstart.routing.inventories import load_inventory, training_record
-from linlora.quickstart.routing.methods import INVENTORIES, METHODS
+from linlora.quickstart.routing.methods import ADAPTATIONS, INVENTORIES
 from linlora.routing import task_weights
 from linlora.storage.environment import environment
 
@@ -39,7 +39,7 @@ def collect(experiment: RoutingExperiment, seeds: int) -> dict[str, Any]:
                 )
                 for shots in experiment.settings.shots
             }
-            for method in METHODS
+            for method in ADAPTATIONS
         },
         "routing": routing_results(experiment),
     }

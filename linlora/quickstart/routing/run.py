@@ -19,7 +19,7 @@ from linlora.quickstart.routing.adaptation import RECORD_FILE, adapt_all
 from linlora.quickstart.routing.experiment import RoutingExperiment
 from linlora.quickstart.routing.figures import draw_accuracies, draw_routing
 from linlora.quickstart.routing.inventories import INVENTORY_FILE, TRAINING_FILE, train_inventory
-from linlora.quickstart.routing.methods import INVENTORIES, INVENTORY_TITLES, METHODS
+from linlora.quickstart.routing.methods import ADAPTATIONS, INVENTORIES, INVENTORY_TITLES
 from linlora.quickstart.routing.report import reading, table
 from linlora.quickstart.routing.results import collect
 from linlora.quickstart.routing.settings import RoutingSettings
@@ -78,7 +78,7 @@ def _phases(experiment: RoutingExperiment, seeds: int) -> list[list[Job]]:
             (RECORD_FILE,), functools.partial(adapt_all, experiment, name, shots, seed),
             (experiment.inventory_folder(method.inventory, seed),) if method.inventory else (),
         )
-        for seed in range(seeds) for shots in experiment.settings.shots for name, method in METHODS.items()
+        for seed in range(seeds) for shots in experiment.settings.shots for name, method in ADAPTATIONS.items()
     ]  # fmt: skip
     return [inventories, adaptations]
 
