@@ -97,8 +97,9 @@ def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
         total = None
         if isinstance(x, DualTensor):
+            dtype = mean.dtype if mean.device.type == "cpu" else y.dtype  # a CPU takes one: float32, of wide weights
             total = torch.ops.aten.native_layer_norm_backward.default(
-                x.tangent.to(y.dtype), x.primal.to(y.dtype), shape, mean, rstd, None, None, [True, False, False]
+                x.tangent.to(dtype), x.primal.to(dtype), shape, mean, rstd, None, None, [True, False, False]
             )[0]
             total = total if weight is None else total.mul_(primals(weight))
         if isinstance(weight, DualTensor):

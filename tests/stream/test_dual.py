@@ -281,6 +281,18 @@ def test_autocast_gives_both_streams_the_dtypes_of_the_module(dtype):
         assert (a - b).norm() <= 3e-2 * b.norm() + 1e-6
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_of_a_layer_norm_after_a_linear_layer(dtype):
+    """Its input is of half precision then, its weights are not."""
+    net, x, v = nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4)), torch.randn(3, 4), torch.randn(3, 4)
+    _, exact = torch.func.jvp(net, (x,), (v,))
+    with torch.autocast("cpu", dtype):
+        output, tangent = dual(net, (x,), (v,))
+        torch.testing.assert_close(output, net(x))
+    assert tangent.dtype == output.dtype
+    assert (tangent - exact).norm() <= 5e-2 * exact.norm()
+
+
 def test_four_adamw_steps_of_meanflow_give_the_weights_of_torch_func():
     net, (z, r, t, label), (v, *_) = dit_step()
     nets = [net, copy.deepcopy(net)]
