@@ -120,9 +120,8 @@ def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
         wide = torch.promote_types(x.primal.dtype, torch.float32)
         primal, tangent = x.primal.to(wide), x.tangent.to(wide)
-        eps = torch.finfo(x.primal.dtype).eps if eps is None else eps
         over = list(range(-len(shape), 0))
-        rstd = primal.square().mean(over, keepdim=True).add_(eps).rsqrt_()
+        rstd = primal.square().mean(over, keepdim=True).add_(fused.rms_eps(x.primal, eps)).rsqrt_()
         normalized = primal * rstd
         y_tangent = (tangent - normalized * (normalized * tangent).mean(over, keepdim=True)).mul_(rstd)
         y_tangent = y_tangent if weight is None else y_tangent.mul_(primals(weight))

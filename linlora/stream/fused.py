@@ -56,8 +56,7 @@ def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     if len(shape) != 1 or not isinstance(x, DualTensor) or _carry(weight):
         return _forward_mode(func, args, kwargs)
     check_frozen(func, weight)
-    eps = torch.finfo(x.dtype).eps if eps is None else eps
-    return wrap(*dual.rms_norm(x.primal, x.tangent, weight, eps), x.stream)
+    return wrap(*dual.rms_norm(x.primal, x.tangent, weight, rms_eps(x.primal, eps)), x.stream)
 
 
 class PendingActivation(DualTensor):
@@ -160,6 +159,11 @@ LINEAR: dict[str, Any] = {"input": None, "weight": None, "bias": None}
 LAYER_NORM = {"input": None, "normalized_shape": (), "weight": None, "bias": None, "eps": 1e-5}
 RMS_NORM = {"input": None, "normalized_shape": (), "weight": None, "eps": None}
 _DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
+
+
+def rms_eps(x: Tensor, eps: float | None) -> float:
+    """The eps of an RMS norm; without one torch takes that of the dtype it computes in, float32 for half precision."""
+    return torch.finfo(torch.promote_types(x.dtype, torch.float32)).eps if eps is None else eps
 
 
 def _carry(*arguments: Any) -> bool:

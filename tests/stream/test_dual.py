@@ -293,6 +293,17 @@ def test_autocast_of_a_layer_norm_after_a_linear_layer(dtype):
     assert (tangent - exact).norm() <= 5e-2 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_rms_norm_without_an_eps_takes_that_of_torch(dtype):
+    """The inputs are small, so that eps counts; both streams are those of the eps that torch's own output has."""
+    x, v = (0.05 * torch.randn(2, 3, 8)).to(dtype)
+    output, tangent = dual(nn.RMSNorm(8, elementwise_affine=False), (x,), (v,))
+    exact = nn.RMSNorm(8, eps=torch.finfo(torch.float32).eps, elementwise_affine=False)
+    expected = torch.func.jvp(exact, (x.double(),), (v.double(),))
+    for actual, wanted in zip((output, tangent), expected, strict=True):
+        assert (actual - wanted).norm() <= 1e-2 * wanted.norm()
+
+
 def test_four_adamw_steps_of_meanflow_give_the_weights_of_torch_func():
     net, (z, r, t, label), (v, *_) = dit_step()
     nets = [net, copy.deepcopy(net)]
