@@ -42,7 +42,8 @@ def dual(model: Callable[..., Any], inputs: Any, tangents: Any) -> tuple[Any, An
     TangentError, not a smaller gradient: `detach()` it. For gradients of the tangent use torch.func.jvp.
 
     Differences from torch.func.jvp: dropout of attention has one mask for both streams and its own random numbers;
-    torch.compile, in the network or around it, runs eagerly here.
+    torch.compile, in the network or around it, runs eagerly here; what the network writes in place into an input with a
+    tangent stays inside: your tensor, and whatever else shares its memory, keep their values.
 
     Raises ValueError where a tangent does not fit its input, TypeError for other inputs, TangentError, which names
     module, function and remedy, where a tangent cannot be formed.
