@@ -70,7 +70,7 @@ def suite_of(tasks: Sequence[Judge], like: TaskVector, *splits: str) -> Suite:
     names = [judge.settings.name for judge in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"two tasks are named '{twice[0]}'; give them different names in their settings")
+        raise ValueError(f"two tasks are named '{twice[0]}'; give one another `name:` in its settings.yaml or recipe")
     heads = {judge.settings.name: judge.run.head if judge.run is not None else None for judge in tasks}
     loaded = {judge.settings.name: load_task(judge.settings) for judge in tasks}
     for task in loaded.values():

@@ -48,8 +48,9 @@ def what_next(runs: Sequence[Run]) -> str:
         lines = [f"linlora eval {folders}{split}"]
         if not any(different_models(first.settings, run.settings) for run in runs[1:]):
             lines.append(f"linlora eval {folders} --fuse task_arithmetic --search{split}")
-            fused = shlex.quote(str(first.folder.parent / "fused.safetensors"))
-            lines.append(f"linlora fuse {folders} --scaling 0.3 --out {fused}")
+            of_runs = first.folder.parent  # beside it: in it, FOLDER/* would take the fused vector for a run
+            fused = of_runs.with_name(f"{of_runs.name}-fused.safetensors") if of_runs.name else "fused.safetensors"
+            lines.append(f"linlora fuse {folders} --scaling 0.3 --out {shlex.quote(str(fused))}")
     notes = [] if tested else ["a test split is added by the same command with --test"]
     notes.append(f"how to load it: {first.folder / 'README.md'}")
     return "\n".join(["next:", *(f"  {line}" for line in lines), *(f"note: {note}" for note in notes)])

@@ -55,7 +55,7 @@ def test_every_command_that_is_printed_works(run, recipe, method):
     assert {"eval", "inspect", "fuse", "export", "merge"} <= set(commands)
     assert any("--search" in line for line in done)
     assert any("--cast layer" in line for line in done) == (method == "model")
-    assert Path("runs/fused-merged/config.json").exists()
+    assert Path("runs-fused-merged/config.json").exists()
 
 
 def test_a_classifier_goes_from_training_to_a_merged_model_with_its_class_names(run, recipe, checkpoints):
