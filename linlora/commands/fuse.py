@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import shlex
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -68,6 +70,12 @@ def fuse(
         console = Console(soft_wrap=True, highlight=False)
         what = f"{method} of {len(stored)} vectors of scope '{fused.scope}', {len(fused.scalings)} layers"
         console.print(f"{out}: {what}", markup=False)
+        scaling = chosen.get("scaling", default(linlora.fusion.METHODS[method], "scaling"))
+        if scaling is not None:
+            console.print(f"scaling {scaling}", markup=False)
+        twice = sorted({path for path in vectors[:first] if vectors[:first].count(path) > 1})
+        if twice:
+            console.print(f"note: given more than once, and counted so: {', '.join(twice)}", markup=False)
         if fused.scope == "lora":
             console.print(
                 "note: plain LoRA adapters of one start are fused factor by factor, Σ dB_i and Σ dA_i: their product "
@@ -87,6 +95,12 @@ def fuse(
         console.print(f"next:\n  linlora inspect {named}\n  linlora export {named}{cast} --out {folder}", markup=False)
 
 
+def default(function: Callable[..., Any], option: str) -> Any:
+    """The default of an option of a fusion method; None where it has none."""
+    parameter = inspect.signature(function).parameters.get(option)
+    return None if parameter is None or parameter.default is parameter.empty else parameter.default
+
+
 def _is_of(out: Path, vector: Path) -> bool:
     """Whether a file is a vector that is read, or lies in its folder."""
     return out.exists() and (out.resolve() == vector.resolve() or out.resolve().parent == vector.resolve())
@@ -104,7 +118,8 @@ def _of_one_space(stored: list[Stored], scope: str | None) -> list[Stored]:
         try:
             one.vector.check_same_point(other.vector)
         except DifferentPointError as error:
-            raise DifferentPointError(f"{one.path} and {other.path}: {error}") from error
+            remedy = "" if "model" in (one.vector.scope, other.vector.scope) else ". Or fuse ΔW: --scope weight"
+            raise DifferentPointError(f"{one.path} and {other.path}: {error}{remedy}") from error
     return stored
 
 

@@ -21,7 +21,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer and adapter, and how it runs. `state` is 'plain', 'short' or 'pair' (linlora.layers.adapters)."""
+    """One layer and adapter, and how it runs.
+
+    `state` is 'plain', 'short' or 'pair' (linlora.layers.adapters), or 'frozen A': a plain one of which B alone trains.
+    """
 
     name: str
     adapter: str
@@ -72,6 +75,7 @@ class Report:
 
 _STATES = {
     "plain": "plain: A and B train, as in PEFT",
+    "frozen A": "plain, with A frozen: B alone trains, LoRA-FA",
     "short": "start at B0 = 0: y = x Wᵀ + b + s (x A0ᵀ) dBᵀ. dA has no effect, so A is frozen and B alone trains",
     "pair": "start at B0 != 0: A0 and B0 are frozen, dA and dB (lora_dA, lora_dB) train",
 }
@@ -83,7 +87,7 @@ def report(action: str, model: nn.Module, layers: list[tuple[str, Any]], whole_m
     rows = [
         LayerReport(
             name, adapter, layer.in_features, layer.out_features, layer.r[adapter], layer.scaling[adapter],
-            layer.states[adapter], _backend(layer),
+            _state(layer, adapter), _backend(layer),
         )
         for name, layer in layers
         for adapter in layer.lora_A
@@ -96,6 +100,12 @@ def report(action: str, model: nn.Module, layers: list[tuple[str, Any]], whole_m
         if isinstance(module, AuxiliaryTrainingWrapper)
     ]
     return Report(action, tuple(rows), tuple(left_alone), _trainable(model.parameters()), whole_modules, stream)
+
+
+def _state(layer: ConvertedLoraLinear, adapter: str) -> str:
+    state = layer.states[adapter]
+    A_trains, B_trains = (of[adapter].weight.requires_grad for of in (layer.lora_A, layer.lora_B))
+    return "frozen A" if state == "plain" and B_trains and not A_trains else state
 
 
 def _backend(layer: ConvertedLoraLinear) -> str:

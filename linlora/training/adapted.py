@@ -59,9 +59,9 @@ def adapt(
     if method in ("layer", "model"):
         report = linearize(model, method)
     else:
-        report = accelerate(model)
         if method == "lora-fa":
             freeze_A(model)
+        report = accelerate(model)
     return Adapted(model, TaskVector.from_model(model), report)
 
 

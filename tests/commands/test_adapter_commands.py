@@ -173,6 +173,21 @@ def test_plain_adapters_of_one_start_are_fused_there_or_as_what_they_add_to_the_
     assert status == 0
     expected = 0.5 * (trained[0].cast("weight") + trained[1].cast("weight"))
     assert (TaskVector.load("f.safetensors") - expected).norm() < 1e-6 * expected.norm()
+    status, output = run("fuse a.safetensors a.safetensors --out f.safetensors")
+    assert status == 0
+    assert "scaling 0.3" in output
+    assert "note: given more than once, and counted so: a.safetensors" in output
+
+
+def test_vectors_of_two_points_are_refused_with_the_flag_that_fuses_them(run, tmp_path):
+    for seed in (0, 1):
+        model = tiny_model("bert", trained=True, seed=seed)
+        linlora.linearize(model)
+        TaskVector.from_model(model).save(f"{seed}.safetensors")
+    status, output = run("fuse 0.safetensors 1.safetensors --out f.safetensors")
+    assert status == 2
+    assert "--scope weight" in output
+    assert run("fuse 0.safetensors 1.safetensors --out f.safetensors --scope weight")[0] == 0
 
 
 def test_adapters_that_name_their_base_differently_are_of_the_one_that_is_named(run, tmp_path):

@@ -361,3 +361,14 @@ def test_from_pretrained_adapter_can_be_linearized(tmp_path):
     assert report.trainable == 0
     assert "is_trainable=True" in str(report)
     torch.testing.assert_close(logits(loaded), logits(model), rtol=1e-4, atol=1e-5)
+
+
+def test_the_report_of_lora_fa_says_that_A_is_frozen():
+    model = tiny_model("bert")
+    for name, parameter in model.named_parameters():
+        if ".lora_A." in name:
+            parameter.requires_grad_(False)
+    report = linlora.accelerate(model)
+    assert {layer.state for layer in report.layers} == {"frozen A"}
+    assert "B alone trains, LoRA-FA" in str(report)
+    assert report.trainable == sum(p.numel() for p in model.parameters() if p.requires_grad)
