@@ -329,6 +329,11 @@ def reading(results: Mapping[str, Any]) -> str:
     single = statistics.fmean(results["single"]["test"])
     options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
     beside = f", the plain average {percent(mean['average'])}" if "average" in mean else ""
+    if row["options"].get("scaling") == 0:
+        return (
+            "Recommended: the base model without adapters, for no method is clearly better on validation. It scores "
+            f"{percent(mean['backbone'])} % on test{beside}, one adapter for each task {percent(single)}.\n{CAVEAT}"
+        )
     return (
         f"Recommended: {METHOD_TITLES[chosen['method']]}{f' ({options})' if options else ''}. It scores "
         f"{percent(mean[chosen['method']])} % on test; the backbone {percent(mean['backbone'])}{beside}, one adapter "

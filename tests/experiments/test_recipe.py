@@ -23,6 +23,7 @@ import linlora
 from linlora import TaskVector
 from linlora.cli import app
 from linlora.experiments import Options, compare_adapters, compare_recipe, report
+from linlora.experiments.adapters import reading
 from linlora.experiments.recipes import described
 from linlora.testing import tiny_base, tiny_model
 from linlora.training import Run, adapt, evaluate, load_task, plain_yaml, set_head
@@ -286,6 +287,12 @@ def test_the_command_it_recommends_works_as_printed(runs, tmp_path, console, mon
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     assert evaluated(adapters, "fused.safetensors") == pytest.approx(results["rows"]["tsv"]["test"])
+
+
+def test_a_scaling_of_zero_is_read_as_the_base_model():
+    scores = {"backbone": {"test": [0.5]}, "task_arithmetic": {"test": [0.5], "options": {"scaling": 0.0}}}
+    results = {"rows": scores, "single": {"test": [0.75]}, "recommendation": {"method": "task_arithmetic"}}
+    assert "the base model without adapters" in reading(results)
 
 
 @pytest.mark.parametrize(
