@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
-from typing import NamedTuple
+import threading
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -41,3 +43,35 @@ def unavailable(device: torch.device) -> str | None:
     if major < 8:
         return f"{device} has compute capability {major}.{minor}, the kernels need 8.0; use the torch backend"
     return None
+
+
+class _Thread(threading.local):
+    has_context = False
+
+
+_thread = _Thread()
+
+
+def bind_context(device: int) -> None:
+    """Gives the thread the context of the device if it has none: a tensor map cannot be encoded without one.
+
+    A thread in which autograd runs backward may have none, until a launch binds one, which is after the maps.
+    """
+    if _thread.has_context:
+        return
+    driver = ctypes.CDLL("libcuda.so.1")
+    handle, context = ctypes.c_int(), ctypes.c_void_p()
+
+    def call(name: str, *arguments: Any) -> None:
+        code = getattr(driver, name)(*arguments)
+        if code != 0:
+            text = ctypes.c_char_p()
+            driver.cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"{name} on CUDA device {device}: {(text.value or b'error %d' % code).decode()}")
+
+    call("cuCtxGetCurrent", ctypes.byref(context))
+    if not context.value:
+        call("cuDeviceGet", ctypes.byref(handle), device)
+        call("cuDevicePrimaryCtxRetain", ctypes.byref(context), handle)
+        call("cuCtxSetCurrent", context)
+    _thread.has_context = True

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from .configs import Config, select
-from .device import device_traits
+from .device import bind_context, device_traits
 from .dropout import dropout_argument
 from .problem import LoraLinear, Result
 from .tiles import matrix
@@ -32,6 +32,8 @@ class Launch(NamedTuple):
             self._run()
 
     def _run(self) -> None:
+        if not triton.knobs.runtime.interpret:
+            bind_context(triton.runtime.driver.active.get_current_device())
         self.kernel[self.grid](**self.arguments, **self._options())
 
     def compile(self) -> Any:
