@@ -81,3 +81,24 @@ def test_help_and_what_is_typed_wrong_import_no_torch(arguments):
         [sys.executable, "-c", code + "sys.exit('torch' in sys.modules)"], capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
+
+
+def test_fusing_files_imports_no_peft_and_no_transformers(tmp_path):
+    """They take most of the time that the fusion of small adapters takes."""
+    for seed in "ab":
+        linlora.testing.tiny_model("bert", trained=True).save_pretrained(tmp_path / seed)
+    arguments = [
+        "fuse",
+        *(str(tmp_path / seed) for seed in "ab"),
+        "--method",
+        "tsv",
+        "--out",
+        str(tmp_path / "f.safetensors"),
+    ]
+    code = (
+        f"import sys; sys.argv[1:] = {arguments}; from linlora import cli\ntry: cli.main()\nexcept SystemExit: pass\n"
+        "sys.exit(','.join({'peft', 'transformers', 'torch.distributed.tensor'} & sys.modules.keys()) or None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert linlora.TaskVector.load(tmp_path / "f.safetensors").scope == "weight"

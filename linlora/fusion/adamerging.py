@@ -12,20 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor, nn
 
 from linlora.fusion.checks import check_count, check_number, checked
 from linlora.fusion.inference import Logits, main_logits
 from linlora.fusion.search import bar
 from linlora.fusion.tensorwise import wide
+from linlora.layers.temporary import displaced, evaluating, trainable
 from linlora.vectors.adapters import delta_parameters
 from linlora.vectors.points import point_name
-from linlora.vectors.products import displaced, evaluating, trainable
 from linlora.vectors.task_vector import TaskVector
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def adamerging(

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from linlora.fusion.arithmetic import task_arithmetic
 from linlora.fusion.checks import check_finite, checked
 from linlora.fusion.inference import Logits, main_logits
 from linlora.fusion.search import bar
-from linlora.vectors.products import evaluating
+from linlora.layers.temporary import evaluating
 from linlora.vectors.task_vector import TaskVector, apply
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def cosines(vectors: Iterable[TaskVector]) -> np.ndarray:

@@ -21,9 +21,9 @@ from linlora.fusion.checks import check_number, checked
 from linlora.fusion.inference import Logits, main_logits
 from linlora.fusion.layerwise import Layer, fused_layers, peek, weight_vectors
 from linlora.fusion.truncation import OutRank
+from linlora.layers.temporary import evaluating
 from linlora.layers.weights import Update
 from linlora.storage.tensors import memory
-from linlora.vectors.products import evaluating
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
 

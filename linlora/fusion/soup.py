@@ -21,8 +21,8 @@ from linlora.fusion.checks import check_count, check_number
 from linlora.fusion.layerwise import Layer, fused_layers, fused_sizes, layer, weight_vectors
 from linlora.fusion.search import bar
 from linlora.fusion.truncation import OutRank
+from linlora.layers.temporary import evaluating
 from linlora.layers.weights import Update
-from linlora.vectors.products import evaluating
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
 

@@ -13,6 +13,7 @@ model_scope      the second stream, turned on and off
 folding          a linearized adapter as stock LoRA factors; peft_saving, peft_merging, peft_names: PEFT's methods
 vanilla          which adapters are plain LoRA, and the reasons for those that are not
 weights          sums of W and ΔW, rounded once and taken apart bit by bit
-restoring        finish, or leave the model as it was; sharding, sharing: weights that lie elsewhere or are shared
+restoring        finish, or leave the model as it was; temporary: changes that last for a block
+sharding         weights that lie elsewhere; sharing: that several modules use
 report           what was done to which layers
 """

@@ -5,29 +5,40 @@ A gather is a collective: every process of the mesh has to take part, whoever wr
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
+
+
+def _is_shard(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Whether a tensor is a DTensor; there is none where their module, a second to import, was not imported."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def whole(tensor: Tensor) -> Tensor:
     """The full value of a parameter: gathered from all processes if it is sharded, the tensor itself if not."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_shard(tensor) else tensor
 
 
 def sharded_like(value: Tensor, parameter: Tensor) -> Tensor:
     """The part of a value, known to every process, that goes into this process's shard of a parameter."""
-    if not isinstance(parameter, DTensor):
+    if not _is_shard(parameter):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     value = value.to(parameter.device, parameter.dtype)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 
 
 def is_sharded(model: nn.Module) -> bool:
     """Whether FSDP2 (or tensor parallelism) has sharded a parameter of the model."""
-    return any(isinstance(parameter, DTensor) for parameter in model.parameters())
+    return any(map(_is_shard, model.parameters()))
 
 
 def check_there(what: str, parameters: Iterable[tuple[str, Tensor]]) -> None:
@@ -45,5 +56,5 @@ def writes(model: nn.Module) -> bool:
 
     Processes that hold whole models, as under DDP, are told apart by who calls.
     """
-    mesh: Any = next((p.device_mesh for p in model.parameters() if isinstance(p, DTensor)), None)
+    mesh: Any = next((p.device_mesh for p in model.parameters() if _is_shard(p)), None)
     return mesh is None or not any(mesh.get_coordinate())

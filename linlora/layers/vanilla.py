@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import LoraConfig
+if TYPE_CHECKING:
+    from peft import LoraConfig
 
 FOLLOWED = {
     "peft_type", "r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "init_lora_weights", "bias",
@@ -81,6 +82,7 @@ def not_vanilla_config(config: Mapping[str, Any] | LoraConfig, in_its_model: boo
     >>> not_vanilla_config({"r": 8, "use_dora": False, "use_rslora": True, "of_tomorrow": None})
     >>> not_vanilla_config({"r": 8, "of_tomorrow": 2})
     'of_tomorrow is set, a field this linlora does not know: it may make another function of A and B. Update linlora'
+    >>> from peft import LoraConfig
     >>> not_vanilla_config(LoraConfig(task_type="CAUSAL_LM", alora_invocation_tokens=[1]))
     'alora_invocation_tokens is set: aLoRA acts after its invocation tokens alone'
     """
@@ -159,6 +161,7 @@ def changes_base(init_lora_weights: Any) -> bool:
 def changed_base(configs: Iterable[Any]) -> str | None:
     """The initializations that changed the base weights of a model with adapters of these configs, or None.
 
+    >>> from peft import LoraConfig
     >>> changed_base([LoraConfig(), LoraConfig(init_lora_weights="pissa_niter_4")])
     'pissa_niter_4'
     """

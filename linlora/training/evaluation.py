@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
 from linlora.fusion.search import bar
+from linlora.layers.temporary import evaluating
 from linlora.training.task import Task
-from linlora.vectors.products import evaluating
 
 
 def evaluate(

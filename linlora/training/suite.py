@@ -10,12 +10,12 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
+from linlora.layers.temporary import evaluating
 from linlora.training.adapted import adapt
 from linlora.training.evaluation import arithmetic, evaluate, on_device
 from linlora.training.head import set_head
 from linlora.training.settings import Settings
 from linlora.training.task import Task
-from linlora.vectors.products import evaluating
 from linlora.vectors.task_vector import TaskVector, apply
 from linlora.vectors.weight_vector import WeightVector
 

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
-from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
 from linlora.layers.sharding import check_there, sharded_like, whole
 from linlora.layers.vanilla import not_vanilla_config, not_vanilla_layer
 from linlora.storage.tensors import finite
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 
 def one_adapter(model: PeftModel, adapter: str | None) -> str:
     """The adapter of a name, or the active one. Raises ValueError where that is none, or more than one."""
+    from peft import PeftModel
+
     if not isinstance(model, PeftModel):
         raise TypeError(f"a PeftModel is expected, got {type(model).__name__}")
     names = [adapter] if adapter is not None else list(model.active_adapters)
@@ -33,6 +36,8 @@ def adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
 
     Raises ValueError for an adapter that is more than A and B of linear layers, or has no layer.
     """
+    from peft.tuners.lora.layer import LoraLayer
+
     layers: list[tuple[str, Any]] = [
         (path.removeprefix("base_model.model."), module)
         for path, module in model.named_modules()

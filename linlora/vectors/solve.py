@@ -26,8 +26,9 @@ from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import cross_entropy, one_hot
 
+from linlora.layers.temporary import displaced, trainable
 from linlora.vectors.adapters import delta_parameters
-from linlora.vectors.products import at_point, both_outputs, displaced, main_output, trainable
+from linlora.vectors.products import at_point, both_outputs, main_output
 from linlora.vectors.task_vector import TaskVector
 
 

@@ -10,10 +10,9 @@ import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from linlora.layers.restoring import restoring
@@ -22,6 +21,9 @@ from linlora.storage.tensors import shapes
 from linlora.vectors.adapters import adapter_layers, assign, check_values, delta_parameters, held_by, one_adapter
 from linlora.vectors.files import Content, read_vector, write_vector
 from linlora.vectors.points import DifferentPointError, point_hash, point_name, some
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True, eq=False, repr=False)

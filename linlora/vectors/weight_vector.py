@@ -14,10 +14,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import PurePath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -28,6 +27,9 @@ from linlora.vectors.adapters import adapter_layers, assign, check_values
 from linlora.vectors.factors import Size, factors_of, size_of, stored_factors, total
 from linlora.vectors.points import DifferentPointError, point_hash
 from linlora.vectors.task_vector import TaskVector
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 @dataclass(frozen=True, eq=False, repr=False)
