@@ -40,6 +40,7 @@ def draw_scalings(results: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8.0 * len(starts), 4.5), layout="constrained")
     panels = figure.subplots(1, len(starts), sharey=True, squeeze=False)[0]
     for axes, start in zip(panels, starts, strict=True):
+        added_whole = {}
         for key, entry in start["controls"].items():
             if not (points := _curve(entry)):
                 continue
@@ -51,16 +52,30 @@ def draw_scalings(results: Mapping[str, Any], path: Path) -> None:
             axes.fill_between(scalings, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
             if scalings[0] == 0.0:
                 before = mean[0]
-        axes.axhline(before, color="0.35", linestyle="--", linewidth=1.5)
-        axes.text(1.0, before, "backbone, not fine-tuned", color="0.35", ha="right", va="bottom", fontsize=12)
-        axes.set_title(start["title"] if len(starts) > 1 else "Fused adapters, scaled by λ", fontsize=14)
+            if scalings[-1] == 1.0:
+                added_whole[SHORT[key]] = mean[-1]
+        axes.axhline(before, color="0.35", linestyle="--", linewidth=1.5, label="backbone, not fine-tuned")
+        axes.set_title(_takeaway(start["title"] if len(starts) > 1 else "", added_whole), fontsize=14)
         axes.set_xlabel("scaling coefficient λ", fontsize=13)
         axes.tick_params(labelsize=12)
         axes.grid(alpha=0.25)
         axes.margins(x=0.02)
-    panels[0].set_ylabel(f"score (%), mean of {len(results['tasks'])} tasks", fontsize=13)
+    panels[0].set_ylabel(f"validation score (%), mean of {len(results['tasks'])} tasks", fontsize=12)
     panels[0].legend(fontsize=12, framealpha=0.9, edgecolor="white")
     save(figure, path)
+
+
+def _takeaway(start: str, added_whole: Mapping[str, float]) -> str:
+    """The title of a panel: the ends of the curves.
+
+    >>> _takeaway("", {"LoRA factors": 24.0, "model scope": 77.0})
+    'Added as they are (λ = 1): model scope 77 %, LoRA factors 24 %'
+    """
+    if len(added_whole) < 2:
+        return start or "Fused adapters, scaled by λ"
+    best, worst = max(added_whole, key=added_whole.__getitem__), min(added_whole, key=added_whole.__getitem__)
+    added = f"{start}: added" if start else "Added"
+    return f"{added} as they are (λ = 1): {best} {added_whole[best]:.0f} %, {worst} {added_whole[worst]:.0f} %"
 
 
 def draw_search(results: Mapping[str, Any], path: Path) -> None:
