@@ -40,7 +40,7 @@ from .launch import Launch, block_r, chosen, dot_precision
 from .packing import empty
 from .problem import Result
 from .stacks import Segments, group_at, load_from, rows_at, stack
-from .tiles import bias_tile, dot, grouped_tile, load_tile, load_transposed, matrix, store_tile
+from .tiles import bias_tile, dot, grouped_tile, load_tile, load_transposed, matrix, scaling_argument, store_tile
 
 
 @triton.jit
@@ -121,8 +121,8 @@ def grouped_lora_linear_kernel(
                 store_tile(u, b_u, o_m, o_r)
             if c is not None:
                 store_tile(c, b_c, o_m, o_r)
-        b_low_u = (b_u * scaling).to(DTYPE)
-        b_low_c = (b_c * scaling).to(DTYPE)
+        b_low_u = (b_u * scaling.low).to(DTYPE)
+        b_low_c = (b_c * scaling.low).to(DTYPE)
         if expand is not None:
             b_expand = load_tile(expand, o_r, o_n).to(DTYPE)
             if y_tangent is None:
@@ -139,6 +139,8 @@ def grouped_lora_linear_kernel(
                 b_y = add_of_groups(b_y, b_low_c, d_expand, segments, place, end, o_place, o_r, o_n, PRECISION)
             else:
                 b_y = add_of_groups(b_y, b_low_u, d_expand, segments, place, end, o_place, o_r, o_n, PRECISION)
+    b_y *= scaling.factor
+    b_y_tangent *= scaling.factor
     if MASK_UPDATE:
         b_y = tl.where(keep_mask(o_m, o_n, dropout), b_y * dropout.inverse_keep, 0.0)
     b_y += bias_tile(p_bias, o_n, weight.rows, BLOCK_M, BLOCK_N)
@@ -199,7 +201,7 @@ def launch(
             "y_tangent": matrix(result.y_tangent),
             "u": matrix(result.u),
             "c": matrix(result.c),
-            "scaling": problem.scaling,
+            "scaling": scaling_argument(problem.scaling),
             "dropout": dropout_argument(problem.dropout_p, problem.seed),
             "MASK_UPDATE": problem.masks_update and problem.dropout_p > 0.0,
             "PRECISION": dot_precision(x.dtype),

@@ -43,7 +43,7 @@ class GroupedLoraLinear(NamedTuple):
     scaling: float
     x_tangent: Tensor | None = None  # like x; with two streams None is zero
     dropout_p: float = 0.0
-    seed: Tensor | None = None  # 0-d int64, of the dropout mask
+    seed: Tensor | None = None  # 0-d int64, of the dropout mask; composed calls also take the mask, (M, K)
     two_streams: bool = False
     masks_update: bool = False  # the side of the mask: of the update in an adjoint, else of the shrink's input
     placed: Tensor | None = None  # x' as the backend's `place` makes it, where it is made already

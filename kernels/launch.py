@@ -12,7 +12,7 @@ from .configs import Config, select
 from .device import bind_context, device_traits
 from .dropout import dropout_argument
 from .problem import LoraLinear, Result
-from .tiles import matrix
+from .tiles import matrix, scaling_argument
 
 
 class Launch(NamedTuple):
@@ -96,7 +96,7 @@ def layer_arguments(problem: LoraLinear, result: Result, config: Config) -> dict
         "y": matrix(result.y),
         "u": matrix(result.u),
         "c": matrix(result.c),
-        "scaling": problem.scaling,
+        "scaling": scaling_argument(problem.scaling),
         "dropout": dropout_argument(problem.dropout_p, problem.seed),
         "MASK_UPDATE": problem.masks_update and problem.dropout_p > 0.0,
         "PRECISION": dot_precision(problem.x.dtype),

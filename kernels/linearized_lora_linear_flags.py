@@ -13,10 +13,10 @@ GROUP_M rows:
 
 The shrink costs 2r / N instead of the recompute's 2r / BLOCK_N, and waits hide behind loops over K. The protocol:
 
-* A shrink tile stores s u and s c, then counts itself in the flag of its row (release). An output tile waits
-  (acquire) until all shrink tiles of the row are counted, and counts itself when it has read. The last one of the row
-  sets the flag back to 0; the program that draws the last ticket of all sets the counter back to 0. So the buffer is
-  all zeros between launches, with no epoch and no memset.
+* A shrink tile stores s u and s c (by `Scaling.low`), then counts itself in the flag of its row (release). An output
+  tile waits (acquire) until all shrink tiles of the row are counted, and counts itself when it has read. The last one
+  of the row sets the flag back to 0; the program that draws the last ticket of all sets the counter back to 0. So the
+  buffer is all zeros between launches, with no epoch and no memset.
 * A tile waits only on tiles of smaller tickets, which programs that already run have drawn. Progress therefore does
   not depend on how many programs are resident, or on what else runs on the GPU.
 
@@ -90,9 +90,9 @@ def shrink_tile(
         store_tile(u, b_u, o_m, o_r)
     if c is not None:
         store_tile(c, b_u + b_v, o_m, o_r)
-    store_tile(su, b_u * scaling, o_m, o_r)
+    store_tile(su, b_u * scaling.low, o_m, o_r)
     if d_shrink is not None:
-        store_tile(sc, (b_u + b_v) * scaling, o_m, o_r)
+        store_tile(sc, (b_u + b_v) * scaling.low, o_m, o_r)
     tl.debug_barrier()  # every thread has stored before one of them releases
     tl.atomic_add(p_flag, 1, sem="release")
 
@@ -114,6 +114,7 @@ def output_tile(
     K,
     n_shrink_tiles,
     n_output_tiles,
+    scaling,
     dropout,
     TRANSPOSED_WEIGHT: tl.constexpr,
     MASK_UPDATE: tl.constexpr,
@@ -138,10 +139,10 @@ def output_tile(
     for r in tl.range(0, d_expand.columns, BLOCK_R, num_stages=2):  # few ranks at a time: y holds most registers
         o_r = r + tl.arange(0, BLOCK_R)
         b_su = load_tile(su, o_m, o_r, PAST_L1=True)
-        b_update = accumulate_expand(b_update, b_su, d_expand, o_n, o_r, PRECISION)
+        b_update = accumulate_expand(b_update, b_su, d_expand, scaling, o_n, o_r, PRECISION)
         if expand is not None:
             b_sc = load_tile(sc, o_m, o_r, PAST_L1=True)
-            b_update = accumulate_expand(b_update, b_sc, expand, o_n, o_r, PRECISION)
+            b_update = accumulate_expand(b_update, b_sc, expand, scaling, o_n, o_r, PRECISION)
     b_y = add_masked(b_y, b_update, o_m, o_n, dropout) if MASK_UPDATE else b_update
     d_y.store([i_m * BLOCK_M, i_n * BLOCK_N], b_y.to(d_y.dtype))
     if tl.atomic_add(p_flag, 1, sem="relaxed") == n_shrink_tiles + n_output_tiles - 1:  # the last tile of the row
@@ -225,6 +226,7 @@ def linearized_lora_linear_flags_kernel(
                 K,
                 n_shrink_tiles,
                 n_output_tiles,
+                scaling,
                 dropout,
                 TRANSPOSED_WEIGHT,
                 MASK_UPDATE,

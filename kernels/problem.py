@@ -80,7 +80,7 @@ class LoraLinear(NamedTuple):
     scaling: float
     x_tangent: Tensor | None = None  # like x; with two streams None is zero
     dropout_p: float = 0.0
-    seed: Tensor | None = None  # 0-d int64, of the dropout mask
+    seed: Tensor | None = None  # 0-d int64, of the dropout mask; composed calls also take the mask, (M, K)
     two_streams: bool = False
     masks_update: bool = False  # the side of the mask: of the update in an adjoint, else of the shrink's input
 
@@ -136,7 +136,7 @@ class LoraLinear(NamedTuple):
 
         `autocast` says that weights and factors are cast to x's dtype, whatever theirs is.
         """
-        x, weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, seed, *_ = self
+        x, weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, *_ = self
 
         def refuse(message: str) -> NoReturn:
             raise ValueError(f"{op or self.op}: {message}")
@@ -175,8 +175,6 @@ class LoraLinear(NamedTuple):
                 refuse(f"{name} is on {tensor.device}, x on {x.device}: move the model or the input")
         if not 0.0 <= dropout_p < 1.0:
             refuse(f"dropout_p is {dropout_p}: a probability below 1 is expected")
-        if dropout_p > 0.0 and seed is None:
-            refuse("dropout needs a seed: pass seed=torch.randint(2**31, (), device=x.device)")
         return self
 
 

@@ -7,6 +7,7 @@ meet a stride, so tensors may have more than 2³¹ elements, and any strides.
 
 from __future__ import annotations
 
+import math
 from typing import Any, NamedTuple
 
 import triton
@@ -32,6 +33,25 @@ class Matrix(NamedTuple):
 def matrix(tensor: Tensor | None) -> Matrix | None:
     """The kernel argument of a 2-D tensor. None stays None, and the kernel compiles without it."""
     return None if tensor is None else Matrix(tensor, *tensor.shape, *tensor.stride())
+
+
+class Scaling(NamedTuple):
+    """s as two numbers, of u and c and of the factors that they meet, so that neither overflows in float16 by it."""
+
+    low: Any  # at most 1
+    factor: Any  # a power of two, 1 for s up to 1: exact
+
+
+def scaling_argument(scaling: float) -> Scaling:
+    """The kernels' scaling argument.
+
+    >>> scaling_argument(24.0)
+    Scaling(low=0.75, factor=32.0)
+    """
+    if abs(scaling) <= 1.0:
+        return Scaling(scaling, 1.0)
+    mantissa, exponent = math.frexp(scaling)
+    return Scaling(mantissa, 2.0**exponent)
 
 
 @triton.jit
@@ -96,9 +116,9 @@ def accumulate_shrink(b_u, b_x, factor, o_r, o_k, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def accumulate_expand(b_y, b_u, factor, o_n, o_r, PRECISION: tl.constexpr):
-    """y + u factorᵀ, factor (N, R) and u in the dtype of the dots, s included."""
-    b_factor = load_transposed(factor, o_n, o_r)
+def accumulate_expand(b_y, b_u, factor, scaling, o_n, o_r, PRECISION: tl.constexpr):
+    """y + s u factorᵀ, factor (N, R) and u in the dtype of the dots, scaling.low included."""
+    b_factor = load_transposed(factor, o_n, o_r).to(tl.float32) * scaling.factor
     return dot(b_u, b_factor.to(b_u.dtype), b_y, PRECISION)
 
 
@@ -126,15 +146,16 @@ def low_rank_update(
 ):
     """y + s [ u u_factorᵀ + v v_factorᵀ ], factors (N, R) and a term with no factor left out.
 
-    s multiplies the fp32 u and v before their only rounding, so that the update needs no accumulator of its own.
+    s multiplies the fp32 u and v before their only rounding, and the factors exactly (see `Scaling`), so that the
+    update needs no accumulator of its own.
 
     MASKED is dropout seen from its output, as the backward of a masked shrink needs it: y + mask/(1-p) ⊙ s [ … ].
     """
     b_update = tl.zeros_like(b_y) if MASKED else b_y
     if u_factor is not None:
-        b_update = accumulate_expand(b_update, (b_u * scaling).to(DTYPE), u_factor, o_n, o_r, PRECISION)
+        b_update = accumulate_expand(b_update, (b_u * scaling.low).to(DTYPE), u_factor, scaling, o_n, o_r, PRECISION)
     if v_factor is not None:
-        b_update = accumulate_expand(b_update, (b_v * scaling).to(DTYPE), v_factor, o_n, o_r, PRECISION)
+        b_update = accumulate_expand(b_update, (b_v * scaling.low).to(DTYPE), v_factor, scaling, o_n, o_r, PRECISION)
     return add_masked(b_y, b_update, o_m, o_n, dropout) if MASKED else b_update
 
 

@@ -56,7 +56,7 @@ class ConvertedLoraLinear(MergeableAdapters):
         p = self._dropout_p(active)
         if p == 1.0:
             return self._called(x, active)
-        return self._one_stream(x, factors, p, torch.randint(2**31, (), device=x.device) if p > 0.0 else None)
+        return self._one_stream(x, factors, p)
 
     def _called(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
         """Every part called: by PEFT's own forward, and where an adapter is linearized by `called_update`."""
@@ -67,16 +67,16 @@ class ConvertedLoraLinear(MergeableAdapters):
         y = self.base_layer(x)
         return y + sum(called_update(self, adapters, x)).to(y.dtype)
 
-    def _one_stream(self, x: Tensor, factors: Factors, p: float, seed: Tensor | None) -> Tensor:
+    def _one_stream(self, x: Tensor, factors: Factors, p: float) -> Tensor:
         """Layer scope, and plain LoRA: primal + tangent."""
         if not is_product(self.base_layer):
             self._warn_of_base()
-            return low_rank_update(self.base_layer(x), autocast_input(x), factors, p, seed)
+            return low_rank_update(self.base_layer(x), autocast_input(x), factors, p)
         weight = self.matrix
         x = autocast_input(x)
         if x.shape[-1] != weight.shape[1] or x.device != weight.device or x.dtype != weight.dtype:
             self._check_input(x, weight)
-        layer = problem.LoraLinear(x, weight, self.base_layer.bias, *factors, None, p, seed)
+        layer = problem.LoraLinear(x, weight, self.base_layer.bias, *factors, None, p)
         if torch._C._get_tracing_state() is None:
             return run(layer)
         with torch.enable_grad():  # torch.jit.trace compares two graphs, one of them made without gradients
@@ -107,10 +107,9 @@ class ConvertedLoraLinear(MergeableAdapters):
             )
         factors = unrecorded(self.factors(active[0]) if len(active) == 1 else self._stacked(active))
         p = self._dropout_p(active)
-        seed = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
         if self._more_than_factors(active) or p == 1.0:
             return self.stream.leave(*self._called_streams(x, x_tangent, active))
-        return self.stream.leave(*self._two_streams(x, x_tangent, factors, p, seed))
+        return self.stream.leave(*self._two_streams(x, x_tangent, factors, p))
 
     def _called_streams(self, x: Tensor, x_tangent: Tensor | None, adapters: list[str]) -> tuple[Tensor, Tensor]:
         self._refuse_patched(adapters)
@@ -125,17 +124,15 @@ class ConvertedLoraLinear(MergeableAdapters):
         y = self.base_layer(x if x_tangent is None else DualTensor(x, x_tangent, self.stream))
         return (y.primal, y.tangent) if isinstance(y, DualTensor) else (y, None)
 
-    def _two_streams(
-        self, x: Tensor, x_tangent: Tensor | None, factors: Factors, p: float, seed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _two_streams(self, x: Tensor, x_tangent: Tensor | None, factors: Factors, p: float) -> tuple[Tensor, Tensor]:
         if is_product(self.base_layer):
             self._check_input(autocast_input(x), self.matrix)
             layer = (self.matrix, self.base_layer.bias, *factors)
-            return dual.lora_linear(problem.LoraLinear(x, *layer, x_tangent, p, seed, two_streams=True))
+            return dual.lora_linear(problem.LoraLinear(x, *layer, x_tangent, p, None, two_streams=True))
         self._warn_of_base()
         y, y_tangent = self._base_streams(x, x_tangent)
         x_tangent = None if x_tangent is None else autocast_input(x_tangent)
-        return dual_low_rank_update((y, y_tangent), (autocast_input(x), x_tangent), factors, p, seed)
+        return dual_low_rank_update((y, y_tangent), (autocast_input(x), x_tangent), factors, p)
 
     def _warn_of_base(self) -> None:
         """Warn where a call of the base layer is more than the product with its weight."""

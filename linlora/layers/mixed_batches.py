@@ -32,7 +32,6 @@ from linlora.ops import aten, backends
 from linlora.ops.checks import autocast_input
 from linlora.ops.grouped_lora_linear import grouped_lora_linear
 from linlora.ops.lora_linear import run
-from linlora.reference import dropout
 
 
 def mixed_batch(layer: LoraAdapters, x: Tensor, rows: Rows) -> Tensor:
@@ -87,17 +86,16 @@ def _one_op(layer: LoraAdapters, x: Tensor, rows: Rows, p: float) -> Tensor:
     if not any(mixtures):
         return layer.base_layer(x)
     weight, bias = layer.matrix, layer.base_layer.bias
-    seed = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
     if len(mixtures) == 1 and len(mixtures[0]) == 1:
         ((name, of_row),) = mixtures[0]
         factors = layer.factors(name)
         factors = factors._replace(scaling=of_row * factors.scaling)
-        return run(LoraLinear(autocast_input(x), weight, bias, *factors, None, p, seed))
+        return run(LoraLinear(autocast_input(x), weight, bias, *factors, None, p))
     factors_of = {name: layer.factors(name) for name in rows.adapters if name in layer.lora_A}
     own = {name: stacked(A0, B0, dA, dB, s, weight) for name, (A0, B0, dA, dB, s) in factors_of.items()}
     shared = {tuple(name for name, _ in mixture) for mixture in mixtures}
     if len(shared) == 1 < len(mixtures) and backends.select(x.device, "routed_lora_linear") is aten:
-        return _scaled(x, weight, bias, [own[name] for name in shared.pop()], mixtures, rows, dropped=(p, seed))
+        return _scaled(x, weight, bias, [own[name] for name in shared.pop()], mixtures, rows, p)
     k, n = weight.shape[1], weight.shape[0]
     none = torch.zeros(0, k, device=x.device), torch.zeros(n, 0, device=x.device)
     As = [torch.cat([own[name][0] for name, _ in mixture] or [none[0]]) for mixture in mixtures]
@@ -105,7 +103,7 @@ def _one_op(layer: LoraAdapters, x: Tensor, rows: Rows, p: float) -> Tensor:
     rank = max(A.shape[0] for A in As)
     A = torch.stack([pad(A.t(), (0, rank - A.shape[0])) for A in As])
     B = torch.stack([pad(B.t(), (0, 0, 0, rank - B.shape[1])) for B in Bs])
-    return grouped_lora_linear(x, weight, bias, A, B, rows.groups(x), 1.0, dropout_p=p, seed=seed)
+    return grouped_lora_linear(x, weight, bias, A, B, rows.groups(x), 1.0, dropout_p=p)
 
 
 def _scaled(
@@ -115,7 +113,7 @@ def _scaled(
     factors: list[tuple[Tensor, Tensor]],
     mixtures: list[Mixture],
     rows: Rows,
-    dropped: tuple[float, Tensor | None],
+    p: float,
 ) -> Tensor:
     """The layer on rows of the same adapters with other weights, composed of differentiable aten calls."""
     x = autocast_input(x)
@@ -123,6 +121,6 @@ def _scaled(
     ranks = [len(A) for A, _ in factors]
     of_rank = [[w for (_, w), rank in zip(mixture, ranks, strict=True) for _ in range(rank)] for mixture in mixtures]
     scale = torch.tensor(of_rank, dtype=x.dtype, device=x.device)[torch.tensor(rows.places, device=x.device)]
-    activations = linear(dropout(x, *dropped), A).unflatten(0, (len(rows), -1)).flatten(1, -2)
+    activations = linear(aten.dropout(x, p, None), A).unflatten(0, (len(rows), -1)).flatten(1, -2)
     scaled = (activations * scale.unsqueeze(1)).view(*x.shape[:-1], -1)
     return linear(x, weight, bias) + linear(scaled, B)

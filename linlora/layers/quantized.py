@@ -48,12 +48,10 @@ class QuantizedLoraLinear(ConvertedLoraLinear):
             else type(base.weight).__name__
         )
 
-    def _one_stream(self, x: Tensor, factors: Factors, p: float, seed: Tensor | None) -> Tensor:
-        return low_rank_update(self.base_layer(x), autocast_input(x), factors, p, seed)
+    def _one_stream(self, x: Tensor, factors: Factors, p: float) -> Tensor:
+        return low_rank_update(self.base_layer(x), autocast_input(x), factors, p)
 
-    def _two_streams(
-        self, x: Tensor, x_tangent: Tensor | None, factors: Factors, p: float, seed: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def _two_streams(self, x: Tensor, x_tangent: Tensor | None, factors: Factors, p: float) -> tuple[Tensor, Tensor]:
         y = self.base_layer(x)
         y_tangent = None
         if x_tangent is not None:
@@ -63,7 +61,7 @@ class QuantizedLoraLinear(ConvertedLoraLinear):
                     "both streams would run through as if it were linear; remove it, or use scope='layer'"
                 )
             y_tangent, x_tangent = linear_part(self.base_layer, x_tangent), autocast_input(x_tangent)
-        return dual_low_rank_update((y, y_tangent), (autocast_input(x), x_tangent), factors, p, seed)
+        return dual_low_rank_update((y, y_tangent), (autocast_input(x), x_tangent), factors, p)
 
     def _by_rows(self, x: Tensor, rows: Rows) -> Tensor:
         begin_mixed(self, rows)

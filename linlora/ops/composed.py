@@ -9,6 +9,7 @@ to launch: the result is that of `F.linear`, with gradients of zeros.
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,6 +30,18 @@ def preferred(backend: ModuleType, x: Tensor, weight: Tensor, rank: int, dropout
     if backend is not aten or dropout_p > 0.0:
         return False
     return x.numel() * (n + k) < SMALL * k
+
+
+def with_dropout(backend: ModuleType, problem: Any) -> Any:
+    """The problem with what its dropout is made of: composed calls keep a mask, kernels recompute theirs from a seed.
+
+    So do composed calls that torch.compile makes kernels of, or that a transform differentiates.
+    """
+    if problem.dropout_p == 0.0:
+        return problem
+    if backend is aten and not transform_active() and not torch.compiler.is_compiling():
+        return aten.with_mask(problem)
+    return problem if problem.seed is not None else problem._replace(seed=aten.drawn_seed(problem.x))
 
 
 def backward_backend(op: str, backend: ModuleType, *cotangents: Tensor | None) -> ModuleType:

@@ -66,8 +66,8 @@ def grouped_lora_linear(
         groups: which of the T factors every row takes, `Groups.of(task_ids, T, rows)`, for all layers of a forward.
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
         A0: (r, K), B0: (N, r): the linearization point. Neither: a plain layer. A0 alone: B0 = 0.
-        dropout_p, seed: LoRA dropout of the low-rank branch by the mask of `lora_linear`, made from `seed`, a 0-d
-            int64 tensor on x's device.
+        dropout_p, seed: LoRA dropout of the low-rank branch by the mask of `lora_linear`, drawn, or made from `seed`, a
+            0-d int64 tensor on x's device.
 
     Returns: (..., N), in the dtype of x (of autocast, where it is on).
 
@@ -99,6 +99,7 @@ def run(problem: GroupedLoraLinear) -> Tensor:
     x, weight = problem.x, problem.weight
     problem = problem._replace(x=as_rows(x))
     backend = backends.select(x.device, "routed_lora_linear")
+    problem = composed.with_dropout(backend, problem)
     if (
         transform_active()
         or torch.compiler.is_compiling()
@@ -112,6 +113,7 @@ def run(problem: GroupedLoraLinear) -> Tensor:
 
 def run_two_streams(problem: GroupedLoraLinear, backend: ModuleType) -> tuple[Tensor, Tensor]:
     """(y, y_tangent) of model scope, of a checked problem."""
+    problem = composed.with_dropout(backend, problem)
     x, x_tangent = problem.x, problem.x_tangent
     problem = problem._replace(
         x=as_rows(x),

@@ -20,7 +20,7 @@ the derivative of f at φ0, whatever δ is. So its tangent is a constant to auto
 would.
 
 Saved for backward: u and c (M, r) where dB or B0 asks for a gradient, x and x_t where W, A0 or dA does, the factors; no
-copy of W.
+copy of W. Composed ops save the factors in the dtype of x, and a mask of dropout.
 """
 
 from __future__ import annotations
@@ -64,8 +64,9 @@ def lora_linear(
         A0, dA: (r, K). B0, dB: (N, r). float32 or of x's dtype. `B0=None` means B0 = 0; dA is then without effect.
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
         x_tangent: like x, or None where the input has no tangent.
-        dropout_p, seed: LoRA dropout of the low-rank branch, one mask for primal and tangent, made from `seed`, a 0-d
-            int64 tensor on x's device; the mask is recomputed in backward, not saved.
+        dropout_p, seed: LoRA dropout of the low-rank branch, one mask for primal and tangent. It is drawn by torch's
+            generator, or made from `seed`, a 0-d int64 tensor on x's device. Kernels recompute it in backward; composed
+            ops keep it, a byte an element.
 
     Returns: (y, y_tangent), both (..., N), in the dtype of x (of autocast, where it is on).
 
@@ -109,8 +110,9 @@ def linearized_lora_linear(
         weight: (N, K), of x's dtype, any strides. bias: (N,) or None.
         A0, dA: (r, K). B0, dB: (N, r). float32 or of x's dtype. `B0=None` means B0 = 0; dA is then without effect.
         scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
-        dropout_p, seed: LoRA dropout of the low-rank branch, one mask for primal and tangent, made from `seed`, a 0-d
-            int64 tensor on x's device; the mask is recomputed in backward, not saved.
+        dropout_p, seed: LoRA dropout of the low-rank branch, one mask for primal and tangent. It is drawn by torch's
+            generator, or made from `seed`, a 0-d int64 tensor on x's device. Kernels recompute it in backward; composed
+            ops keep it, a byte an element.
 
     Returns: y + y_tangent of `lora_linear` for an input without tangent, (..., N), added before rounding.
 
@@ -136,9 +138,11 @@ def run(problem: LoraLinear, constant_tangent: bool = False) -> Any:
     """
     if problem.expand is None and problem.d_shrink is not None:
         problem = problem._replace(d_shrink=None)
-    if not constant_tangent and transform_active():
+    transformed = not constant_tangent and transform_active()
+    backend = aten if transformed else backends.select_layer(problem)
+    problem = composed.with_dropout(backend, problem)
+    if transformed:
         return _shaped(aten.lora_linear(_matrices(problem)), problem)
-    backend = backends.select_layer(problem)
     if composed.preferred(backend, problem.x, problem.weight, problem.shrink.shape[0], problem.dropout_p):
         if not constant_tangent:
             return _shaped(aten.lora_linear(_matrices(problem)), problem)
@@ -171,6 +175,9 @@ class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, constant_tangent: bool, *fields: Any) -> Any:
         problem, needs = LoraLinear(*fields), LoraLinear(*ctx.needs_input_grad[2:])
+        dtype = problem.d_expand.dtype
+        if backend is aten:
+            problem = aten.kept_factors(problem)
         if constant_tangent:
             needs = _needs(x=needs.x, d_shrink=needs.d_shrink, d_expand=needs.d_expand)
         result = backend.lora_linear(_matrices(problem), save=needs.d_expand or needs.expand)
@@ -184,7 +191,7 @@ class _LoraLinear(torch.autograd.Function):
             result.u if saves_u else None,
             result.c if needs.expand else None,
         )
-        ctx.numbers = problem.scaling, problem.dropout_p, problem.two_streams
+        ctx.numbers, ctx.dtype = (problem.scaling, problem.dropout_p, problem.two_streams), dtype
         ctx.backend, ctx.needs, ctx.constant_tangent, ctx.x_shape = backend, needs, constant_tangent, problem.x.shape
         ctx.set_materialize_grads(False)
         outputs = _shaped(result, problem)
@@ -205,9 +212,9 @@ class _LoraLinear(torch.autograd.Function):
             _rows(x), weight.to(lead.dtype), None, *factors, scaling, _rows(x_tangent), dropout_p, seed, two_streams
         )
         if two_streams and g_tangent is None:
-            of = _gradients_of_primal(backend, problem, as_rows(lead), u, ctx.needs, ctx.constant_tangent)
+            of = _gradients_of_primal(backend, problem, ctx.dtype, as_rows(lead), u, ctx.needs, ctx.constant_tangent)
         else:
-            of = _gradients(backend, problem, (_rows(g), _rows(g_tangent)), (u, c), ctx.needs)
+            of = _gradients(backend, problem, ctx.dtype, (_rows(g), _rows(g_tangent)), (u, c), ctx.needs)
         dx, dx_tangent, shape = of.x, of.x_tangent, ctx.x_shape
         return (
             None, None, None if dx is None else dx.view(shape), *of[1:8],
@@ -223,6 +230,7 @@ def _needs(**fields: Any) -> LoraLinear:
 def _gradients(
     backend: ModuleType,
     problem: LoraLinear,
+    dtype: torch.dtype,
     cotangents: tuple[Tensor | None, Tensor | None],
     low: tuple[Tensor | None, Tensor | None],
     needs: LoraLinear,
@@ -239,14 +247,14 @@ def _gradients(
         u_adjoint, c_adjoint = aten.low_rank(aten.in_one_dtype(adjoint), with_c=needs.shrink)
     of_A0 = c_adjoint if problem.is_pair else u_adjoint
     p, q = _chosen(u, needs.d_expand, c, needs.expand), _chosen(u_adjoint, needs.d_shrink, of_A0, needs.shrink)
-    d_expand, d_shrink = _products(backend, problem, p, adjoint.x, q, problem.x)
+    d_expand, d_shrink = _products(backend, problem, dtype, p, adjoint.x, q, problem.x)
     d_dB, d_B0 = _divided(d_expand, needs.d_expand, needs.expand, dim=1)
     d_dA, d_A0 = _divided(d_shrink, needs.d_shrink, needs.shrink, dim=0)
     if two and problem.is_pair:
         if needs.shrink and problem.x_tangent is not None:
-            d_A0 = d_A0 + _products(backend, problem, None, None, u_adjoint, problem.x_tangent).d_shrink
+            d_A0 = d_A0 + _products(backend, problem, dtype, None, None, u_adjoint, problem.x_tangent).d_shrink
         if needs.expand and g is not None:
-            d_B0 = d_B0 + _products(backend, problem, u, g, None, None).d_expand
+            d_B0 = d_B0 + _products(backend, problem, dtype, u, g, None, None).d_expand
     d_weight = _sum(_outer(g, problem.x), _outer(g_tangent, problem.x_tangent)) if needs.weight else None
     d_bias = g.sum(0) if needs.bias and g is not None else None
     dx, dx_tangent = (y_tangent, y) if two else (y, None)
@@ -254,20 +262,26 @@ def _gradients(
 
 
 def _gradients_of_primal(
-    backend: ModuleType, problem: LoraLinear, g: Tensor, u: Tensor | None, needs: LoraLinear, constant_tangent: bool
+    backend: ModuleType,
+    problem: LoraLinear,
+    dtype: torch.dtype,
+    g: Tensor,
+    u: Tensor | None,
+    needs: LoraLinear,
+    constant_tangent: bool,
 ) -> LoraLinear:
     """The gradients where the primal of two streams alone is differentiated. At model scope those of A0 and B0 are the
     gradients of dA and dB, that of B0 = 0 included."""
     of_A, of_B = (needs.d_shrink, needs.d_expand) if constant_tangent else (needs.shrink, needs.expand)
     if problem.is_pair:
         asked = LoraLinear(*needs[:3], of_A, None, None, of_B, None)
-        found = _gradients(backend, problem.primal(), (g, None), (u, None), asked)
+        found = _gradients(backend, problem.primal(), dtype, (g, None), (u, None), asked)
     else:
         found = _needs(
             x=g @ problem.weight if needs.x else None,
             weight=_outer(g, problem.x) if needs.weight else None,
             bias=g.sum(0) if needs.bias else None,
-            d_expand=_products(backend, problem, u if of_B else None, g, None, None).d_expand,
+            d_expand=_products(backend, problem, dtype, u if of_B else None, g, None, None).d_expand,
         )
     dx, d_weight, d_bias, d_A, _, _, d_B, *rest = found
     factors = (None, None, d_A, d_B) if constant_tangent else (d_A, d_B, None, None)
@@ -275,7 +289,13 @@ def _gradients_of_primal(
 
 
 def _products(
-    backend: ModuleType, problem: LoraLinear, p: Tensor | None, g: Tensor | None, q: Tensor | None, x: Tensor | None
+    backend: ModuleType,
+    problem: LoraLinear,
+    dtype: torch.dtype,
+    p: Tensor | None,
+    g: Tensor | None,
+    q: Tensor | None,
+    x: Tensor | None,
 ) -> Gradients:
     """s gᵀ p and s qᵀ x', in one reading of g and x; None for a p or q that is None."""
     if p is None and q is None:
@@ -283,7 +303,7 @@ def _products(
     return backend.factor_gradients(
         FactorGradients(
             p, None if p is None else g, q, None if q is None else x,
-            problem.scaling, problem.d_expand.dtype, problem.dropout_p, problem.seed,
+            problem.scaling, dtype, problem.dropout_p, problem.seed,
         )
     )  # fmt: skip
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from linlora.kernels.grouped_problem import GroupedLoraLinear
+from linlora.ops.aten.dropout import dropout
 from linlora.ops.aten.grouping import Blocks
 from linlora.ops.aten.mixing import selected
 from linlora.ops.transforms import readable, transform_active
-from linlora.reference import dropout
 
 
 def activations_pay(examples: int, repeats: int, groups: int, skills: int, rank: int, gathers: bool) -> bool:

@@ -57,8 +57,8 @@ def routed_lora_linear(
         task_ids: integers below T, shaped like x's leading dimensions or the first of them: (batch,) gives every
             example its task, (batch, length) every token. Tasks may come in any order, and some not at all.
         A0: (r, K), B0: (N, r): the linearization point. Neither: plain routing. A0 alone: B0 = 0.
-        dropout_p, seed: LoRA dropout of the low-rank branch by the mask of `lora_linear`, made from `seed`, a 0-d
-            int64 tensor on x's device.
+        dropout_p, seed: LoRA dropout of the low-rank branch by the mask of `lora_linear`, drawn, or made from `seed`, a
+            0-d int64 tensor on x's device.
 
     Returns: (..., N), in the dtype of x (of autocast, where it is on).
 

@@ -76,16 +76,14 @@ class RoutedLoraLinear(RoutedLayer):
 
     def adapted(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
         p = self.sizes.dropout if self.training else 0.0
-        options: dict[str, Any] = {"dropout_p": p}
-        options["seed"] = torch.randint(2**31, (), device=x.device) if p > 0.0 else None
         if self.stream is not None:
-            return self._both_streams(x, routing, weight, bias, options)
+            return self._both_streams(x, routing, weight, bias, p)
         layer = (x, weight, bias)
         factors = routing.factors.get(self.layer_name)
         if factors is not None:
             groups = routing.groups(self._lead(x, routing.places), x.device)
             return grouped_lora_linear(
-                *layer, *factors, groups, self.sizes.scaling, A0=self.A0, B0=self.B0, **options
+                *layer, *factors, groups, self.sizes.scaling, A0=self.A0, B0=self.B0, dropout_p=p
             )  # fmt: skip
         weights = routing.weights.get(self.layer_name)
         if weights is None:
@@ -94,7 +92,7 @@ class RoutedLoraLinear(RoutedLayer):
             copies = self._lead(x, weights[..., 0, 0])[0] // max(weights.shape[0], 1)
             weights = weights.to(x.device).repeat_interleave(copies, 0)
         return routed_lora_linear(
-            *layer, self.lora_A, self.lora_B, weights, self.sizes.scaling, A0=self.A0, B0=self.B0, **options
+            *layer, self.lora_A, self.lora_B, weights, self.sizes.scaling, A0=self.A0, B0=self.B0, dropout_p=p
         )  # fmt: skip
 
     def _gated(self, x: Tensor) -> Tensor:
@@ -104,9 +102,7 @@ class RoutedLoraLinear(RoutedLayer):
         return weights
 
     @torch.compiler.disable
-    def _both_streams(
-        self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None, options: dict[str, Any]
-    ) -> Tensor:
+    def _both_streams(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None, p: float) -> Tensor:
         if not torch.is_grad_enabled():
             refuse_inside_function(f"layer '{self.layer_name}'")
         assert self.stream is not None
@@ -115,7 +111,7 @@ class RoutedLoraLinear(RoutedLayer):
         factors = unrecorded(routing.factors[self.layer_name])
         groups = routing.groups(self._lead(x, routing.places), x.device)
         layer = x, weight, bias, self.A0, self.B0, *factors, groups, self.sizes.scaling, x_tangent
-        return self.stream.leave(*dual.grouped_lora_linear(GroupedLoraLinear(*layer, **options)))
+        return self.stream.leave(*dual.grouped_lora_linear(GroupedLoraLinear(*layer, p)))
 
     def _lead(self, x: Tensor, places: Tensor) -> tuple[int, ...]:
         """The leading dimensions of x, the first of which holds the examples (or copies of each in succession)."""

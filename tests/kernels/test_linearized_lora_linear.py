@@ -74,6 +74,21 @@ def test_arbitrary_strides(device):
     check(problem, RECOMPUTE)
 
 
+@pytest.mark.parametrize("scaling", [48.0, -3.0, 0.0])
+@pytest.mark.parametrize("design", DESIGNS)
+def test_a_large_scaling_does_not_overflow(device, design, scaling):
+    """u and c reach some 20,000 in float16, of which s u would be infinite; y is small."""
+    problem = layer(20, 40, 64, 8, FP16, device)
+    u = (problem.x.float() @ problem.shrink.float().t()).abs().max()
+    wide, narrow = 2.0 ** (20000 / u).log2().floor(), 2.0**-14
+    problem = problem._replace(
+        shrink=problem.shrink * wide, d_shrink=problem.d_shrink * wide / 4,
+        expand=problem.expand * narrow, d_expand=problem.d_expand * narrow, scaling=scaling,
+    )  # fmt: skip
+    assert host(problem, config=design).u.abs().max() > 10000
+    check(problem, design)
+
+
 @pytest.mark.parametrize("design", DESIGNS)
 def test_without_bias(device, design):
     check(layer(20, 40, 64, 8, FP16, device)._replace(bias=None), design)

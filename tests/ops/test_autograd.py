@@ -23,16 +23,25 @@ def saved_elements(function) -> int:
     return sum(seen.values())
 
 
-def test_forward_saves_the_low_rank_products_and_nothing_of_the_size_of_x_or_w(problem):
-    case = problem(shape=(64,), n=48, k=40, rank=2, form="short", dropout_p=0.5).require_grad(("dB",))
-    own = sum(t.numel() for t in (case.weight, case.A0, case.dB)) + 1  # by reference, and the seed
-    assert saved_elements(lambda: case.call("linearized_lora_linear", functional)) == own + 64 * 2
+MASKS = pytest.mark.parametrize(("backend", "mask"), [("torch", 64 * 40), ("triton", 1)])
+"""What dropout saves: composed calls the mask, a byte an element, kernels the seed."""
 
 
-def test_pair_form_saves_x_by_reference_and_one_low_rank_product(problem):
-    case = problem(shape=(64,), n=48, k=40, rank=2, dropout_p=0.5).require_grad(("dA", "dB"))
-    own = sum(t.numel() for t in (case.x, case.weight, case.A0, case.B0, case.dA, case.dB)) + 1
-    assert saved_elements(lambda: case.call("linearized_lora_linear", functional)) == own + 64 * 2
+@MASKS
+def test_forward_saves_the_low_rank_products_and_nothing_else_of_the_size_of_x_or_w(problem, backend, mask):
+    case = problem(shape=(64,), n=48, k=40, rank=2, form="short", dropout_p=0.5).cast(torch.float32)
+    case.require_grad(("dB",))
+    own = sum(t.numel() for t in (case.weight, case.A0, case.dB)) + mask
+    with linlora.use_backend(backend):
+        assert saved_elements(lambda: case.call("linearized_lora_linear", functional)) == own + 64 * 2
+
+
+@MASKS
+def test_pair_form_saves_x_by_reference_and_one_low_rank_product(problem, backend, mask):
+    case = problem(shape=(64,), n=48, k=40, rank=2, dropout_p=0.5).cast(torch.float32).require_grad(("dA", "dB"))
+    own = sum(t.numel() for t in (case.x, case.weight, case.A0, case.B0, case.dA, case.dB)) + mask
+    with linlora.use_backend(backend):
+        assert saved_elements(lambda: case.call("linearized_lora_linear", functional)) == own + 64 * 2
 
 
 @pytest.mark.parametrize("op", OPS)

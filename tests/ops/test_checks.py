@@ -26,7 +26,6 @@ BAD = {
     "device-of-bias": (dict(bias=torch.randn(7, device="meta")), "bias is on meta, x on cpu"),
     "gradient-of-scaling": (dict(scaling=torch.ones((), requires_grad=True)), "scaling asks for a gradient"),
     "probability": (dict(dropout_p=1.0), "dropout_p is 1.0"),
-    "seedless": (dict(dropout_p=0.5), "dropout needs a seed"),
 }
 
 

@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
+import linlora
 from linlora import functional, reference
-from linlora.ops.aten import lora as aten
+from linlora.ops import aten
 
 
 @pytest.mark.parametrize("p", [0.05, 0.5, 0.9])
@@ -42,3 +44,46 @@ def test_primal_and_tangent_share_one_mask():
     torch.testing.assert_close(y, y_tangent)
     undropped, _ = functional.lora_linear(x, W, None, A0, B0, torch.zeros_like(A0), B0, 1.0)
     assert not torch.allclose(y, undropped)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_without_a_seed_a_mask_is_drawn_and_read_again_in_backward(device, backend):
+    """Of W = 0, A0 = 1 and dB = 1, dx is the mask s / (1 - p) of every element, and y sums it over a row."""
+    x = torch.ones(300, 70, device=device, requires_grad=True)
+    zero, ones = torch.zeros(1, 70, device=device), torch.ones(1, 70, device=device)
+    one = torch.ones(1, 1, device=device, requires_grad=True)
+    masks = []
+    with linlora.use_backend(backend):
+        for generator in (1, 1, 2):
+            torch.manual_seed(generator)
+            y = functional.linearized_lora_linear(x, zero, None, ones, None, None, one, 2.0, dropout_p=0.25)
+            dx, d_one = torch.autograd.grad(y.sum(), (x, one))
+            torch.testing.assert_close(dx.sum(1, keepdim=True), y.detach())
+            torch.testing.assert_close(d_one.sum(), y.sum().detach())
+            masks.append(dx)
+    assert torch.equal(*masks[:2])
+    assert not torch.equal(*masks[1:])
+    torch.testing.assert_close(masks[0].unique(), torch.tensor([0.0, 2.0 / 0.75], device=device))
+    assert abs((masks[0] > 0).double().mean() - 0.75) < 5 * (0.25 * 0.75 / 21000) ** 0.5
+
+
+@pytest.mark.parametrize("p", [1e-6, 0.05, 0.5, 0.9, 0.999999])
+def test_a_drawn_mask_keeps_its_share_and_has_neighbours_that_are_strangers(p):
+    mask = aten.mask(torch.empty(1001, 703), p, None).double()
+    spread = (p * (1 - p) / mask.numel()) ** 0.5
+    assert abs(mask.mean() - (1 - p)) < 5 * spread + 2**-16
+    centred = mask - mask.mean()
+    for neighbours in (centred[:, 1:] * centred[:, :-1], centred[:, 4:] * centred[:, :-4], centred[1:] * centred[:-1]):
+        assert abs(neighbours.mean()) <= 5 * p * (1 - p) / neighbours.numel() ** 0.5 + 2**-16
+
+
+def test_a_checkpointed_layer_draws_the_same_mask_again():
+    x, one = torch.ones(30, 70, requires_grad=True), torch.ones(1, 1, requires_grad=True)
+
+    def layer(x):
+        ones = torch.ones(1, 70)
+        return functional.linearized_lora_linear(x, 0 * ones, None, ones, None, None, one, 2.0, dropout_p=0.25)
+
+    y = checkpoint(layer, x, use_reentrant=False)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    torch.testing.assert_close(dx.sum(1, keepdim=True), y.detach())

@@ -5,9 +5,10 @@ Every backend offers the same functions, and the autograd Functions of `linlora.
 
 from linlora.ops.aten.activations import activation, activation_backward, gated_activation, gated_activation_backward
 from linlora.ops.aten.attention import attention, attention_backward
+from linlora.ops.aten.dropout import drawn_seed, dropout, mask, with_mask
 from linlora.ops.aten.grouping import group_rows
 from linlora.ops.aten.linear import linear
-from linlora.ops.aten.lora import factor_gradients, folding_pays, in_one_dtype, lora_linear, low_rank
+from linlora.ops.aten.lora import factor_gradients, folding_pays, in_one_dtype, kept_factors, lora_linear, low_rank
 from linlora.ops.aten.mixing import mix_inventories, unmix_inventories
 from linlora.ops.aten.norms import norm, norm_backward
 from linlora.ops.aten.routed import grouped_gradients, grouped_lora_linear, grouped_shrink, place
@@ -17,6 +18,8 @@ __all__ = [
     "activation_backward",
     "attention",
     "attention_backward",
+    "drawn_seed",
+    "dropout",
     "factor_gradients",
     "folding_pays",
     "gated_activation",
@@ -26,12 +29,15 @@ __all__ = [
     "grouped_lora_linear",
     "grouped_shrink",
     "in_one_dtype",
+    "kept_factors",
     "linear",
     "lora_linear",
     "low_rank",
+    "mask",
     "mix_inventories",
     "norm",
     "norm_backward",
     "place",
     "unmix_inventories",
+    "with_mask",
 ]

@@ -6,40 +6,77 @@ differentiable one: then it is the layer by itself, on the problem of any backen
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from linlora.kernels.problem import FactorGradients, Gradients, LoraLinear, Result
+from linlora.ops.aten.dropout import dropout, mask, on_gpu, with_mask
 from linlora.ops.transforms import transform_active
-from linlora.reference import keep_mask
 
-_MASK_ROWS = 128  # rows of the mask made at a time: they stay in the L2 cache (8.0 -> 2.4 ms at 2048x1024, 2 cores)
 _REDUCTION_BLOCKS = 8
 
 
 def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True) -> Result:
     """The result of one stream or two, of matrices. Two streams have u and c without `save` too."""
-    problem = in_one_dtype(problem)
+    problem = in_one_dtype(problem if problem.masks_update else with_mask(problem))
     x, weight, two = problem.x, problem.weight, problem.two_streams
     if not (save or two) and problem.dropout_p == 0.0 and folding_pays(x, weight):
         return Result(linear(x, _folded(problem), problem.bias))
+    if problem.is_pair and on_gpu(x) and not _recorded():
+        return _side_by_side(problem, primal)
     u, c = low_rank(problem)
     if not two:
         y = _updated(linear(x, weight, problem.bias), problem, u, problem.d_expand, c)
         return Result(y, None, u, c) if save else Result(y)
     primal_y = _updated(linear(x, weight, problem.bias), problem, u, problem.expand, None) if primal else None
-    x_tangent = problem.x_tangent
-    y_tangent = x.new_zeros(x.shape[0], weight.shape[0]) if x_tangent is None else linear(x_tangent, weight)
-    return Result(primal_y, _updated(y_tangent, problem, u, problem.d_expand, c), u, c)
+    return Result(primal_y, _updated(_frozen_tangent(problem), problem, u, problem.d_expand, c), u, c)
+
+
+def _frozen_tangent(problem: LoraLinear) -> Tensor:
+    """x_t Wᵀ."""
+    x, weight, x_tangent = problem.x, problem.weight, problem.x_tangent
+    return x.new_zeros(x.shape[0], weight.shape[0]) if x_tangent is None else linear(x_tangent, weight)
+
+
+def _side_by_side(problem: LoraLinear, primal: bool) -> Result:
+    """The pair form on a GPU, with [c u] and [E0 dE] as one: x is read once, and y written once more, not twice.
+
+    The adjoint has them the other way round, so that both find the factors as `kept_factors` has laid them out.
+    """
+    x, two, r, adjoint = problem.x, problem.two_streams, problem.rank, problem.masks_update
+    factors = (problem.shrink, problem.d_shrink), (problem.d_expand, problem.expand)
+    shrink, expand = (_joined(*(pair if adjoint else pair[::-1]), dim) for dim, pair in enumerate(factors))
+    low, low_tangent = _low_inputs(problem)
+    low = linear(low, shrink)
+    u, c = (low[:, :r], low[:, r:]) if adjoint else (low[:, r:], low[:, :r])
+    if not two:
+        c.add_(u)
+        return Result(_updated(linear(x, problem.weight, problem.bias), problem, low, expand, None), None, u, c)
+    if low_tangent is not None:
+        c.addmm_(low_tangent, problem.shrink.t())
+    y = _updated(linear(x, problem.weight, problem.bias), problem, u, problem.expand, None) if primal else None
+    return Result(y, _updated(_frozen_tangent(problem), problem, low, expand, None), u, c)
+
+
+def _joined(first: Any, second: Any, dim: int) -> Tensor:
+    """Two matrices side by side: as they lie, where they lie so."""
+    shape = [a + b if i == dim else a for i, (a, b) in enumerate(zip(first.shape, second.shape, strict=True))]
+    if (
+        first.untyped_storage()._cdata == second.untyped_storage()._cdata
+        and first.stride() == second.stride()
+        and second.storage_offset() == first.storage_offset() + first.shape[dim] * first.stride(dim)
+    ):
+        return first.as_strided(shape, first.stride())
+    return torch.cat((first, second), dim)
 
 
 def low_rank(problem: LoraLinear, with_c: bool = True) -> tuple[Tensor, Tensor | None]:
     """u and c, the products of rank r, of factors in the dtype of x. In the short form u alone, and not `with_c`."""
-    low, low_tangent, shrink, d_shrink = problem.x, problem.x_tangent, problem.shrink, problem.d_shrink
-    if problem.dropout_p > 0.0 and not problem.masks_update:
-        low = dropout(low, problem.dropout_p, problem.seed)
-        low_tangent = None if low_tangent is None else dropout(low_tangent, problem.dropout_p, problem.seed)
+    shrink, d_shrink = problem.shrink, problem.d_shrink
+    low, low_tangent = _low_inputs(problem)
     u = linear(low, shrink)
     if d_shrink is None or not with_c:
         return u, None
@@ -49,6 +86,14 @@ def low_rank(problem: LoraLinear, with_c: bool = True) -> tuple[Tensor, Tensor |
     return u, c if low_tangent is None else torch.addmm(c, low_tangent, shrink.t())
 
 
+def _low_inputs(problem: LoraLinear) -> tuple[Tensor, Tensor | None]:
+    """x' and x_t'."""
+    x, x_tangent, p, seed = problem.x, problem.x_tangent, problem.dropout_p, problem.seed
+    if p == 0.0 or problem.masks_update:
+        return x, x_tangent
+    return dropout(x, p, seed), None if x_tangent is None else dropout(x_tangent, p, seed)
+
+
 def folding_pays(x: Tensor, weight: Tensor) -> bool:
     """Whether x (W + ΔW)ᵀ beats adding a low-rank update to x Wᵀ, when u and c are not wanted.
 
@@ -56,7 +101,7 @@ def folding_pays(x: Tensor, weight: Tensor) -> bool:
     at most a third of x and y together, on a CPU (a GPU would rather not write it), and exact enough from fp32 on.
     """
     n, k = weight.shape
-    return not x.is_cuda and x.dtype in (torch.float32, torch.float64) and x.shape[0] * (n + k) >= 3 * n * k
+    return not on_gpu(x) and x.dtype in (torch.float32, torch.float64) and x.shape[0] * (n + k) >= 3 * n * k
 
 
 def _folded(problem: LoraLinear) -> Tensor:
@@ -79,51 +124,41 @@ def _updated(y: Tensor, problem: LoraLinear, u: Tensor, of_u: Tensor | None, c: 
 
     In place, unless somebody differentiates these calls.
     """
-    masked = problem.masks_update and problem.dropout_p > 0.0
-    update = torch.zeros_like(y) if masked else y
-    if torch.is_grad_enabled() or transform_active():
-        if of_u is not None:
-            update = torch.addmm(update, u, of_u.t(), alpha=problem.scaling)
-        if c is not None and problem.expand is not None:
-            update = torch.addmm(update, c, problem.expand.t(), alpha=problem.scaling)
-        return y + dropout(update, problem.dropout_p, problem.seed) if masked else update
-    if of_u is not None:
-        update.addmm_(u, of_u.t(), alpha=problem.scaling)
-    if c is not None and problem.expand is not None:
-        update.addmm_(c, problem.expand.t(), alpha=problem.scaling)
-    return y.add_(dropout(update, problem.dropout_p, problem.seed)) if masked else y
+    recorded, masked, p = _recorded(), problem.masks_update and problem.dropout_p > 0.0, problem.dropout_p
+    update, beta = y, 0.0 if masked else 1.0
+    for low, factor in ((u, of_u), (c, problem.expand)):
+        if low is not None and factor is not None:
+            add = torch.addmm if recorded or beta == 0.0 else Tensor.addmm_
+            update, beta = add(update, low, factor.t(), beta=beta, alpha=problem.scaling), 1.0
+    if not masked or beta == 0.0:
+        return update
+    if recorded:
+        return y + dropout(update, p, problem.seed)
+    return y.addcmul_(update, mask(update, p, problem.seed), value=1.0 / (1.0 - p))
+
+
+def _recorded() -> bool:
+    """Whether somebody differentiates these calls."""
+    return torch.is_grad_enabled() or transform_active()
 
 
 def factor_gradients(problem: FactorGradients) -> Gradients:
     """The two skinny products of a backward."""
     p, g, q, x, scaling, dtype, dropout_p, seed = problem
     return Gradients(
-        None if p is None or g is None else _reduce_rows(p, g).t().to(dtype) * scaling,
-        None if q is None or x is None else _reduce_rows(q, dropout(x, dropout_p, seed)).to(dtype) * scaling,
+        None if p is None or g is None else _reduce_rows(p, g, scaling).t().to(dtype),
+        None if q is None or x is None else _reduce_rows(q, dropout(x, dropout_p, seed), scaling).to(dtype),
     )
 
 
-def _reduce_rows(low: Tensor, wide: Tensor) -> Tensor:
-    """lowᵀ wide (r, columns), a long sum over rows. A CPU's matrix product does not share such a sum between threads:
+def _reduce_rows(low: Tensor, wide: Tensor, scaling: float) -> Tensor:
+    """s lowᵀ wide (r, columns), a long sum over rows. A CPU's matrix product does not share such a sum between threads:
     in independent blocks it takes 0.8 instead of 1.2 ms (2048x16 by 2048x1024, 2 cores)."""
     rows = low.shape[0]
-    if low.is_cuda or rows < 64 * _REDUCTION_BLOCKS or rows % _REDUCTION_BLOCKS:
-        return low.t() @ wide
+    if on_gpu(low) or rows < 64 * _REDUCTION_BLOCKS or rows % _REDUCTION_BLOCKS:
+        return torch.addmm(low.new_empty(()), low.t(), wide, beta=0.0, alpha=scaling)
     blocks = (_REDUCTION_BLOCKS, rows // _REDUCTION_BLOCKS, -1)
-    return torch.bmm(low.reshape(blocks).transpose(1, 2), wide.reshape(blocks)).sum(0)
-
-
-def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """x ⊙ mask / (1 − p) for a matrix x, with the mask of `linlora.reference.keep_mask` made block by block."""
-    if p == 0.0:
-        return x
-    rows, columns = x.shape
-    step = rows if x.is_cuda or torch.compiler.is_compiling() else _MASK_ROWS
-    blocks = [
-        x[first : first + step] * keep_mask(min(step, rows - first), columns, p, seed, first).to(x.dtype)
-        for first in range(0, rows, max(step, 1))
-    ]
-    return torch.cat(blocks).mul_(1.0 / (1.0 - p)) if blocks else x
+    return torch.bmm(low.reshape(blocks).transpose(1, 2), wide.reshape(blocks)).sum(0).mul_(scaling)
 
 
 def in_one_dtype(problem: LoraLinear) -> LoraLinear:
@@ -137,3 +172,14 @@ def in_one_dtype(problem: LoraLinear) -> LoraLinear:
         d_shrink=None if d_shrink is None else d_shrink.to(dtype),
         d_expand=d_expand.to(dtype),
     )
+
+
+def kept_factors(problem: LoraLinear) -> LoraLinear:
+    """The problem with its factors as forward and backward read them: in the dtype of x, and in the pair form on a GPU
+    side by side, in the buffers [dS; S0] and [E0 dE]."""
+    _, _, _, shrink, expand, d_shrink, d_expand, *_ = problem
+    if expand is None or d_shrink is None or not on_gpu(problem.x):
+        return in_one_dtype(problem)
+    dtype, r = problem.x.dtype, problem.rank
+    shrinks, expands = torch.cat((d_shrink, shrink)).to(dtype), torch.cat((expand, d_expand), 1).to(dtype)
+    return problem._replace(shrink=shrinks[r:], d_shrink=shrinks[:r], expand=expands[:, :r], d_expand=expands[:, r:])

@@ -11,8 +11,8 @@ from torch.nn.functional import linear
 
 from linlora.kernels.grouped_problem import GroupedGradients, GroupedLoraLinear
 from linlora.kernels.problem import Gradients, Result
+from linlora.ops.aten.dropout import dropout
 from linlora.ops.aten.grouping import Blocks
-from linlora.ops.aten.lora import dropout
 
 
 def place(x: Tensor, layout: Blocks, dropout_p: float = 0.0, seed: Tensor | None = None) -> Tensor:

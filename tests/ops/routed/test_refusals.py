@@ -46,7 +46,6 @@ BAD_GROUPED = {
     "no A": (dict(A=None), "A is missing"),
     "half a point": (dict(B0=ONES(8, 2)), "B0 without A0"),
     "dtype": (dict(B=ONES(5, 2, 8).half()), "B is torch.float16"),
-    "dropout without a seed": (dict(dropout_p=0.5), "dropout needs a seed"),
 }
 
 
