@@ -1,11 +1,13 @@
 """Builds csrc/ into one shared object that every torch from 2.11 on can load: `python csrc/build.py` builds in place.
 
-Needs nvcc, ninja and torch's headers (of a CPU build too: no GPU is looked at), and nothing of linlora: setup.py and
-the tests load this file by its path. What it makes is bound to no Python, for operators register themselves when
-`torch.ops.load_library` opens it, and to no torch version, for only the stable ABI is included
-(torch/csrc/stable, torch/headeronly). The CUDA runtime is linked statically.
+Needs nvcc (CUDA 12.6 or later), ninja and torch's headers (of a CPU build too: no GPU is looked at), and nothing of
+linlora: setup.py and the tests load this file by its path. What it makes is bound to no Python, for operators register
+themselves when `torch.ops.load_library` opens it, and to no torch version, for only the stable ABI is included
+(torch/csrc/stable, torch/headeronly). The CUDA runtime is linked statically: that of CUDA 12 runs with every driver of
+torch's builds for CUDA 12 and 13, that of 13 needs a driver R580.
 
-    LINLORA_CUDA_ARCHITECTURES="80;90a;100"   what to compile for; sources named *_sm90.cu are for 90a alone
+    LINLORA_CUDA_ARCHITECTURES="80;90a;100"   what to compile for (unset: of these what nvcc knows: 100 from 12.8 on);
+                                              sources named *_sm90.cu are for 90a alone
     CUDA_HOME                                 where bin/nvcc is looked for before the PATH
     MAX_JOBS                                  compilations at a time
 
@@ -36,6 +38,7 @@ LIBRARY = "linlora_cuda.so"
 STATUS = "build.json"
 ARCHITECTURES = ("80", "90a", "100")
 _HOPPER = "90a"
+_OLDEST_CUDA = (12, 6)  # that _TARGET_TORCH is made with
 _TARGET_TORCH = (2, 11)  # the oldest torch that can load what is built
 
 
@@ -88,8 +91,8 @@ class KernelReport:
 
 def build(folder: Path = IN_PLACE, objects: Path = SOURCES.parent / "build" / "csrc") -> Status:
     """Build `folder`/linlora_cuda.so, reusing what `objects` holds of an earlier build. Raises CannotBuildError."""
-    architectures = selected_architectures()
     tools = toolchain()
+    architectures = selected_architectures(tools.nvcc)
     objects.mkdir(parents=True, exist_ok=True)
     with _locked(objects):
         (objects / "build.ninja").write_text(ninja_file(tools, architectures, objects))
@@ -105,17 +108,24 @@ def build(folder: Path = IN_PLACE, objects: Path = SOURCES.parent / "build" / "c
         return status
 
 
-def selected_architectures() -> tuple[str, ...]:
-    """What LINLORA_CUDA_ARCHITECTURES names, or all. Raises CannotBuildError for a name that is not known."""
+def selected_architectures(nvcc: str) -> tuple[str, ...]:
+    """What LINLORA_CUDA_ARCHITECTURES names, or all that the compiler knows. CannotBuildError for other names."""
     text = os.environ.get("LINLORA_CUDA_ARCHITECTURES", "")
-    chosen = tuple(re.findall(r"[^;,\s]+", text)) or ARCHITECTURES
+    chosen = tuple(re.findall(r"[^;,\s]+", text))
     unknown = [name for name in chosen if name not in ARCHITECTURES]
     if unknown:
         raise CannotBuildError(
             f"LINLORA_CUDA_ARCHITECTURES={text!r}: {unknown[0]!r} is not one of {'; '.join(ARCHITECTURES)} "
             "(80 also serves every later GPU that is not named, compiled by its driver)"
         )
-    return tuple(name for name in ARCHITECTURES if name in chosen)
+    listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    known = tuple(name for name in ARCHITECTURES if f"sm_{name.rstrip('a')}" in listed)  # without the suffix there
+    if beyond := [name for name in chosen if name not in known]:
+        raise CannotBuildError(
+            f"nvcc {_nvcc_version(nvcc)} does not compile for sm_{beyond[0]}: CUDA 12.8 compiles for all of "
+            f"{'; '.join(ARCHITECTURES)}, 12.6 for all but 100"
+        )
+    return tuple(name for name in known if name in (chosen or known))
 
 
 def toolchain() -> Toolchain:
@@ -128,6 +138,8 @@ def toolchain() -> Toolchain:
     missing = []
     if nvcc is None:
         missing.append("nvcc is not on the PATH nor under CUDA_HOME (install the CUDA toolkit)")
+    elif _numbers(_nvcc_version(nvcc)) < _OLDEST_CUDA:
+        missing.append(f"{nvcc} is of CUDA {_nvcc_version(nvcc)}, and CUDA 12.6 or later is needed")
     if ninja is None:
         missing.append("ninja is not there (pip install ninja)")
     if torch is None:
@@ -247,6 +259,10 @@ def _torch_version(torch: Path) -> tuple[int, int]:
 def _nvcc_version(nvcc: str) -> str:
     found = re.search(r"release ([\d.]+)", subprocess.run([nvcc, "--version"], capture_output=True, text=True).stdout)
     return found[1] if found else "of an unknown version"
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(map(int, re.findall(r"\d+", version)))
 
 
 def _words(*words: str) -> str:

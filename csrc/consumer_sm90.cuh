@@ -106,7 +106,7 @@ struct Consumer {
     publish(launch.pack_flag);
   }
 
-  // 64 rows of P = s [c u] for kRanks ranks.
+  // 64 rows of P = s [c u] (s: what `Scaling` says) for kRanks ranks.
   //   one stream     each half its rows:        u = x S0ᵀ              c = u + x dSᵀ
   //   two streams    both the same 64 rows:     u = x S0ᵀ (upper)      c = x_t S0ᵀ + x dSᵀ (lower)
   // So a half multiplies its own rows by S0, and those of the primal by dS; the upper one of two streams in vain.
@@ -124,20 +124,23 @@ struct Consumer {
     float by_shrink[kRanks / 2] = {}, by_d_shrink[kRanks / 2] = {};
     pin(by_shrink);
     pin(by_d_shrink);
-    const int k_steps = plan.k_steps(0);
+    constexpr int kRows = kHasDShrink ? 2 * kRanks : kRanks, kBlocks = blocks_of_stage(kBlockN, kRows);
+    const int k_steps = static_cast<int>(ceil_div(plan.k_steps(0), kBlocks));
     int step = 0;
 #pragma unroll 1
     do {
       const int stage = wait_stage();
-      const uint32_t own = shared.a(stage) + half * kHalfBytes, primal = plan.two_streams ? shared.a(stage) : own,
-                     b = shared.b(stage);
       wgmma_fence();
 #pragma unroll
-      for (int slice = 0; slice < kBlockK / 16; ++slice) {
-        wgmma<Element, KMajor>(by_shrink, operand<KMajor>(own, slice), operand<KMajor>(b, slice));
+      for (int slice = 0; slice < kBlocks * kBlockK / 16; ++slice) {
+        const int block = slice / (kBlockK / 16), in_block = slice % (kBlockK / 16);
+        const uint32_t upper = shared.a(stage, block), own = upper + half * kHalfBytes,
+                       primal = plan.two_streams ? upper : own,
+                       b = shared.a(stage, kBlocks) + block * kRows * kRowBytes;
+        wgmma<Element, KMajor>(by_shrink, operand<KMajor>(own, in_block), operand<KMajor>(b, in_block));
         if constexpr (kHasDShrink) {
-          wgmma<Element, KMajor>(by_d_shrink, operand<KMajor>(primal, slice),
-                                 operand<KMajor>(b + kRanks * kRowBytes, slice));
+          wgmma<Element, KMajor>(by_d_shrink, operand<KMajor>(primal, in_block),
+                                 operand<KMajor>(b + kRanks * kRowBytes, in_block));
         }
       }
       wgmma_commit();
@@ -164,11 +167,11 @@ struct Consumer {
                           u[1] + (kHasDShrink ? by_d_shrink[i + 1] : 0.0f)};
       unsigned char* p = launch.p_scratch + 2 * (row * plan.p_columns() + rank);
       if (stores_u) {
-        store_for_tma(p + 2 * plan.u_column(), pack<Element>(launch.scaling * u[0], launch.scaling * u[1]));
+        store_for_tma(p + 2 * plan.u_column(), pack<Element>(launch.scaling.of_p * u[0], launch.scaling.of_p * u[1]));
         store_ranks(launch.u, row * launch.u_stride, rank, u);
       }
       if (stores_c) {
-        store_for_tma(p, pack<Element>(launch.scaling * c[0], launch.scaling * c[1]));
+        store_for_tma(p, pack<Element>(launch.scaling.of_p * c[0], launch.scaling.of_p * c[1]));
         store_ranks(launch.c, row * launch.c_stride, rank, c);
       }
     }
@@ -196,6 +199,8 @@ struct Consumer {
     do {  // at least once: else the compiler keeps no products in flight
       multiply<4, Weight>(y);
     } while (++step < k_steps);
+    const bool rescales = std::is_same_v<Element, __half> && launch.scaling.of_sum != 1.0f && p_slices > 0;
+    if (rescales) rescale(y, 1.0f / launch.scaling.of_sum);
 #pragma unroll 1
     for (step = 4; step < p_slices; step += 4) multiply<4, KMajor>(y);
     switch (p_slices - (step - 4)) {
@@ -212,9 +217,22 @@ struct Consumer {
         multiply<1, KMajor>(y);
         break;
     }
+    if (rescales) {
+      rescale(y, launch.scaling.of_sum);
+    } else {
+      finish();
+      pin(y);
+    }
+    store_y(rows, first_column, y);
+  }
+
+  // The sums of all products so far, times a power of two.
+  __device__ void rescale(float (&y)[kBlockN / 2], float power) {
     finish();
     pin(y);
-    store_y(rows, first_column, y);
+#pragma unroll
+    for (int i = 0; i < kBlockN / 2; ++i) y[i] *= power;
+    pin(y);
   }
 
   // The first kSlices of 16 columns of the next stage.

@@ -30,8 +30,8 @@
 // are resident. The last to look at a flag, or to draw, sets it back to zero, so there is no epoch and no memset, and a
 // launch can be captured in a CUDA graph.
 //
-// Floor: 2MNK + 4Mr(K + N) FLOPs for each stream. Beyond it, a shrink tile reads x once more (at r = 16, 20 KB a step,
-// by bytes a third of an output tile's time), packing moves 2r(K + N) elements, P is padded to multiples of 16 columns.
+// Floor: 2MNK + 4Mr(K + N) FLOPs for each stream. Beyond it, a shrink tile reads x once more (at r = 16, 20 KB for 64 of
+// K, by bytes a third of an output tile's time; two such blocks a stage), packing moves 2r(K + N) elements, P is padded to multiples of 16 columns.
 //
 // Measured: not yet run on a GPU. Its own source runs on the CPU in tests/csrc/test_lora_linear_sm90.py, on emulated
 // clusters, TMA, mbarriers and wgmma, under random schedules; the SASS holds HGMMA and UTMALDG, and no spills.
@@ -182,7 +182,7 @@ cudaError_t lora_linear_sm90(const LoraLinear& problem, Workspace workspace, cud
   launch.c = static_cast<unsigned char*>(problem.c.data);
   launch.u_stride = problem.u.row_stride;
   launch.c_stride = problem.c.row_stride;
-  launch.scaling = problem.scaling;
+  launch.scaling = sm90::Scaling(problem.scaling, problem.type);
   if (cudaError_t error = sm90::encode_maps(launch, problem)) return error;
 
   const bool n_major = sm90::is_n_major(problem.weight);

@@ -1,6 +1,7 @@
 // Shared memory of a CTA of lora_linear_sm90, and who waits for whom in it.
 //
 //   stages     A (2 x 64 rows) and B (kBlockN rows) of 64 elements of K. The producer fills, the consumers empty them.
+//              Of shrink tiles, whose B is small, two blocks of K where there is room: A, A, B, B.
 //              Half of B comes from either CTA of the cluster, so a stage is free when the consumers of both have left
 //              it.
 //   tickets    the next tiles. CTA 0 draws them for both, one ahead.
@@ -26,7 +27,7 @@ struct Shared {
 
   uint32_t base;
 
-  __device__ uint32_t a(int stage) const { return base + stage * kStageBytes; }
+  __device__ uint32_t a(int stage, int block = 0) const { return base + stage * kStageBytes + block * kABytes; }
   __device__ uint32_t b(int stage) const { return a(stage) + kABytes; }
   __device__ uint32_t staging(int half, int chunk) const {
     return base + kStaging + (2 * half + chunk % 2) * kBoxBytes;

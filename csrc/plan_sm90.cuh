@@ -46,6 +46,7 @@ struct Plan {
   bool has_c;  // P = [c u], E = [E0 dE]; else P = [u], E = [dE]
   bool has_d_shrink;
   bool has_x_tangent;
+  int shrink_blocks;               // blocks of 64 of K in a stage of a shrink tile
   bool shrink_by_columns;          // S0 and dS are contiguous along the rank
   int first_stream, streams;       // that have tiles of their own, where they are not paired
   int pack_tiles, cluster_rows;    // tiles of a cluster
@@ -134,8 +135,54 @@ __host__ __device__ inline Unit unit_of(const Plan& plan, int64_t i) {
   return {false, static_cast<int>(i / columns), static_cast<int>(i % columns) * kUnit};
 }
 
-// Of `clusters` clusters at work at a time. Output tiles are 256 wide, or 128 where that saves more waves than the
-// narrower tile costs: it takes about 0.55 of the time.
+// The stage of an output tile has room for so many blocks of K of a shrink tile, whose B has `b_rows` rows: two halve
+// the waits of tiles that have little to multiply.
+__host__ __device__ constexpr int blocks_of_stage(int block_n, int b_rows) {
+  return 2 * (2 * kHalfRows + b_rows) <= 2 * kHalfRows + block_n ? 2 : 1;
+}
+
+// What tiles take, in clocks of a multiprocessor. Estimates: no GPU has run them. A step of 256 columns is one of 780
+// TFLOP/s on an H200, a narrow one 0.55 of it; a shrink step is bound by what it reads, and by waits where a stage holds
+// one block; a tile begins and ends.
+struct Clocks {
+  static constexpr int kWideStep = 1100, kNarrowStep = 605, kShrinkStep[] = {550, 440}, kTile = 2800;
+
+  int64_t step, shrink, output;  // a step along K or P; a tile
+
+  explicit Clocks(const Plan& plan)
+      : step(plan.block_n == 256 ? kWideStep : kNarrowStep),
+        shrink(int64_t{kShrinkStep[plan.shrink_blocks - 1]} * plan.k_steps(0) + kTile),
+        output(step * (plan.k_steps(0) + plan.p_steps()) + kTile) {}
+};
+
+// When the last of `clusters` is done. They share the shrink tiles, `late` of them have one more, and then take output
+// tiles: of the times at which one of them ends such a tile, the first by which all are done.
+inline int64_t makespan(const Plan& plan, int clusters) {
+  const Clocks clocks(plan);
+  const int64_t shrinks = int64_t{plan.cluster_rows} * plan.shrink_tiles,
+                outputs = int64_t{plan.cluster_rows} * plan.output_tiles, late = shrinks % clusters,
+                early_start = shrinks / clusters * clocks.shrink,
+                late_start = late > 0 ? early_start + clocks.shrink : early_start;
+  for (int64_t tiles = outputs / clusters;; ++tiles) {
+    for (const int64_t start : {early_start, late_start}) {
+      const int64_t end = start + tiles * clocks.output;
+      if (end < late_start) continue;
+      const int64_t by_early = (end - early_start) / clocks.output, by_late = (end - late_start) / clocks.output;
+      if ((clusters - late) * by_early + late * by_late >= outputs) return end;
+    }
+  }
+}
+
+// The plan with output tiles of `block_n` columns.
+inline Plan with_columns(Plan plan, int block_n) {
+  plan.block_n = block_n;
+  plan.shrink_blocks = blocks_of_stage(block_n, plan.factors() * plan.rank_block);
+  plan.column_tiles = static_cast<int>(ceil_div(plan.n, block_n));
+  plan.output_tiles = plan.column_tiles * (plan.paired ? 1 : plan.streams);
+  return plan;
+}
+
+// Of `clusters` clusters at work at a time; output tiles are as wide as makes them end sooner.
 inline Plan plan_of(const LoraLinear& problem, int clusters) {
   Plan plan{};
   plan.m = static_cast<int>(problem.x.rows);
@@ -155,14 +202,8 @@ inline Plan plan_of(const LoraLinear& problem, int clusters) {
   plan.cluster_rows = static_cast<int>(ceil_div(plan.m, kClusterSize * plan.rows_of_cta()));
   plan.shrink_tiles = static_cast<int>(ceil_div(plan.rank, plan.rank_block)) * plan.shrinks_of_row();
   plan.pack_tiles = static_cast<int>(ceil_div(plan.units(), kClusterSize * kConsumers * kUnitsPerThread));
-  const int columns = plan.paired ? 1 : plan.streams;
-  auto waves = [&](int block_n) {
-    return ceil_div(int64_t{plan.cluster_rows} * ceil_div(plan.n, block_n) * columns, clusters);
-  };
-  plan.block_n = 20 * waves(256) <= 11 * waves(128) ? 256 : 128;
-  plan.column_tiles = static_cast<int>(ceil_div(plan.n, plan.block_n));
-  plan.output_tiles = plan.column_tiles * columns;
-  return plan;
+  const Plan wide = with_columns(plan, 256), narrow = with_columns(plan, 128);
+  return makespan(wide, clusters) <= makespan(narrow, clusters) ? wide : narrow;
 }
 
 // Where the parts of scratch begin, in bytes.

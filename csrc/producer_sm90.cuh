@@ -1,11 +1,29 @@
 // The producer of lora_linear_sm90: one thread of each CTA draws tiles and has TMA fill the stages for them.
 #pragma once
 
+#include <cmath>
+
 #include "factors.cuh"
 #include "pipeline_sm90.cuh"
 #include "plan_sm90.cuh"
 
 namespace linlora::sm90 {
+
+// s = of_p * of_sum. P = s [c u] is rounded to 16 bits, where composed ops multiply a sum in float32 by s: so P holds no
+// more of s than leaves its range that of u. bfloat16 has the range of float32, and takes all of it. float16 takes what is
+// in 1/8..1; else a power of two is left, by which the sums are divided before the steps along P, and multiplied after.
+struct Scaling {
+  float of_p, of_sum;
+
+  Scaling() = default;
+  Scaling(float s, Type type) : of_p(s), of_sum(1.0f) {
+    const float size = std::fabs(s);
+    if (type != Type::kFloat16 || s == 0.0f || !std::isfinite(s) || (0.125f <= size && size <= 1.0f)) return;
+    int exponent;
+    of_p = std::frexp(s, &exponent);
+    of_sum = std::ldexp(1.0f, exponent);
+  }
+};
 
 // The parameter of the kernel.
 struct Launch {
@@ -16,7 +34,7 @@ struct Launch {
   unsigned char *p_scratch, *shrink_scratch, *expand_scratch, *u, *c;
   int64_t u_stride, c_stride;
   uint32_t *ticket, *pack_flag, *row_flags;
-  float scaling;
+  Scaling scaling;
 };
 
 // Waits until `writers` have counted themselves, and counts itself; the last of `readers` leaves zero behind.
@@ -60,25 +78,26 @@ struct Producer {
  private:
   __device__ int draw() { return static_cast<int>(count(launch.ticket)); }
 
-  // The next stage, announced to receive `b_rows` rows of B.
-  __device__ int open(int b_rows) {
+  // The next stage, announced to receive so many blocks of A with `b_rows` rows of B each.
+  __device__ int open(int b_rows, int blocks = 1) {
     const int stage = cursor.place;
     mbarrier_wait(shared.empty(stage), cursor.parity ^ 1);
-    mbarrier_arrive_expect(shared.full(stage), kABytes + b_rows * kRowBytes);
+    mbarrier_arrive_expect(shared.full(stage), blocks * (kABytes + b_rows * kRowBytes));
     cursor.advance();
     return stage;
   }
 
   __device__ void load_a(int stage, const TensorMap* upper, int upper_row, const TensorMap* lower, int lower_row,
-                         int column) {
-    tma_load(shared.a(stage), upper, shared.full(stage), column, upper_row);
-    tma_load(shared.a(stage) + kHalfBytes, lower, shared.full(stage), column, lower_row);
+                         int column, int block = 0) {
+    tma_load(shared.a(stage, block), upper, shared.full(stage), column, upper_row);
+    tma_load(shared.a(stage, block) + kHalfBytes, lower, shared.full(stage), column, lower_row);
   }
 
   // This CTA's half of `rows` rows of B, for both.
-  __device__ void load_b(int stage, const TensorMap* map, int rows, int column, int row, int layer, uint32_t offset) {
+  __device__ void load_b(int stage, uint32_t destination, const TensorMap* map, int rows, int column, int row,
+                         int layer = 0) {
     const int first = cta * rows / 2;
-    tma_load_both(shared.b(stage) + offset + first * kRowBytes, map, shared.full(stage), column, row + first, layer);
+    tma_load_both(destination + first * kRowBytes, map, shared.full(stage), column, row + first, layer);
   }
 
   __device__ void load_weight(int stage, int i_n, int k) {
@@ -89,7 +108,7 @@ struct Producer {
                       k);
       }
     } else {
-      load_b(stage, &launch.weight, kBlockN, k, i_n * kBlockN, 0, 0);
+      load_b(stage, shared.b(stage), &launch.weight, kBlockN, k, i_n * kBlockN);
     }
   }
 
@@ -99,12 +118,16 @@ struct Producer {
   __device__ void load_shrink(const Tile& tile) {
     observe(launch.pack_flag, plan.pack_writers(), plan.pack_readers());
     const Half upper = plan.shrink_half(tile, cta, 0), lower = plan.shrink_half(tile, cta, 1);
-    for (int k = 0; k < plan.k; k += kBlockK) {
-      const int stage = open(plan.factors() * plan.rank_block);
-      load_a(stage, &launch.x[upper.stream], x_row(upper), &launch.x[lower.stream], x_row(lower), k);
-      for (int factor = 0; factor < plan.factors(); ++factor) {
-        load_b(stage, &launch.shrink, plan.rank_block, k, plan.first_rank(tile), factor,
-               factor * plan.rank_block * kRowBytes);
+    const int b_rows = plan.factors() * plan.rank_block, blocks = plan.shrink_blocks;
+    for (int first_k = 0; first_k < plan.k; first_k += blocks * kBlockK) {
+      const int stage = open(b_rows, blocks);
+      for (int block = 0; block < blocks; ++block) {  // beyond K: zeros
+        const int k = first_k + block * kBlockK;
+        load_a(stage, &launch.x[upper.stream], x_row(upper), &launch.x[lower.stream], x_row(lower), k, block);
+        for (int factor = 0; factor < plan.factors(); ++factor) {
+          load_b(stage, shared.a(stage, blocks) + (block * b_rows + factor * plan.rank_block) * kRowBytes, &launch.shrink,
+                 plan.rank_block, k, plan.first_rank(tile), factor);
+        }
       }
     }
   }
@@ -123,7 +146,7 @@ struct Producer {
     for (int step = 0; step < plan.p_steps(); ++step) {
       const int stage = open(kBlockN), column = step * kBlockK;
       load_a(stage, &launch.p[upper.stream], upper_row, &launch.p[lower.stream], lower.row, column);
-      load_b(stage, &launch.expand, kBlockN, column, i_n * kBlockN, 0, 0);
+      load_b(stage, shared.b(stage), &launch.expand, kBlockN, column, i_n * kBlockN);
     }
   }
 };

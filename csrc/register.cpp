@@ -75,6 +75,9 @@ LoraLinear problem_of(Arguments& arguments, const std::vector<Optional>& tensors
 void run(const Arguments& arguments, const LoraLinear& problem, const Optional& counters, int64_t kernel) {
   if (problem.x.rows == 0) return;
   torch::stable::accelerator::DeviceGuard guard(arguments.device());
+  // The guard sets nothing where the device is current by default, as in a thread that autograd has just started: no
+  // context is bound there yet, and the driver encodes tensor maps only in one.
+  check(arguments, cudaSetDevice(arguments.device()));
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(arguments.device(), &stream));
   launch_lora_linear(arguments, problem, counters, kernel, static_cast<cudaStream_t>(stream));

@@ -40,6 +40,11 @@ inline auto encoder() {
   return encode;
 }
 
+static_assert(static_cast<int>(CUDA_ERROR_INVALID_VALUE) == cudaErrorInvalidValue &&
+                  static_cast<int>(CUDA_ERROR_INVALID_CONTEXT) == cudaErrorDeviceUninitialized &&
+                  static_cast<int>(CUDA_ERROR_NOT_SUPPORTED) == cudaErrorNotSupported,
+              "an error of the driver is read as one of the runtime");
+
 inline cudaError_t encode(TensorMap& map, Type type, int dimensions, const TensorShape& shape) {
   if (encoder() == nullptr) return cudaErrorNotSupported;
   const cuuint64_t sizes[3] = {shape.columns, shape.rows, shape.layers};
@@ -50,7 +55,7 @@ inline cudaError_t encode(TensorMap& map, Type type, int dimensions, const Tenso
       encoder()(&map, type == Type::kFloat16 ? CU_TENSOR_MAP_DATA_TYPE_FLOAT16 : CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
                 dimensions, shape.data, sizes, strides, box, element_strides, CU_TENSOR_MAP_INTERLEAVE_NONE,
                 CU_TENSOR_MAP_SWIZZLE_128B, CU_TENSOR_MAP_L2_PROMOTION_L2_256B, CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE);
-  return result == CUDA_SUCCESS ? cudaSuccess : cudaErrorInvalidValue;
+  return static_cast<cudaError_t>(result);  // the driver's own: both number errors alike
 }
 
 }  // namespace linlora::sm90

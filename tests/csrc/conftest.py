@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import emulated
 import pytest
 import torch
+from compiled import OBJECTS, csrc
 from emulator import build as emulator
 from linlora.kernels.packing import pack, unpack
 from linlora.kernels.problem import LoraLinear, Result
@@ -118,6 +119,19 @@ def check_outputs(launch: Launch, outputs: dict[str, Tensor]) -> None:
         few = output.numel() < 1000
         bound = max(bound, torch.finfo(output.dtype).eps / 2) if few else min(bound, 1e-2)
         assert error <= bound, f"{name}: {error:.1e} off, allowed {bound:.1e}"
+
+
+@pytest.fixture(scope="session")
+def built(tmp_path_factory):
+    """The folder of a fresh library. Objects are kept in build/, so that only what changed is compiled; processes that
+    build at the same time wait for each other."""
+    try:
+        csrc.toolchain()
+    except csrc.CannotBuildError as error:
+        pytest.skip(f"csrc/ is not compiled here: {error}")
+    folder = tmp_path_factory.mktemp("csrc")
+    csrc.build(folder, OBJECTS)
+    return folder
 
 
 @pytest.fixture(scope="session")

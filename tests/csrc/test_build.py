@@ -1,42 +1,14 @@
 """csrc/ compiles for every architecture, and what comes out registers, loads and is what the kernels promise."""
 
-import importlib.util
 import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).parents[2]
-
-
-def _load(path):
-    spec = importlib.util.spec_from_file_location("csrc_build", path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-csrc = _load(ROOT / "csrc" / "build.py")
-OBJECTS = ROOT / "build" / "csrc"
-
-
-@pytest.fixture(scope="session")
-def built(tmp_path_factory):
-    """The folder of a fresh library. Objects are kept in build/, so that only what changed is compiled; processes that
-    build at the same time wait for each other."""
-    try:
-        csrc.toolchain()
-    except csrc.CannotBuildError as error:
-        pytest.skip(f"csrc/ is not compiled here: {error}")
-    folder = tmp_path_factory.mktemp("csrc")
-    csrc.build(folder, OBJECTS)
-    return folder
+from compiled import OBJECTS, ROOT, csrc, kernels
 
 
 def test_every_kernel_is_compiled_for_its_architectures_and_none_spills(built):
@@ -58,12 +30,9 @@ def test_every_kernel_is_compiled_for_its_architectures_and_none_spills(built):
     ],
 )
 def test_the_machine_code_holds_the_instructions_the_design_is_about(built, kernel, architecture, instructions):
-    disassembled = subprocess.run(
-        [_cuobjdump(), "-sass", "-arch", f"sm_{architecture}", OBJECTS / f"{kernel}.o"],
-        capture_output=True, text=True, check=True,
-    ).stdout  # fmt: skip
-    found = set(re.findall(r"\b(" + "|".join(instructions) + r")\b", disassembled))
-    assert found == set(instructions)
+    for compiled in kernels(kernel, architecture):
+        names = {name for text in compiled.code.values() for name in re.findall(r"\b[A-Z0-9]+\b", text)}
+        assert names >= set(instructions), compiled.name
 
 
 @pytest.fixture(scope="session")
@@ -154,10 +123,26 @@ def test_the_status_says_what_was_built(built):
     assert status["sources"] == csrc.source_hash()
 
 
-def test_architectures_are_chosen_by_the_environment(monkeypatch):
+@pytest.fixture
+def nvcc_of(tmp_path):
+    """A function that writes an nvcc of a version, which lists what it compiles for."""
+
+    def nvcc_of(version, codes):
+        nvcc = tmp_path / "bin" / "nvcc"
+        nvcc.parent.mkdir(exist_ok=True)
+        listed = " ".join(f"sm_{code}" for code in codes)
+        nvcc.write_text(f'#!/bin/sh\n[ "$1" = --version ] && echo "release {version}, V{version}" || echo "{listed}"\n')
+        nvcc.chmod(0o755)
+        return str(nvcc)
+
+    return nvcc_of
+
+
+def test_architectures_are_chosen_by_the_environment(monkeypatch, nvcc_of):
     tools = csrc.Toolchain("/opt/a cuda/nvcc", "ninja", "/opt/torch")
+    nvcc = nvcc_of("12.8", [80, 90, 100])
     monkeypatch.setenv("LINLORA_CUDA_ARCHITECTURES", "100; 80")
-    assert csrc.selected_architectures() == ("80", "100")
+    assert csrc.selected_architectures(nvcc) == ("80", "100")
     ninja = csrc.ninja_file(tools, ("80", "100"), OBJECTS)
     assert "lora_linear_sm90" not in ninja  # Hopper's alone
     assert "LINLORA_SM90" not in ninja
@@ -166,7 +151,23 @@ def test_architectures_are_chosen_by_the_environment(monkeypatch):
     assert "-DLINLORA_SM90" in csrc.ninja_file(tools, ("90a",), OBJECTS)
     monkeypatch.setenv("LINLORA_CUDA_ARCHITECTURES", "90")
     with pytest.raises(csrc.CannotBuildError, match=r"'90' is not one of 80; 90a; 100"):
-        csrc.selected_architectures()
+        csrc.selected_architectures(nvcc)
+
+
+def test_a_compiler_is_asked_for_no_more_than_it_knows(monkeypatch, nvcc_of):
+    monkeypatch.delenv("LINLORA_CUDA_ARCHITECTURES", raising=False)
+    nvcc = nvcc_of("12.6", [80, 86, 90])
+    assert csrc.selected_architectures(nvcc) == ("80", "90a")
+    monkeypatch.setenv("LINLORA_CUDA_ARCHITECTURES", "80;100")
+    with pytest.raises(csrc.CannotBuildError, match=r"nvcc 12\.6 does not compile for sm_100: CUDA 12\.8 "):
+        csrc.selected_architectures(nvcc)
+
+
+def test_a_compiler_that_is_too_old_is_refused_with_the_minimum(monkeypatch, nvcc_of, tmp_path):
+    nvcc_of("12.4", [80, 90])
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    with pytest.raises(csrc.CannotBuildError, match=r"is of CUDA 12\.4, and CUDA 12\.6 or later is needed"):
+        csrc.toolchain()
 
 
 def test_everything_that_is_missing_is_named(monkeypatch):
@@ -216,9 +217,3 @@ def test_installing_says_whether_the_kernels_were_built(tmp_path, wanted, path, 
     if code == 0:
         assert (tmp_path / "lib/linlora/kernels/problem.py").exists()
         assert not json.loads((tmp_path / "lib/linlora/ops/cuda/build.json").read_text())["built"]
-
-
-def _cuobjdump():
-    import triton
-
-    return Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

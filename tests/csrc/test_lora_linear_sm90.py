@@ -48,11 +48,30 @@ def test_outputs_equal_the_reference(check, make_problem, form, streams, transpo
     check(make_problem(200, 264, 136, 16, form=form, streams=streams, transposed=transposed, dtype=dtype))
 
 
-@layouts
+@forms
 @streams
-def test_tiles_of_256_columns(check, make_problem, streams, transposed):
-    problem = make_problem(150, 520, 72, 8, streams=streams, transposed=transposed)
+@pytest.mark.parametrize(("k", "rank"), [(72, 8), (136, 8), (136, 40)])
+def test_tiles_of_256_columns(check, make_problem, form, streams, k, rank):
+    problem = make_problem(150, 520, k, rank, form=form, streams=streams, transposed=rank == 40)
     check(problem)  # of one cluster: 128 columns would take more waves
+
+
+@forms
+@streams
+@pytest.mark.parametrize("scaling", [2.0, -40.0, 3e-4, 0.5, 0.0])
+def test_the_scaled_low_rank_rows_have_the_range_of_float16_that_the_unscaled_have(
+    check, make_problem, form, streams, scaling
+):
+    launch = make_problem(150, 264, 72, 8, form=form, streams=streams, dtype=torch.float16)
+    problem = launch.problem
+    large = launch.with_changes(
+        scaling=scaling,
+        shrink=12000 * problem.shrink,  # u to some 50,000
+        d_shrink=None if problem.d_shrink is None else 120 * problem.d_shrink,
+        expand=None if problem.expand is None else 1e-4 * problem.expand,
+        d_expand=1e-4 * problem.d_expand,
+    )
+    assert check(large)["u"].abs().max() > 30_000
 
 
 @forms

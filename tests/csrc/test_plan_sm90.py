@@ -1,6 +1,7 @@
 """How the Hopper kernel divides a problem, over many shapes: integers only, no kernel runs."""
 
 import ctypes
+import itertools
 
 import pytest
 import torch
@@ -45,6 +46,14 @@ class Plan:
         numbers = (ctypes.c_int32 * 3)()
         self.library.unit_lora_linear_sm90(ctypes.byref(self.arguments), ctypes.c_int64(index), numbers)
         return tuple(numbers)
+
+    def clocks(self, block_n):
+        """When all is done, by the plan's formula and tile by tile, and the work of all; no GPU fitted them."""
+        clocks = [ctypes.c_int64() for _ in range(3)]
+        self.library.makespan_lora_linear_sm90(
+            ctypes.byref(self.arguments), self.clusters, block_n, *map(ctypes.byref, clocks)
+        )
+        return tuple(clock.value for clock in clocks)
 
 
 @pytest.fixture(scope="session")
@@ -143,6 +152,38 @@ def test_factors_are_packed_along_their_memory(plan_of):
 )
 def test_tiles_are_narrow_where_wide_ones_leave_multiprocessors_without_work(plan_of, m, n, streams, block_n):
     assert plan_of(m, n, 4096, 16, streams=streams).block_n == block_n
+
+
+LAYERS = [(1024, 1024), (4096, 4096), (14336, 4096), (4096, 14336)]  # N, K
+
+
+@pytest.mark.parametrize("clusters", [57, 66], ids=["H100-PCIe", "H200"])
+@pytest.mark.parametrize("rank", [16, 64])
+def test_the_width_that_is_chosen_ends_first_tile_by_tile(plan_of, clusters, rank):
+    for (n, k), m, streams in itertools.product(LAYERS, [128, 512, 2048, 4096, 8192], [1, 2]):
+        plan = plan_of(m, n, k, rank, streams=streams, clusters=clusters)
+        chosen, best = plan.clocks(plan.block_n)[1], min(plan.clocks(width)[1] for width in (128, 256))
+        assert chosen <= 1.05 * best, (m, n, k, streams)
+
+
+def test_the_formula_of_the_makespan_is_that_of_the_tiles_where_waits_are_hidden(plan_of):
+    for (n, k), m, width in itertools.product(LAYERS[1:], [4096, 8192, 16384], [128, 256]):
+        formula, simulated, work = plan_of(m, n, k, 16).clocks(width)
+        assert 0.95 < formula / simulated < 1.05, (m, n, k, width)
+        assert simulated >= work / H200
+
+
+def test_cliffs_of_the_last_wave(plan_of):
+    """Multiprocessors without work, as a share of all: what adding rows costs beyond the rows themselves."""
+
+    def idle(m):
+        plan = plan_of(m, 4096, 4096, 16)
+        _, simulated, work = plan.clocks(plan.block_n)
+        return 1 - work / H200 / simulated
+
+    assert idle(8192) < 0.03  # 512 output and 32 shrink tiles in 8 waves
+    assert idle(8192 + 256) > 0.07  # a ninth
+    assert idle(1024) > 0.03
 
 
 def test_rank_blocks(plan_of):

@@ -2,6 +2,8 @@
 #include "lora_linear_sm90.h"
 
 #include <cstring>
+#include <functional>
+#include <queue>
 
 #include "plan_sm90.cuh"
 #include "swizzle.cuh"
@@ -89,6 +91,35 @@ void tile_lora_linear_sm90(const LoraLinear* problem, int clusters, int ticket, 
     }
   }
   *tile = place.kind == linlora::sm90::Tile::kShrink ? plan.first_rank(place) : plan.i_n(place);
+}
+
+// The clocks after which the last of `clusters` is done with output tiles of `block_n` columns, as Clocks has them: by the
+// plan's own formula, and tile by tile, each to the cluster that is free first, with the waits for flags. `work`: those of
+// all tiles together.
+void makespan_lora_linear_sm90(const LoraLinear* problem, int clusters, int block_n, int64_t* formula, int64_t* simulated,
+                               int64_t* work) {
+  namespace sm90 = linlora::sm90;
+  const sm90::Plan plan = sm90::with_columns(sm90::plan_of(*problem, clusters), block_n);
+  const sm90::Clocks clocks(plan);
+  constexpr int64_t kPack = 4000;
+  std::priority_queue<int64_t, std::vector<int64_t>, std::greater<>> free;
+  for (int i = 0; i < clusters; ++i) free.push(0);
+  std::vector<int64_t> shrunk(plan.cluster_rows);
+  int64_t packed = 0;
+  *formula = sm90::makespan(plan, clusters), *simulated = 0, *work = 0;
+  for (int ticket = 0; ticket < plan.tiles(); ++ticket) {
+    const sm90::Tile tile = plan.tile(ticket);
+    const int64_t start = free.top(), along_p = plan.p_steps() * clocks.step;
+    int64_t end = start + kPack;
+    if (tile.kind == sm90::Tile::kShrink) end = std::max(start, packed) + clocks.shrink;
+    if (tile.kind == sm90::Tile::kOutput) end = std::max(start + clocks.output - along_p, shrunk[tile.row]) + along_p;
+    if (tile.kind == sm90::Tile::kPack) packed = std::max(packed, end);
+    if (tile.kind == sm90::Tile::kShrink) shrunk[tile.row] = std::max(shrunk[tile.row], end);
+    *work += tile.kind == sm90::Tile::kPack ? kPack : tile.kind == sm90::Tile::kShrink ? clocks.shrink : clocks.output;
+    *simulated = std::max(*simulated, end);
+    free.pop();
+    free.push(end);
+  }
 }
 
 void unit_lora_linear_sm90(const LoraLinear* problem, int64_t index, int32_t* unit) {
