@@ -30,8 +30,9 @@
 // are resident. The last to look at a flag, or to draw, sets it back to zero, so there is no epoch and no memset, and a
 // launch can be captured in a CUDA graph.
 //
-// Floor: 2MNK + 4Mr(K + N) FLOPs for each stream. Beyond it, a shrink tile reads x once more (at r = 16, 20 KB for 64 of
-// K, by bytes a third of an output tile's time; two such blocks a stage), packing moves 2r(K + N) elements, P is padded to multiples of 16 columns.
+// Floor: 2MNK + 4Mr(K + N) FLOPs for each stream. Beyond it, a shrink tile reads x once more (at r = 16, 20 KB for 64
+// of K, by bytes a third of an output tile's time; two such blocks a stage), packing moves 2r(K + N) elements, P is
+// padded to multiples of 16 columns.
 //
 // Measured: not yet run on a GPU. Its own source runs on the CPU in tests/csrc/test_lora_linear_sm90.py, on emulated
 // clusters, TMA, mbarriers and wgmma, under random schedules; the SASS holds HGMMA and UTMALDG, and no spills.

@@ -142,8 +142,8 @@ __host__ __device__ constexpr int blocks_of_stage(int block_n, int b_rows) {
 }
 
 // What tiles take, in clocks of a multiprocessor. Estimates: no GPU has run them. A step of 256 columns is one of 780
-// TFLOP/s on an H200, a narrow one 0.55 of it; a shrink step is bound by what it reads, and by waits where a stage holds
-// one block; a tile begins and ends.
+// TFLOP/s on an H200, a narrow one 0.55 of it; a shrink step is bound by what it reads, and by waits where a stage
+// holds one block; a tile begins and ends.
 struct Clocks {
   static constexpr int kWideStep = 1100, kNarrowStep = 605, kShrinkStep[] = {550, 440}, kTile = 2800;
 

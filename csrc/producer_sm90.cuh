@@ -9,9 +9,10 @@
 
 namespace linlora::sm90 {
 
-// s = of_p * of_sum. P = s [c u] is rounded to 16 bits, where composed ops multiply a sum in float32 by s: so P holds no
-// more of s than leaves its range that of u. bfloat16 has the range of float32, and takes all of it. float16 takes what is
-// in 1/8..1; else a power of two is left, by which the sums are divided before the steps along P, and multiplied after.
+// s = of_p * of_sum. P = s [c u] is rounded to 16 bits, where composed ops multiply a sum in float32 by s: so P holds
+// no more of s than leaves its range that of u. bfloat16 has the range of float32, and takes all of it. float16 takes
+// what is in 1/8..1; else a power of two is left, by which the sums are divided before the steps along P, and
+// multiplied after.
 struct Scaling {
   float of_p, of_sum;
 
@@ -125,8 +126,8 @@ struct Producer {
         const int k = first_k + block * kBlockK;
         load_a(stage, &launch.x[upper.stream], x_row(upper), &launch.x[lower.stream], x_row(lower), k, block);
         for (int factor = 0; factor < plan.factors(); ++factor) {
-          load_b(stage, shared.a(stage, blocks) + (block * b_rows + factor * plan.rank_block) * kRowBytes, &launch.shrink,
-                 plan.rank_block, k, plan.first_rank(tile), factor);
+          load_b(stage, shared.a(stage, blocks) + (block * b_rows + factor * plan.rank_block) * kRowBytes,
+                 &launch.shrink, plan.rank_block, k, plan.first_rank(tile), factor);
         }
       }
     }

@@ -1,6 +1,6 @@
-// The operator of the `cuda` backend, linlora_cuda::lora_linear: one stream or two, with the schema of the Triton operator
-// (kernels/problem.py: the tensors of the problem in one list, in the order of `Place`, then its numbers) and two arguments
-// more:
+// The operator of the `cuda` backend, linlora_cuda::lora_linear: one stream or two, with the schema of the Triton
+// operator (kernels/problem.py: the tensors of the problem in one list, in the order of `Place`, then its numbers) and
+// two arguments more:
 //
 //   counters   a zeroed int32 buffer for kernels whose blocks talk to each other; they leave it zeroed. Without one a
 //              launch zeroes its own, which is one more operation on the stream.

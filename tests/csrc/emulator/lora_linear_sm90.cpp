@@ -93,11 +93,11 @@ void tile_lora_linear_sm90(const LoraLinear* problem, int clusters, int ticket, 
   *tile = place.kind == linlora::sm90::Tile::kShrink ? plan.first_rank(place) : plan.i_n(place);
 }
 
-// The clocks after which the last of `clusters` is done with output tiles of `block_n` columns, as Clocks has them: by the
-// plan's own formula, and tile by tile, each to the cluster that is free first, with the waits for flags. `work`: those of
-// all tiles together.
-void makespan_lora_linear_sm90(const LoraLinear* problem, int clusters, int block_n, int64_t* formula, int64_t* simulated,
-                               int64_t* work) {
+// The clocks after which the last of `clusters` is done with output tiles of `block_n` columns, as Clocks has them: by
+// the plan's own formula, and tile by tile, each to the cluster that is free first, with the waits for flags. `work`:
+// those of all tiles together.
+void makespan_lora_linear_sm90(const LoraLinear* problem, int clusters, int block_n, int64_t* formula,
+                               int64_t* simulated, int64_t* work) {
   namespace sm90 = linlora::sm90;
   const sm90::Plan plan = sm90::with_columns(sm90::plan_of(*problem, clusters), block_n);
   const sm90::Clocks clocks(plan);
