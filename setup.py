@@ -98,6 +98,7 @@ setup(
         "linlora": ["py.typed", "__init__.pyi"],
         "linlora.training": ["__init__.pyi"],
         "linlora.ops": ["evidence.json"],
+        "linlora.quickstart": ["text.yaml"],
         "linlora.quickstart.glyphs": ["data/*"],
         "linlora.experiments": ["__init__.pyi"],
     },

@@ -1,9 +1,11 @@
-"""README: its Python runs, its commands exist, and it is short."""
+"""README: its Python runs, its commands exist, and it is short. The notebook of docs/ runs too."""
 
+import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
@@ -33,6 +35,19 @@ def test_the_example_runs_and_leaves_a_vector_and_an_adapter(checkpoint, tmp_pat
     exec(compile(example, "README.md", "exec"), {"__name__": "__readme__"})
     assert Path("films.safetensors").is_file()
     assert Path("films/adapter_config.json").is_file()
+
+
+def test_the_notebook_runs_and_stock_peft_serves_what_it_exports(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    cells = json.loads((ROOT / "docs" / "tutorial.ipynb").read_text("utf-8"))["cells"]
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    names = {"__name__": "__notebook__"}
+    encoder = "sentence-transformers/all-MiniLM-L6-v2"
+    assert encoder in code
+    exec(compile(code.replace(encoder, checkpoint.as_posix()), "tutorial.ipynb", "exec"), names)
+    assert names["best"] == max(names["curve"], key=names["curve"].get)
+    assert (names["after"] - names["before"]).norm() > 1e-3
+    torch.testing.assert_close(names["merged"], names["after"], atol=1e-4, rtol=1e-4)
 
 
 def test_its_commands_are_jobs_of_the_makefile():

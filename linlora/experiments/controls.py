@@ -7,8 +7,10 @@
 | `lora_fa` | B of plain LoRA, A frozen | B, which is ΔW | W + Σ λᵢ ΔWᵢ |
 | `layer` | every layer linearized | (dA, dB), which is ΔW | W + Σ λᵢ ΔWᵢ |
 | `model` | the network linearized | (dA, dB), which is the function | f(φ0) + Σ λᵢ J δᵢ |
+| `features` | the same, up to the features | (dA, dB), which is the features | normalised (f(φ0) + Σ λᵢ J δᵢ) Pᵀ |
 
 `lora_fa` and `layer` are one at B0 = 0, where a linearized layer is x Wᵀ + s (x A0ᵀ) dBᵀ: LoRA with A frozen.
+`features` is there for heads that leave open where the linearized function ends (`linlora.training.similarity`).
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from linlora.fusion.registry import IN_WEIGHT_SPACE
 from linlora.vectors.task_vector import TaskVector, apply
 from linlora.vectors.weight_vector import WeightVector
 
-Trained = Literal["lora", "lora-fa", "layer", "model"]
+Trained = Literal["lora", "lora-fa", "layer", "model", "features"]
 """How an adapter was trained."""
 
 ELEMENTWISE = ("ties", "dare")
@@ -47,7 +49,7 @@ class Control:
 
     def fits(self, method: str) -> bool:
         """Whether a method acts on what is added."""
-        return method not in ON_WEIGHTS or self.key not in ("factors", "model")
+        return method not in ON_WEIGHTS or self.key not in ("factors", "model", "features")
 
 
 CONTROLS = (
@@ -56,6 +58,7 @@ CONTROLS = (
     Control("lora_fa", "LoRA-FA (A frozen)", "lora-fa"),
     Control("layer", "linearized, layer scope", "layer"),
     Control("model", "linearized, model scope", "model"),
+    Control("features", "linearized, model scope up to the features", "features"),
 )
 BY_KEY = {control.key: control for control in CONTROLS}
 _ADDED_AS_WEIGHTS = ("delta_weight", "lora_fa")

@@ -30,6 +30,7 @@ from linlora.vectors.task_vector import TaskVector
 SCORES_FILE, MAP_FILE = "scores.json", "map.json"
 TRAINED_TITLES: dict[Trained, str] = {
     "lora": "LoRA", "lora-fa": "LoRA-FA", "layer": "layer scope", "model": "model scope",
+    "features": "model scope up to the features",
 }  # fmt: skip
 
 
@@ -60,15 +61,15 @@ class Experiment(ABC):
 
     @property
     def controls(self) -> tuple[str, ...]:
-        return tuple(control.key for control in CONTROLS)
+        return tuple(control.key for control in CONTROLS if control.key != "features")
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
         """What has to be equal for a run directory to be continued. More seeds may be added, so they are not in it."""
 
     @abstractmethod
-    def base(self) -> nn.Module:
-        """The plain model, on the device; it is not changed."""
+    def base(self, trained: Trained) -> nn.Module:
+        """The plain model that a kind of training adapts, on the device; it is not changed."""
 
     @abstractmethod
     def tasks(self, start: Start, trained: Trained, seed: int) -> Tasks:
@@ -122,7 +123,7 @@ class Experiment(ABC):
     def fuse(self, start: Start, control: Control, seed: int) -> None:
         """Fuse one control by every method and write the scores."""
         vectors, tasks = self.vectors(start, control.trained, seed), self.tasks(start, control.trained, seed)
-        fusion = fuse_control(control, self.base(), vectors, tasks, self.options, seed)
+        fusion = fuse_control(control, self.base(control.trained), vectors, tasks, self.options, seed)
         with staged(self.fused_folder(start, control, seed)) as staging:
             for method in self.kept:
                 if method in fusion.vectors:
@@ -132,7 +133,7 @@ class Experiment(ABC):
     def map(self, start: Start, control: Control) -> None:
         """Write the disentanglement map of one control, of the first seed."""
         vectors, tasks = self.vectors(start, control.trained, 0), self.tasks(start, control.trained, 0)
-        found = map_control(control, self.base(), vectors, tasks, self.options)
+        found = map_control(control, self.base(control.trained), vectors, tasks, self.options)
         with staged(self.map_folder(start, control)) as staging:
             write_json(staging / MAP_FILE, found)
 

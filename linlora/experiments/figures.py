@@ -14,13 +14,14 @@ from linlora.fusion.figures import save
 
 SHORT = {
     "factors": "LoRA factors", "delta_weight": "LoRA ΔW", "lora_fa": "LoRA-FA", "layer": "layer scope",
-    "model": "model scope",
+    "model": "model scope", "features": "model scope to features",
 }  # fmt: skip
 
 # Okabe and Ito's palette, told apart by the colour-blind; the markers differ too.
 _STYLES = {
     "factors": ("#D55E00", "o"), "delta_weight": ("#E69F00", "D"), "lora_fa": ("#CC79A7", "v"),
     "layer": ("#0072B2", "s"), "model": ("#009E73", "^"),
+    "features": ("#56B4E9", "P"),
 }  # fmt: skip
 
 

@@ -113,7 +113,7 @@ class Settings:
     learning_rates: tuple[tuple[Start, Trained, float], ...]
     options: Options = field(default_factory=Options)
     starts: tuple[Start, ...] = ("zero",)
-    controls: tuple[str, ...] = tuple(control.key for control in CONTROLS)
+    controls: tuple[str, ...] = tuple(control.key for control in CONTROLS if control.key != "features")
     kept: tuple[str, ...] = ()
     rank: int = 8
     alpha: int = 16
@@ -166,7 +166,7 @@ class ImageExperiment(Experiment):
         """Read once in a process."""
         return _suite(self.settings.data, self.out / "backbone", self.device)
 
-    def base(self) -> nn.Module:
+    def base(self, trained: Trained) -> nn.Module:
         return self.suite.network
 
     def tasks(self, start: Start, trained: Trained, seed: int) -> ImageTasks:

@@ -156,7 +156,7 @@ def _like(where: str, value: Any, default: Any) -> Any:
     """A value of the kind of the default: a number, or a list of numbers (one number is a list of one)."""
     several = isinstance(default, tuple)
     values = value if several and isinstance(value, list) else [value]
-    if not values or not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
+    if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         raise ValueError(f"{where}: expected {'numbers, as [0.1, 0.2]' if several else 'a number'}, got {value!r}")
     if several:
         return tuple(float(v) for v in values)

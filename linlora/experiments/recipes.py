@@ -1,7 +1,8 @@
 """Experiments on the tasks of a recipe: any model and data sets that `linlora train` takes.
 
 Every task is trained by LoRA, at layer and at model scope, and with A frozen where the recipe's point has B0 != 0 (at
-B0 = 0 that is layer scope), in folders as `linlora train` fills them.
+B0 = 0 that is layer scope), in folders as `linlora train` fills them. Where the recipe leaves open where the linearized
+function ends (`linear_to`), model scope is tried both ways.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from linlora.experiments.controls import CONTROLS, Trained
+from linlora.experiments.controls import Trained
 from linlora.experiments.environment import surroundings
 from linlora.experiments.experiment import Experiment
 from linlora.experiments.jobs import Workers
@@ -29,11 +30,13 @@ from linlora.storage.run_directory import read_json
 from linlora.training import Run, Settings, Task, load_task, read_recipe, train
 from linlora.training.adapted import read_point
 from linlora.training.folder import METRICS_FILE
+from linlora.training.settings import FAMILIES
+from linlora.training.similarity import Similarity
 from linlora.training.suite import TaskSet
 
 
 def compare_recipe(
-    path: str | Path,
+    path: str | Path | None,
     out: str | Path = "runs/compare",
     seeds: int | None = None,
     fresh: bool = False,
@@ -48,7 +51,8 @@ def compare_recipe(
     A call with the same `out` continues where an interrupted one was.
 
     Args:
-        path: the YAML file; at least two tasks that share one model. A `method` in it has no say here.
+        path: the YAML file; at least two tasks that share one model. A `method` in it has no say here. None takes the
+            overrides alone.
         seeds, options, learning_rates: those of the section `experiment` of the recipe if left out. There may stand
             `seeds` (3), `learning_rates` by method ("lora", "lora-fa", "layer", "model") where they are not the
             tasks', `methods`, and every field of `Options`. Seeds are counted from the recipe's on.
@@ -65,6 +69,9 @@ def compare_recipe(
     rates = dict(of_recipe[2] if learning_rates is None else learning_rates)
     _check(found.tasks, rates)
     experiment = RecipeExperiment(found.tasks, Path(out), options or of_recipe[1], rates)
+    for task in experiment.loaded.values():  # of all tasks before the first one trains
+        for split in task.splits:
+            task.check(split)
     return run(experiment, "linlora compare", of_recipe[0] if seeds is None else seeds, workers, fresh, console)
 
 
@@ -96,11 +103,17 @@ class RecipeExperiment(Experiment):
         self.device = "cuda" if torch.cuda.is_available() and not first.training.get("use_cpu") else "cpu"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("loaded", "starts")}
+        return {name: value for name, value in vars(self).items() if name not in ("loaded", "to_features", "starts")}
 
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self.settings)
+
+    @property
+    def controls(self) -> tuple[str, ...]:
+        first = next(iter(self.loaded.values()))
+        is_open = isinstance(first, Similarity) and not any(s.linear_to for s in self.settings.values())
+        return (*super().controls, *(("features",) if is_open else ()))
 
     @functools.cached_property
     def starts(self) -> dict[Start, str]:
@@ -113,6 +126,13 @@ class RecipeExperiment(Experiment):
     def loaded(self) -> dict[str, Task]:
         return {name: load_task(settings) for name, settings in self.settings.items()}
 
+    @functools.cached_property
+    def to_features(self) -> dict[str, Task]:
+        return {name: load_task(settings.changed(linear_to="features")) for name, settings in self.settings.items()}
+
+    def loaded_for(self, trained: Trained) -> dict[str, Task]:
+        return self.to_features if trained == "features" else self.loaded
+
     def fingerprint(self) -> dict[str, Any]:
         return {
             "tasks": {name: {**s.to_dict(), "out": "", "method": ""} for name, s in self.settings.items()},
@@ -123,21 +143,23 @@ class RecipeExperiment(Experiment):
     def around(self) -> AbstractContextManager[None]:
         return surroundings("cpu", None)  # which kernels run on a GPU is chosen as in training
 
-    def base(self) -> nn.Module:
-        return next(iter(self.loaded.values())).base_model().to(self.device).requires_grad_(False)
+    def base(self, trained: Trained) -> nn.Module:
+        return next(iter(self.loaded_for(trained).values())).base_model().to(self.device).requires_grad_(False)
 
     def tasks(self, start: Start, trained: Trained, seed: int) -> TaskSet:
         runs = [Run.open(self.adapter_folder(start, trained, name, seed)) for name in self.names]
         heads = {name: run.head for name, run in zip(self.names, runs, strict=True)}
-        first = next(iter(self.loaded.values()))
-        modules = first.head_modules(self.base()) if first.settings.head == "trained" else ()
-        return TaskSet(self.loaded, heads, modules)
+        tasks = self.loaded_for(trained)
+        first = next(iter(tasks.values()))
+        modules = first.head_modules(self.base(trained)) if first.settings.head == "trained" else ()
+        return TaskSet(tasks, heads, modules)
 
     def train(self, start: Start, trained: Trained, task: str, seed: int) -> None:
-        settings = self.settings[task]
-        rates = {"learning_rate": self.rates[trained]} if trained in self.rates else {}
+        settings, method = self.settings[task], "model" if trained == "features" else trained
+        rates = {"learning_rate": self.rates[method]} if method in self.rates else {}
+        end = "features" if trained == "features" else settings.linear_to
         out = str(self.adapter_folder(start, trained, task, seed))
-        train(settings.changed(method=trained, seed=settings.seed + seed, out=out, training=rates))
+        train(settings.changed(method=method, linear_to=end, seed=settings.seed + seed, out=out, training=rates))
 
     def adapter_files(self, trained: Trained) -> tuple[str, ...]:
         return (TASK_VECTOR_FILE, METRICS_FILE)
@@ -150,10 +172,9 @@ class RecipeExperiment(Experiment):
 def _check(tasks: Mapping[str, Settings], learning_rates: Mapping[str, float]) -> None:
     if len(tasks) < 2:
         raise ValueError(f"a comparison fuses two tasks or more, the recipe has {len(tasks)}")
-    known = list(dict.fromkeys(control.trained for control in CONTROLS))
     for method in learning_rates:
-        if method not in known:
-            raise ValueError(f"learning rate of '{method}': the methods are {', '.join(known)}")
+        if method not in FAMILIES:
+            raise ValueError(f"learning rate of '{method}': the methods are {', '.join(FAMILIES)}")
     first, *others = tasks.values()
     for other in others:
         odd = [d for d in first.differences(other) if d.startswith(("model", "kind", "lora.", "point", "seed"))]

@@ -60,8 +60,10 @@ def read_recipe(
     >>> found.experiment
     {'seeds': 2}
     """
-    content, where = ({}, "settings") if path is None else (plain_yaml.read(path), str(path))
-    content = _merged(content, overrides or {})
+    if path is None:
+        content, overrides, where = dict(overrides or {}), {}, "settings"
+    else:
+        content, where = _merged(plain_yaml.read(path), overrides or {}), str(path)
     experiment = _section(where, "experiment", content.pop("experiment", {}))
     named = content.pop("tasks", None)
     if named is None:

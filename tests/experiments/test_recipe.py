@@ -9,6 +9,7 @@ import json
 import re
 import shlex
 import shutil
+from urllib.error import URLError
 
 import numpy as np
 import pytest
@@ -25,6 +26,7 @@ from linlora.cli import app
 from linlora.experiments import Options, compare_adapters, compare_recipe, report
 from linlora.experiments.adapters import reading
 from linlora.experiments.recipes import described
+from linlora.quickstart import text
 from linlora.testing import tiny_base, tiny_model
 from linlora.training import Run, adapt, evaluate, load_task, plain_yaml, set_head
 
@@ -311,3 +313,78 @@ def test_adapters_that_cannot_be_compared_are_refused(runs, tmp_path, arguments,
     assert result.exit_code == 2
     assert re.search(message, " ".join(result.stderr.split()))
     assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def of_text(place):
+    """The packaged recipe of texts, cut short, on an encoder and tasks in folders."""
+    recipe = plain_yaml.read(text.RECIPE)
+    recipe["training"] |= {"max_steps": 3}
+    recipe["data"] |= {"validation": 6}
+    recipe["lora"] |= {"r": 2}
+    recipe["experiment"] |= {"scalings": [0.0, 0.5, 1.0]}
+    (place / "text.yaml").write_text(plain_yaml.dump(recipe))
+    for task in ("mood", "colour"):
+        for split in ("train", "test"):
+            (place / task).mkdir(exist_ok=True)
+            shutil.copy(place / f"{task}-{split}.csv", place / task / f"{split}.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(text, "RECIPE", place / "text.yaml")
+        patch.setattr(report, "draw_all", lambda results, out: None)
+        given = {"model": str(place / "bert"), "tasks": [place / "mood", place / "colour"], "workers": 1}
+        results = text.run(place / "text", seeds=1, console=Console(quiet=True), **given)
+        again = text.run(place / "text", seeds=1, console=Console(quiet=True), **given)
+    return place / "text", results, again
+
+
+def test_the_quickstart_of_texts_continues_in_its_folder(of_text):
+    _, results, again = of_text
+    assert results["tasks"] == ["mood", "colour"]
+    assert again["jobs"]["made"] == 0
+    assert again["starts"] == json.loads(json.dumps(results["starts"]))
+
+
+@pytest.mark.parametrize(("key", "end"), [("model", "scores"), ("features", "features")])
+def test_model_scope_is_tried_with_both_ends_where_the_recipe_leaves_it_open(of_text, key, end):
+    out, results, _ = of_text
+    controls = results["starts"]["zero"]["controls"]
+    assert list(controls) == ["factors", "delta_weight", "layer", "model", "features"]
+    runs = [Run.open(out / "adapters" / "zero" / key / task / "seed0") for task in results["tasks"]]
+    assert {(run.settings.ends_at, run.settings.training["learning_rate"]) for run in runs} == {(end, 3e-3)}
+    tasks = [load_task(run.settings) for run in runs]
+    model = adapt(tasks[0], point=runs[0].vector).model
+    linlora.apply(model, linlora.fuse([run.vector for run in runs], "task_arithmetic", scaling=1.0))
+    expected = [evaluate(model, task, "test")["score"] for task in tasks]
+    assert controls[key]["methods"]["sum"]["by_seed_and_task"] == [pytest.approx(expected)]
+
+
+def test_the_two_ends_are_two_functions(of_text):
+    out, *_ = of_text
+    logits = []
+    for key in ("model", "features"):
+        run = Run.open(out / "adapters" / "zero" / key / "mood" / "seed0")
+        task = load_task(run.settings)
+        model = adapt(task, point=run.vector).model
+        linlora.apply(model, 50.0 * Run.open(out / "adapters" / "zero" / "model" / "mood" / "seed0").vector)
+        with torch.no_grad():
+            logits.append(task.logits(model, task.inputs([{"text": "good day", "label": "good"}])))
+    assert logits[1].abs().max() <= 16.001  # prototypes and features are normalised
+    assert not torch.allclose(*logits, atol=0.1)
+
+
+def test_without_a_network_the_quickstart_of_texts_says_so_in_a_line(tmp_path, monkeypatch):
+    def refuse(request, timeout):
+        raise URLError("no name server")
+
+    monkeypatch.setattr(text, "urlopen", refuse)
+    result = CliRunner().invoke(app, ["quickstart", "--text", "--out", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert "out of reach" in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_flags_of_the_quickstart_of_texts_are_for_it():
+    result = CliRunner().invoke(app, ["quickstart", "--model", "bert"])
+    assert result.exit_code == 2
+    assert "--model and --task are for --text" in result.stderr

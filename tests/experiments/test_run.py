@@ -70,7 +70,7 @@ def test_a_score_is_what_the_vectors_on_disk_give_with_the_chosen_options(finish
         return
     vectors = experiment.vectors(start, control.trained, seed=0)
     found = finished[1]["starts"][start]["controls"][key]["methods"][method]
-    at = space(control, experiment.base(), vectors, fusion_method(method))
+    at = space(control, experiment.base("lora"), vectors, fusion_method(method))
     at.put(linlora.fuse(at.vectors, fusion_method(method), **found["options_by_seed"][0]))
     assert experiment.suite.accuracies(at.model, "test") == pytest.approx(found["by_seed_and_task"][0], abs=0.0041)
     if method != "sum":
@@ -113,7 +113,7 @@ def test_plain_lora_trains_both_factors_and_linearized_lora_only_b(experiment):
 def test_at_model_scope_alone_the_changes_of_the_features_add(experiment):
     """F(δ1 + δ2) − F(0) = (F(δ1) − F(0)) + (F(δ2) − F(0)), for vectors large enough to tell."""
     some = experiment.suite.splits[TASKS[0]]["test"].images[:50]
-    before, error = features(experiment.base(), some), {}
+    before, error = features(experiment.base("lora"), some), {}
     for trained in ("lora", "layer", "model"):
         vectors = [10 * vector for vector in experiment.vectors("zero", trained, 0)]
         model = experiment.at_start("zero", trained, 0)
