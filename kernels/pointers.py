@@ -1,7 +1,7 @@
 """Tables of addresses: how one launch reads and writes the tensors of many layers.
 
-A table is uploaded before every launch from pinned memory, which does not wait for the device. The tensors whose
-addresses it holds are used on the stream that the launch is queued on, like any argument.
+A table is uploaded before every launch. The tensors whose addresses it holds are used on the stream that the launch is
+queued on, like any argument.
 """
 
 from __future__ import annotations
@@ -13,21 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_captured: list[Tensor] = []
+from .uploads import upload
 
 
 def addresses(tensors: Iterable[Tensor | None], device: torch.device) -> Tensor:
-    """The addresses of tensors (int64, on the device), 0 of None.
-
-    A CUDA graph reads the host's copy again at every replay, so a copy made under capture is kept for good.
-    """
-    table = torch.tensor([0 if tensor is None else tensor.data_ptr() for tensor in tensors], dtype=torch.int64)
-    if device.type != "cuda":
-        return table.to(device)
-    table = table.pin_memory()
-    if torch.cuda.is_current_stream_capturing():
-        _captured.append(table)
-    return table.to(device, non_blocking=True)
+    """The addresses of tensors (int64, on the device), 0 of None."""
+    return upload([0 if tensor is None else tensor.data_ptr() for tensor in tensors], torch.int64, device)
 
 
 @triton.jit

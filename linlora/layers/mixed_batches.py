@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear, pad
 
 from linlora.kernels.problem import LoraLinear
+from linlora.kernels.uploads import upload
 from linlora.layers.adapters import LoraAdapters
 from linlora.layers.called import called_plain_update, called_update
 from linlora.layers.calls import is_product
@@ -72,11 +73,11 @@ def called_by_rows(layer: LoraAdapters, x: Tensor, rows: Rows) -> Tensor:
     y = layer.base_layer(x)
     for adapter in (name for name in rows.adapters if name in layer.lora_A):
         places, weights = rows.weights_of(adapter)
-        at = torch.tensor(places, device=x.device)
+        at = upload(places, torch.int64, x.device)
         plain = layer.states.get(adapter, "plain") == "plain"
         parts = [called_plain_update(layer, adapter, x[at])] if plain else called_update(layer, [adapter], x[at])
         update = sum(parts[1:], parts[0])
-        of_rows = torch.tensor(weights, dtype=update.dtype, device=x.device).view(-1, *[1] * (x.dim() - 1))
+        of_rows = upload(weights, update.dtype, x.device).view(-1, *[1] * (x.dim() - 1))
         y = y.index_add(0, at, (of_rows * update).to(y.dtype))
     return y
 
@@ -120,7 +121,7 @@ def _scaled(
     A, B = torch.cat([A for A, _ in factors]).to(x.dtype), torch.cat([B for _, B in factors], dim=1).to(x.dtype)
     ranks = [len(A) for A, _ in factors]
     of_rank = [[w for (_, w), rank in zip(mixture, ranks, strict=True) for _ in range(rank)] for mixture in mixtures]
-    scale = torch.tensor(of_rank, dtype=x.dtype, device=x.device)[torch.tensor(rows.places, device=x.device)]
+    scale = upload(of_rank, x.dtype, x.device)[upload(rows.places, torch.int64, x.device)]
     activations = linear(aten.dropout(x, p, None), A).unflatten(0, (len(rows), -1)).flatten(1, -2)
     scaled = (activations * scale.unsqueeze(1)).view(*x.shape[:-1], -1)
     return linear(x, weight, bias) + linear(scaled, B)

@@ -18,6 +18,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from linlora.kernels.uploads import upload
 from linlora.ops.grouping import Groups
 
 BASE = "__base__"
@@ -117,7 +118,7 @@ class Rows(Sequence[Mixture]):
         """
         key = x.shape[:-1].numel(), x.device, torch.is_inference_mode_enabled()
         if key not in self._groups:
-            self._groups[key] = Groups.of(torch.tensor(self.places, device=x.device), len(self.distinct), key[0])
+            self._groups[key] = Groups.of(upload(self.places, torch.int64, x.device), len(self.distinct), key[0])
         return self._groups[key]
 
 
