@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-import torch
 from torch import Tensor
 
 from linlora.fusion.checks import check_finite, check_number, plain
-from linlora.fusion.layerwise import Layer, fused_layers, peek, weight_vectors
+from linlora.fusion.layerwise import peek, summed, weight_vectors
 from linlora.fusion.tensorwise import Rule, fused, zeros
 from linlora.fusion.truncation import Cut, OutRank
-from linlora.layers.weights import Update
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
 
@@ -76,18 +74,13 @@ def _summed(vectors: Iterable[TaskVector], rule: WeightedSum, out_rank: OutRank,
     kind, vectors = peek(vectors)
     if kind is WeightVector:
         in_weights = weight_vectors(vectors)
-        return fused_layers(in_weights, side_by_side, rule.weights_of(len(in_weights)), out_rank, energy)
+        weights = rule.weights_of(len(in_weights))
+        return summed(in_weights, lambda _: weights, out_rank, energy)
     if not Cut(out_rank, energy).exact:
         raise ValueError(
             f"{rule.method}: out_rank and energy cut what adapters add to the weights; vector.cast('weight') is that"
         )
     return fused(vectors, rule)
-
-
-def side_by_side(layer: Layer) -> Update:
-    """Σ ΔW as one product of the factors of all."""
-    updates = layer.updates
-    return Update(torch.cat([update.A for update in updates]), torch.cat([update.B for update in updates], dim=1))
 
 
 class WeightedSum(Rule[Tensor]):

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from linlora.fusion.checks import check_count, check_number
-from linlora.fusion.core_space import Core
+from linlora.fusion.core_space import Core, Pair
 from linlora.fusion.layerwise import Layer, fused_layers, weight_vectors
 from linlora.fusion.sides import Sides, check_keep
-from linlora.fusion.truncation import Spectrum
+from linlora.fusion.truncation import Factored
 from linlora.vectors.task_vector import TaskVector
 
 _FIT = 1e-6
@@ -42,41 +43,45 @@ def compress_then_merge(
     check_count("compress_then_merge", "rank", rank)
     check_count("compress_then_merge", "rounds", rounds)
 
-    def merge(layer: Layer) -> Spectrum:
+    def merge(layer: Layer) -> Factored:
         core = Core.of(layer)
-        P, Q = (core.support(torch.cat(side, 1))[0] for side in (core.parts, [M.T for M in core.parts]))
-        parts = P.T @ torch.stack(core.parts) @ Q
-        norms = parts.flatten(1).norm(dim=1)
-        there = norms > 0.0
-        drawn = parts[there] * (beta + (1 - beta) * norms.mean() / norms[there])[:, None, None]
-        left, right = tucker(drawn, rank, rounds)
-        cores = left.T @ parts @ right
+        P, Q = (core.support(side)[0] for side in core.beside())
+        parts = [(P.T @ left, Q.T @ right) for left, right in core.parts]
+        norms = [float((left @ right.T).norm()) for left, right in parts]
+        mean = sum(norms) / len(norms)
+        drawn = [(left * (beta + (1 - beta) * mean / norm), right)
+                 for (left, right), norm in zip(parts, norms, strict=True) if norm > 0.0]  # fmt: skip
+        U, V = tucker(drawn, rank, rounds) if drawn else (P[:0].T, Q[:0].T)
+        cores = [(U.T @ left) @ (right.T @ V) for left, right in parts]
         merged = Sides.of(_largest(C, keep) for C in cores).mean(rounding=_ROUNDING)
-        return Spectrum.between(core.U @ (P @ left), scaling * merged, core.V @ (Q @ right))
+        return Factored(core.U, P @ U @ (scaling * merged), Q @ V, core.V)
 
     return fused_layers(weight_vectors(vectors), merge, out_rank=rank)
 
 
-def tucker(parts: Tensor, rank: int, rounds: int) -> tuple[Tensor, Tensor]:
-    """The r directions of the columns and of the rows of matrices (T, p, q) that keep most of Σ ‖U₀ᵀ M U₁‖².
+def tucker(parts: Sequence[Pair], rank: int, rounds: int) -> Pair:
+    """The r directions of the columns and of the rows of matrices M = left · rightᵀ that keep most of Σ ‖U₀ᵀ M U₁‖².
 
     Ends where a round changes the relative error of the fit by less than 1e-6, as published, the third or later.
 
-    >>> left, right = tucker(torch.diag(torch.tensor([3.0, 2.0, 1.0]).double()).expand(2, 3, 3), 2, 10)
-    >>> left.abs().round().tolist()
+    >>> M = torch.diag(torch.tensor([3.0, 2.0, 1.0]).double())
+    >>> U, V = tucker([(M, torch.eye(3).double())] * 2, 2, 10)
+    >>> U.abs().round().tolist()
     [[1.0, 0.0], [0.0, 1.0], [0.0, 0.0]]
     """
-    flipped = parts.transpose(1, 2)
-    whole, error = float(parts.square().sum()), 1.0
-    left, right = leading(parts, rank), leading(flipped, rank)
-    for round_ in range(rounds if whole else 0):
-        left = leading(parts @ right, rank)
-        inside = flipped @ left
-        right = leading(inside, rank)
-        before, error = error, (abs(whole - float((right.T @ inside).square().sum())) / whole) ** 0.5
+    longest = max(left.shape[1] for left, _ in parts)
+    wide = [[pad(side, (0, longest - side.shape[1])) for side in part] for part in parts]
+    lefts, rights = (torch.stack(sides) for sides in zip(*wide, strict=True))
+    whole, error = float((lefts @ rights.mT).square().sum()), 1.0
+    U, V = leading(lefts @ rights.mT, rank), leading(rights @ lefts.mT, rank)
+    for round_ in range(rounds):
+        U = leading(lefts @ (rights.mT @ V), rank)
+        inside = rights @ (lefts.mT @ U)
+        V = leading(inside, rank)
+        before, error = error, (abs(whole - float((V.T @ inside).square().sum())) / whole) ** 0.5
         if round_ > 1 and abs(before - error) < _FIT:
             break
-    return left, right
+    return U, V
 
 
 def leading(parts: Tensor, rank: int) -> Tensor:

@@ -17,10 +17,15 @@ import torch
 from torch import Tensor
 
 from linlora.fusion.layerwise import Layer, Merge
-from linlora.fusion.truncation import Spectrum, basis
+from linlora.fusion.truncation import Basis, Factored, basis, triplets
 
 _CANCELLED = 1e-12
 """The size of a matrix against those it is the sum of, below which it is rounding."""
+
+Pair = tuple[Tensor, Tensor]
+"""left (p, k) and right (q, k) of a matrix left · rightᵀ, float64."""
+Triplets = tuple[Tensor, Tensor, Tensor]
+"""P (p, k), σ (k,) and Q (q, k) of a matrix P diag(σ) Qᵀ."""
 
 
 @dataclass(frozen=True)
@@ -28,14 +33,14 @@ class Core:
     """The ΔW of a layer in shared bases.
 
     Attributes:
-        U, V: (N, p) and (K, q), orthonormal columns, float64.
-        parts: each Mₜ (p, q).
+        U, V: bases of the columns, (N, p), and of the rows, (K, q).
+        parts: Uᵀ Bₜ and (Aₜ V)ᵀ of each Mₜ.
         tolerance: the part of the largest singular value below which one is rounding of the factors as they are stored.
     """
 
-    U: Tensor
-    V: Tensor
-    parts: list[Tensor]
+    U: Basis
+    V: Basis
+    parts: list[Pair]
     tolerance: float
 
     @classmethod
@@ -45,32 +50,40 @@ class Core:
         >>> from linlora.layers.weights import Update
         >>> updates = [Update(torch.randn(2, 9), torch.randn(7, 2)) for _ in range(2)]
         >>> core = Core.of(Layer("q", [0, 1], updates))
-        >>> [tuple(M.shape) for M in core.parts]
+        >>> [tuple(M.shape) for M in core.matrices]
         [(4, 4), (4, 4)]
-        >>> torch.allclose((core.U @ core.parts[1] @ core.V.T).float(), updates[1].B @ updates[1].A, atol=1e-5)
+        >>> back = Factored(core.U, *core.parts[1], core.V).update()
+        >>> torch.allclose(back.B @ back.A, updates[1].B @ updates[1].A, atol=1e-5)
         True
         """
-        U, Bs = basis(torch.cat([update.B for update in layer.updates], dim=1).double())
-        V, As = basis(torch.cat([update.A for update in layer.updates]).double().T)
+        U, left = basis(torch.cat([update.B for update in layer.updates], dim=1))
+        V, right = basis(torch.cat([update.A for update in layer.updates]).T)
         ranks = [len(update.A) for update in layer.updates]
-        parts = [B @ A.T for B, A in zip(Bs.split(ranks, 1), As.split(ranks, 1), strict=True)]
-        return cls(U, V, parts, tolerance(layer))
+        return cls(U, V, list(zip(left.split(ranks, 1), right.split(ranks, 1), strict=True)), tolerance(layer))
 
     @property
-    def shape(self) -> tuple[int, int]:
-        """(N, K)."""
-        return len(self.U), len(self.V)
+    def matrices(self) -> list[Tensor]:
+        """Each Mₜ (p, q)."""
+        return [left @ right.T for left, right in self.parts]
 
     @property
     def total(self) -> Tensor:
         """Σ Mₜ; exactly zero where the ΔW cancel to rounding."""
-        total = torch.stack(self.parts).sum(0)
-        size = sum(float(M.norm()) for M in self.parts)
+        matrices = self.matrices
+        total = torch.stack(matrices).sum(0)
+        size = sum(float(M.norm()) for M in matrices)
         return total if float(total.norm()) > _CANCELLED * size else torch.zeros_like(total)
 
-    def support(self, M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """P (p, k), σ (k,) and Q (q, k) with M = P diag(σ) Qᵀ, without what is rounding."""
-        return support(M, self.tolerance)
+    def support(self, left: Tensor, right: Tensor | None = None) -> Triplets:
+        """The singular triplets of a matrix, or of left · rightᵀ, without what is rounding."""
+        return support(left, right, self.tolerance)
+
+    def beside(self) -> Pair:
+        """[M₁ … M_T] and [M₁ᵀ … M_Tᵀ], each but for an orthonormal matrix at its right: (p, Σ k) and (q, Σ k)."""
+        return (
+            torch.cat([shadow(left, right) for left, right in self.parts], 1),
+            torch.cat([shadow(right, left) for left, right in self.parts], 1),
+        )
 
     def polar(self, columns: Tensor) -> Tensor:
         """The nearest columns that are orthonormal: P Qᵀ of P diag(σ) Qᵀ, on the support."""
@@ -83,26 +96,36 @@ def tolerance(layer: Layer) -> float:
     return max(layer.updates[0].B.shape[0] * 1e-15, *(16 * torch.finfo(u.A.dtype).eps for u in layer.updates))
 
 
-def support(M: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The singular triplets of a matrix whose values are above a part of the largest.
+def support(left: Tensor, right: Tensor | None, tolerance: float) -> Triplets:
+    """The singular triplets of a matrix, or of left · rightᵀ, whose values are above a part of the largest.
 
-    >>> support(torch.tensor([[2.0, 0.0], [0.0, 1e-9]]).double(), 1e-6)[1].tolist()
+    >>> support(torch.tensor([[2.0, 0.0], [0.0, 1e-9]]).double(), None, 1e-6)[1].tolist()
     [2.0]
     """
-    P, values, Qt = torch.linalg.svd(M, full_matrices=False)
+    P, values, Q = triplets(left, right)
     kept = values > tolerance * values[:1].sum()
-    return P[:, kept], values[kept], Qt[kept].T
+    return P[:, kept], values[kept], Q[:, kept]
 
 
-Rule = Callable[[Core], Tensor]
-"""The small matrices of a layer into one (p, q)."""
+def shadow(left: Tensor, right: Tensor) -> Tensor:
+    """left · rightᵀ but for an orthonormal matrix at its right: left Rᵀ of right = Q R.
+
+    >>> float(shadow(torch.tensor([[2.0]]), torch.tensor([[3.0], [4.0]])).abs())
+    10.0
+    """
+    return left @ torch.linalg.qr(right, mode="r").R.T
+
+
+Rule = Callable[[Core], Pair]
+"""The small matrices of a layer into one, as a pair."""
 
 
 def in_core_space(rule: Rule) -> Merge:
     """A rule of small matrices as a way to merge the ΔW of a layer."""
 
-    def merge(layer: Layer) -> Spectrum:
+    def merge(layer: Layer) -> Factored:
         core = Core.of(layer)
-        return Spectrum.between(core.U, rule(core), core.V)
+        left, right = rule(core)
+        return Factored(core.U, left, right, core.V)
 
     return merge

@@ -46,7 +46,8 @@ class DenseTies:
         check_number("ties", "scaling", scaling)
         check_keep("ties", keep)
         self.scaling = scaling
-        self.cuts = [cut_below(functools.partial(_values, v), 1, keep)[0] for v in weight_vectors(vectors)]
+        in_weights = weight_vectors(vectors)
+        self.cuts = [cut_below(v.scalings, functools.partial(_values, v), 1, keep)[0] for v in in_weights]
 
     def rows(self, updates: Sequence[Update], indices: Sequence[int], rows: slice) -> Tensor:
         """The merged ΔW of some rows of a stored weight.
@@ -58,12 +59,11 @@ class DenseTies:
         return self.scaling * Sides.of(parts).mean(rounding=16 * torch.finfo(updates[0].B.dtype).eps)
 
 
-def _values(vector: WeightVector) -> Iterator[dict[int, Tensor]]:
-    """All values of ΔW in blocks, as one stream."""
-    for layer, size in vector.sizes().items():
-        update = vector.update(layer)
-        for rows in blocks((size.outputs, size.inputs)):
-            yield {0: _block(update, rows).flatten()}
+def _values(vector: WeightVector, layer: str) -> Iterator[dict[int, Tensor]]:
+    """The values of the ΔW of a layer in blocks, as one stream."""
+    update = vector.update(layer)
+    for rows in blocks((len(update.B), update.A.shape[1])):
+        yield {0: _block(update, rows).flatten()}
 
 
 def _block(update: Update, rows: slice) -> Tensor:

@@ -11,6 +11,7 @@ signs of singular vectors, since a sum of zero gives zero. K×K and N×K matrice
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,11 +19,11 @@ from torch.nn.functional import hardshrink
 
 from linlora.fusion.checks import check_number
 from linlora.fusion.core_space import support, tolerance
-from linlora.fusion.layerwise import Layer, fused_layers, layer, weight_vectors
+from linlora.fusion.layerwise import Layer, fused_layers, layer, side_by_side, weight_vectors
 from linlora.fusion.quantiles import cut_below
 from linlora.fusion.sides import Sides, check_keep
-from linlora.fusion.truncation import OutRank, basis
-from linlora.layers.weights import Update, one_thread
+from linlora.fusion.truncation import Basis, OutRank, basis
+from linlora.layers.weights import Update
 from linlora.vectors.task_vector import TaskVector
 
 PUBLISHED_KEEP, PUBLISHED_SCALING = 0.2, 0.6
@@ -53,49 +54,63 @@ def knots_ties(
     check_number("knots_ties", "scaling", scaling)
     check_keep("knots_ties", keep)
     in_weights = weight_vectors(vectors)
-    seen: dict[str, list[Tensor]] = {}  # Uᵀ Bₜ of each layer, for the second pass
+    frames: dict[str, Frame] = {}  # of each layer, from the first pass on
 
     def pieces(name: str) -> Iterator[dict[int, Tensor]]:
         of = layer(in_weights, name)
-        with one_thread():
-            if name not in seen:
-                seen[name] = aligned(of)[1]
-            for block in coordinates(of, seen[name]):
-                yield {i: values.float().flatten() for i, values in zip(of.indices, block, strict=True)}
+        if name not in frames:
+            frames[name] = Frame.of(of)
+        for block in coordinates(of, frames[name].parts):
+            yield {i: values.float().flatten() for i, values in zip(of.indices, block, strict=True)}
 
-    names = dict.fromkeys(name for vector in in_weights for name in vector.scalings)
-    cuts = cut_below(lambda: (piece for name in names for piece in pieces(name)), len(in_weights), keep)
-    seen.clear()
+    names = sorted({name for vector in in_weights for name in vector.scalings})
+    cuts = cut_below(names, pieces, len(in_weights), keep)
 
     def merge(of: Layer) -> Update:
-        U, parts = aligned(of)
         blocks = []
-        for block in coordinates(of, parts):
+        for block in coordinates(of, frames[of.name].parts):
             kept = (hardshrink(values, cuts[i]) for i, values in zip(of.indices, block, strict=True))
             blocks.append(Sides.of(kept).mean(rounding=_ROUNDING))
-        return Update(scaling * torch.cat(blocks, 1), U)
+        return Update(scaling * torch.cat(blocks, 1), frames[of.name].vectors(of))
 
-    return fused_layers(in_weights, merge, out_rank=out_rank, energy=energy)
+    return fused_layers(in_weights, merge, out_rank, energy)
 
 
-def aligned(of: Layer) -> tuple[Tensor, list[Tensor]]:
-    """U (N, p) and each Uᵀ Bₜ (p, rₜ), float64; rows that are rounding are exactly zero.
+class Frame(NamedTuple):
+    """The left singular vectors U (N, p) of [ΔW₁ … ΔW_T] in few numbers: U = [B₁ … B_T] · turn, or basis · turn.
 
-    >>> one = Update(torch.eye(2), 3.0 * torch.eye(2))
-    >>> U, parts = aligned(Layer("q", [0, 1], [one, Update(one.A, 0.0 * one.B)]))
-    >>> (U @ parts[0]).tolist(), parts[1].any().item()
-    ([[3.0, 0.0], [0.0, 3.0]], False)
+    `parts` are Uᵀ Bₜ (p, rₜ), float64, with rows that are rounding exactly zero.
     """
-    U, inside = basis(torch.cat([update.B for update in of.updates], dim=1).double())
-    inner = inside.split([len(update.A) for update in of.updates], 1)
-    Rs = [torch.linalg.qr(update.A.T.double(), mode="r").R for update in of.updates]
-    P, _, _ = support(torch.cat([part @ R.T for part, R in zip(inner, Rs, strict=True)], 1), tolerance(of))
-    parts = []
-    for part, R in zip(inner, Rs, strict=True):
-        rotated = P.T @ part
-        lengths = (rotated @ R.T).norm(dim=1, keepdim=True)
-        parts.append(rotated * (lengths > _ROUNDING * lengths.norm()))
-    return U @ P, parts
+
+    turn: Tensor
+    of_columns: bool
+    parts: list[Tensor]
+
+    @classmethod
+    def of(cls, layer: Layer) -> Frame:
+        """The frame of a layer.
+
+        >>> one = Update(torch.eye(2), 3.0 * torch.eye(2))
+        >>> layer = Layer("q", [0, 1], [one, Update(one.A, 0.0 * one.B)])
+        >>> frame = Frame.of(layer)
+        >>> (frame.vectors(layer).double() @ frame.parts[0]).tolist(), frame.parts[1].any().item()
+        ([[3.0, 0.0], [0.0, 3.0]], False)
+        """
+        U, inside = basis(side_by_side(layer).B)
+        inner = inside.split([len(update.A) for update in layer.updates], 1)
+        Rs = [basis(update.A.T)[1] for update in layer.updates]
+        P, _, _ = support(torch.cat([part @ R.T for part, R in zip(inner, Rs, strict=True)], 1), None, tolerance(layer))
+        parts = []
+        for part, R in zip(inner, Rs, strict=True):
+            rotated = P.T @ part
+            lengths = (rotated @ R.T).norm(dim=1, keepdim=True)
+            parts.append(rotated * (lengths > _ROUNDING * lengths.norm()))
+        return cls(P if U.turn is None else U.turn @ P, U.turn is not None, parts)
+
+    def vectors(self, layer: Layer) -> Tensor:
+        """U, in the dtype of the factors."""
+        columns = side_by_side(layer).B
+        return (Basis(columns, None) if self.of_columns else basis(columns)[0]).times(self.turn)
 
 
 def coordinates(of: Layer, parts: list[Tensor]) -> Iterator[list[Tensor]]:

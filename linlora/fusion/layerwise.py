@@ -10,8 +10,9 @@ given changes no bit of the fused vector.
 from __future__ import annotations
 
 import itertools
+import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -19,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from linlora.fusion.truncation import Cut, OutRank, Spectrum
-from linlora.layers.weights import Update, one_thread
+from linlora.fusion.truncation import Cut, Factored, OutRank
+from linlora.layers.weights import Update
+from linlora.storage.ahead import Ahead
 from linlora.storage.tensors import StoredTensors, finite, memory
 from linlora.vectors.factors import Size, stored_factors
 from linlora.vectors.points import DifferentPointError
@@ -44,16 +46,18 @@ class Layer:
     updates: list[Update]
 
 
-Merge = Callable[[Layer], Update | Spectrum]
+Merge = Callable[[Layer], Update | Factored]
 """The ΔW of one layer, one or more, into one."""
+Weights = Callable[[str], Sequence[float]]
+"""What the ΔW of each vector is multiplied by in a layer."""
 
 
 def fused_layers(
     vectors: Sequence[WeightVector],
     merge: Merge,
-    weights: Sequence[float] | None = None,
     out_rank: OutRank = "exact",
     energy: float | None = None,
+    weights: Weights | None = None,
 ) -> WeightVector:
     """The vector a method makes of vectors in weight space, each times its weight, layer by layer.
 
@@ -63,66 +67,125 @@ def fused_layers(
     Args:
         out_rank, energy: see `Cut`.
     """
-    cut, base_model = Cut(out_rank, energy), common_base(*vectors)
-    sizes = fused_sizes(vectors)
+    cut = Cut(out_rank, energy)
+    sizes = {name: size._replace(dtype=_wide(size.dtype)) for name, size in fused_sizes(vectors).items()}
+
+    def merged(name: str) -> Update | Factored:
+        return merge(layer(vectors, name, weights))
+
     if cut.exact:
 
         def factors(name: str) -> tuple[Tensor, Tensor]:
-            with one_thread():
-                return _factors(merge(layer(vectors, name, weights)), sizes[name])
+            found = merged(name)
+            return _padded(found.update() if isinstance(found, Factored) else found, sizes[name])
 
-        stored = stored_factors(sizes, factors)
-        deltas = stored if all(isinstance(vector.deltas, StoredTensors) for vector in vectors) else dict(stored)
-        return weight_vector(vectors[0], deltas, dict.fromkeys(sizes, 1.0), base_model)
-    cut_deltas: dict[str, Tensor] = {}
+        return _of_layers(vectors, sizes, factors, dict.fromkeys(sizes, 1.0))
+
+    def cut_factors(name: str) -> tuple[Tensor, Tensor, float, float]:
+        found = merged(name)
+        values, factored = (found if isinstance(found, Factored) else Factored.of(found)).by_size()
+        rank, squares = cut.rank(values), cut.significant(values).square()
+        A, B = _padded(factored.update(rank), sizes[name]._replace(rank=rank))
+        return A, B, float(squares[rank:].sum()), float(squares.sum())
+
+    deltas: dict[str, Tensor] = {}
     lost = whole = 0.0
-    for name, size in sizes.items():
-        with one_thread():
-            merged = merge(layer(vectors, name, weights))
-            spectrum = merged if isinstance(merged, Spectrum) else Spectrum.of(merged)
-        rank = cut.rank(spectrum.values)
-        squares = cut.significant(spectrum.values).square()
-        lost, whole = lost + float(squares[rank:].sum()), whole + float(squares.sum())
-        A, B = _factors(spectrum, size._replace(rank=rank))
-        cut_deltas[f"{name}.dA"], cut_deltas[f"{name}.dB"] = A, B
-    fused = weight_vector(vectors[0], cut_deltas, dict.fromkeys(sizes, 1.0), base_model)
+    of_layer = Ahead(sizes, cut_factors)
+    for name in sizes:
+        deltas[f"{name}.dA"], deltas[f"{name}.dB"], *squares = of_layer(name)
+        lost, whole = lost + squares[0], whole + squares[1]
+    fused = weight_vector(vectors[0], deltas, dict.fromkeys(sizes, 1.0), common_base(*vectors))
     return replace(fused, truncation_error=(lost / whole) ** 0.5 if whole else 0.0)
 
 
-def layer(vectors: Sequence[WeightVector], name: str, weights: Sequence[float] | None = None) -> Layer:
-    """The ΔW of a layer, in an order of its values. Raises ValueError where one is not finite."""
+def summed(
+    vectors: Sequence[WeightVector], weights: Weights, out_rank: OutRank = "exact", energy: float | None = None
+) -> WeightVector:
+    """Σ λᵢ ΔWᵢ, the factors of all side by side, or cut.
+
+    Where all adapters of a layer have one λ s, up to its sign, that is the scaling of the layer in the sum, and the
+    factors stay as they are, in their own dtype. Elsewhere they are scaled, in float32 or wider.
+    """
+    if not Cut(out_rank, energy).exact:
+        return fused_layers(vectors, side_by_side, out_rank, energy, weights)
+    sizes = fused_sizes(vectors)
+    scalings: dict[str, float] = {}
+    for name in sizes:
+        both = zip(vectors, weights(name), strict=True)
+        each = {abs(weight * vector.scalings[name]) for vector, weight in both if name in vector.scalings}
+        if len(each) == 1 and math.isfinite(min(each)):
+            scalings[name] = min(each)
+    sizes = {n: size if n in scalings else size._replace(dtype=_wide(size.dtype)) for n, size in sizes.items()}
+
+    def factors(name: str) -> tuple[Tensor, Tensor]:
+        return _padded(side_by_side(layer(vectors, name, weights, as_stored=name in scalings)), sizes[name])
+
+    return _of_layers(vectors, sizes, factors, {name: scalings.get(name, 1.0) for name in sizes})
+
+
+def side_by_side(of: Layer) -> Update:
+    """Σ ΔW as one product of the factors of all."""
+    return Update(torch.cat([update.A for update in of.updates]), torch.cat([update.B for update in of.updates], dim=1))
+
+
+def layer(vectors: Sequence[WeightVector], name: str, weights: Weights | None = None, as_stored: bool = False) -> Layer:
+    """The ΔW of a layer, in an order of its values. Raises ValueError where one is not finite.
+
+    Args:
+        as_stored: leave the factors as they are, but for the sign of weight and scaling.
+    """
     indices = [index for index, vector in enumerate(vectors) if name in vector.scalings]
-    updates = [(vectors[i] if weights is None else weights[i] * vectors[i]).update(name) for i in indices]
-    for index, update in zip(indices, updates, strict=True):
+    of_each = weights(name) if weights else [1.0] * len(vectors)
+    updates = []
+    for index in indices:
+        vector, weight = vectors[index], of_each[index]
+        if as_stored:
+            A, B = vector.deltas[f"{name}.dA"], vector.deltas[f"{name}.dB"]
+            update = Update(A, -B if weight * vector.scalings[name] < 0.0 else B)
+        else:
+            update = vector.update(name, weight)
         if not finite(update.A) or not finite(update.B):
             raise ValueError(f"fuse: layer '{name}' of vector {index + 1} holds NaN or infinity")
+        updates.append(update)
     order = order_of_values(updates)
     return Layer(name, [indices[i] for i in order], [updates[i] for i in order])
 
 
 def fused_sizes(vectors: Sequence[WeightVector]) -> dict[str, Size]:
-    """The sizes of the factors of all vectors side by side."""
+    """The sizes of the factors of all vectors side by side, in a dtype that holds those of all."""
     sizes: dict[str, Size] = {}
     for vector in vectors:
         for name, size in vector.sizes().items():
-            sizes[name] = _beside(sizes.get(name), size)
+            there = sizes.get(name, size._replace(rank=0))
+            dtype = torch.promote_types(there.dtype, size.dtype)
+            sizes[name] = size._replace(rank=there.rank + size.rank, dtype=dtype)
     return {name: sizes[name] for name in sorted(sizes)}
 
 
-def _factors(merged: Update | Spectrum, size: Size) -> tuple[Tensor, Tensor]:
+def _of_layers(
+    vectors: Sequence[WeightVector],
+    sizes: Mapping[str, Size],
+    factors: Callable[[str], tuple[Tensor, Tensor]],
+    scalings: Mapping[str, float],
+) -> WeightVector:
+    """The fused vector: in files where all vectors are, else in memory."""
+    stored = stored_factors(sizes, factors)
+    deltas = stored if all(isinstance(vector.deltas, StoredTensors) for vector in vectors) else dict(stored)
+    return weight_vector(vectors[0], deltas, scalings, common_base(*vectors))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a method computes and answers in."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _padded(update: Update, size: Size) -> tuple[Tensor, Tensor]:
     """A and B of a size, filled up with zeros."""
-    update = merged.update(size.rank) if isinstance(merged, Spectrum) else merged
     missing = size.rank - len(update.A)
     A, B = update.A.to(size.dtype), update.B.to(size.dtype)
     if missing:
         A, B = pad(A, (0, 0, 0, missing)), pad(B, (0, missing))
     return A.contiguous(), B.contiguous()
-
-
-def _beside(left: Size | None, right: Size) -> Size:
-    """The size of the factors of two ΔW side by side, in float32 or wider."""
-    rank, dtype = (0, torch.float32) if left is None else (left.rank, left.dtype)
-    return right._replace(rank=rank + right.rank, dtype=torch.promote_types(dtype, right.dtype))
 
 
 def order_of_values(updates: Sequence[Update]) -> list[int]:

@@ -8,10 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from linlora.storage.ahead import Ahead
+from linlora.storage.tensors import finite
+
 _BUCKETS = 2**15
+Pieces = Callable[[str], Iterable[Mapping[int, Tensor]]]
+"""The values of one name, piece by piece: of some streams, by number; flat, float32 or float64."""
 
 
-def cut_below(pieces: Callable[[], Iterable[Mapping[int, Tensor]]], count: int, keep: float) -> list[float]:
+def cut_below(names: Iterable[str], pieces: Pieces, count: int, keep: float) -> list[float]:
     """The number that the k largest magnitudes of a stream exceed, for each stream; k = ⌊keep · d⌋ and at least 1.
 
     Positive floating-point numbers are ordered as their bits are. The first pass counts values by their leading 16
@@ -19,36 +24,47 @@ def cut_below(pieces: Callable[[], Iterable[Mapping[int, Tensor]]], count: int, 
     the k-th. Infinity for a stream without values. Raises ValueError where a value is NaN or infinity.
 
     Args:
-        pieces: of some of the streams, by number; flat, float32 or float64, of one dtype a stream. Called once for each
-            pass.
+        names: of the tensors or layers that are gone through, in each of the two passes; several at a time.
+        pieces: the values of a name; of one dtype a stream.
         count: of streams.
         keep: the part of the d values of a stream that are kept.
 
-    >>> cuts = cut_below(lambda: [{0: torch.tensor([1.0, -5.0])}, {0: torch.tensor([3.0]), 2: torch.ones(2)}], 3, 0.7)
+    >>> values = {"q": {0: torch.tensor([1.0, -5.0])}, "k": {0: torch.tensor([3.0]), 2: torch.ones(2)}}
+    >>> cuts = cut_below(values, lambda name: [values[name]], 3, 0.7)
     >>> [round(cut, 6) for cut in cuts], cuts[0] < 3.0
     ([3.0, inf, 1.0], True)
     """
+    names = list(names)
+
+    def counted(name: str) -> Tensor:
+        counts = torch.zeros(count, _BUCKETS, dtype=torch.int64)
+        for piece in pieces(name):
+            for stream, values in piece.items():
+                if not finite(values):
+                    raise ValueError("ties: a vector holds NaN or infinity; the run that trained it diverged")
+                counts[stream] += torch.bincount(_buckets(values), minlength=_BUCKETS)
+        return counts
+
     counts = torch.zeros(count, _BUCKETS, dtype=torch.int64)
-    infinite = [_BUCKETS] * count
-    for piece in pieces():
-        for stream, values in piece.items():
-            infinite[stream] = int(_buckets(torch.full((1,), torch.inf, dtype=values.dtype)))
-            counts[stream] += torch.bincount(_buckets(values), minlength=_BUCKETS)
-    if any(of_stream[first:].any() for of_stream, first in zip(counts, infinite, strict=True)):
-        raise ValueError("ties: a vector holds NaN or infinity; the run that trained it diverged")
+    for of_name in map(Ahead(names, counted), names):
+        counts += of_name
     chosen, ranks = [], []
     for of_stream in counts:
         kept = max(1, int(keep * int(of_stream.sum())))
         from_above = of_stream.flip(0).cumsum(0)
         chosen.append(_BUCKETS - 1 - int(torch.searchsorted(from_above, kept)))
         ranks.append(int(from_above[_BUCKETS - 1 - max(0, chosen[-1])]) - kept)  # from below, in the bucket
+
+    def inside(name: str) -> list[tuple[int, np.ndarray]]:
+        return [(stream, values[_buckets(values) == chosen[stream]].abs().numpy())
+                for piece in pieces(name) for stream, values in piece.items()]  # fmt: skip
+
     found = [bytearray() for _ in range(count)]  # many small arrays would keep the memory between them
     dtypes = [np.dtype(np.float32)] * count
-    for piece in pieces():
-        for stream, values in piece.items():
-            inside = values[_buckets(values) == chosen[stream]].abs().numpy()
-            found[stream] += inside.data.cast("B") if inside.size else b""
-            dtypes[stream] = inside.dtype
+    for of_name in map(Ahead(names, inside), names):
+        for stream, values in of_name:
+            found[stream] += values.data.cast("B") if values.size else b""
+            dtypes[stream] = values.dtype
     return [_before(np.frombuffer(f, d), rank) for f, d, rank in zip(found, dtypes, ranks, strict=True)]
 
 

@@ -16,13 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linlora.fusion.arithmetic import side_by_side
 from linlora.fusion.checks import check_count, check_number
-from linlora.fusion.layerwise import Layer, fused_layers, fused_sizes, layer, weight_vectors
+from linlora.fusion.layerwise import Layer, fused_sizes, layer, summed, weight_vectors
 from linlora.fusion.search import bar
 from linlora.fusion.truncation import OutRank
 from linlora.layers.temporary import evaluating
-from linlora.layers.weights import Update
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
 
@@ -60,13 +58,7 @@ def soup(
     """
     in_weights = weight_vectors(vectors)
     found = soup_weights(in_weights, model, batches, loss, epochs, learning_rate, progress)
-
-    def merge(of: Layer) -> Update:
-        shares = [float(found[of.name][i]) for i in of.indices]
-        parts = [Update(u.A, share * u.B) for share, u in zip(shares, of.updates, strict=True)]
-        return side_by_side(Layer(of.name, of.indices, parts))
-
-    return fused_layers(in_weights, merge, out_rank=out_rank, energy=energy)
+    return summed(in_weights, lambda name: found[name].tolist(), out_rank, energy)
 
 
 def soup_weights(

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from linlora.fusion.checks import check_number
-from linlora.fusion.core_space import Core, Rule, in_core_space, support
+from linlora.fusion.core_space import Core, Pair, Rule, in_core_space, shadow, support
 from linlora.fusion.layerwise import fused_layers, weight_vectors
 from linlora.fusion.truncation import OutRank
 from linlora.vectors.task_vector import TaskVector
@@ -42,9 +42,9 @@ def tsv(
     """
     check_number("tsv", "scaling", scaling)
 
-    def rule(core: Core) -> Tensor:
-        left, values, right = zip(*(core.support(M) for M in core.parts), strict=True)
-        return scaling * core.polar(torch.cat(left, 1)) * torch.cat(values) @ core.polar(torch.cat(right, 1)).T
+    def rule(core: Core) -> Pair:
+        left, values, right = zip(*(core.support(*part) for part in core.parts), strict=True)
+        return _shared(core.polar(torch.cat(left, 1)), torch.cat(values), core.polar(torch.cat(right, 1)), scaling)
 
     return _fused(vectors, rule, out_rank, energy)
 
@@ -68,10 +68,10 @@ def iso_c(
     if mean_over not in ("support", "matrix"):
         raise ValueError(f"iso_c: mean_over is 'support' or 'matrix', got {mean_over!r}")
 
-    def rule(core: Core) -> Tensor:
+    def rule(core: Core) -> Pair:
         P, values, Q = core.support(core.total)
-        over = max(1, len(values)) if mean_over == "support" else min(core.shape)
-        return scaling * values.sum() / over * P @ Q.T
+        over = max(1, len(values)) if mean_over == "support" else min(len(core.U.columns), len(core.V.columns))
+        return _shared(P, values.sum() / over, Q, scaling)
 
     return _fused(vectors, rule, out_rank, energy)
 
@@ -99,18 +99,18 @@ def iso_cts(
     if not 0.0 <= common <= 1.0:
         raise ValueError(f"iso_cts: common is a part of the directions, at least 0 and at most 1, got {common}")
 
-    def rule(core: Core) -> Tensor:
-        sides = [core.support(torch.cat(stack, 1))[1] for stack in (core.parts, [M.T for M in core.parts])]
-        directions, tasks = min(map(len, sides)), len(core.parts)
+    def rule(core: Core) -> Pair:
+        directions, tasks = min(len(core.support(side)[1]) for side in core.beside()), len(core.parts)
         own = round((directions - int(common * directions)) / tasks)
         chosen = [tuple(part[..., : max(0, directions - tasks * own)] for part in core.support(core.total))]
-        left = chosen[0][0]
-        for M in core.parts:
-            rest = M - left @ (left.T @ M)
-            triplets = support(rest, core.tolerance * max(1.0, float(M.norm() / rest.norm().clamp(min=1e-300))))
+        leading = chosen[0][0]
+        for left, right in core.parts:
+            rest = left - leading @ (leading.T @ left)
+            larger = float((left @ right.T).norm() / (rest @ right.T).norm().clamp(min=1e-300))
+            triplets = support(rest, right, core.tolerance * max(1.0, larger))
             chosen.append(tuple(part[..., :own] for part in triplets))
         P, values, Q = (torch.cat(parts, -1) for parts in zip(*chosen, strict=True))
-        return scaling * values.sum() / max(1, len(values)) * core.polar(P) @ core.polar(Q).T
+        return _shared(core.polar(P), values.sum() / max(1, len(values)), core.polar(Q), scaling)
 
     return _fused(vectors, rule, out_rank, energy)
 
@@ -129,16 +129,23 @@ def wudi_minimiser(
     """
     check_number("wudi_minimiser", "scaling", scaling)
 
-    def rule(core: Core) -> Tensor:
-        parts = [M for M in core.parts if float(M.norm()) > 0.0]
-        if not parts:
-            return core.total
-        sides = torch.cat([M.T / M.norm() for M in parts], 1)
-        targets = torch.cat([M @ M.T / M.norm() for M in parts], 1)
-        P, values, Q = core.support(sides)
-        return scaling * (targets @ Q / values) @ P.T
+    def rule(core: Core) -> Pair:
+        sides, targets = [], []
+        for left, right in core.parts:
+            side = shadow(right, left)  # Mₜᵀ
+            size = side.norm().clamp(min=torch.finfo(side.dtype).tiny)
+            sides.append(side / size)
+            targets.append(left @ (right.T @ side) / size)
+        P, values, Q = core.support(torch.cat(sides, 1))
+        return scaling * (torch.cat(targets, 1) @ Q / values), P
 
     return _fused(vectors, rule, out_rank, energy)
+
+
+def _shared(P: Tensor, values: Tensor, Q: Tensor, scaling: float) -> Pair:
+    """λ P diag(σ) Qᵀ, with σ and λ shared between the factors."""
+    root = values.sqrt() * abs(scaling) ** 0.5
+    return P * (root if scaling > 0.0 else -root), Q * root
 
 
 def _fused(vectors: Iterable[TaskVector], rule: Rule, out_rank: OutRank, energy: float | None) -> TaskVector:

@@ -9,8 +9,9 @@ through the files.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any, Generic, TypeVar
 
@@ -141,15 +142,6 @@ def zeros(like: Tensor) -> Tensor:
     return torch.zeros(like.shape, dtype=wide(like))
 
 
-def wide(delta: Tensor) -> torch.dtype:
-    """The dtype to accumulate in: float32, or the tensor's where that is wider."""
-    return torch.promote_types(delta.dtype, torch.float32)
-
-
-def values(deltas: Mapping[str, Tensor]) -> Iterator[Tensor]:
-    """The tensors one after the other, as flat arrays of one dtype to accumulate in."""
-    dtype = torch.float32
-    for like in shapes(deltas).values():
-        dtype = torch.promote_types(dtype, like.dtype)
-    for name in deltas:
-        yield deltas[name].to(dtype).flatten()
+def wide(*deltas: Tensor) -> torch.dtype:
+    """The dtype to accumulate in: float32, or the widest of the tensors'."""
+    return functools.reduce(torch.promote_types, (delta.dtype for delta in deltas), torch.float32)

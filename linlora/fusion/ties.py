@@ -12,7 +12,8 @@ from torch.nn.functional import hardshrink
 from linlora.fusion.checks import check_number
 from linlora.fusion.quantiles import cut_below
 from linlora.fusion.sides import Sides, check_keep
-from linlora.fusion.tensorwise import Rule, fused, values, wide
+from linlora.fusion.tensorwise import Rule, fused, wide
+from linlora.storage.tensors import shapes
 from linlora.vectors.task_vector import TaskVector
 
 PUBLISHED_KEEP, PUBLISHED_SCALING = 0.2, 1.0
@@ -56,7 +57,9 @@ class Ties(Rule[Sides]):
 
     def look(self, index: int, vector: TaskVector) -> None:
         """Find where the vector is cut."""
-        self.below += cut_below(lambda: ({0: piece} for piece in values(vector.deltas)), 1, self.keep)
+        dtype = wide(*shapes(vector.deltas).values())
+        deltas = vector.deltas
+        self.below += cut_below(deltas, lambda name: [{0: deltas[name].to(dtype).flatten()}], 1, self.keep)
 
     def zero(self, like: Tensor) -> Sides:
         return Sides(like)

@@ -12,7 +12,6 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from linlora.layers.weights import Update
 
@@ -20,44 +19,67 @@ OutRank = int | Literal["exact"]
 """The rank of the fused adapter: a number, or that of all adapters together."""
 _RESOLVED = 1e-14
 """An eigenvalue of a Gram matrix of unit columns, against the largest, below which it is rounding."""
-_FLAT = 1e-3
+_FLAT = 1e-2
 """The smallest eigenvalue against the largest, above which eigenvectors alone are orthonormal to 1e-13."""
 _DEPENDENT = 1e-12
 """The length of what is left of a unit column, below which the column is dependent on the others."""
 
 
 @dataclass(frozen=True)
-class Spectrum:
-    """ΔW = left · diag(values) · rightᵀ, (N, k), (k,) and (K, k): orthonormal columns, the largest value first."""
+class Basis:
+    """Orthonormal columns, U = columns · turn, in the dtype of the columns; `turn` is float64, None for one."""
 
+    columns: Tensor
+    turn: Tensor | None
+
+    def times(self, coordinates: Tensor) -> Tensor:
+        """U · coordinates (p, k), as one product with the columns."""
+        turned = coordinates if self.turn is None else self.turn @ coordinates
+        return self.columns @ turned.to(self.columns.dtype)
+
+
+@dataclass(frozen=True)
+class Factored:
+    """ΔW = U left rightᵀ Vᵀ with left (p, k) and right (q, k), float64, in bases of its columns and of its rows."""
+
+    U: Basis
     left: Tensor
-    values: Tensor
     right: Tensor
+    V: Basis
 
     @classmethod
-    def of(cls, update: Update) -> Spectrum:
-        """The singular triplets of ΔW, in float64.
+    def of(cls, update: Update) -> Factored:
+        """The same ΔW in bases of its own."""
+        (U, left), (V, right) = basis(update.B), basis(update.A.T)
+        return cls(U, left, right, V)
 
-        >>> update = Update(torch.eye(3)[:2], torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
-        >>> Spectrum.of(update).values.tolist()
+    def update(self, rank: int | None = None) -> Update:
+        """The factors, the first ones alone for a rank; in the dtype of the columns."""
+        return Update(self.V.times(self.right[:, :rank]).T, self.U.times(self.left[:, :rank]))
+
+    def by_size(self) -> tuple[Tensor, Factored]:
+        """The singular values, the largest first, and the same ΔW by singular vectors, with σ shared between both.
+
+        >>> values, _ = Factored.of(Update(torch.eye(3)[:2], torch.tensor([[0.0, 2.0], [3.0, 0.0]]))).by_size()
+        >>> values.tolist()
         [3.0, 2.0]
         """
-        U, inside = basis(update.B.double())
-        V, outside = basis(update.A.double().T)
-        return cls.between(U, inside @ outside.T, V)
+        P, values, Q = triplets(self.left, self.right)
+        return values, Factored(self.U, P * values.sqrt(), Q * values.sqrt(), self.V)
 
-    @classmethod
-    def between(cls, U: Tensor, M: Tensor, V: Tensor) -> Spectrum:
-        """The singular triplets of U M Vᵀ, for orthonormal columns U and V."""
-        P, values, Qt = torch.linalg.svd(M, full_matrices=False)
-        return cls(U @ P, values, V @ Qt.T)
 
-    def update(self, rank: int) -> Update:
-        """The best ΔW of a rank, σ shared between the factors; filled up with zeros where there are fewer values."""
-        roots = self.values[:rank].sqrt()
-        missing = rank - len(roots)
-        left, right = self.left[:, :rank] * roots, self.right[:, :rank] * roots
-        return Update(pad(right, (0, missing)).T, pad(left, (0, missing)))
+def triplets(left: Tensor, right: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """P, σ and Q of a matrix, or of left · rightᵀ, P diag(σ) Qᵀ with the largest first.
+
+    >>> triplets(torch.tensor([[1.0], [0.0]]), torch.tensor([[0.0], [2.0]]))[1].tolist()
+    [2.0]
+    """
+    if right is None or left.shape[1] >= min(len(left), len(right)):
+        P, values, Qt = torch.linalg.svd(left if right is None else left @ right.T, full_matrices=False)
+        return P, values, Qt.T
+    (left, inside), (right, outside) = torch.linalg.qr(left), torch.linalg.qr(right)
+    P, values, Qt = torch.linalg.svd(inside @ outside.T)
+    return left @ P, values, right @ Qt.T
 
 
 @dataclass(frozen=True)
@@ -102,7 +124,7 @@ class Cut:
         return max(1, there)
 
 
-def basis(columns: Tensor) -> tuple[Tensor, Tensor]:
+def basis(columns: Tensor) -> tuple[Basis, Tensor]:
     """An orthonormal basis U of the span of some columns, and Uᵀ columns; zeros and what is dependent are left out.
 
     By eigenvectors of the Gram matrix of the columns at length one, and once more of what those leave, so that a
@@ -110,23 +132,26 @@ def basis(columns: Tensor) -> tuple[Tensor, Tensor]:
     as a QR decomposition.
 
     Args:
-        columns: float64.
+        columns: float32 or float64.
 
-    >>> columns = torch.eye(5, dtype=torch.float64)[:, [0, 1, 1]]
+    Returns: the basis in the dtype of the columns, and Uᵀ columns in float64.
+
+    >>> columns = torch.eye(5)[:, [0, 1, 1]]
     >>> U, inside = basis(columns * torch.tensor([1.0, 0.125, 3.0]))
-    >>> U.shape, inside.abs().sort(0).values.tolist()
-    (torch.Size([5, 2]), [[0.0, 0.0, 0.0], [1.0, 0.125, 3.0]])
+    >>> len(inside), inside.abs().sort(0).values.tolist()
+    (2, [[0.0, 0.0, 0.0], [1.0, 0.125, 3.0]])
     """
-    gram = columns.T @ columns
+    double = columns.double()
+    gram = double.T @ double
     lengths = gram.diagonal().sqrt()
     there = lengths > 0
     if bool(there.all()) and len(lengths):
         values, vectors = torch.linalg.eigh(gram / lengths / lengths[:, None])
         if float(values[0]) > _FLAT * float(values[-1]):  # as many directions as columns, each with its digits
-            combined = vectors / values.sqrt() / lengths[:, None]
-            return columns @ combined, combined.T @ gram
-    U = _basis_of_any(columns[:, there] / lengths[there])
-    return U, U.T @ columns
+            turn = vectors / values.sqrt() / lengths[:, None]
+            return Basis(columns, turn), turn.T @ gram
+    U = _basis_of_any(double[:, there] / lengths[there])
+    return Basis(U.to(columns.dtype), None), U.T @ double
 
 
 def _basis_of_any(columns: Tensor) -> Tensor:

@@ -11,7 +11,6 @@ for a ΔW of a hundredth of W, one in thirteen for a tenth. A block is kept whol
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -144,17 +143,6 @@ def folded(block: Tensor, update: Update, rows: slice) -> Tensor:
     if not finite(total):
         raise OverflowError(f"W + ΔW is not finite in {total.dtype}; a smaller scaling or a wider dtype is needed")
     return total
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread of PyTorch's, for work in small pieces: two would wait for each other, long where others run too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
 
 
 def blocks(shape: Sequence[int]) -> Iterator[slice]:

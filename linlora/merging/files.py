@@ -20,9 +20,9 @@ from linlora.fusion.checks import check_options
 from linlora.fusion.dense import DenseTies
 from linlora.fusion.registry import FROM_VECTORS, METHODS, fuse, needs
 from linlora.layers.vanilla import refuse_changed_base
-from linlora.layers.weights import one_thread
 from linlora.merging.plan import Plan
 from linlora.merging.shards import Queue, save_shard, write_shard
+from linlora.storage.ahead import one_thread
 from linlora.storage.staging import unfinished_folder
 
 

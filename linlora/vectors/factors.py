@@ -10,6 +10,7 @@ from torch import Tensor
 
 from linlora.layers.vanilla import refuse_changed_base
 from linlora.layers.weights import Update, stacked
+from linlora.storage.ahead import Ahead
 from linlora.storage.tensors import StoredTensors, shapes
 from linlora.vectors.task_vector import TaskVector
 
@@ -26,7 +27,8 @@ class Size(NamedTuple):
 def stored_factors(sizes: Mapping[str, Size], factors: Callable[[str], tuple[Tensor, Tensor]]) -> StoredTensors:
     """The tensors '<layer>.dA' and '<layer>.dB' of a weight vector, made by layer when they are asked for.
 
-    A and B of a layer are one computation, and asked for one after the other: the last layer's is kept.
+    A and B of a layer are one computation, and asked for one after the other. Where layers are too, the next ones are
+    computed ahead (linlora.storage.ahead).
 
     Args:
         factors: (A, B) of a layer.
@@ -35,14 +37,11 @@ def stored_factors(sizes: Mapping[str, Size], factors: Callable[[str], tuple[Ten
     for layer, size in sizes.items():
         like[f"{layer}.dA"] = torch.empty(size.rank, size.inputs, dtype=size.dtype, device="meta")
         like[f"{layer}.dB"] = torch.empty(size.outputs, size.rank, dtype=size.dtype, device="meta")
-    kept: dict[str, tuple[Tensor, Tensor]] = {}
+    made = Ahead(sizes, factors)
 
     def read(name: str) -> Tensor:
         layer, _, kind = name.rpartition(".")
-        if layer not in kept:
-            kept.clear()  # before the next one is made
-            kept[layer] = factors(layer)
-        return kept[layer][kind == "dB"]
+        return made(layer)[kind == "dB"]
 
     return StoredTensors(like, read)
 

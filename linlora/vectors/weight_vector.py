@@ -90,11 +90,11 @@ class WeightVector(TaskVector, scope="weight"):
             found[layer] = Size(B.shape[0], A.shape[1], A.shape[0], torch.promote_types(A.dtype, B.dtype))
         return found
 
-    def update(self, layer: str) -> Update:
-        """ΔW of a layer, in float32 or wider."""
+    def update(self, layer: str, weight: float = 1.0) -> Update:
+        """ΔW of a layer, times a weight, in float32 or wider."""
         A, B = self.deltas[f"{layer}.dA"], self.deltas[f"{layer}.dB"]
         wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-        return Update(A.to(wide), self.scalings[layer] * B.to(wide))
+        return Update(A.to(wide), weight * self.scalings[layer] * B.to(wide))
 
     def __add__(self, other: TaskVector) -> WeightVector:
         if not isinstance(other, TaskVector):

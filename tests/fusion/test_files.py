@@ -97,8 +97,8 @@ def test_fused_files_can_be_fused_put_into_models_and_measured(vectors, files, f
 def test_what_exceeds_the_cut_are_the_largest(rows, keep, wide):
     dtype = torch.float64 if wide else torch.float32
     streams = [torch.tensor(row, dtype=dtype) for row in rows]
-    halves = [{i: half for i, row in enumerate(streams) if len(half := row[part::2])} for part in (0, 1)]
-    cuts = cut_below(lambda: halves, len(rows), keep)
+    halves = {str(part): [{i: half for i, row in enumerate(streams) if len(half := row[part::2])}] for part in (0, 1)}
+    cuts = cut_below(halves, halves.__getitem__, len(rows), keep)
     for row, cut in zip(streams, cuts, strict=True):
         order = row.abs().sort(descending=True).values
         smallest = order[max(1, int(keep * len(row))) - 1] if len(row) else torch.tensor(torch.inf)

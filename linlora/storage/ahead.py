@@ -1,0 +1,99 @@
+"""Values computed ahead, in threads, while they are asked for one after the other."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+_MOST = 4
+"""Threads; each holds what it computes."""
+_here = threading.local()
+
+
+class Ahead(Generic[T]):
+    """A function of names, asked for in their order: the values of the next names are computed meanwhile.
+
+    As many threads as PyTorch may use, four at most, compute one value each, by one thread of PyTorch; results, errors
+    and their order are those of one thread. The second name that follows the one before starts them; any other order
+    computes what is asked for. The last value is kept, and those of a few names ahead.
+
+    >>> squares = Ahead("123", lambda name: int(name) ** 2)
+    >>> [squares(name) for name in "1232"]
+    [1, 4, 9, 4]
+    """
+
+    def __init__(self, names: Iterable[str], make: Callable[[str], T]) -> None:
+        names = list(names)
+        self._after = dict(itertools.pairwise(names))
+        self._make = make
+        self._last = threading.local()
+        self._lock = threading.Lock()
+        self._coming: dict[str, Future[T]] = {}
+        self._pool: ThreadPoolExecutor | None = None
+
+    def __call__(self, name: str) -> T:
+        last = vars(self._last)
+        if last.get("name") != name:
+            before = last.pop("name", "")
+            last.pop("value", None)  # before the next one is made
+            threads = 1 if hasattr(_here, "ahead") else min(_MOST, torch.get_num_threads())
+            follows = threads > 1 and self._after.get(before) == name
+            last["value"] = self._next(name, threads) if follows else self._alone(name)
+            last["name"] = name
+        return last["value"]
+
+    def _alone(self, name: str) -> T:
+        with self._lock:
+            for future in self._coming.values():
+                future.cancel()
+            self._coming.clear()
+        with one_thread():
+            return self._make(name)
+
+    def _next(self, name: str, threads: int) -> T:
+        with self._lock:
+            self._pool = self._pool or ThreadPoolExecutor(threads, initializer=_start)
+            following: str | None = name
+            for _ in range(threads + 1):
+                if following is not None and following not in self._coming:
+                    self._coming[following] = self._pool.submit(self._make, following)
+                following = self._after.get(following or "")
+            future = self._coming.pop(name)
+            pool = self._pool
+            if name not in self._after:  # the last one
+                self._pool = None
+        given = torch.get_num_threads()
+        try:
+            return future.result()
+        finally:
+            torch.set_num_threads(given)  # for threads to come, which get what the last one said
+            if name not in self._after:
+                pool.shutdown(wait=False)
+
+
+def _start() -> None:
+    _here.ahead = True
+    torch.get_num_threads()  # the first call of a thread takes the number that all others have
+    torch.set_num_threads(1)
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """One thread of PyTorch's, for work in small pieces: two would wait for each other, long where others run too."""
+    threads = torch.get_num_threads()
+    if threads == 1:
+        yield
+        return
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
