@@ -166,9 +166,9 @@ def _of_one_point(vectors: Sequence[TaskVector], inputs: Sequence[Inputs], shrin
                     f"regmean: layer '{layer}' has {A0.shape[1]} inputs and rank {len(A0)}, which moments of shape "
                     f"{tuple(moment.shape)} fit in no form"
                 )
-        dBs = [vector.deltas[f"{layer}.dB"].double() for vector in vectors]
-        top = torch.stack([dB @ Z for dB, Z in zip(dBs, moments, strict=True)]).sum(0)
-        merged = scaling * _solved(top, torch.stack(moments).sum(0), layer)
+        tops = [vector.deltas[f"{layer}.dB"].double() @ Z for vector, Z in zip(vectors, moments, strict=True)]
+        top, total = (torch.stack(sorted(parts, key=_bits)).sum(0) for parts in (tops, moments))
+        merged = scaling * _solved(top, total, layer)
         deltas[f"{layer}.dB"] = merged.to(first.deltas[f"{layer}.dB"].dtype)
     return replace(first, deltas=deltas)
 
