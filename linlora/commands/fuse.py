@@ -118,7 +118,8 @@ def _of_one_space(stored: list[Stored], scope: str | None) -> list[Stored]:
         try:
             one.vector.check_same_point(other.vector)
         except DifferentPointError as error:
-            remedy = "" if "model" in (one.vector.scope, other.vector.scope) else ". Or fuse ΔW: --scope weight"
+            there = {one.vector.scope, other.vector.scope}
+            remedy = "" if "model" in there or there == {"weight"} else ". Or fuse ΔW: --scope weight"
             raise DifferentPointError(f"{one.path} and {other.path}: {error}{remedy}") from error
     return stored
 

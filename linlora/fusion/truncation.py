@@ -22,7 +22,7 @@ _RESOLVED = 1e-14
 _FLAT = 1e-2
 """The smallest eigenvalue against the largest, above which eigenvectors alone are orthonormal to 1e-13."""
 _DEPENDENT = 1e-12
-"""The length of what is left of a unit column, below which the column is dependent on the others."""
+"""The length of what is left of a unit column, below which the column is dependent on the others; so of sums."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +60,14 @@ class Factored:
     def by_size(self) -> tuple[Tensor, Factored]:
         """The singular values, the largest first, and the same ΔW by singular vectors, with σ shared between both.
 
+        Zeros are in place of what is rounding of the products that are summed, all of it where they cancel.
+
         >>> values, _ = Factored.of(Update(torch.eye(3)[:2], torch.tensor([[0.0, 2.0], [3.0, 0.0]]))).by_size()
         >>> values.tolist()
         [3.0, 2.0]
         """
         P, values, Q = triplets(self.left, self.right)
+        values = values * (values > _DEPENDENT * (self.left.norm(dim=0) @ self.right.norm(dim=0)))
         return values, Factored(self.U, P * values.sqrt(), Q * values.sqrt(), self.V)
 
 

@@ -304,6 +304,13 @@ class TestTruncation:
         assert fused.truncation_error == 0.0
         assert {size.rank for size in fused.sizes().values()} == {3}
 
+    @pytest.mark.parametrize("size", [1.0, 1e-6])
+    def test_adapters_that_cancel_leave_one_zero_of_rank_one(self, size):
+        one = size * adapter(1)
+        fused = linlora.fuse([one, adapter(2), -one, -adapter(2)], "average", out_rank=4)
+        assert {s.rank for s in fused.sizes().values()} == {1}
+        assert fused.norm() == fused.truncation_error == 0.0
+
     def test_the_error_is_kept_in_the_file(self, tmp_path):
         fused = linlora.fuse([adapter(1), adapter(2)], "tsv", out_rank=2)
         assert 0.0 < fused.truncation_error < 1.0

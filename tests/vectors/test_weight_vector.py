@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -90,6 +91,18 @@ def test_dtypes_do_not_depend_on_the_order():
         assert {delta.dtype for delta in one.deltas.values()} == {torch.float64}
     halves = linlora.fuse([parts[0], parts[2]], "average")
     assert {delta.dtype for delta in halves.deltas.values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("scalings", "dtype"), [((2.0, -2.0), torch.bfloat16), ((2.0, 0.3), torch.float32)])
+def test_a_sum_keeps_the_dtype_in_which_it_is_exact(scalings, dtype):
+    """Where λ s is one number, up to its sign, it is the scaling of the sum, and no factor is rounded."""
+    vectors = [made(1, dtype=torch.bfloat16), made(2, dtype=torch.bfloat16)]
+    vectors = [replace(v, scalings=dict.fromkeys(LAYERS, s)) for v, s in zip(vectors, scalings, strict=True)]
+    fused = linlora.fuse(vectors, "average")
+    assert {delta.dtype for delta in fused.deltas.values()} == {dtype}
+    expected = sum(map(dense, vectors)) / 2
+    assert relative_error(dense(fused), expected) < (1e-15 if dtype == torch.bfloat16 else 1e-7)
+    assert relative_error(dense(linlora.fuse(vectors, scaling=[0.0, 0.0])), 0.0 * expected) == 0.0
 
 
 @pytest.mark.parametrize("stored", [False, True], ids=["memory", "files"])
