@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -58,7 +58,7 @@ def quickstart(
         from linlora.quickstart import routing as routing_job
         from linlora.quickstart import text as text_job
 
-        common = {"device": device, "seeds": seeds, "fresh": fresh, "workers": workers_of(workers)}
+        common: dict[str, Any] = {"device": device, "seeds": seeds, "fresh": fresh, "workers": workers_of(workers)}
         if text:
             text_job.run(out or "runs/quickstart-text", model=model, tasks=task or (), **common)
         else:

@@ -42,7 +42,9 @@ def fuse_control(
             spaces[kind] = space(control, base, vectors, fusion_method(method), tasks.trained_modules)
     linear = spaces[kind_of_space(control, "average")]
     linear.put(0.0 * linear.vectors[0])
-    before = {split: tasks.scores(linear.model, split) for split in ("validation", "test")}
+    before = {"test": tasks.scores(linear.model, "test")}
+    if options.negation_scalings:
+        before["validation"] = tasks.scores(linear.model, "validation")
     found, fused = {}, {}
     for method in methods:
         at = spaces[kind_of_space(control, method)]

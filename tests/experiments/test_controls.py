@@ -94,7 +94,7 @@ def output(model, architecture):
 
 # gpt2's layers are Conv1D, weights transposed
 CASES = [
-    *((control.key, "bert", start, "average") for control in CONTROLS for start in STARTS),
+    *((control.key, "bert", start, "average") for control in CONTROLS if control.key != "features" for start in STARTS),
     *(("delta_weight", "bert", start, method) for start in STARTS for method in ("ties", "adamerging")),
     *(("layer", "bert", start, "iso_c") for start in STARTS),
     *((key, "gpt2", "warm", method) for key, method in (("delta_weight", "average"), ("delta_weight", "ties"))),
