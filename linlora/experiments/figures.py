@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def draw_scalings(results: Mapping[str, Any], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.margins(x=0.02)
     panels[0].set_ylabel(f"validation score (%), mean of {len(results['tasks'])} tasks", fontsize=12)
-    panels[0].legend(fontsize=12, framealpha=0.9, edgecolor="white")
+    panels[-1].legend(fontsize=12, framealpha=0.9, edgecolor="white")
     save(figure, path)
 
 
@@ -131,7 +132,13 @@ def draw_scores(results: Mapping[str, Any], path: Path) -> None:
     for axes in panels:
         axes.tick_params(labelbottom=True)
     over = f"; bars: ± std over {results['seeds']} seeds" if results["seeds"] > 1 else ""
-    figure.suptitle(f"Fused / single-task test score, mean of {len(results['tasks'])} tasks{over}")
+    what = f"fused / single-task test score, mean of {len(results['tasks'])} tasks{over}"
+    best = {
+        f"{SHORT[key]} by {METHOD_TITLES[method]}": 100 * (of["normalised"]["mean"] or 0.0)
+        for start in starts for key, entry in start["controls"].items() for method, of in entry["methods"].items()
+    }  # fmt: skip
+    most = max(best, key=best.__getitem__)
+    figure.suptitle(f"Most of the single-task scores is kept with {most}: {best[most]:.0f} %\n{what}", fontsize=11)
     save(figure, path)
 
 
@@ -141,7 +148,8 @@ def draw_cosines(results: Mapping[str, Any], path: Path) -> None:
     own = np.eye(len(tasks), dtype=bool)
     panels = [(start["title"], key, np.array(c["cosine"])) for start in starts for key, c in start["controls"].items()]
     limit = max(0.05, *(float(np.abs(matrix[~own]).max(initial=0.0)) for *_, matrix in panels))
-    figure, grid = _grid(results, 2.3 + 0.12 * len(tasks), 2.4)
+    figure, grid = _grid(results, 2.3 + 0.12 * len(tasks), 2.7)
+    means = {}
     for axes, (title, key, matrix) in zip(grid, panels, strict=True):
         axes.set_facecolor("0.85")
         image = axes.imshow(np.ma.array(matrix, mask=own), cmap="PuOr_r", vmin=-limit, vmax=limit)
@@ -150,10 +158,16 @@ def draw_cosines(results: Mapping[str, Any], path: Path) -> None:
             axes.text(j, i, f"{matrix[i, j]:.2f}", ha="center", va="center", fontsize=6, color="w" if dark else "k")
         axes.set_xticks(range(len(tasks)), range(1, len(tasks) + 1), fontsize=7)
         axes.set_yticks(range(len(tasks)), range(1, len(tasks) + 1), fontsize=7)
-        mean = np.abs(matrix[~own]).mean() if len(tasks) > 1 else 0.0
+        mean = means[title, key] = np.abs(matrix[~own]).mean() if len(tasks) > 1 else 0.0
         axes.set_title(f"{SHORT[key]}\n{title}, mean |cosine| {mean:.3f}", fontsize=8)
     figure.colorbar(image, ax=list(grid), label="cosine", shrink=0.7)
-    figure.suptitle("Cosine between task vectors: " + ", ".join(f"{i} {t}" for i, t in enumerate(tasks, 1)), fontsize=8)
+    named = textwrap.fill(", ".join(f"{i}\u00a0{task}" for i, task in enumerate(tasks, 1)), 110, break_on_hyphens=False)
+    (_, most), (_, least) = max(means, key=means.__getitem__), min(means, key=means.__getitem__)
+    figure.suptitle(
+        f"Task vectors have a mean |cosine| of {min(means.values()):.3f} ({SHORT[least]}) to {max(means.values()):.3f} "
+        f"({SHORT[most]})\n{named}",
+        fontsize=9,
+    )
     save(figure, path)
 
 
@@ -163,7 +177,7 @@ def draw_maps(results: Mapping[str, Any], path: Path) -> None:
     panels = [(start["title"], key, c["map"]) for start in starts for key, c in start["controls"].items()]
     errors = [np.array(found["rates"]).sum(axis=0) for *_, found in panels]
     limit = max(0.1, max(error.max() for error in errors))
-    figure, grid = _grid(results, 2.6, 2.5)
+    figure, grid = _grid(results, 2.6, 3.0)
     for axes, (title, key, found), error in zip(grid, panels, errors, strict=True):
         scalings = np.array(found["scalings"])
         mesh = axes.pcolormesh(scalings, scalings, error.T, shading="nearest", cmap="viridis", vmin=0.0, vmax=limit)
@@ -173,20 +187,33 @@ def draw_maps(results: Mapping[str, Any], path: Path) -> None:
         axes.set_title(f"{SHORT[key]}\n{title}, mean ξ {error.mean():.3f}", fontsize=8)
     figure.colorbar(mesh, ax=list(grid), label="ξ: rate of disagreement, both tasks", shrink=0.7)
     first, second = results["tasks"][:2]
-    figure.suptitle(f"Disentanglement error: λ1 of {first} to the right, λ2 of {second} upwards", fontsize=9)
+    means = [error.mean() for error in errors]
+    least, most = (SHORT[panels[int(chosen(means))][1]] for chosen in (np.argmin, np.argmax))
+    figure.suptitle(
+        f"Two fused tasks disagree with each alone least with {least} (mean ξ {min(means):.2f}), most with {most} "
+        f"({max(means):.2f})\nλ1 of {first} to the right, λ2 of {second} upwards",
+        fontsize=9,
+    )
     save(figure, path)
 
 
 def _grid(results: Mapping[str, Any], width: float, height: float) -> tuple[Figure, list[Any]]:
-    """A figure with a row of panels for each start; the panels in order."""
+    """A figure with a row of panels for each start and a column for each control; the panels in order.
+
+    A control that a start lacks has a sentence in its place.
+    """
     starts = list(results["starts"].values())
-    columns = max(len(start["controls"]) for start in starts)
-    figure = Figure(figsize=(1.2 + width * columns, 0.5 + height * len(starts)), layout="constrained")
-    axes = figure.subplots(len(starts), columns, squeeze=False)
-    for row, start in zip(axes, starts, strict=True):
-        for empty in row[len(start["controls"]) :]:
-            empty.set_axis_off()
-    return figure, [panel for row, start in zip(axes, starts, strict=True) for panel in row[: len(start["controls"])]]
+    keys = [key for key in SHORT if any(key in start["controls"] for start in starts)]
+    figure = Figure(figsize=(1.2 + width * len(keys), 0.7 + height * len(starts)), layout="constrained")
+    panels = []
+    for row, start in zip(figure.subplots(len(starts), len(keys), squeeze=False), starts, strict=True):
+        for axes, key in zip(row, keys, strict=True):
+            if key in start["controls"]:
+                panels.append(axes)
+            else:
+                axes.set_axis_off()
+                axes.text(0.5, 0.5, f"{start['title']}:\n{SHORT[key]} is\nlayer scope", ha="center", va="center")
+    return figure, panels
 
 
 def _curve(entry: Mapping[str, Any]) -> list[Any]:
