@@ -17,7 +17,7 @@ WORKERS ?= 12
 SEEDS ?= 0 1
 TESTS ?= tests
 
-.PHONY: install cuda test test-everywhere peft-suite lint docs quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
+.PHONY: install cuda wheels test test-everywhere peft-suite lint docs quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
   gpu-bench-compiled gpu-programme require-gpu
 
 install: $(READY)
@@ -25,11 +25,17 @@ install: $(READY)
 .venv/.installed: pyproject.toml setup.py constraints.txt
 	python3 -m venv .venv
 	.venv/bin/python -m pip install -e '.[test]' -c constraints.txt
+	.venv/bin/python csrc/build.py || true  # the CUDA kernels, where there is nvcc; it says why not
 	touch $@
 
 # The CUDA kernels, in place: needs nvcc. LINLORA_CUDA_ARCHITECTURES=90a compiles for Hopper alone.
 cuda: $(READY)
 	$(PYTHON) csrc/build.py
+
+# dist/: linlora, for every platform, and linlora-cuda, one library for every Python and torch. nvcc of CUDA 12.8 makes
+# one for drivers from R525 on and every GPU; that of 13 needs R580. CUDA_HOME says which.
+wheels: $(READY)
+	$(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w dist . ./csrc
 
 # What .ci/run runs: style, types, documentation, doctests and tests (on the GPU where there is one).
 test: lint docs

@@ -1,10 +1,10 @@
 """Builds csrc/ into one shared object that every torch from 2.11 on can load: `python csrc/build.py` builds in place.
 
 Needs nvcc (CUDA 12.6 or later), ninja and torch's headers (of a CPU build too: no GPU is looked at), and nothing of
-linlora: setup.py and the tests load this file by its path. What it makes is bound to no Python, for operators register
-themselves when `torch.ops.load_library` opens it, and to no torch version, for only the stable ABI is included
-(torch/csrc/stable, torch/headeronly). The CUDA runtime is linked statically: that of CUDA 12 runs with every driver of
-torch's builds for CUDA 12 and 13, that of 13 needs a driver R580.
+linlora: setup.py beside it and the tests load this file by its path. What it makes is bound to no Python, for operators
+register themselves when `torch.ops.load_library` opens it, and to no torch version, for only the stable ABI is included
+(torch/csrc/stable, torch/headeronly). The CUDA runtime is linked statically: that of CUDA 12 runs with drivers from
+R525 on, so beside every torch; that of CUDA 13 needs R580.
 
     LINLORA_CUDA_ARCHITECTURES="80;90a;100"   what to compile for (unset: of these what nvcc knows: 100 from 12.8 on);
                                               sources named *_sm90.cu are for 90a alone
@@ -76,7 +76,9 @@ class Status:
         if not self.built:
             return f"CUDA kernels not built: {self.reason}"
         names = ", ".join(f"sm_{architecture}" for architecture in self.architectures)
-        return f"CUDA kernels built for {names} by nvcc {self.nvcc}: {self.bytes / 2**20:.1f} MiB"
+        driver = "R580" if _numbers(self.nvcc) >= (13,) else "R525"
+        size = f"{self.bytes / 2**20:.1f} MiB"
+        return f"CUDA kernels built for {names} by nvcc {self.nvcc}: {size}, for drivers from {driver} on"
 
 
 @dataclass(frozen=True)
@@ -99,7 +101,9 @@ def build(folder: Path = IN_PLACE, objects: Path = SOURCES.parent / "build" / "c
         jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         made = subprocess.run([tools.ninja, "-C", str(objects), *jobs], capture_output=True, text=True)
         if made.returncode != 0:
-            raise CannotBuildError(f"a compilation failed:\n{made.stdout}{made.stderr}")
+            (log := objects / "failed.log").write_text(made.stdout + made.stderr)
+            first = next((line for line in made.stdout.splitlines() if "error" in line.lower()), made.stdout[:200])
+            raise CannotBuildError(f"a compilation failed ({first.strip()}): see {log}")
         _copy(objects / LIBRARY, folder / LIBRARY)
         status = Status(
             True, "", architectures, _nvcc_version(tools.nvcc), (folder / LIBRARY).stat().st_size, source_hash()
@@ -143,7 +147,9 @@ def toolchain() -> Toolchain:
     if ninja is None:
         missing.append("ninja is not there (pip install ninja)")
     if torch is None:
-        missing.append("torch with its headers is not there (pip install torch, linlora with --no-build-isolation)")
+        missing.append(
+            "torch with its headers is not there (pip install torch, and linlora-cuda with --no-build-isolation)"
+        )
     elif (version := _torch_version(torch)) < _TARGET_TORCH:
         missing.append(f"torch {'.'.join(map(str, version))} is older than {'.'.join(map(str, _TARGET_TORCH))}")
     if nvcc is None or ninja is None or torch is None or missing:
@@ -302,7 +308,10 @@ def main() -> int:
     try:
         status = build(arguments.out, arguments.objects)
     except CannotBuildError as error:
-        print(f"error: {error}", file=sys.stderr)
+        status = Status(False, str(error))
+        if not (arguments.out / LIBRARY).exists():
+            status.save(arguments.out)
+        print(f"{status}; `make cuda` tries again, and linlora runs without them", file=sys.stderr)
         return 1
     print(status)
     if not arguments.check:

@@ -105,6 +105,12 @@ std::vector<Tensor> lora_linear(std::vector<Optional> tensors, double scaling, d
 }  // namespace
 }  // namespace linlora
 
+// The CUDA runtime that is linked in, and the newest that the driver serves: 1000 * major + 10 * minor; 0 without driver.
+extern "C" __attribute__((visibility("default"))) void linlora_cuda_versions(int* runtime, int* driver) {
+  if (cudaRuntimeGetVersion(runtime) != cudaSuccess) *runtime = 0;
+  if (cudaDriverGetVersion(driver) != cudaSuccess) *driver = 0;
+}
+
 STABLE_TORCH_LIBRARY(linlora_cuda, library) {
   library.def(
       "lora_linear(Tensor?[] tensors, float scaling, float dropout_p, bool two_streams, bool masks_update, bool save, "

@@ -29,6 +29,7 @@ What they stand on, from the bottom:
     counters    zeroed int32 buffers          library     the ops as PyTorch operators, opaque to torch.compile
     aot         compiles every row of the table for every architecture and reads the machine code
     aot_cases   the variants of every op that it compiles
+    hub         writes the layout of Hugging Face's `kernels`
 
 To add a kernel: write its formula in `linlora.reference`; add one file here with its problem (in the manner of
 `problem`), the `@triton.jit` kernel, `launch(problem, result, config)`, which fills a `Launch`, and `host(problem)`,
