@@ -162,7 +162,7 @@ def ninja_file(tools: Toolchain, architectures: tuple[str, ...], objects: Path) 
     units = {source: _targets(source, architectures) for source in sources()}
     flags = [
         "-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-Xptxas=-v", "--threads=0",
-        f"-DTORCH_TARGET_VERSION=0x{_TARGET_TORCH[0]:02x}{_TARGET_TORCH[1]:02x}000000000000", "-DUSE_CUDA",
+        f"-DTORCH_TARGET_VERSION={target_version()}", "-DUSE_CUDA",
         *(["-DLINLORA_SM90"] if _HOPPER in architectures else []),
         f"-I{tools.torch}/include",
     ]  # fmt: skip
@@ -184,6 +184,11 @@ def ninja_file(tools: Toolchain, architectures: tuple[str, ...], objects: Path) 
             made.append(f"{source.stem}.o")
             lines += [f"build {made[-1]}: compile {_path(source)}", f"  target = {_words(*targets)}"]
     return "\n".join([*lines, f"build {LIBRARY}: link {' '.join(made)}", ""])
+
+
+def target_version() -> str:
+    """The version of torch's stable ABI, as its headers want it."""
+    return f"0x{_TARGET_TORCH[0]:02x}{_TARGET_TORCH[1]:02x}000000000000"
 
 
 def sources() -> list[Path]:

@@ -12,7 +12,7 @@ seeds = pytest.mark.parametrize("seed", [0, 1, 2])
 
 @pytest.fixture(scope="module")
 def library(builder):
-    library = ctypes.CDLL(str(builder.build_sources([Path(__file__).parent / "primitives.cu"])))
+    library = ctypes.CDLL(str(builder.build_sources([Path(__file__).parent / "primitives.cu", *builder.MACHINE])))
     for entry in ("run_product", "run_kernel"):
         getattr(library, entry).restype = ctypes.c_char_p
     library.emulated_launch.restype = ctypes.POINTER(ctypes.c_int64 * 4)

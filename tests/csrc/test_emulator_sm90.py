@@ -16,7 +16,7 @@ seeds = pytest.mark.parametrize("seed", [0, 1, 2])
 @pytest.fixture(scope="module")
 def run(builder):
     """Runs a kernel of primitives_sm90.cu; what it wrote, or the machine's error."""
-    library = ctypes.CDLL(str(builder.build_sources([Path(__file__).parent / "primitives_sm90.cu"])))
+    library = ctypes.CDLL(str(builder.build_sources([Path(__file__).parent / "primitives_sm90.cu", *builder.MACHINE])))
     library.run_sm90.restype = ctypes.c_char_p
 
     def run(name, inputs, other=None, *, dtype=torch.float16, place=(0, 0), mistake="none", seed=0):

@@ -17,6 +17,7 @@ EMULATOR = Path(__file__).resolve().parent
 CSRC = EMULATOR.parents[2] / "csrc"
 WARNINGS = ["-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
 FLAGS = ["-std=c++17", "-O2", *WARNINGS, "-shared", "-fPIC", "-DLINLORA_EMULATE"]
+MACHINE = [EMULATOR / "machine.cpp", EMULATOR / "memory.cpp"]
 
 
 def compiler() -> str | None:
@@ -26,20 +27,26 @@ def compiler() -> str | None:
 
 def build(kernel: str) -> Path:
     """The library of csrc/`kernel`.cu, with the entries of emulator/`kernel`.cpp."""
-    return build_sources([CSRC / f"{kernel}.cu", EMULATOR / f"{kernel}.cpp"])
+    return build_sources([CSRC / f"{kernel}.cu", EMULATOR / f"{kernel}.cpp", *MACHINE])
 
 
-def build_sources(sources: Sequence[Path]) -> Path:
-    """The library of these sources and the emulated machine; built once for each state of them and of csrc/'s headers.
+def build_operator(torch: Path, target: str) -> Path:
+    """The library of csrc/register.cpp for tensors of the CPU; `target` is the -D of torch's version."""
+    flags = ["-std=c++17", "-O0", "-shared", "-fPIC", "-DLINLORA_SM90", target, f"-I{EMULATOR / 'runtime'}"]
+    flags += [f"-I{torch}/include", "-include", str(EMULATOR / "torch_on_cpu.h"), f"-L{torch}/lib"]
+    return build_sources([CSRC / "register.cpp", EMULATOR / "register.cpp"], flags, ["-Wl,--no-as-needed", "-ltorch"])
+
+
+def build_sources(sources: Sequence[Path], flags: Sequence[str] = FLAGS, links: Sequence[str] = ()) -> Path:
+    """The library of these sources, built once for each state of them and of csrc/'s headers.
 
     Raises RuntimeError without a compiler, and with the compiler's message where it fails.
     """
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler found: install g++ or clang++, or name one in CXX")
-    sources = [*sources, EMULATOR / "machine.cpp", EMULATOR / "memory.cpp"]
-    read = sorted({*sources, *CSRC.glob("*.cuh"), *CSRC.glob("*.h"), *EMULATOR.glob("*.h")})
-    state = hashlib.sha256(repr((cxx, FLAGS, [(path.name, path.read_bytes()) for path in read])).encode())
+    read = sorted({*sources, *CSRC.glob("*.cuh"), *CSRC.glob("*.h"), *EMULATOR.rglob("*.h")})
+    state = hashlib.sha256(repr((cxx, flags, [(path.name, path.read_bytes()) for path in read])).encode())
     folder = Path(tempfile.gettempdir()) / f"linlora-emulator-{os.getuid()}"  # a container's user may have no name
     folder.mkdir(mode=0o700, exist_ok=True)
     if folder.stat().st_uid != os.getuid():
@@ -50,7 +57,7 @@ def build_sources(sources: Sequence[Path]) -> Path:
             built = Path(scratch) / library.name
             command = [
                 cxx,
-                *FLAGS,
+                *flags,
                 f"-I{CSRC}",
                 f"-I{EMULATOR.parent}",
                 "-x",
@@ -58,6 +65,7 @@ def build_sources(sources: Sequence[Path]) -> Path:
                 *map(str, sources),
                 "-o",
                 str(built),
+                *links,
             ]
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode != 0:
