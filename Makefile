@@ -17,7 +17,7 @@ WORKERS ?= 12
 SEEDS ?= 0 1
 TESTS ?= tests
 
-.PHONY: install cuda wheels test test-everywhere peft-suite lint docs quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
+.PHONY: install cuda wheels compile-matrix test test-everywhere peft-suite lint docs quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
   gpu-bench-compiled gpu-programme require-gpu
 
 install: $(READY)
@@ -36,6 +36,10 @@ cuda: $(READY)
 # one for drivers from R525 on and every GPU; that of 13 needs R580. CUDA_HOME says which.
 wheels: $(READY)
 	$(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w dist . ./csrc
+
+# csrc/ by compilers of other CUDA versions, from PyPI: minutes for each.
+compile-matrix: $(READY)
+	$(PYTHON) tests/csrc/compile_matrix.py 12.6 12.8 13.0 13.2
 
 # What .ci/run runs: style, types, documentation, doctests and tests (on the GPU where there is one).
 test: lint docs

@@ -9,7 +9,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import Distribution, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_py import build_py
 
@@ -33,13 +33,14 @@ class BuildLibrary(build_py):
             raise SystemExit(f"the CUDA kernels cannot be built: {error}") from None
 
 
-class Wheel(bdist_wheel):
-    def finalize_options(self):
-        super().finalize_options()
-        self.root_is_pure = False
+class Binary(Distribution):
+    def has_ext_modules(self):
+        return True
 
+
+class Wheel(bdist_wheel):
     def get_tag(self):
         return "py3", "none", super().get_tag()[2]
 
 
-setup(packages=["linlora_cuda"], cmdclass={"build_py": BuildLibrary, "bdist_wheel": Wheel})
+setup(distclass=Binary, packages=["linlora_cuda"], cmdclass={"build_py": BuildLibrary, "bdist_wheel": Wheel})
