@@ -110,10 +110,10 @@ def summed(
         return fused_layers(vectors, side_by_side, out_rank, energy, weights)
     sizes = fused_sizes(vectors)
     scalings: dict[str, float] = {}
-    for name in sizes:
+    for name, size in sizes.items():
         both = zip(vectors, weights(name), strict=True)
         each = {abs(weight * vector.scalings[name]) for vector, weight in both if name in vector.scalings}
-        if len(each) == 1 and math.isfinite(min(each)):
+        if len(each) == 1 and math.isfinite(min(each)) and size.dtype.itemsize > 1:  # float8 has no negative
             scalings[name] = min(each)
     sizes = {n: size if n in scalings else size._replace(dtype=_wide(size.dtype)) for n, size in sizes.items()}
 

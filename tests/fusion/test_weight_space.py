@@ -262,6 +262,28 @@ def test_from_files_is_from_memory_bit_for_bit(method, tmp_path):
     assert all(torch.equal(loaded.deltas[name], expected.deltas[name]) for name in expected.deltas)
 
 
+@pytest.mark.parametrize("method", [*IN_WEIGHTS, "average"])
+@pytest.mark.parametrize("options", [{}, {"out_rank": 2}], ids=["exact", "cut"])
+def test_threads_change_no_bit(method, options):
+    if method == "compress_then_merge":
+        options = {"rank": 2} if options else {}
+    vectors = [of_many_layers(vector) for vector in SETS["rank deficient"]()]
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 3):
+            torch.set_num_threads(threads)
+            found.append(linlora.fuse(vectors, method, **options))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0].deltas[name], found[1].deltas[name]) for name in found[0].deltas)
+
+
+def of_many_layers(vector):
+    deltas = {f"{number}.{name}": delta for name, delta in vector.deltas.items() for number in range(4)}
+    scalings = {f"{number}.{name}": s for name, s in vector.scalings.items() for number in range(4)}
+    return WeightVector(deltas, {}, vector.point_hash, scalings, "weight")
+
+
 def test_compress_then_merge_is_exact_where_the_rank_holds_all():
     """U₀ and U₁ hold everything, so TIES of the core with all values kept is TIES in a rotated ΔW."""
     vectors = [adapter(1, 2), adapter(2, 2)]
