@@ -25,7 +25,7 @@ What they stand on, from the bottom:
     dropout     the mask, bit for bit         configs     the table of tile sizes, and the function that picks
     tiles       loads, dots, low-rank steps   launch      from tensors to a launch, for running and for `aot`
     stacks      rows in groups                pointers    tables of addresses
-    uploads     numbers of the host, pinned
+    uploads     numbers of the host, pinned   repeated    launches of which only addresses change
     counters    zeroed int32 buffers          library     the ops as PyTorch operators, opaque to torch.compile
     aot         compiles every row of the table for every architecture and reads the machine code
     aot_cases   the variants of every op that it compiles

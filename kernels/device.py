@@ -52,13 +52,14 @@ class _Thread(threading.local):
 _thread = _Thread()
 
 
-def bind_context(device: int) -> None:
-    """Gives the thread the context of the device if it has none: a tensor map cannot be encoded without one.
+def bind_context() -> None:
+    """Gives the thread the context of its current device if it has none: a tensor map cannot be encoded without one.
 
     A thread in which autograd runs backward may have none, until a launch binds one, which is after the maps.
     """
     if _thread.has_context:
         return
+    device = triton.runtime.driver.active.get_current_device()
     driver = ctypes.CDLL("libcuda.so.1")
     handle, context = ctypes.c_int(), ctypes.c_void_p()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,17 +25,9 @@ class Launch(NamedTuple):
     arguments: dict[str, Any]
     config: Config
 
-    def run(self, device: torch.device) -> None:
-        if device.type == "cuda" and device.index != torch.cuda.current_device():
-            with torch.cuda.device(device):
-                self._run()
-        else:
-            self._run()
-
-    def _run(self) -> None:
-        if not triton.knobs.runtime.interpret:
-            bind_context(triton.runtime.driver.active.get_current_device())
-        self.kernel[self.grid](**self.arguments, **self._options())
+    def run(self, device: torch.device) -> Any:
+        """The compiled kernel, launched."""
+        return on_device(device, lambda: self.kernel[self.grid](**self.arguments, **self._options()))
 
     def compile(self) -> Any:
         """Compiles for the active driver's target exactly what `run` would, and launches nothing."""
@@ -43,6 +36,16 @@ class Launch(NamedTuple):
     def _options(self) -> dict[str, int]:
         # All registers that an instruction can name: left to itself, ptxas spills a few to fit one more program.
         return {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages, "maxnreg": 255}
+
+
+def on_device(device: torch.device, launch: Callable[..., Any], arguments: Sequence[Any] = ()) -> Any:
+    """launch(*arguments) with the device as the current one, by a thread that has its context."""
+    if device.type == "cuda" and device.index != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return on_device(device, launch, arguments)
+    if not triton.knobs.runtime.interpret:
+        bind_context()
+    return launch(*arguments)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

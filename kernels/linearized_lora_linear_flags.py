@@ -263,9 +263,9 @@ def launch(problem: LoraLinear, result: Result, config: Config) -> Launch:
         raise ValueError("the flags design needs 16-byte aligned rows: of x, of y, and of the weight or its transpose")
     (m, k), n, rank = x.shape, weight.shape[0], problem.rank
     transposed_weight = not _rows_align(weight)
-    weight_rows, weight_block = weight, [config.block_n, config.block_k]
+    weight_shape, weight_strides, weight_block = weight.shape, weight.stride(), [config.block_n, config.block_k]
     if transposed_weight:
-        weight_rows, weight_block = weight.t(), [config.block_k, config.block_n]
+        weight_shape, weight_strides, weight_block = (k, n), weight.stride()[::-1], [config.block_k, config.block_n]
     row_tiles = triton.cdiv(m, config.block_m)
     tiles = row_tiles * (triton.cdiv(rank, block_r(rank, config)) + triton.cdiv(n, config.block_n))
     programs = config.programs or device_traits(x.device).multiprocessors
@@ -277,7 +277,7 @@ def launch(problem: LoraLinear, result: Result, config: Config) -> Launch:
         grid=(min(programs, tiles),),
         arguments={
             "d_x": TensorDescriptor.from_tensor(x, [config.block_m, config.block_k]),
-            "d_weight": TensorDescriptor.from_tensor(weight_rows, weight_block),
+            "d_weight": TensorDescriptor(weight, weight_shape, weight_strides, weight_block),
             "d_y": TensorDescriptor.from_tensor(result.y, [config.block_m, config.block_n]),
             "su": matrix(x.new_empty(m, rank)),
             "sc": matrix(x.new_empty(m, rank) if problem.is_pair else None),

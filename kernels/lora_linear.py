@@ -37,6 +37,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from . import repeated
 from .checks import check_served
 from .configs import Config
 from .dropout import drop
@@ -229,12 +230,17 @@ def host(problem: LoraLinear, save: bool = True, primal: bool = True, config: Co
 
     `config` overrides what `configs.select` picks. Raises ValueError for problems that the kernel does not serve.
     """
-    check_served(problem)
-    if config is None:
-        config = configuration(problem)
-    result = empty(problem.outputs(primal=primal), problem.x)
-    if problem.x.shape[0] > 0:
-        launch(problem, result, config).run(problem.x.device)
+    key = repeated.key(problem, primal, config)
+    kept = repeated.find(key)
+    if kept is not None:
+        result = kept.run(problem)
+    else:
+        check_served(problem)
+        if config is None:
+            config = configuration(problem)
+        result = empty(problem.outputs(primal=primal), problem.x)
+        if problem.x.shape[0] > 0:
+            repeated.keep(key, launch(problem, result, config), problem, result, launch)
     return result if save else result._replace(u=None, c=None)  # the kernel stores u and c whoever wants them
 
 

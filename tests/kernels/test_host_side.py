@@ -55,5 +55,7 @@ def test_counters_made_under_fake_tensors_are_not_kept_for_a_launch(on_stub):
     assert on_stub("fakes") == {"kind": "Tensor"}
 
 
-def test_a_launch_that_is_repeated_is_one_launch(on_stub):
-    assert all(found["launches"] == 1000 for found in on_stub("cached").values())
+def test_a_repeated_launch_goes_past_tritons_binder(on_stub):
+    for found in on_stub("cached").values():
+        assert (found["launches"], found["bound"]) == (1000, 0)
+        print(f"{found['host_us']} us of the host a launch")
