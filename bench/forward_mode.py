@@ -25,7 +25,7 @@ from linlora.functional import dual
 
 from .job import switched
 from .measure import Clock, WallClock, interleaved, quantiles, ratio
-from .memory import peak_bytes
+from .memory import kept_bytes, peak_bytes, resident_bytes
 
 _TOLERANCE = 1e-4  # of the gradients of a step in float32
 
@@ -122,12 +122,15 @@ class StepJob:
     def context(self) -> ExitStack:
         return switched(None)
 
+    def forward(self) -> tuple[Tensor, Tensor | None]:
+        return self.derivative(self.net, self.inputs, self.tangents)
+
     def step(self) -> Tensor:
+        self.net.zero_grad()
         v, (_, r, t) = self.tangents[0], self.inputs
-        u, u_tangent = self.derivative(self.net, self.inputs, self.tangents)
+        u, u_tangent = self.forward()
         target = v if u_tangent is None else (v - (t - r).view(-1, 1, 1, 1) * u_tangent).detach()
         loss = (u - target).square().mean()
-        self.net.zero_grad()
         loss.backward()
         return loss
 
@@ -142,12 +145,20 @@ class StepJob:
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds a step (20 %, median, 80 %), the median ratio to the floor, and the peak of memory in bytes."""
+    """Seconds a step (20 %, median, 80 %), the median ratio to the floor, and bytes.
+
+    Attributes:
+        peak: of a step, with the parameters, without an optimizer's state.
+        model: the parameters.
+        kept: what the forward leaves for the backward.
+    """
 
     name: str
     seconds: tuple[float, float, float]
     ratio: float
     peak: int
+    model: int
+    kept: int
 
 
 def measure(
@@ -166,11 +177,14 @@ def measure(
             _check(provider, job.results(), exact, dtype)
         else:
             job.step()
+        job.net.zero_grad()  # as a step does first: gradients are counted where the backward allocates them
     peaks = {provider: peak_bytes(job, device) for provider, job in jobs.items()}
+    kept = {provider: kept_bytes(job.forward, device) for provider, job in jobs.items()}
+    model = resident_bytes(list(jobs["plain"].net.parameters()))
     turns = interleaved({provider: [job] for provider, job in jobs.items()}, clock or WallClock(device), seconds)
     samples = {provider: [turn.seconds for turn in taken] for provider, taken in turns.items()}
     return [
-        Measured(provider, quantiles(taken), ratio(taken, samples["plain"]), peaks[provider])
+        Measured(provider, quantiles(taken), ratio(taken, samples["plain"]), peaks[provider], model, kept[provider])
         for provider, taken in samples.items()
     ]
 
@@ -184,6 +198,10 @@ def _check(provider: str, actual: dict[str, Tensor], exact: dict[str, Tensor], d
 
 
 def table(found: list[Measured]) -> str:
-    lines = [f"{'':30}{'s a step':>10}{'of plain':>10}{'peak MB':>10}"]
-    lines += [f"{m.name:30}{m.seconds[1]:10.3f}{m.ratio:10.2f}{m.peak / 1e6:10.0f}" for m in found]
+    lines = [f"{'':30}{'s a step':>10}{'of plain':>10}{'peak MB':>10}{'over the model':>16}{'kept MB':>10}"]
+    lines += [
+        f"{m.name:30}{m.seconds[1]:10.3f}{m.ratio:10.2f}{m.peak / 1e6:10.0f}{(m.peak - m.model) / 1e6:16.0f}"
+        f"{m.kept / 1e6:10.0f}"
+        for m in found
+    ]
     return "\n".join(lines)

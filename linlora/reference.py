@@ -189,8 +189,10 @@ def dropout(x: Tensor, p: float, seed: Tensor | None) -> Tensor:
     return x * (mask.to(x.dtype) / (1.0 - p))
 
 
-def keep_mask(rows: int, columns: int, p: float, seed: Tensor | None, first_row: int = 0) -> Tensor:
+def keep_mask(rows: int, columns: int, p: float, seed: Tensor | None, first_row: int | Tensor = 0) -> Tensor:
     """The dropout mask of `rows` rows, from `first_row` on, as a pure function of `seed`, a 0-d int64 tensor.
+
+    Of several such blocks where `first_row` is an int32 tensor (..., 1): (..., rows, columns).
 
     Element (i, j) is kept when 31 bits of ``mix(mix(i·φ + seed) + j·φ)`` reach p·2³¹, with φ the 32-bit golden ratio
     and `mix` the finalizer of MurmurHash3. Being a function of the position, the mask is recomputed in backward
@@ -198,7 +200,7 @@ def keep_mask(rows: int, columns: int, p: float, seed: Tensor | None, first_row:
     """
     if seed is None:
         raise ValueError("dropout needs a seed: pass seed=torch.randint(2**31, (), device=x.device)")
-    row = torch.arange(first_row, first_row + rows, device=seed.device, dtype=torch.int32).unsqueeze(1)
+    row = (torch.arange(rows, device=seed.device, dtype=torch.int32) + first_row).unsqueeze(-1)
     column = torch.arange(columns, device=seed.device, dtype=torch.int32)
     row_key = _mix(row * _GOLDEN + seed.to(torch.int32))
     return (_mix(row_key + column * _GOLDEN) & 0x7FFFFFFF) >= dropout_threshold(p)

@@ -36,7 +36,7 @@ from linlora.ops.composed import backward_backend
 from linlora.ops.grouping import Groups
 from linlora.ops.mixing import by_groups
 from linlora.ops.rows import as_rows
-from linlora.ops.transforms import transform_active
+from linlora.ops.transforms import intercepts, transform_active
 
 _NOTHING: Any = GroupedLoraLinear(*[None] * len(GroupedLoraLinear._fields))
 """No gradient of any field."""
@@ -102,6 +102,7 @@ def run(problem: GroupedLoraLinear) -> Tensor:
     problem = composed.with_dropout(backend, problem)
     if (
         transform_active()
+        or intercepts(x)
         or torch.compiler.is_compiling()
         or composed.preferred(backend, x, weight, problem.rank, problem.dropout_p)
     ):

@@ -36,7 +36,7 @@ from linlora.ops import aten, backends, composed
 from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.composed import backward_backend
 from linlora.ops.rows import as_rows
-from linlora.ops.transforms import transform_active
+from linlora.ops.transforms import intercepts, transform_active
 
 _NOTHING: Any = LoraLinear(*[None] * len(LoraLinear._fields))
 """No gradient of any field."""
@@ -138,7 +138,7 @@ def run(problem: LoraLinear, constant_tangent: bool = False) -> Any:
     """
     if problem.expand is None and problem.d_shrink is not None:
         problem = problem._replace(d_shrink=None)
-    transformed = not constant_tangent and transform_active()
+    transformed = not constant_tangent and (transform_active() or intercepts(problem.x))
     backend = aten if transformed else backends.select_layer(problem)
     problem = composed.with_dropout(backend, problem)
     if transformed:

@@ -41,3 +41,11 @@ def refuse_double_backward(op: str) -> None:
             f"{op}: the fused backward cannot be differentiated again (create_graph=True). "
             f"Nest torch.func.grad or torch.func.jvp around the op, or call linlora.reference.{op}."
         )
+
+
+def intercepts(x: Tensor) -> bool:
+    """Whether x is of a class that sees every torch function called on it, as that of linlora.stream does."""
+    if type(x) is Tensor:
+        return False
+    own = getattr(type(x).__torch_function__, "__func__", None)  # none where a class switched it off
+    return own not in (None, Tensor.__torch_function__.__func__)  # type: ignore[attr-defined]

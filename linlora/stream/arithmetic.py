@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from linlora.stream.tensor import DualTensor, duals, named, primals, rebind, rule, wrap
+from linlora.stream.tensor import DualTensor, bound, duals, named, primals, rebind, rule, wrap
 
 
 @rule("add", "__add__", "__radd__", "sub", "__sub__", "subtract")
@@ -32,6 +33,8 @@ def _signed(func: Any, a: Tensor | None, b: Tensor | None, kwargs: dict) -> Tens
     if a is None:
         b = -b if "sub" in func.__name__ else b
         return b * kwargs["alpha"] if "alpha" in kwargs else b
+    if not kwargs and "add" in func.__name__ and b.is_contiguous():
+        return torch.add(b, a)  # laid out as b: the primal may be transposed, its tangent need not
     return func(a, b, **kwargs)
 
 
@@ -46,7 +49,7 @@ def product(func: Any, args: tuple, kwargs: dict) -> Any:
         if a_tangent is not None:
             y_tangent = func(a_tangent, primals(b), **kwargs)
         if y_tangent is not None and b_tangent is not None and func in _TIMES and y_tangent.dtype == b_tangent.dtype:
-            y_tangent = torch.addcmul(y_tangent, primals(a), b_tangent)
+            y_tangent = y_tangent.addcmul_(primals(a), b_tangent)
         elif b_tangent is not None:
             term = func(primals(a), b_tangent, **kwargs)
             y_tangent = term if y_tangent is None else y_tangent + term
@@ -211,6 +214,46 @@ def softmax(func: Any, args: tuple, kwargs: dict) -> Any:
     with torch.no_grad():
         y_tangent = torch.ops.aten._softmax_backward_data.default(x.tangent.to(y.dtype), y, dim, y.dtype)
     return wrap(y, y_tangent, x.stream)
+
+
+@rule("glu")
+def glu(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Of the halves a and b: (a σ(b))_t = a_t σ(b) + a σ'(b) b_t, in float32 or wider."""
+    x, dim = bound({"input": None, "dim": -1}, args, kwargs)
+    y = func(x.primal, dim)
+    with torch.no_grad():
+        wide = torch.promote_types(x.dtype, torch.float32)
+        (a, b), (a_tangent, b_tangent) = (half.to(wide).chunk(2, dim) for half in (x.primal, x.tangent))
+        gate = b.sigmoid()
+        return wrap(y, torch.addcmul(a_tangent * gate, a, _backward.sigmoid_backward(b_tangent, gate)), x.stream)
+
+
+@rule("var", "std", "var_mean", "std_mean")
+def spread(func: Any, args: tuple, kwargs: dict) -> Any:
+    """With c = x − mean: var_t = 2 sum(c ⊙ x_t) / (n − correction), and std_t = var_t / (2 std), 0 where std is 0."""
+    everywhere = len(args) > 1 and isinstance(args[1], bool)  # x.var(unbiased)
+    given = dict(zip(("input", "unbiased") if everywhere else _SPREAD, args, strict=False)) | kwargs
+    x, dim, keepdim = given["input"], given.get("dim", given.get("axis")), given.get("keepdim", False)
+    correction = given.get("correction")
+    correction = int(given.get("unbiased", True)) if correction is None else correction
+    over = [dim] if isinstance(dim, int) else list(dim or range(x.dim()))
+    count = math.prod(x.shape[d] for d in over) - correction
+    if x.is_complex() or count <= 0:
+        return DualTensor.rules[None](func, args, kwargs)
+    y = func(x.primal, *args[1:], **{name: value for name, value in kwargs.items() if name != "input"})
+    with torch.no_grad():
+        centred = x.primal - x.primal.mean(over, keepdim=True)
+        total = (centred * x.tangent).sum(over, keepdim=keepdim) / count
+        if "std" in func.__name__:
+            std = y[0] if isinstance(y, tuple) else y
+            total = (total / std).masked_fill_(std == 0, 0.0)
+        else:
+            total = 2 * total
+        tangents = [total, x.tangent.mean(over, keepdim=keepdim)] if isinstance(y, tuple) else total
+        return wrap(y, tangents, x.stream)
+
+
+_SPREAD = ("input", "dim", "unbiased", "keepdim")
 
 
 def tangent(x: Any) -> Tensor | None:

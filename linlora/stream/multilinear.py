@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from linlora.stream.structural import linear_map
 from linlora.stream.tensor import DualTensor, duals, primals, rule, wrap
@@ -34,6 +35,27 @@ def pad(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 _PAD = ("input", "pad", "mode", "value")
+
+
+@rule(
+    *(f"{adaptive}max_pool{n}d{indexed}" for adaptive in ("", "adaptive_") for n in (1, 2, 3)
+      for indexed in ("", "_with_indices")),
+)  # fmt: skip
+def max_pool(func: Any, args: tuple, kwargs: dict) -> Any:
+    """The maxima of the primal, and the tangents where they were found."""
+    name = func.__name__.removesuffix("_with_indices")
+    x, over, both = args[0], -int(name[-2]), name != func.__name__ or kwargs.get("return_indices", False)
+    y, indices = getattr(functional, name)(x.primal, *args[1:], **{**kwargs, "return_indices": True})
+    with torch.no_grad():
+        y_tangent = x.tangent.flatten(over).gather(-1, indices.flatten(over)).view(indices.shape)
+    return wrap((y, indices), [y_tangent, None], x.stream) if both else wrap(y, y_tangent, x.stream)
+
+
+@rule("grid_sample")
+def grid_sample(func: Any, args: tuple, kwargs: dict) -> Any:
+    """Linear in the image; in the grid PyTorch has no derivative forward."""
+    moves = next(duals((args[1:], kwargs)), None) is not None
+    return DualTensor.rules[None](func, args, kwargs) if moves else linear_map(func, args, kwargs)
 
 
 @rule("einsum")

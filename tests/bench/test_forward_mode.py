@@ -10,7 +10,9 @@ def test_a_small_network_is_measured_by_every_provider():
     found = forward_mode.measure("tiny", torch.device("cpu"), seconds=0.0, clock=WallClock(torch.device("cpu")))
     assert [m.name for m in found] == list(forward_mode.PROVIDERS)
     assert found[0].ratio == 1.0
-    assert all(m.peak > 0 for m in found)
+    assert all(m.peak - m.model > m.kept > 0 for m in found)
+    kept = {m.name: m.kept for m in found}
+    assert kept["dual"] < 1.15 * kept["plain"] < kept["torch.func.jvp"]
     assert "torch.func.jvp" in forward_mode.table(found)
 
 

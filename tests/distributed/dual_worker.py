@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "stream"))
@@ -50,10 +50,8 @@ def main() -> None:
         one = copy.deepcopy(net)
         if "checkpointed" in name:
             apply_activation_checkpointing(one, check_fn=lambda module: isinstance(module, Block))
-        for block in one.blocks:
-            fully_shard(block)
-        fully_shard(one)
-        same(name, train(one, *mine), expected)
+        same(name, train(sharded(one), *mine), expected)
+    mixed(net, mine, inputs, tangents)
     accumulated(net, inputs, tangents, rank)
     dist.barrier()
     dist.destroy_process_group()
@@ -71,6 +69,26 @@ def train(net, inputs, tangents, call=None):
         (u - u_tangent.detach()).square().mean().backward()
         optimizer.step()
     return {name: whole(p) for name, p in net.named_parameters() if "unused" not in name}
+
+
+def sharded(net, **options):
+    for block in net.blocks:
+        fully_shard(block, **options)
+    return fully_shard(net, **options)
+
+
+def mixed(net, mine, inputs, tangents):
+    """Weights and inputs of every module in float32, in a network of float64."""
+    policy = MixedPrecisionPolicy(torch.float32, torch.float32, torch.float64)
+    one = sharded(copy.deepcopy(net), mp_policy=policy)
+    outputs = dual(one, *mine)
+    torch.testing.assert_close(outputs, dual(net, *mine), rtol=1e-4, atol=1e-4)
+    (outputs[0] - outputs[1].detach()).square().mean().backward()
+    net = copy.deepcopy(net)
+    u, u_tangent = dual(net, inputs, tangents)
+    (u - u_tangent.detach()).square().mean().backward()
+    for a, b in zip(one.parameters(), net.parameters(), strict=True):
+        torch.testing.assert_close(whole(a.grad), b.grad, rtol=1e-3, atol=1e-4)
 
 
 def accumulated(net, inputs, tangents, rank):

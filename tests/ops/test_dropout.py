@@ -31,6 +31,8 @@ def test_blocks_of_rows_have_the_bits_of_the_whole_mask():
     whole = reference.keep_mask(300, 17, 0.4, torch.tensor(5))
     blocks = [reference.keep_mask(100, 17, 0.4, torch.tensor(5), first_row=first) for first in (0, 100, 200)]
     assert torch.equal(whole, torch.cat(blocks))
+    starts = torch.tensor([[0], [100], [200]], dtype=torch.int32)
+    assert torch.equal(whole, reference.keep_mask(100, 17, 0.4, torch.tensor(5), starts).flatten(0, 1))
     x = torch.randn(300, 17)
     torch.testing.assert_close(aten.dropout(x, 0.4, torch.tensor(5)), reference.dropout(x, 0.4, torch.tensor(5)))
 

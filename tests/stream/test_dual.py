@@ -293,6 +293,23 @@ def test_autocast_of_a_layer_norm_after_a_linear_layer(dtype):
     assert (tangent - exact).norm() <= 5e-2 * exact.norm()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_gated_linear_unit_in_half_precision_has_a_tangent(dtype):
+    x, v = torch.randn(2, 3, 8).to(dtype)
+    outputs = dual(F.glu, (x,), (v,))
+    for actual, wanted in zip(outputs, torch.func.jvp(F.glu, (x.double(),), (v.double(),)), strict=True):
+        assert actual.dtype == dtype
+        assert (actual - wanted).norm() <= 1e-2 * wanted.norm()
+
+
+def test_sampling_of_an_image_at_given_points_is_linear():
+    (image, v), grid = pair(1, 2, 6, 6), torch.rand(1, 3, 3, 2, dtype=D)
+    image.requires_grad_()
+    y, y_tangent = dual(partial(F.grid_sample, grid=grid, align_corners=True), (image,), (v,))
+    torch.testing.assert_close(y, F.grid_sample(image, grid, align_corners=True))
+    torch.testing.assert_close(y_tangent.detach(), F.grid_sample(v, grid, align_corners=True))
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 def test_rms_norm_without_an_eps_takes_that_of_torch(dtype):
     """The inputs are small, so that eps counts; both streams are those of the eps that torch's own output has."""

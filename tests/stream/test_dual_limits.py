@@ -3,6 +3,7 @@
 import pytest
 import torch
 from forward_oracle import assert_like_func, network, pair
+from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import linlora
@@ -175,3 +176,14 @@ def test_a_linearized_model_has_tangents_at_layer_scope_and_refuses_at_model_sco
             dual(logits, (x,), (v,))
     else:
         assert_like_func(logits, (x,), (v,), model)
+
+
+def test_large_layers_and_lora_dropout_at_layer_scope_are_exact():
+    net = nn.Sequential(nn.Linear(600, 300), nn.SiLU(), nn.Linear(300, 600)).double()
+    model = get_peft_model(net, LoraConfig(target_modules=["0", "2"], r=4, lora_dropout=0.2))
+    for layer, parameter in model.named_parameters():
+        if "lora_B" in layer:
+            nn.init.normal_(parameter)
+    linlora.linearize(model, scope="layer")
+    x, v = torch.randn(2, 500, 600, dtype=D)
+    assert_like_func(model, (x,), (v,), model)

@@ -7,14 +7,13 @@
 
 With dropout, P and dP meet the values through one mask. Backward recomputes P block by block.
 
-Where PyTorch's own flash attention of the CPU serves (float32 and float64, no mask, no dropout), it computes o and, in
-backward, the gradients; only the tangent is computed here, from P = exp(S − lse).
+Where PyTorch's own flash attention of the CPU serves (float32 and float64, no mask, no dropout), it computes the
+gradients in backward and, without tangents, o; with them P is at hand here, and o one product more.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,26 +30,31 @@ _ELEMENTS = {"cpu": 2**17, "cuda": 2**26}  # of a block of S: in the cache of a 
 
 def attention(problem: Attention) -> AttentionResult:
     """o and, where an input has a tangent, o_t; lse, logsumexp(S), where the backward asks for it."""
-    dtype = problem.q.dtype
-    if _serves(problem):
-        heads = problem.q.shape[1]
-        problem = problem._replace(k=every_head(problem.k, heads), v=every_head(problem.v, heads))
-        o, lse = _flash(_adjacent(problem.q), *problem[1:3], 0.0, problem.causal, scale=problem.scale)
-        return AttentionResult(o, _tangent(computed(problem), lse) if problem.has_tangents else None, lse)
+    dtype, serves = problem.q.dtype, _serves(problem)
+    if serves and not problem.has_tangents:
+        o, lse = _flash(*_adjacent(problem), 0.0, problem.causal, scale=problem.scale)
+        return AttentionResult(o, None, lse)
     problem = computed(problem)
-    q, _, v, q_tangent, k_tangent, v_tangent = problem[:6]
-    o = q.new_empty(*q.shape[:-1], v.shape[-1])
-    o_tangent: Any = torch.zeros_like(o) if problem.has_tangents else None
+    q, v, v_tangent = problem.q, problem.v, problem.v_tangent
+    batch, heads, length, _ = q.shape
+    o = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)  # as networks flatten it, without a copy
+    o_tangent = torch.empty_like(o) if problem.has_tangents else None
+    lse = q.new_empty(q.shape[:-1]) if serves else None
     for rows, keys in blocks(problem):
-        P, keep = probabilities(problem, rows, keys), kept_mask(problem, rows, keys)
+        S, keep = scores(problem, rows, keys), kept_mask(problem, rows, keys)
+        P = softmax(problem, S)
+        if lse is not None:
+            lse[rows] = S.amax(-1) - P.amax(-1).log_()
         kept = times(P, keep).to(v.dtype)
         o[rows] = kept @ v[keys]
-        if v_tangent is not None:
-            o_tangent[rows] = kept @ v_tangent[keys]
-        if q_tangent is not None or k_tangent is not None:
-            S_tangent = product_tangent(problem, rows, keys).to(P.dtype)
-            o_tangent[rows] += times(jacobian(P, S_tangent), keep).to(v.dtype) @ v[keys]
-    return AttentionResult(o.to(dtype), None if o_tangent is None else o_tangent.to(dtype))
+        if o_tangent is None:
+            continue
+        total, S_tangent = None if v_tangent is None else kept @ v_tangent[keys], product_tangent(problem, rows, keys)
+        if S_tangent is not None:
+            dP = jacobian(P, S_tangent.to(P.dtype))
+            total = plus(total, times(dP, keep).to(v.dtype), v[keys])
+        o_tangent[rows] = total
+    return AttentionResult(o.to(dtype), None if o_tangent is None else o_tangent.to(dtype), lse)
 
 
 def _serves(problem: Attention) -> bool:
@@ -64,42 +68,30 @@ def _serves(problem: Attention) -> bool:
     return q.shape[3] == v.shape[3] and q.numel() > 0 and v.numel() > 0 and not transform_active()
 
 
-def _adjacent(x: Tensor) -> Tensor:
-    """x in a layout that flash attention reads: it takes the numbers of a row for adjacent, whatever the strides."""
+def _adjacent(problem: Attention) -> list[Tensor]:
+    """q, k and v of every head, as flash attention reads them: it takes the numbers of a row for adjacent."""
+    q, k, v = problem[:3]
+    return [_rows(x if x.shape[1] == q.shape[1] else every_head(x, q.shape[1])) for x in (q, k, v)]
+
+
+def _rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(2) >= x.shape[3] else x.contiguous()
 
 
-def _tangent(problem: Attention, lse: Tensor) -> Tensor:
-    """o_t of a `computed` problem from lse. Products add to one another."""
-    q, k, v, q_tangent, k_tangent, v_tangent = problem[:6]
-    o_tangent, lse = q.new_empty(*q.shape[:-1], v.shape[-1]), lse.to(q.dtype).unsqueeze(-1)
-    for rows, keys in blocks(problem):
-        P = matrices(q[rows], k[keys].mT).sub_(lse[rows].flatten(0, 1)).exp_()
-        if problem.causal:
-            P = P.tril_(rows[2].start) if P.shape[-1] > rows[2].start + 1 else P
-        total = None if v_tangent is None else matrices(P, v_tangent[keys])
-        S_tangent = None if q_tangent is None else matrices(q_tangent[rows], k[keys].mT)
-        if k_tangent is not None:
-            S_tangent = matrices(q[rows], k_tangent[keys].mT, S_tangent)
-        if S_tangent is not None:
-            total = matrices(jacobian(P, S_tangent), v[keys], total)
-        o_tangent[rows] = total.view(o_tangent[rows].shape)  # type: ignore[union-attr]
-    return o_tangent
-
-
-def matrices(a: Tensor, b: Tensor, total: Tensor | None = None) -> Tensor:
-    """a b for each head of each example, added to `total` in place; one dimension of heads."""
-    a, b = (x.flatten(0, 1) if x.dim() == 4 else x for x in (a, b))
-    return torch.bmm(a, b) if total is None else total.baddbmm_(a, b)
+def plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
+    """total + a b for each head of each example, in place; a b where there is no total."""
+    if total is None:
+        return a @ b
+    total.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
+    return total
 
 
 def attention_backward(problem: Attention, g: Tensor, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv): dv = Pᵀ g, dS = P ⊙ (g vᵀ − rowsum(g ⊙ o)), dq = scale dS k, dk = scale dSᵀ q."""
     dtype, kv_heads, scale = problem.q.dtype, problem.k.shape[1], problem.scale
     if result.lse is not None and _serves(problem):
-        k, v = (every_head(x, problem.q.shape[1]) for x in problem[1:3])
-        g, q = _adjacent(g), _adjacent(problem.q)
-        dq, dk, dv = _flash_backward(g, q, k, v, result.o, result.lse, 0.0, problem.causal, scale=scale)
+        streams = _rows(g), *_adjacent(problem), result.o, result.lse
+        dq, dk, dv = _flash_backward(*streams, 0.0, problem.causal, scale=scale)
         return dq, sum_groups(dk, kv_heads), sum_groups(dv, kv_heads)
     (g,) = wide(g)
     problem, g = computed(problem), g.contiguous()
@@ -121,13 +113,18 @@ def computed(problem: Attention) -> Attention:
     heads, scale = problem.q.shape[1], problem.scale
     q, k, v, q_tangent, k_tangent, v_tangent = wide(*problem[:6])
     return problem._replace(
-        q=(q * scale).contiguous(),
+        q=_scaled(q, scale),
         k=every_head(k, heads),
         v=every_head(v, heads),
-        q_tangent=None if q_tangent is None else (q_tangent * scale).contiguous(),
+        q_tangent=None if q_tangent is None else _scaled(q_tangent, scale),
         k_tangent=None if k_tangent is None else every_head(k_tangent, heads),
         v_tangent=None if v_tangent is None else every_head(v_tangent, heads),
     )
+
+
+def _scaled(x: Tensor, scale: float) -> Tensor:
+    """scale x, contiguous."""
+    return torch.mul(x, scale, out=x.new_empty(x.shape))
 
 
 def wide(*tensors: Tensor | None) -> list:
@@ -163,8 +160,8 @@ def blocks(problem: Attention) -> Iterator[tuple[Block, Block]]:
                 yield (*matrices, slice(r, end)), (*matrices, slice(0, min(end, keys) if problem.causal else keys))
 
 
-def probabilities(problem: Attention, rows: Block, keys: Block) -> Tensor:
-    """softmax of a block of scores, in float32 or wider; zero in a row where every key is masked."""
+def scores(problem: Attention, rows: Block, keys: Block) -> Tensor:
+    """S of a block, in float32 or wider; -inf where a query does not see a key."""
     S, mask = problem.q[rows] @ problem.k[keys].mT, problem.mask
     S = S.to(torch.promote_types(S.dtype, torch.float32))
     if mask is not None:
@@ -173,8 +170,19 @@ def probabilities(problem: Attention, rows: Block, keys: Block) -> Tensor:
     if problem.causal:
         row = torch.arange(rows[2].start, rows[2].stop, device=S.device)
         S = S.masked_fill_(torch.arange(S.shape[-1], device=S.device) > row.unsqueeze(1), -torch.inf)
+    return S
+
+
+def softmax(problem: Attention, S: Tensor) -> Tensor:
+    """P of the scores of a block; zero in a row where every key is masked."""
     P = torch.softmax(S, -1)
-    return P if mask is None or S.shape[-1] == 0 else P.masked_fill_(S.amax(-1, keepdim=True) == -torch.inf, 0.0)
+    if problem.mask is None or S.shape[-1] == 0:
+        return P
+    return P.masked_fill_(S.amax(-1, keepdim=True) == -torch.inf, 0.0)
+
+
+def probabilities(problem: Attention, rows: Block, keys: Block) -> Tensor:
+    return softmax(problem, scores(problem, rows, keys))
 
 
 def jacobian(P: Tensor, S: Tensor) -> Tensor:
@@ -188,12 +196,11 @@ def _slice_mask(mask: Tensor, rows: Block) -> Tensor:
     return mask[tuple(s if size > 1 else slice(None) for s, size in zip(rows, mask.shape[:3], strict=True))]
 
 
-def product_tangent(problem: Attention, rows: Block, keys: Block) -> Tensor:
-    """q_t kᵀ + q k_tᵀ of a block, the scale being in q and q_t."""
+def product_tangent(problem: Attention, rows: Block, keys: Block) -> Tensor | None:
+    """q_t kᵀ + q k_tᵀ of a block, the scale being in q and q_t; None where neither has a tangent."""
     q, k, _, q_tangent, k_tangent = problem[:5]
-    if q_tangent is None or k_tangent is None:
-        return q[rows] @ k_tangent[keys].mT if k_tangent is not None else q_tangent[rows] @ k[keys].mT
-    return (q_tangent[rows] @ k[keys].mT).add_(q[rows] @ k_tangent[keys].mT)
+    S_tangent = None if q_tangent is None else q_tangent[rows] @ k[keys].mT
+    return S_tangent if k_tangent is None else plus(S_tangent, q[rows], k_tangent[keys].mT)
 
 
 def kept_mask(problem: Attention, rows: Block, keys: Block) -> Tensor | None:
@@ -201,16 +208,11 @@ def kept_mask(problem: Attention, rows: Block, keys: Block) -> Tensor | None:
     if problem.dropout_p == 0.0:
         return None
     _, heads, length, _ = problem.q.shape
-    starts = [
-        (b * heads + h) * length + rows[2].start
-        for b in range(rows[0].start, rows[0].stop)
-        for h in range(rows[1].start, rows[1].stop)
-    ]
-    shape = rows[2].stop - rows[2].start, keys[2].stop
-    masks = [keep_mask(*shape, problem.dropout_p, problem.seed, start) for start in starts]
-    dtype = torch.promote_types(problem.q.dtype, torch.float32)
-    matrices = rows[0].stop - rows[0].start, rows[1].stop - rows[1].start
-    return torch.stack(masks).view(*matrices, *shape).to(dtype).mul_(1.0 / (1.0 - problem.dropout_p))
+    examples, of_heads = (torch.arange(n.start, n.stop, dtype=torch.int32) for n in rows[:2])
+    starts = (examples[:, None] * heads + of_heads) * length + rows[2].start
+    count, columns = rows[2].stop - rows[2].start, keys[2].stop
+    keep = keep_mask(count, columns, problem.dropout_p, problem.seed, starts[..., None].to(problem.q.device))
+    return keep.to(torch.promote_types(problem.q.dtype, torch.float32)).mul_(1.0 / (1.0 - problem.dropout_p))
 
 
 def times(P: Tensor, keep: Tensor | None) -> Tensor:

@@ -58,8 +58,9 @@ def attention_dual_backward(
             dS_tangent += jacobian(P, times((g[rows] @ v[keys].mT).to(P.dtype), keep))
         if v_tangent is not None:
             dS_tangent += jacobian(P, times((g_tangent[rows] @ v_tangent[keys].mT).to(P.dtype), keep))
-        if q_tangent is not None or k_tangent is not None:
-            P_tangent = jacobian(P, product_tangent(problem, rows, keys).to(P.dtype))
+        S_tangent = product_tangent(problem, rows, keys)
+        if S_tangent is not None:
+            P_tangent = jacobian(P, S_tangent.to(P.dtype))
             dv[keys] += times(P_tangent, keep).to(v.dtype).mT @ g_tangent[rows]
             dS_tangent += P_tangent * (R - (P * R).sum(-1, keepdim=True)) - P * (P_tangent * R).sum(-1, keepdim=True)
         dS, dS_tangent = dS.to(q.dtype), dS_tangent.to(q.dtype)
