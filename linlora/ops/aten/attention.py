@@ -14,6 +14,7 @@ gradients in backward and, without tangents, o; with them P is at hand here, and
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,7 +50,8 @@ def attention(problem: Attention) -> AttentionResult:
         o[rows] = kept @ v[keys]
         if o_tangent is None:
             continue
-        total, S_tangent = None if v_tangent is None else kept @ v_tangent[keys], product_tangent(problem, rows, keys)
+        total: Any = None if v_tangent is None else kept @ v_tangent[keys]
+        S_tangent = product_tangent(problem, rows, keys)
         if S_tangent is not None:
             dP = jacobian(P, S_tangent.to(P.dtype))
             total = plus(total, times(dP, keep).to(v.dtype), v[keys])
