@@ -17,6 +17,7 @@ At model scope, where the tangent is a constant, the backward through o is all t
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -28,7 +29,7 @@ from linlora.kernels.attention_problem import Attention, AttentionResult
 from linlora.kernels.packing import pack, unpack
 from linlora.ops import aten, backends
 from linlora.ops.aten.attention_adjoint import attention_dual_backward
-from linlora.ops.checks import autocast_input
+from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.composed import backward_backend
 from linlora.ops.transforms import transform_active
 
@@ -104,7 +105,9 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, constant_tangent: bool, *fields: Any) -> Any:
         problem = Attention(*fields)
-        result = backend.attention(problem)
+        device = problem.q.device.type
+        with torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext():
+            result = backend.attention(problem)  # in its own precision: autocast has cast the inputs
         tensors, ctx.numbers = pack(problem.primal() if constant_tangent else problem)
         ctx.save_for_backward(*tensors, result.o, result.lse)
         ctx.backend = backend
