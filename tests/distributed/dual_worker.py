@@ -22,6 +22,7 @@ from linlora.functional import dual
 from linlora.stream import DualTensor
 
 STEPS = 2
+WIDE = MixedPrecisionPolicy()
 WRAPPED = {
     "ddp": {},
     "ddp, unused parameters": {"find_unused_parameters": True},
@@ -71,16 +72,17 @@ def train(net, inputs, tangents, call=None):
     return {name: whole(p) for name, p in net.named_parameters() if "unused" not in name}
 
 
-def sharded(net, **options):
+def sharded(net, inner=WIDE, outer=WIDE):
     for block in net.blocks:
-        fully_shard(block, **options)
-    return fully_shard(net, **options)
+        fully_shard(block, mp_policy=inner)
+    return fully_shard(net, mp_policy=outer)
 
 
 def mixed(net, mine, inputs, tangents):
     """Weights and inputs of every module in float32, in a network of float64."""
-    policy = MixedPrecisionPolicy(torch.float32, torch.float32, torch.float64)
-    one = sharded(copy.deepcopy(net), mp_policy=policy)
+    narrow = torch.float32, torch.float32
+    policies = MixedPrecisionPolicy(*narrow), MixedPrecisionPolicy(*narrow, torch.float64)
+    one = sharded(copy.deepcopy(net), *policies)
     outputs = dual(one, *mine)
     torch.testing.assert_close(outputs, dual(net, *mine), rtol=1e-4, atol=1e-4)
     (outputs[0] - outputs[1].detach()).square().mean().backward()

@@ -24,6 +24,7 @@ def activated_before_in_place(x):
 
 
 ONE = {
+    "var": lambda x: x.var(-1),
     "view": lambda x: x.view(3, 24),
     "reshape": lambda x: torch.reshape(x, (12, 6)),
     "transpose contiguous": lambda x: x.transpose(0, 1).contiguous(),
@@ -130,7 +131,6 @@ ONE = {
 }  # fmt: skip
 FALLBACK = {
     "logsumexp": lambda x: x.logsumexp(-1),
-    "var": lambda x: x.var(-1),
     "amax": lambda x: x.amax(-1),
     "norm": lambda x: F.normalize(x, dim=-1),
     "number to the power": lambda x: 2.0**x,
