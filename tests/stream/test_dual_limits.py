@@ -178,12 +178,29 @@ def test_a_linearized_model_has_tangents_at_layer_scope_and_refuses_at_model_sco
         assert_like_func(logits, (x,), (v,), model)
 
 
-def test_large_layers_and_lora_dropout_at_layer_scope_are_exact():
+def large_layers(dropout):
     net = nn.Sequential(nn.Linear(600, 300), nn.SiLU(), nn.Linear(300, 600)).double()
-    model = get_peft_model(net, LoraConfig(target_modules=["0", "2"], r=4, lora_dropout=0.2))
+    model = get_peft_model(net, LoraConfig(target_modules=["0", "2"], r=4, lora_dropout=dropout))
     for layer, parameter in model.named_parameters():
         if "lora_B" in layer:
             nn.init.normal_(parameter)
     linlora.linearize(model, scope="layer")
-    x, v = torch.randn(2, 500, 600, dtype=D)
+    return model, *torch.randn(2, 500, 600, dtype=D)
+
+
+def test_large_layers_at_layer_scope_are_exact():
+    model, x, v = large_layers(0.0)
     assert_like_func(model, (x,), (v,), model)
+
+
+def test_lora_dropout_has_one_mask_for_both_streams():
+    """An affine layer: its tangent is a difference of outputs under the same mask."""
+    model, x, v = large_layers(0.5)
+
+    def layer(x):
+        torch.manual_seed(0)
+        return model.base_model.model[0](x)
+
+    y, y_tangent = dual(layer, (x,), (v,))
+    torch.testing.assert_close(y, layer(x))
+    torch.testing.assert_close(y_tangent.detach(), (layer(x + v) - layer(x)).detach())
