@@ -22,6 +22,9 @@ def compare(
         list[Path] | None,
         typer.Option(help="Of adapters: score by the data of this run or recipe (repeatable), not of their own runs."),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Of adapters: the base model of all, where they name it differently.")
+    ] = None,
     out: Annotated[Path, typer.Option(help="Directory of the run; an interrupted run continues there.")] = Path(
         "runs/compare"
     ),
@@ -58,25 +61,26 @@ def compare(
         import dataclasses
 
         from linlora import experiments, quickstart
+        from linlora.commands.surroundings import quiet
         from linlora.experiments.jobs import workers_of
-        from linlora.experiments.options import Options, learning_rates
+        from linlora.experiments.options import described, learning_rates
         from linlora.training.recipe import assigned
 
-        options, processes = Options.of(method or [], set_ or []), workers_of(workers)
-        given = {"methods": method} if method else {}
+        given = {"methods": method, "seeds": seeds, "learning_rates": learning_rates(learning_rate or [])}
+        section = dict(assigned(set_ or [])) | {key: value for key, value in given.items() if value}
+        processes = workers_of(workers)
         recipe = paths[0] if paths and len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml") else None
         if learning_rate and recipe is None:
             raise ValueError("--learning-rate is for a recipe")
-        if on and (recipe or not paths):
-            raise ValueError("--on says which tasks score adapters; name adapters")
-        if recipe is not None:
-            section = {**dict(assigned(set_ or [])), **given, **({"seeds": seeds} if seeds else {})}
-            if learning_rate:
-                section["learning_rates"] = learning_rates(learning_rate)
-            overrides = {"experiment": section}
-            experiments.compare_recipe(recipe, out, fresh=fresh, overrides=overrides, workers=processes)
-        elif paths:
-            experiments.compare_adapters(paths, on or (), out, fresh, options, workers=processes)
-        else:
-            settings = dataclasses.replace(quickstart.CONTROLS, options=options)
-            quickstart.run(out, device, seeds or 3, fresh, settings, workers=processes, job="linlora compare")
+        if (on or base) and (recipe or not paths):
+            raise ValueError("--on and --base are of adapters; name adapters")
+        with quiet():
+            if recipe is not None:
+                experiments.compare_recipe(recipe, out, fresh, {"experiment": section}, workers=processes)
+                return
+            seed_count, options, _ = described(section, "--set")
+            if paths:
+                experiments.compare_adapters(paths, on or (), out, fresh, options, workers=processes, base=base)
+            else:
+                settings = dataclasses.replace(quickstart.CONTROLS, options=options)
+                quickstart.run(out, device, seed_count, fresh, settings, workers=processes, job="linlora compare")

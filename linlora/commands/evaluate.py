@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -31,6 +31,9 @@ def evaluate(
         list[Path] | None,
         typer.Option(help="Score by the data of this run or recipe (repeatable), not of the vectors' runs."),
     ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="The base model of all vectors, where they name it differently.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="JSON file of the scores; beside the vectors if left out.")] = None,
 ) -> None:
     """Score trained adapters on their data sets, alone or fused into one.
@@ -42,8 +45,8 @@ def evaluate(
         from linlora.training.recipe import assigned
 
         options = {**({} if scaling is None else {"scaling": scaling}), **dict(assigned(set_ or []))}
-        if fuse is None and (options or search):
-            raise ValueError("--scaling, --set and --search are of a method; name it with --fuse")
+        if fuse is None and (options or search or base):
+            raise ValueError("--scaling, --set, --search and --base are of a method; name it with --fuse")
         if fuse is None and on and len(vectors) > 1:
             raise ValueError("--on scores one vector, or the vectors fused by --fuse; name one vector, or a method")
         path = out or _beside(vectors, fuse, split)
@@ -53,37 +56,46 @@ def evaluate(
         from linlora.commands.surroundings import quiet
 
         with quiet():
-            _evaluate(vectors, split, fuse, options, search, on or [], path)
+            result = _scores(vectors, split, fuse, options, search, on or [], base)
+            _show({"vectors": [str(vector) for vector in vectors], **result}, path)
 
 
-def _evaluate(
-    vectors: list[Path], split: str, method: str | None, options: dict, search: bool, on: list[Path], path: Path
-) -> None:
+def _scores(
+    vectors: list[Path], split: str, method: str | None, options: dict, search: bool, on: list[Path], base: str | None
+) -> dict[str, Any]:
+    from rich.console import Console
+
+    from linlora import formats
+    from linlora.experiments import evaluation, judges
+    from linlora.experiments.controls import ON_WEIGHTS
+    from linlora.vectors.common_space import in_one_space
+
+    read = [formats.read(vector) for vector in vectors]
+    tasks, console = judges.judges(on or vectors), Console()
+    if method is None:
+        return evaluation.evaluate_vector(read[0], tasks, split) if on else evaluation.evaluate_alone(tasks, split)
+    plain = method in ON_WEIGHTS and {vector.scope for vector in read} == {"lora"}
+    together, note = in_one_space(read, [str(vector) for vector in vectors], "weight" if plain else None, base)
+    if note:
+        console.print(f"note: {note}", highlight=False)
+    return evaluation.evaluate_fused(together, tasks, split, method, options, search, not on, console)
+
+
+def _show(result: dict[str, Any], path: Path) -> None:
     import json
 
     from rich.console import Console
 
-    from linlora import formats
+    from linlora.experiments import evaluation
     from linlora.storage.files import write_text
-    from linlora.training import fused, report
 
-    console = Console()
-    read = [formats.read(vector) for vector in vectors]
-    tasks = fused.judges(on or vectors)
-    if method is not None:
-        result = fused.evaluate_fused(read, tasks, split, method, options, search, console)
-    elif on:
-        result = fused.evaluate_vector(read[0], tasks, split)
-    else:
-        result = fused.evaluate_alone(tasks, split)
-    result = {"vectors": [str(vector) for vector in vectors], **result}
+    console, written = Console(), [str(path)]
     write_text(path, json.dumps(result, indent=2) + "\n")
-    written = [str(path)]
     if result["search"]:
-        console.print(report.searched(result))
+        console.print(evaluation.searched(result))
         picture = path.with_suffix(".png")
-        written += [str(picture)] if report.draw_search(result, picture) else []
-    console.print(report.evaluated(result))
+        written += [str(picture)] if evaluation.draw(result, picture) else []
+    console.print(evaluation.evaluated(result))
     console.print(f"written to {' and '.join(written)}", highlight=False, markup=False, soft_wrap=True)
 
 

@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import itertools
 import shlex
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from linlora.commands.errors import refuse_missing, user_errors
 from linlora.commands.methods import METHOD_HELP
-
-if TYPE_CHECKING:
-    from linlora.formats import Stored
 
 
 def fuse(
@@ -32,8 +27,8 @@ def fuse(
 ) -> None:
     """Fuse adapters into one: linlora fuse A B C --method average --out fused.safetensors
 
-    Linearized adapters of one starting point are fused there. Plain adapters, of any rank, scaling and choice of
-    layers, and linearized ones among them, are fused as what they add to the weights of their base model: Σ λ ΔW.
+    Adapters of one starting point are fused there. Others, of any start, rank, scaling and choice of layers, plain or
+    linearized, are fused as what they add to the weights of their base model: Σ λ ΔW.
 
     The options of the method are those of `linlora.fuse`: --scaling 0.3, or --scaling 0.3,0.5,0.2 for one each; --keep
     for ties; --drop, --seed and --combine for dare; in weight space --out-rank 16 or --energy 0.99 for the best adapter
@@ -50,6 +45,7 @@ def fuse(
         import linlora
         from linlora import formats
         from linlora.fusion.registry import FROM_VECTORS
+        from linlora.vectors.common_space import in_one_space
 
         if method in linlora.fusion.METHODS and method not in FROM_VECTORS:
             raise ValueError(
@@ -61,11 +57,9 @@ def fuse(
         if any(_is_of(out, Path(path)) for path in vectors[:first]):
             raise FileExistsError(f"--out {out} is one of the vectors; name another file")
         stored = [formats.open(path) for path in vectors[:first]]
-        if base is not None:
-            stored = [replace(adapter, vector=replace(adapter.vector, base_model=base)) for adapter in stored]
-        stored = _of_one_space(stored, scope)
+        of_one_space, note = in_one_space([adapter.vector for adapter in stored], vectors[:first], scope, base)
         chosen = options(vectors[first:])
-        fused = linlora.fuse([adapter.vector for adapter in stored], method, **chosen)
+        fused = linlora.fuse(of_one_space, method, **chosen)
         fused.save(out)
         console = Console(soft_wrap=True, highlight=False)
         what = f"{method} of {len(stored)} vectors of scope '{fused.scope}', {len(fused.scalings)} layers"
@@ -76,6 +70,8 @@ def fuse(
         twice = sorted({path for path in vectors[:first] if vectors[:first].count(path) > 1})
         if twice:
             console.print(f"note: given more than once, and counted so: {', '.join(twice)}", markup=False)
+        if note:
+            console.print(f"note: {note}", markup=False)
         if fused.scope == "lora":
             console.print(
                 "note: plain LoRA adapters of one start are fused factor by factor, Σ dB_i and Σ dA_i: their product "
@@ -104,24 +100,6 @@ def default(function: Callable[..., Any], option: str) -> Any:
 def _is_of(out: Path, vector: Path) -> bool:
     """Whether a file is a vector that is read, or lies in its folder."""
     return out.exists() and (out.resolve() == vector.resolve() or out.resolve().parent == vector.resolve())
-
-
-def _of_one_space(stored: list[Stored], scope: str | None) -> list[Stored]:
-    """Adapters whose vectors add: in weight space where one of them is, or where that is asked for."""
-    from linlora import DifferentPointError
-
-    if scope not in (None, "weight"):
-        raise ValueError(f"--scope {scope}: 'weight', or the scope of the vectors if left out")
-    if scope or any(adapter.vector.scope == "weight" for adapter in stored):
-        stored = [replace(adapter, vector=adapter.vector.cast("weight")) for adapter in stored]
-    for one, other in itertools.combinations(stored, 2):
-        try:
-            one.vector.check_same_point(other.vector)
-        except DifferentPointError as error:
-            there = {one.vector.scope, other.vector.scope}
-            remedy = "" if "model" in there or there == {"weight"} else ". Or fuse ΔW: --scope weight"
-            raise DifferentPointError(f"{one.path} and {other.path}: {error}{remedy}") from error
-    return stored
 
 
 def options(arguments: list[str]) -> dict[str, Any]:

@@ -54,13 +54,15 @@ def quickstart(
             raise ValueError("--model and --task are for --text")
 
         from linlora import quickstart as job
+        from linlora.commands.surroundings import quiet
         from linlora.experiments.jobs import workers_of
         from linlora.quickstart import routing as routing_job
         from linlora.quickstart import text as text_job
 
         common: dict[str, Any] = {"device": device, "seeds": seeds, "fresh": fresh, "workers": workers_of(workers)}
-        if text:
-            text_job.run(out or "runs/quickstart-text", model=model, tasks=task or (), **common)
-        else:
-            run, folder = (routing_job.run, "quickstart-routing") if routing else (job.run, "quickstart")
-            run(out or f"runs/{folder}", **common)
+        with quiet():
+            if text:
+                text_job.run(out or "runs/quickstart-text", model=model, tasks=task or (), **common)
+            else:
+                run, folder = (routing_job.run, "quickstart-routing") if routing else (job.run, "quickstart")
+                run(out or f"runs/{folder}", **common)

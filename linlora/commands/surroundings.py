@@ -5,35 +5,17 @@ from __future__ import annotations
 import os
 import socket
 import urllib.request
-import warnings
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 
-@contextmanager
-def quiet() -> Iterator[None]:
+def quiet() -> AbstractContextManager[None]:
     """Keep the bars, hints and warnings of other libraries from the console; their errors are raised all the same."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import datasets
-    from huggingface_hub.utils import logging as hub_logging
-    from transformers.utils import logging
+    from linlora.training import checkpoints
 
-    logs = (logging, hub_logging, datasets.logging)
-    levels = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-    logging.disable_progress_bar()
-    datasets.disable_progress_bars()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", module=r"(transformers|peft|datasets|torch|accelerate|huggingface_hub)\b")
-            yield
-    finally:
-        for log, level in zip(logs, levels, strict=True):
-            log.set_verbosity(level)
-        logging.enable_progress_bar()
-        datasets.enable_progress_bars()
+    return checkpoints.quiet()
 
 
 def offline_without_network(names: Iterable[str | None]) -> None:

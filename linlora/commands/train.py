@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from linlora.commands.choices import CLASSIFIER_HEADS, LINEAR_ENDS, TASK_KINDS, TRAINING_METHODS
 from linlora.commands.errors import user_errors
+from linlora.training.settings import ENDS, FAMILIES, HEADS, KINDS
 
 if TYPE_CHECKING:
     from linlora.training import Settings
@@ -32,7 +32,7 @@ def train(
     recipe: Annotated[Path | None, typer.Argument(help="A YAML file of settings, of one task or of many.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Of a recipe of many tasks: this one (repeatable).")] = None,
     model: Annotated[str | None, typer.Option(help="Checkpoint: hub id or folder.")] = None,
-    kind: Annotated[str | None, typer.Option(help=f"{TASK_KINDS}.")] = None,
+    kind: Annotated[str | None, typer.Option(help=f"{', '.join(KINDS)}.")] = None,
     data: Annotated[str | None, typer.Option(help="Data set: hub id, folder, or csv/tsv/json/jsonl/parquet.")] = None,
     config: Annotated[str | None, typer.Option(help="Configuration of a data set of the hub.")] = None,
     train: Annotated[str | None, typer.Option(help="Split (or file) to train on.")] = None,
@@ -42,10 +42,10 @@ def train(
     image: Annotated[str | None, typer.Option(help="Column of the images.")] = None,
     label: Annotated[str | None, typer.Option(help="Column of the label or answer.")] = None,
     prompt: Annotated[str | None, typer.Option(help="Text-to-text: columns in braces, '{question}'.")] = None,
-    method: Annotated[str | None, typer.Option(help=f"{TRAINING_METHODS}.")] = None,
-    head: Annotated[str | None, typer.Option(help=f"Head of a classifier: {CLASSIFIER_HEADS}.")] = None,
+    method: Annotated[str | None, typer.Option(help=f"{', '.join(FAMILIES)}.")] = None,
+    head: Annotated[str | None, typer.Option(help=f"Head of a classifier: {', '.join(HEADS)}.")] = None,
     linear_to: Annotated[
-        str | None, typer.Option(help=f"At model scope, with prototypes or zero-shot, linear up to: {LINEAR_ENDS}.")
+        str | None, typer.Option(help=f"At model scope, with prototypes or zero-shot, linear up to: {', '.join(ENDS)}.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
     alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
@@ -162,10 +162,7 @@ def _given(flags: dict[str, Any]) -> dict[str, Any]:
     from linlora.training.plain_yaml import parse
 
     given = {key: flags[flag] for flag, key in _FLAGS.items() if flags[flag] not in (None, [], ())}
-    if "data.validation" in given:
-        given["data.validation"] = parse(given["data.validation"])
-    if given.get("data.test") == "false":
-        given["data.test"] = False
+    given |= {key: parse(given[key]) for key in ("data.validation", "data.test") if key in given}
     if given.get("lora.target_modules") == ["all-linear"]:
         given["lora.target_modules"] = "all-linear"
     if "out" in given:

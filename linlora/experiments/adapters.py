@@ -1,4 +1,4 @@
-"""The user's own adapters, fused by every method that fits them, on the user's own tasks: which method, which λ?
+"""Compares fusion methods on the user's own adapters and tasks: which method, which λ?
 
 Linearized adapters of one starting point are fused there; all others as what they add to the weights, ΔW. Every row of
 the table is a job: the backbone, each adapter by itself, each method with options searched on validation.
@@ -7,7 +7,6 @@ the table is a job: the backbone, each adapter by itself, each method with optio
 from __future__ import annotations
 
 import functools
-import itertools
 import math
 import shlex
 import statistics
@@ -15,8 +14,6 @@ import time
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict
-from importlib.util import find_spec
-from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -24,23 +21,22 @@ from rich.console import Console
 from rich.table import Table
 
 from linlora import formats
-from linlora.experiments.controls import ELEMENTWISE, ON_WEIGHTS, Space
+from linlora.experiments.controls import Space
 from linlora.experiments.environment import surroundings
 from linlora.experiments.figures import draw_search
 from linlora.experiments.fusing import fuse_by
 from linlora.experiments.jobs import Job, Workers, run_jobs
-from linlora.experiments.options import METHOD_TITLES, Options, fusion_method
-from linlora.experiments.report import percent, print_outputs
+from linlora.experiments.judges import judges, misfit, refuse_untested, suite_of
+from linlora.experiments.options import METHOD_TITLES, Options, fusion_method, in_words
+from linlora.experiments.report import percent, print_outputs, write_tables
 from linlora.experiments.results import normalised
 from linlora.experiments.run import opened
-from linlora.fusion import fuse
 from linlora.fusion.registry import FROM_VECTORS
 from linlora.storage.environment import environment
-from linlora.storage.files import write_text
 from linlora.storage.run_directory import read_json, staged, write_json
-from linlora.training.fused import judges, suite_of
 from linlora.training.suite import Suite
-from linlora.vectors.task_vector import DifferentPointError, TaskVector, apply
+from linlora.vectors.common_space import in_one_space
+from linlora.vectors.task_vector import TaskVector
 
 SCORES_FILE, VECTOR_FILE = "scores.json", "task_vector.safetensors"
 DEFAULT = "task_arithmetic"
@@ -64,6 +60,7 @@ def compare_adapters(
     options: Options | None = None,
     console: Console | None = None,
     workers: Workers = 1,
+    base: str | None = None,
 ) -> dict[str, Any]:
     """Fuse adapters by every method that fits; print the table, a picture, and the command that makes the best.
 
@@ -73,6 +70,7 @@ def compare_adapters(
         adapters: folders of runs, task vectors, PEFT adapters, mixed; or ids of the Hugging Face hub. Two or more.
         on: recipes, or folders of runs, whose data sets score; those of the adapters if left out.
         options: what is tried; `Options(methods=...)` for some methods.
+        base: the base model of all adapters, where they name it differently.
 
     Returns: what `results.json` holds.
 
@@ -82,7 +80,7 @@ def compare_adapters(
     if len(adapters) < 2:
         raise ValueError(f"a comparison fuses two adapters or more, got {len(adapters)}")
     out, options, console = Path(out), options or Options(), console or Console()
-    comparison = AdapterComparison([local(adapter) for adapter in adapters], list(map(str, on)), out, options)
+    comparison = AdapterComparison([local(adapter) for adapter in adapters], list(map(str, on)), out, options, base)
     comparison.check()
     begin = time.perf_counter()
     with opened(out, comparison.fingerprint(), "linlora compare, adapters", 1, workers, fresh):
@@ -112,8 +110,10 @@ def local(adapter: str) -> str:
 class AdapterComparison:
     """The jobs of one run directory. Adapters and model are loaded when a process first asks for them."""
 
-    def __init__(self, adapters: Sequence[str], on: Sequence[str], out: Path, options: Options) -> None:
-        self.adapters, self.on, self.out, self.options = list(adapters), list(on), out, options
+    def __init__(
+        self, adapters: Sequence[str], on: Sequence[str], out: Path, options: Options, base: str | None = None
+    ) -> None:
+        self.adapters, self.on, self.out, self.options, self.base = list(adapters), list(on), out, options, base
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("vectors", "suite", "space")}
@@ -126,6 +126,7 @@ class AdapterComparison:
             "adapters": self.adapters,
             "files": files,
             "on": self.on,
+            "base": self.base,
             "settings": tasks,
             "options": asdict(self.options),
         }
@@ -137,14 +138,9 @@ class AdapterComparison:
     def vectors(self) -> list[TaskVector]:
         """In the space they are fused in."""
         read = [formats.read(adapter) for adapter in self.adapters]
-        if {vector.scope for vector in read} - {"layer", "model"} or len({vector.point_hash for vector in read}) > 1:
-            read = [_in_weights(vector, adapter) for vector, adapter in zip(read, self.adapters, strict=True)]
-        for (one, first), (other, second) in itertools.combinations(zip(read, self.adapters, strict=True), 2):
-            try:
-                one.check_same_point(other)
-            except DifferentPointError as error:
-                raise DifferentPointError(f"{first} and {second}: {error}") from error
-        return read
+        linearized = {vector.scope for vector in read} <= {"layer", "model"}
+        at_one_point = linearized and len({vector.point_hash for vector in read}) == 1
+        return in_one_space(read, self.adapters, None if at_one_point else "weight", self.base)[0]
 
     @property
     def in_weights(self) -> bool:
@@ -152,40 +148,19 @@ class AdapterComparison:
 
     @functools.cached_property
     def suite(self) -> Suite:
-        like = fuse(self.vectors, "average") if self.in_weights else self.vectors[0]
-        return suite_of(judges(self.on or self.adapters), like, "validation", "test")
+        return suite_of(judges(self.on or self.adapters), self.vectors, "validation", "test")
 
     @functools.cached_property
     def space(self) -> Space:
-        model = self.suite.model
-        base = next(iter(self.suite.tasks.values())).base_model().to(self.suite.device).requires_grad_(False)
-        return Space(self.vectors, base, model, lambda fused: apply(model, fused))
+        return Space(self.vectors, self.suite.base, self.suite.model, self.suite.put)
 
     def check(self) -> None:
-        for judge in judges(self.on or self.adapters):
-            if judge.settings.data.test is None:
-                raise ValueError(
-                    f"task '{judge.settings.name}' has no test split; options are chosen on validation: set data.test"
-                )
+        refuse_untested(judge.settings for judge in judges(self.on or self.adapters))
         self.methods()
 
     def methods(self) -> dict[str, str | None]:
         """The methods that are asked for, with the reason why one does not fit."""
-        scope = self.vectors[0].scope
-        reasons: dict[str, str | None] = dict.fromkeys(self.options.methods)
-        for method in reasons:
-            if method in ELEMENTWISE and self.in_weights:
-                into = ", for a merged model: linlora merge BASE A B --method ties" if method == "ties" else ""
-                reasons[method] = f"picks single values of ΔW, which no adapter holds{into}"
-            elif method == "lorahub" and find_spec("nevergrad") is None:
-                reasons[method] = "needs nevergrad: pip install 'linlora[lorahub]'"
-            elif method == "adamerging" and self.in_weights:
-                reasons[method] = "needs vectors of one starting point"
-            elif method == "regmean" and self.on:
-                reasons[method] = "needs to know which task is whose: adapters that are runs, without --on"
-            elif method in ON_WEIGHTS and not self.in_weights and not (method == "regmean" and scope == "layer"):
-                reasons[method] = "acts on ΔW; these vectors share a starting point, and add there"
-        return reasons
+        return {method: misfit(method, self.vectors, not self.on) for method in self.options.methods}
 
     def folder(self, row: str) -> Path:
         return self.out / "rows" / row
@@ -201,7 +176,7 @@ class AdapterComparison:
 
     def score(self, row: str) -> None:
         """Write the scores of a row, and of a method the fused vector."""
-        tasks, at = self.suite.of, self.space
+        tasks, at = self.suite, self.space
         with staged(self.folder(row)) as staging:
             if row in METHOD_TITLES:
                 scores, vector = fuse_by(row, at, tasks, self.options, seed=0)
@@ -252,19 +227,10 @@ class AdapterComparison:
         if fusion_method(method) not in FROM_VECTORS:
             exported = ["export", here, "--out", "fused-adapter"]
             return shlex.join(["linlora", *(["inspect", here] if self.vectors[0].scope == "model" else exported)])
-        scope = ["--scope", "weight"] if self.in_weights else []
+        scope = [*(["--scope", "weight"] if self.in_weights else []), *(["--base", self.base] if self.base else [])]
         chosen = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", f"{value:g}")]
-        words = [
-            "linlora",
-            "fuse",
-            *self.adapters,
-            *scope,
-            "--method",
-            fusion_method(method),
-            "--out",
-            "fused.safetensors",
-        ]
-        return shlex.join([*words, *chosen])
+        way = [*scope, "--method", fusion_method(method), "--out", "fused.safetensors"]
+        return shlex.join(["linlora", "fuse", *self.adapters, *way, *chosen])
 
 
 def _stamps(adapter: Path) -> dict[str, list[int]]:
@@ -275,13 +241,6 @@ def _stamps(adapter: Path) -> dict[str, list[int]]:
     return {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in files if file.is_file()}
 
 
-def _in_weights(vector: TaskVector, adapter: str) -> TaskVector:
-    try:
-        return vector.cast("weight")
-    except ValueError as error:
-        raise ValueError(f"{adapter}: {error}") from error
-
-
 def _best(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=lambda i: scores[i])
 
@@ -289,7 +248,8 @@ def _best(scores: Sequence[float]) -> int:
 def table(results: Mapping[str, Any]) -> Table:
     """A row for the backbone, each adapter, and each method: scores of the test splits in %."""
     tasks, rows = results["tasks"], results["rows"]
-    view = Table(title="Test score in %; options chosen on validation", caption=_caption(results))
+    title, below = "Test score in %; options chosen on validation", _caption(results)
+    view = Table(title=title, title_justify="left", caption=below, caption_justify="left")
     view.add_column("", overflow="fold")
     for heading in (*(tasks if len(tasks) <= 6 else ()), "mean", "normalised"):
         view.add_column(heading, justify="right", overflow="fold")
@@ -307,7 +267,7 @@ def _rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
     titles |= {f"adapter-{i}": Path(name).name for i, name in enumerate(results["adapters"], 1)}
     for key, row in results["rows"].items():
         scores = [percent(score) for score in (*row["test"], statistics.fmean(row["test"]), row["normalised"])]
-        options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
+        options = in_words(row["options"])
         found.append((titles.get(key) or METHOD_TITLES[key], [*scores, options]))
     single = results["single"]["test"]
     whose = "own adapter of each task" if results["single"]["own"] else "best adapter of each task"
@@ -327,7 +287,7 @@ def reading(results: Mapping[str, Any]) -> str:
     rows, chosen = results["rows"], results["recommendation"]
     row, mean = rows[chosen["method"]], {name: statistics.fmean(row["test"]) for name, row in rows.items()}
     single = statistics.fmean(results["single"]["test"])
-    options = ", ".join(f"{name} {value}" for name, value in row["options"].items())
+    options = in_words(row["options"])
     beside = f", the plain average {percent(mean['average'])}" if "average" in mean else ""
     if row["options"].get("scaling") == 0:
         return (
@@ -342,15 +302,13 @@ def reading(results: Mapping[str, Any]) -> str:
 
 
 def _write(results: Mapping[str, Any], out: Path, console: Console) -> None:
-    write_json(out / "results.json", dict(results))
     headings = ["", *results["tasks"], "mean", "normalised", "options"]
     lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
     lines += [f"| {' | '.join([title, *cells])} |" for title, cells in _rows(results)]
-    write_text(out / "table.md", "\n".join([*lines, "", reading(results), ""]))
-    draw_search(results, out / "scalings.png")
-    file = StringIO()
-    for place in (console, Console(file=file, width=120)):
-        place.print(table(results))
-        place.print(reading(results), highlight=False, markup=False, soft_wrap=True)
-    write_text(out / "table.txt", file.getvalue())
+    searches = {METHOD_TITLES[row]: of["validation"] for row, of in results["rows"].items() if row in METHOD_TITLES}
+    before = statistics.fmean(results["rows"]["backbone"]["chosen_by"])
+    of_tasks = f"Fused adapters, scaled by λ, mean of {len(results['tasks'])} tasks"
+    draw_search(searches, {"backbone, no adapter": before}, of_tasks, out / "scalings.png")
+    words = reading(results)
+    write_tables(results, out, console, [table(results)], words, "\n".join([*lines, "", words, ""]))
     print_outputs(results["wall_seconds"], out, _OUTPUTS, console)

@@ -66,11 +66,11 @@ _ADDED_AS_WEIGHTS = ("delta_weight", "lora_fa")
 
 @dataclass(frozen=True)
 class Space:
-    """Where a fusion happens: vectors that a method takes, the plain model they are relative to, a model that holds
-    them, and how a fused vector is put into it."""
+    """Where a fusion happens: vectors that a method takes, the plain model they are relative to, which is read when a
+    method asks for it, a model that holds them, and how a fused vector is put into it."""
 
     vectors: Sequence[TaskVector]
-    base: nn.Module
+    base: Callable[[], nn.Module]
     model: nn.Module
     put: Callable[[TaskVector], None]
 
@@ -112,12 +112,14 @@ def of_adapter(base: nn.Module, vectors: Sequence[TaskVector], trained_modules: 
     """A model with an adapter that holds each of some vectors and whatever is fused of them."""
     in_weights = isinstance(vectors[0], WeightVector)
     model = model_for(base, fuse(list(vectors), "average") if in_weights else vectors[0], trained_modules)
-    return Space(vectors, base, model, lambda fused: apply(model, fused))
+    return Space(vectors, lambda: base, model, lambda fused: apply(model, fused))
 
 
 def _of_weights(model: nn.Module, vectors: Sequence[TaskVector]) -> Space:
     weights = delta_weight.Weights(model, vectors[0].scalings)
     layers = list(vectors[0].scalings)
-    return Space(
-        vectors, model, model, lambda fused: weights.put({name: fused.deltas[f"{name}.dW"] for name in layers})
-    )
+
+    def put(fused: TaskVector) -> None:
+        weights.put({name: fused.deltas[f"{name}.dW"] for name in layers})
+
+    return Space(vectors, lambda: model, model, put)

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
-from transformers.utils import logging
 
 import linlora
+from linlora.training.checkpoints import quiet
 
 
 @contextmanager
 def surroundings(device: str, threads: int | None) -> Iterator[None]:
-    """Compute on a device with some threads (as many as there are for None), without other libraries' progress bars."""
-    with _kernels(device), _threads(threads), _quiet_transformers():
+    """Compute on a device with some threads (as many as there are for None), without the chatter of other libraries."""
+    with _kernels(device), _threads(threads), quiet():
         yield
 
 
@@ -32,19 +31,6 @@ def _threads(count: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    had_bars = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-            yield
-    finally:
-        if had_bars:
-            logging.enable_progress_bar()
 
 
 def check_device(device: str) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -80,27 +80,31 @@ def _takeaway(start: str, added_whole: Mapping[str, float]) -> str:
     return f"{added} as they are (λ = 1): {best} {added_whole[best]:.0f} %, {worst} {added_whole[worst]:.0f} %"
 
 
-def draw_search(results: Mapping[str, Any], path: Path) -> None:
-    """The best validation score at each λ, of every method that was searched, of a comparison of adapters."""
+def draw_search(
+    searches: Mapping[str, Sequence[Mapping[str, Any]]], references: Mapping[str, float], title: str, path: Path
+) -> bool:
+    """The best validation score that each search found at each λ, with lines for others; False where none has two."""
+    curves: dict[str, dict[float, float]] = {}
+    for name, points in searches.items():
+        for point in points:
+            if isinstance(scaling := point["options"].get("scaling"), (int, float)):
+                of = curves.setdefault(name, {})
+                of[scaling] = max(of.get(scaling, 0.0), 100 * float(np.mean(point["scores"])))
+    if max(map(len, curves.values()), default=0) < 2:
+        return False
     figure = Figure(figsize=(8.0, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for method, row in results["rows"].items():
-        best: dict[float, float] = {}
-        for point in row["validation"]:
-            scaling = point["options"].get("scaling")
-            if scaling is not None:
-                best[scaling] = max(best.get(scaling, 0.0), float(np.mean(point["scores"])))
-        if best:
-            x = sorted(best)
-            axes.plot(x, [100 * best[s] for s in x], marker="o", markersize=4, label=METHOD_TITLES[method])
-    before = 100 * float(np.mean(results["rows"]["backbone"]["chosen_by"]))
-    axes.axhline(before, color="0.35", linestyle="--", linewidth=1.5, label="backbone, no adapter")
+    for name, curve in curves.items():
+        axes.plot(*zip(*sorted(curve.items()), strict=True), marker="o", markersize=4, label=name)
+    for (name, score), style in zip(references.items(), ("--", ":"), strict=False):
+        axes.axhline(100 * score, color="0.35", linestyle=style, linewidth=1.5, label=name)
     axes.set_xlabel("scaling coefficient λ", fontsize=12)
-    axes.set_ylabel(f"validation score (%), mean of {len(results['tasks'])} tasks", fontsize=12)
-    axes.set_title("Fused adapters, scaled by λ", fontsize=13)
+    axes.set_ylabel("mean validation score (%)", fontsize=12)
+    axes.set_title(title, fontsize=13)
     axes.grid(alpha=0.25)
     axes.legend(fontsize=10, framealpha=0.9, edgecolor="white")
     save(figure, path)
+    return True
 
 
 def draw_scores(results: Mapping[str, Any], path: Path) -> None:

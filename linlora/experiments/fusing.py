@@ -5,16 +5,17 @@ from __future__ import annotations
 import functools
 import itertools
 import statistics
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import Tensor, nn
 
 import linlora
 from linlora.experiments.controls import Control, Space, cosine_matrix, kind_of_space, space
-from linlora.experiments.options import Options, fusion_method
+from linlora.experiments.options import SEEDED, Options, fusion_method, in_words
 from linlora.experiments.tasks import Tasks
 from linlora.fusion import disentanglement, predictor, search
 from linlora.fusion.regmean import input_moments
@@ -60,25 +61,50 @@ def fuse_control(
 
 def fuse_by(method: str, at: Space, tasks: Tasks, options: Options, seed: int) -> tuple[dict[str, Any], TaskVector]:
     """The best of a method's options on the validation split, then one look at the test split; and the fused vector."""
-
-    def score(vector: TaskVector, split: str = "validation") -> list[float]:
-        at.put(vector)
-        return tasks.scores(at.model, split)
-
-    seen = data_for(method, at, tasks, options)
-    build = functools.partial(linlora.fuse, at.vectors, fusion_method(method), **seen)
-    choices = options.choices(method, seed)
-    chosen, curve = dict(choices[0]), []
-    if len(choices) > 1:
-        result = search(build, score, choices, progress=False)
-        chosen = result.options
-        curve = [{"options": point.options, "scores": list(point.scores)} for point in result.curve]
+    build = builder(fusion_method(method), at, tasks, options)
+    choices = options.choices(method, {"seed": [seed]} if method in SEEDED else {})
+    chosen, curve = (dict(choices[0]), []) if len(choices) == 1 else best_options(build, at, tasks, choices)
     fused = build(**chosen)
-    return {"options": chosen, "validation": curve, "test": score(fused, "test")}, fused
+    at.put(fused)
+    return {"options": chosen, "validation": curve, "test": tasks.scores(at.model, "test")}, fused
+
+
+def best_options(
+    build: Callable[..., TaskVector],
+    at: Space,
+    tasks: Tasks,
+    choices: Sequence[Mapping[str, Any]],
+    console: Console | None = None,
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The best of some options on the validation split, and the scores of all; shown on a console if there is one."""
+    count = itertools.count(1)
+
+    def score(vector: TaskVector) -> list[float]:
+        at.put(vector)
+        i = next(count)
+        if console is not None and not console.is_terminal:  # which has a bar
+            console.print(f"search {i} of {len(choices)}: {in_words(choices[i - 1])}", highlight=False)
+        return tasks.scores(at.model, "validation")
+
+    found = search(build, score, choices, progress=console is not None)
+    return found.options, [{"options": point.options, "scores": list(point.scores)} for point in found.curve]
+
+
+def builder(
+    method: str, at: Space, tasks: Tasks, options: Options, progress: bool = False
+) -> Callable[..., TaskVector]:
+    """`linlora.fuse` of the vectors of a space by a method, with what it sees of the tasks: validation rows.
+
+    They are without labels for AdaMerging and RegMean, with labels for LoraHub and LoRA-Soups.
+    """
+    seen = data_for(method, at, tasks, options)
+    if method in ("lorahub", "adamerging", "soup"):
+        seen["progress"] = progress
+    return functools.partial(linlora.fuse, list(at.vectors), method, **seen)
 
 
 def data_for(method: str, at: Space, tasks: Tasks, options: Options) -> dict[str, Any]:
-    """The part of the tasks that a method sees: validation rows, labeled for LoraHub and LoRA-Soups."""
+    """The part of the tasks that a method sees."""
     if method == "lorahub":
         few = list(_in_turns(tasks.labeled(options.lorahub_examples, options.lorahub_examples)))
 
@@ -87,15 +113,15 @@ def data_for(method: str, at: Space, tasks: Tasks, options: Options) -> dict[str
             at.put(vector)
             return statistics.fmean(float(tasks.loss(at.model, batch)) for batch in few)
 
-        return {"objective": objective, "progress": False}
+        return {"objective": objective}
     if method == "adamerging":
         inputs = tasks.unlabeled(options.adamerging_batch)
-        return {"model": at.model, "inputs": inputs, "logits": tasks.logits, "progress": False}
+        return {"model": at.model, "inputs": inputs, "logits": tasks.logits}
     if method == "regmean":
         return {"inputs": [_moments(at, i, tasks, options) for i in range(len(at.vectors))]}
     if method == "soup":
         rows = tasks.labeled(options.adamerging_batch, options.soup_examples)
-        return {"model": at.base, "batches": list(_in_turns(rows)), "loss": tasks.loss, "progress": False}
+        return {"model": at.base(), "batches": list(_in_turns(rows)), "loss": tasks.loss}
     return {}
 
 

@@ -1,4 +1,4 @@
-"""The values that a comparison tries of every fusion method, the same for every control."""
+"""The grid of options: the values that `linlora compare` and `linlora eval --search` try of every fusion method."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ from typing import Any, Literal
 
 from linlora.fusion import grid
 from linlora.fusion.registry import IN_WEIGHT_SPACE
-from linlora.training.recipe import assigned
 from linlora.training.settings import unknown
 
 Start = Literal["zero", "warm"]
@@ -72,26 +71,20 @@ class Options:
                 raise ValueError(f"{searched.name}: there has to be a value to try")
 
     @classmethod
-    def of(cls, methods: Sequence[str] = (), assignments: Sequence[str] = ()) -> Options:
-        """Options from the flags of a command.
-
-        >>> Options.of(["ties"], ["ties_keep=[0.1, 0.3]"]).choices("ties", seed=0)[0]
-        {'keep': 0.1, 'scaling': 0.2}
-        >>> Options.of([], ["ties_kep=[0.1]"])
-        Traceback (most recent call last):
-        ValueError: --set: unknown key 'ties_kep'; did you mean 'ties_keep'? The keys are scalings, ties_keep, \
-ties_scalings, dare_drop, dare_scalings, lorahub_examples, lorahub_budget, adamerging_initial, \
-adamerging_learning_rates, adamerging_steps, adamerging_batch, weights_scalings, regmean_shrink, regmean_examples, \
-soup_examples, soup_epochs, soup_learning_rates, negation_scalings, negation_keeps, map_scalings
-        """
-        return cls.of_values(dict(assigned(assignments)) | ({"methods": list(methods)} if methods else {}), "--set")
-
-    @classmethod
     def of_values(cls, values: Mapping[str, Any], where: str, beside: Sequence[str] = ()) -> Options:
         """Options from plain values, as a recipe holds them; an unknown key is an error that lists the known ones.
 
         Args:
             beside: other keys that may stand there, for the message.
+
+        >>> Options.of_values({"methods": "ties", "ties_keep": [0.1, 0.3]}, "--set").choices("ties")[0]
+        {'keep': 0.1, 'scaling': 0.2}
+        >>> Options.of_values({"ties_kep": [0.1]}, "--set")
+        Traceback (most recent call last):
+        ValueError: --set: unknown key 'ties_kep'; did you mean 'ties_keep'? The keys are scalings, ties_keep, \
+ties_scalings, dare_drop, dare_scalings, lorahub_examples, lorahub_budget, adamerging_initial, \
+adamerging_learning_rates, adamerging_steps, adamerging_batch, weights_scalings, regmean_shrink, regmean_examples, \
+soup_examples, soup_epochs, soup_learning_rates, negation_scalings, negation_keeps, map_scalings
         """
         known = [f.name for f in fields(cls)]
         given: dict[str, Any] = {}
@@ -104,36 +97,63 @@ soup_examples, soup_epochs, soup_learning_rates, negation_scalings, negation_kee
                 given[key] = _like(f"{where} {key}", value, getattr(cls, key))
         return cls(**given)
 
-    def choices(self, method: str, seed: int) -> Sequence[Mapping[str, Any]]:
-        """The options of a method to search; one choice needs no search.
+    def choices(self, method: str, given: Mapping[str, Sequence[Any]] | None = None) -> list[dict[str, Any]]:
+        """The options of a method to search, those that are given in place of its own; one choice needs no search.
 
-        >>> Options(ties_scalings=(1.0,)).choices("ties", seed=0)
+        >>> Options(ties_scalings=(1.0,)).choices("ties", {"keep": [0.2, 0.5]})
         [{'keep': 0.2, 'scaling': 1.0}, {'keep': 0.5, 'scaling': 1.0}]
         """
-        if method in IN_WEIGHT_SPACE and method != "soup":
-            return grid(scaling=self.weights_scalings)
-        choices: dict[str, Sequence[Mapping[str, Any]]] = {
-            "average": [{}],
-            "task_arithmetic": grid(scaling=self.scalings),
-            "sum": [{"scaling": 1.0}],
-            "ties": grid(keep=self.ties_keep, scaling=self.ties_scalings),
-            "dare": grid(drop=self.dare_drop, scaling=self.dare_scalings, seed=[seed]),
-            "lorahub": [{"budget": self.lorahub_budget, "seed": seed}],
-            "adamerging": grid(
-                level=["task", "layer"],
-                initial=self.adamerging_initial,
-                learning_rate=self.adamerging_learning_rates,
-                steps=[self.adamerging_steps],
-            ),
-            "regmean": grid(shrink=self.regmean_shrink, scaling=self.weights_scalings),
-            "soup": grid(learning_rate=self.soup_learning_rates, epochs=[self.soup_epochs]),
-        }
-        return choices[method]
+        grids: dict[str, dict[str, Sequence[Any]]] = {
+            "task_arithmetic": {"scaling": self.scalings},
+            "negation": {"scaling": self.scalings},
+            "sum": {"scaling": [1.0]},
+            "ties": {"keep": self.ties_keep, "scaling": self.ties_scalings},
+            "dare": {"drop": self.dare_drop, "scaling": self.dare_scalings},
+            "lorahub": {"budget": [self.lorahub_budget]},
+            "adamerging": {
+                "level": ["task", "layer"], "initial": self.adamerging_initial,
+                "learning_rate": self.adamerging_learning_rates, "steps": [self.adamerging_steps],
+            },
+            "regmean": {"shrink": self.regmean_shrink, "scaling": self.weights_scalings},
+            "soup": {"learning_rate": self.soup_learning_rates, "epochs": [self.soup_epochs]},
+        }  # fmt: skip
+        of_weights = {"scaling": self.weights_scalings} if method in IN_WEIGHT_SPACE else {}
+        return grid(**{**grids.get(method, of_weights), **(given or {})})
+
+
+SEEDED = ("dare", "lorahub")
+"""The methods that draw random numbers."""
 
 
 def fusion_method(method: str) -> str:
     """The name in `linlora.fusion.ROWS` of a row of the table."""
     return "task_arithmetic" if method == "sum" else method
+
+
+def in_words(options: Mapping[str, Any]) -> str:
+    """Options of a method.
+
+    >>> in_words({"keep": 0.2, "scaling": 1.0})
+    'keep 0.2, scaling 1.0'
+    """
+    return ", ".join(f"{name} {value}" for name, value in options.items())
+
+
+def described(section: Mapping[str, Any], where: str) -> tuple[int, Options, dict[str, float]]:
+    """Seeds, options and learning rates of the section `experiment` of a recipe, or of flags.
+
+    >>> described({"seeds": 1, "methods": ["ties"], "ties_keep": 0.1, "learning_rates": {"model": 1e-3}}, "r.yaml")[::2]
+    (1, {'model': 0.001})
+    """
+    values = dict(section)
+    seeds, rates = values.pop("seeds", 3), values.pop("learning_rates", {})
+    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
+        raise ValueError(f"{where}: seeds is a whole number, 1 or more, got {seeds!r}")
+    numbers = isinstance(rates, Mapping) and all(isinstance(rate, (int, float)) for rate in rates.values())
+    if not numbers:
+        raise ValueError(f"{where}: learning_rates is a section of 'method: rate' lines, got {rates!r}")
+    options = Options.of_values(values, where, ("seeds", "methods", "learning_rates"))
+    return seeds, options, {name: float(rate) for name, rate in rates.items()}
 
 
 def learning_rates(assignments: Sequence[str]) -> dict[str, float]:

@@ -15,7 +15,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from torch import nn
 
@@ -23,7 +22,8 @@ from linlora.experiments.controls import Trained
 from linlora.experiments.environment import surroundings
 from linlora.experiments.experiment import Experiment
 from linlora.experiments.jobs import Workers
-from linlora.experiments.options import START_NOTES, Options, Start
+from linlora.experiments.judges import refuse_untested
+from linlora.experiments.options import START_NOTES, Options, Start, described
 from linlora.experiments.run import run
 from linlora.formats.export import TASK_VECTOR_FILE
 from linlora.storage.run_directory import read_json
@@ -32,16 +32,13 @@ from linlora.training.adapted import read_point
 from linlora.training.folder import METRICS_FILE
 from linlora.training.settings import FAMILIES
 from linlora.training.similarity import Similarity
-from linlora.training.suite import TaskSet
+from linlora.training.suite import TaskSet, different_models
 
 
 def compare_recipe(
     path: str | Path | None,
     out: str | Path = "runs/compare",
-    seeds: int | None = None,
     fresh: bool = False,
-    options: Options | None = None,
-    learning_rates: Mapping[str, float] | None = None,
     overrides: Mapping[str, Any] | None = None,
     console: Console | None = None,
     workers: Workers = 1,
@@ -52,11 +49,10 @@ def compare_recipe(
 
     Args:
         path: the YAML file; at least two tasks that share one model. A `method` in it has no say here. None takes the
-            overrides alone.
-        seeds, options, learning_rates: those of the section `experiment` of the recipe if left out. There may stand
-            `seeds` (3), `learning_rates` by method ("lora", "lora-fa", "layer", "model") where they are not the
-            tasks', `methods`, and every field of `Options`. Seeds are counted from the recipe's on.
-        overrides: settings that go before those of the file.
+            overrides alone. In the section `experiment` may stand `seeds` (3), `learning_rates` by method ("lora",
+            "lora-fa", "layer", "model") where they are not the tasks', `methods`, and every field of `Options`. Seeds
+            are counted from the recipe's on.
+        overrides: settings that go before those of the file: {"experiment": {"seeds": 1}}.
         workers: how many adapters are trained at a time; each has the model in memory.
 
     Raises what `linlora.training.train` does; ValueError for tasks that do not share one model, fewer than two of them,
@@ -65,31 +61,13 @@ def compare_recipe(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError("compare runs in one process; train the tasks with torchrun and linlora train, then fuse them")
     found = read_recipe(path, (), overrides)
-    of_recipe = described(found.experiment, f"{found.where}, experiment")
-    rates = dict(of_recipe[2] if learning_rates is None else learning_rates)
+    seeds, options, rates = described(found.experiment, f"{found.where}, experiment")
     _check(found.tasks, rates)
-    experiment = RecipeExperiment(found.tasks, Path(out), options or of_recipe[1], rates)
+    experiment = RecipeExperiment(found.tasks, Path(out), options, rates)
     for task in experiment.loaded.values():  # of all tasks before the first one trains
         for split in task.splits:
             task.check(split)
-    return run(experiment, "linlora compare", of_recipe[0] if seeds is None else seeds, workers, fresh, console)
-
-
-def described(section: Mapping[str, Any], where: str) -> tuple[int, Options, dict[str, float]]:
-    """Seeds, options and learning rates of the section `experiment` of a recipe.
-
-    >>> described({"seeds": 1, "methods": ["ties"], "ties_keep": 0.1, "learning_rates": {"model": 1e-3}}, "r.yaml")[::2]
-    (1, {'model': 0.001})
-    """
-    values = dict(section)
-    seeds, rates = values.pop("seeds", 3), values.pop("learning_rates", {})
-    if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
-        raise ValueError(f"{where}: seeds is a whole number, 1 or more, got {seeds!r}")
-    numbers = isinstance(rates, Mapping) and all(isinstance(rate, (int, float)) for rate in rates.values())
-    if not numbers:
-        raise ValueError(f"{where}: learning_rates is a section of 'method: rate' lines, got {rates!r}")
-    options = Options.of_values(values, where, ("seeds", "methods", "learning_rates"))
-    return seeds, options, {name: float(rate) for name, rate in rates.items()}
+    return run(experiment, "linlora compare", seeds, workers, fresh, console)
 
 
 class RecipeExperiment(Experiment):
@@ -99,8 +77,7 @@ class RecipeExperiment(Experiment):
         self, settings: Mapping[str, Settings], out: Path, options: Options, rates: Mapping[str, float]
     ) -> None:
         self.settings, self.out, self.options, self.rates = dict(settings), out, options, dict(rates)
-        first = next(iter(settings.values()))
-        self.device = "cuda" if torch.cuda.is_available() and not first.training.get("use_cpu") else "cpu"
+        self.device = next(iter(settings.values())).device
 
     def __getstate__(self) -> dict[str, Any]:
         return {name: value for name, value in vars(self).items() if name not in ("loaded", "to_features", "starts")}
@@ -177,11 +154,6 @@ def _check(tasks: Mapping[str, Settings], learning_rates: Mapping[str, float]) -
             raise ValueError(f"learning rate of '{method}': the methods are {', '.join(FAMILIES)}")
     first, *others = tasks.values()
     for other in others:
-        odd = [d for d in first.differences(other) if d.startswith(("model", "kind", "lora.", "point", "seed"))]
-        if odd:
+        if odd := different_models(first, other, "point", "seed"):
             raise ValueError(f"tasks '{first.name}' and '{other.name}' do not share one model: {'; '.join(odd)}")
-    for settings in tasks.values():
-        if settings.data.test is None:
-            raise ValueError(
-                f"task '{settings.name}' has no test split; options are chosen on validation: set data.test"
-            )
+    refuse_untested(tasks.values())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from linlora.experiments.options import METHOD_TITLES
 from linlora.experiments.results import paired
 from linlora.storage.files import write_text
 from linlora.storage.run_directory import write_json
+from linlora.training.report import percent
 
 _OUTPUTS = {
     "results.json": "every number, by control, method, seed and task, with options, settings and environment",
@@ -31,16 +32,24 @@ _OUTPUTS = {
 
 def write_report(results: Mapping[str, Any], out: Path, console: Console) -> None:
     """Write the files of a finished run; print the tables and the reading."""
-    write_json(out / "results.json", dict(results))
-    write_text(out / "table.md", markdown(results))
     draw_all(results, out)
+    write_tables(results, out, console, tables(results), reading(results), markdown(results))
+    print_outputs(results["wall_seconds"], out, _OUTPUTS, console)
+
+
+def write_tables(
+    results: Mapping[str, Any], out: Path, console: Console, views: Sequence[Table], words: str, in_markdown: str
+) -> None:
+    """Write the numbers and tables of a run; print its tables and what they say."""
+    write_json(out / "results.json", dict(results))
+    write_text(out / "table.md", in_markdown)
     file = StringIO()
     for place in (console, Console(file=file, width=120)):
-        for table in tables(results):
-            place.print(table)
-        place.print(reading(results), highlight=False)
+        for view in views:
+            place.print(view)
+        for line in words.splitlines():
+            place.print(line, highlight=False, markup=False, soft_wrap=line.startswith("  "))  # a command stays whole
     write_text(out / "table.txt", file.getvalue())
-    print_outputs(results["wall_seconds"], out, _OUTPUTS, console)
 
 
 def print_outputs(seconds: float, out: Path, outputs: Mapping[str, str], console: Console) -> None:
@@ -233,10 +242,6 @@ def spread(value: Mapping[str, Any]) -> str:
     if value["mean"] is None:
         return "–"
     return percent(value["mean"]) + ("" if value["std"] is None else f" ±{100 * value['std']:.1f}")
-
-
-def percent(fraction: float | None) -> str:
-    return "–" if fraction is None else f"{100 * fraction:.1f}"
 
 
 def methods_of(start: Mapping[str, Any]) -> list[str]:

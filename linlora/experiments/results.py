@@ -1,9 +1,9 @@
-"""From the files of all jobs to the numbers of the report. Everything printed or drawn is read from here."""
+"""Collects the files of all jobs into the numbers of the report."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from linlora.experiments.experiment import MAP_FILE, SCORES_FILE, Experiment
@@ -41,7 +41,7 @@ def control_results(
     return {
         "before": mean_std([statistics.fmean(score["before"]) for score in scores]),
         "single": mean_std([statistics.fmean(of_seed) for of_seed in single]),
-        "single_validation": spread_of([_mean([r.get("validation") for r in of_seed]) for of_seed in records]),
+        "single_validation": spread_of([mean_if_all([r.get("validation") for r in of_seed]) for of_seed in records]),
         "single_by_seed_and_task": single,
         "methods": {
             method: _method_results(single, [score["methods"][method] for score in scores])
@@ -108,6 +108,8 @@ def spread_of(values: Sequence[float | None]) -> dict[str, Any]:
     return mean_std(numbers)
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    numbers = [value for value in values if value is not None]
-    return statistics.fmean(numbers) if len(numbers) == len(values) else None
+def mean_if_all(values: Iterable[float | None]) -> float | None:
+    """The mean; None if a value is missing."""
+    every = list(values)
+    there = [value for value in every if value is not None]
+    return statistics.fmean(there) if len(there) == len(every) else None

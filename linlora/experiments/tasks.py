@@ -1,4 +1,4 @@
-"""What an experiment asks of several tasks on one model: of images (`images`) and of recipes (`recipes`)."""
+"""The interface of several tasks on one model; `images.ImageTasks` and `training.suite.TaskSet` have it."""
 
 from __future__ import annotations
 

@@ -50,7 +50,8 @@ def run(
     if tasks:
         content["data"] |= {"train": "train", "test": "test"}
         content["tasks"] = {Path(task).name: {"data": {"path": str(task)}} for task in tasks}
-    return compare_recipe(None, out, seeds, fresh, overrides=content, console=console, workers=workers)
+    content["experiment"] |= {"seeds": seeds}
+    return compare_recipe(None, out, fresh, content, console, workers)
 
 
 def _reach_hub() -> None:

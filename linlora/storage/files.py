@@ -43,7 +43,7 @@ def parse_json(text: str | bytes, where: str, kind: type = dict) -> Any:
     linlora.storage.files.CorruptFileError: adapter_config.json: not JSON (the key 'r' is there twice)
     """
     try:
-        content = json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=_without_repeats)
+        content = json.loads(text if isinstance(text, str) else text.decode(), object_pairs_hook=without_repeats)
     except RecursionError:
         raise CorruptFileError(f"{where}: not JSON that can be meant: it nests too deep") from None
     except ValueError as error:
@@ -54,8 +54,8 @@ def parse_json(text: str | bytes, where: str, kind: type = dict) -> Any:
     return content
 
 
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The last of two values of a key counts for some readers, the first for others."""
+def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The keys and values of a JSON object, each key once: of two, some readers take the last, others the first."""
     content = dict(pairs)
     if len(content) < len(pairs):
         seen: set[str] = set()

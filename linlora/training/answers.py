@@ -1,4 +1,4 @@
-"""From what a model wrote to the answer it meant."""
+"""Reads the answer in a text that a model wrote."""
 
 from __future__ import annotations
 

@@ -30,17 +30,12 @@ _CLASSES = {
 def write_card(run: Run, task: Task) -> None:
     """Write the card into the folder of the run; one that was written by hand is left alone."""
     path = run.folder / "README.md"
-    if path.exists() and _MARK not in path.read_text("utf-8", errors="replace") and not _is_pefts(path):
-        return
-    write_text(path, card(run, task))
+    there = path.read_text("utf-8", errors="replace") if path.exists() else _MARK
+    if _MARK in there or "[More Information Needed]" in there:  # the empty form that PEFT writes
+        write_text(path, card(run, task))
 
 
 _MARK = "linlora train"
-
-
-def _is_pefts(path: Path) -> bool:
-    """Whether it is the empty form that PEFT writes."""
-    return "[More Information Needed]" in path.read_text("utf-8", errors="replace")
 
 
 def card(run: Run, task: Task) -> str:

@@ -1,4 +1,4 @@
-"""Reading base models: loudly where a checkpoint cannot do what is asked of it, quietly elsewhere."""
+"""Reads base models, tokenizers and image processors; refuses a checkpoint that lacks what is asked of it."""
 
 from __future__ import annotations
 
@@ -70,20 +70,29 @@ def refuse_new(settings: Settings, new: Sequence[str], trained: Sequence[str] = 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep transformers from telling of new weights, which are checked here, and of what PEFT calls of it."""
+    """Keep the bars, hints and warnings of other libraries from the console; their errors are raised all the same."""
+    import datasets
+    from huggingface_hub.utils import logging as hub_logging
     from transformers.utils import logging
 
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
+    logs = (logging, hub_logging, datasets.logging)
+    levels, bars = [log.get_verbosity() for log in logs], logging.is_progress_bar_enabled()
+    of_datasets = datasets.are_progress_bars_disabled()
+    for log in logs:
+        log.set_verbosity_error()
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", FutureWarning)
+            warnings.filterwarnings("ignore", module=r"(transformers|peft|datasets|torch|accelerate|huggingface_hub)\b")
             yield
     finally:
-        logging.set_verbosity(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.set_verbosity(level)
         if bars:
             logging.enable_progress_bar()
+        if not of_datasets:
+            datasets.enable_progress_bars()
 
 
 def check_kind(settings: Settings, config: Any, mapping: Any, what: str) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 import transformers
 from torch import Tensor, nn
 
@@ -17,10 +16,10 @@ from linlora.training.checkpoints import (
     refuse_new,
     tokenizer_of,
 )
-from linlora.training.labels import check_labels, classes_of, distinct, is_number, number_of
+from linlora.training.labels import check_labels, classes_of, is_number
 from linlora.training.positions import positions, token_counts
 from linlora.training.settings import Settings
-from linlora.training.task import Row, Task, images_of, listed
+from linlora.training.task import Row, Task, images_of
 
 
 class Classification(Task):
@@ -55,10 +54,6 @@ class Classification(Task):
         data = self.settings.data
         return (*data.text, *([data.image] if data.image else []), data.label)
 
-    @property
-    def class_count(self) -> int:
-        return 1 if self.classes is None else len(self.classes.names)
-
     def base_model(self) -> nn.Module:
         settings, trained = self.settings, self.settings.head == "trained"
         model, new = load_model(settings, self._auto, **(self._head_options() if trained else {}))
@@ -67,10 +62,10 @@ class Classification(Task):
             refuse_new(settings, new, (*self.head_modules(model), *beside), "; name it in lora.modules_to_save")
         else:
             refuse_new(settings, new, remedy=": it has no trained head; set head: trained")
-        if model.config.num_labels != self.class_count:
+        if model.config.num_labels != (count := self.class_count or 1):
             raise ValueError(
                 f"model '{settings.model}' has a head of {model.config.num_labels} classes, column "
-                f"'{settings.data.label}' has {self.class_count}; set head: trained"
+                f"'{settings.data.label}' has {count}; set head: trained"
             )
         if settings.data.text:
             model.config.pad_token_id = self.tokenizer.pad_token_id
@@ -106,26 +101,12 @@ class Classification(Task):
 
     def _texts(self, rows: Iterable[Row]) -> list[list[str]]:
         """The texts of some rows, by column."""
-        return list(
-            map(list, zip(*([str(row[column]) for column in self.settings.data.text] for row in rows), strict=True))
-        )
-
-    def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
-        dtype = torch.float32 if self.classes is None else torch.long
-        return {**self.inputs(rows), "labels": torch.tensor([self.expected(row) for row in rows], dtype=dtype)}
-
-    def expected(self, row: Row) -> Any:
-        value = row[self.settings.data.label]
-        return number_of(value, self.settings.data.label) if self.classes is None else self.classes.index(value)
+        of_rows = [[str(row[column]) for column in self.settings.data.text] for row in rows]
+        return [list(of_column) for of_column in zip(*of_rows, strict=True)]
 
     def labels_in_words(self) -> str:
-        if self.classes is not None:
-            return f"{self.class_count} classes, {listed(self.classes.names)}"
-        numbers = distinct(self.rows("train"), self.settings.data.label)
-        return (
-            f"numbers from {min(numbers)} to {max(numbers)}, predicted by one output; for classes write them without a "
-            "fraction, or set class_names"
-        )
+        more = ", predicted by one output; for classes write them without a fraction, or set class_names"
+        return super().labels_in_words() + ("" if self.classes is not None else more)
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return model(**inputs).logits

@@ -1,4 +1,4 @@
-"""Rows: the splits of a data set of the hub, of local files or of a folder of images, checked for what is read."""
+"""Reads the splits of a data set: of the hub, of local files, or of a folder of images."""
 
 from __future__ import annotations
 
@@ -30,14 +30,11 @@ def load_split(data: Data, split: str, columns: Iterable[str]) -> Any:
     if split == "test" and not has_test(data):
         raise ValueError("there is no test split: data.test is not set; choose the split 'validation', or set it")
     columns = tuple(dict.fromkeys(columns))
-    if split == "test":
-        return _load(data, str(data.test or "test"), columns)
-    if split == "prototypes" and data.prototypes is not None:
-        return _load(data, data.prototypes, columns)
-    split = "train" if split == "prototypes" else split
-    if isinstance(held_out, str):
-        return _load(data, str(getattr(data, split)), columns)
-    rows = _load(data, data.train, columns)
+    if split == "prototypes" and data.prototypes is None:
+        split = "train"
+    rows = _load(data, _named(data, split), columns)
+    if isinstance(held_out, str) or split not in ("train", "validation"):
+        return rows
     if len(rows) < 2 or held_out >= len(rows):
         raise ValueError(f"data.validation holds out {held_out} rows, and {_source(data, data.train)} has {len(rows)}")
     size = held_out if held_out < 1 else int(held_out)
@@ -215,8 +212,7 @@ def _check_columns(rows: Any, columns: Sequence[str], where: str) -> None:
 
 def notes_on_lines(data: Data, split: str, rows: Any) -> list[str]:
     """How many rows of a csv or tsv file have a cell that spans lines, in words: rows may have been swallowed there."""
-    source = (data.test or "test") if split == "test" else getattr(data, split)
-    source = source if isinstance(source, str) else data.train
+    source = _named(data, split)
     path = source if is_file(source) else str(data.path)
     if tables.ending(path) not in (".csv", ".tsv") and not Path(path).expanduser().is_dir():
         return []
@@ -228,8 +224,13 @@ def notes_on_lines(data: Data, split: str, rows: Any) -> list[str]:
 
 def source_of(data: Data, split: str) -> str:
     """Where the rows of a split come from, in words."""
+    return _source(data, _named(data, split))
+
+
+def _named(data: Data, split: str) -> str:
+    """The split or file that the rows of a split are taken from."""
     source = (data.test or "test") if split == "test" else getattr(data, split)
-    return _source(data, source if isinstance(source, str) else data.train)
+    return source if isinstance(source, str) else data.train
 
 
 def _source(data: Data, split: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a model scores on a split of a task."""
+"""Scores a model on a split of a task."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
@@ -23,7 +23,8 @@ def evaluate(
 ) -> dict[str, float]:
     """The scores of a model on the rows of a split, in the arithmetic (bf16, fp16) the task is trained in.
 
-    In a process group every process takes its share of the rows, and all return the scores of all rows.
+    In a process group every process takes as many of the rows, some twice where they do not divide, so that sharded
+    models stay in step; all return the scores of all rows.
 
     Args:
         model: a model of `adapt(task)`, with any task vector applied, or a plain one of the same outputs.
@@ -40,17 +41,15 @@ def evaluate(
     size = int(arguments.get("per_device_eval_batch_size", 0) or arguments["per_device_train_batch_size"])
     device = next(model.parameters()).device
     predicted: list[Any] = []
-    mine: Any = _share(count)
-    batches: Any = DataLoader(
-        mine, size, collate_fn=functools.partial(_inputs, task, rows),
-        num_workers=int(arguments.get("dataloader_num_workers", 0)),
-    )  # fmt: skip
-    with evaluating(model), torch.no_grad(), arithmetic(task, device):
-        for inputs in bar(batches, f"evaluating {task.settings.name}", progress):
-            predicted += task.predict(model, on_device(inputs, device))
-    by_row = dict(zip(mine, predicted, strict=True))
-    if _processes() > 1:
-        by_row = dict(gather_object(list(by_row.items())))
+    with PartialState().split_between_processes(list(range(count)), apply_padding=True) as mine:
+        batches: Any = DataLoader(
+            mine, size, collate_fn=functools.partial(_inputs, task, rows),
+            num_workers=int(arguments.get("dataloader_num_workers", 0)),
+        )  # fmt: skip
+        with evaluating(model), torch.no_grad(), arithmetic(task, device):
+            for inputs in bar(batches, f"evaluating {task.settings.name}", progress):
+                predicted += task.predict(model, on_device(inputs, device))
+    by_row = dict(gather_object(list(zip(mine, predicted, strict=True))))
     answers = [by_row[i] for i in range(count)]
     scores = task.scores(answers, [task.expected(rows[i]) for i in range(count)])
     if task.settings.kind == "text-to-text" and task.answer == "classes":
@@ -74,15 +73,3 @@ def arithmetic(task: Task, device: torch.device) -> Iterator[None]:
 
 def _inputs(task: Task, rows: Any, indices: Sequence[int]) -> dict[str, Any]:
     return task.inputs([rows[i] for i in indices])
-
-
-def _share(count: int) -> list[int]:
-    """The rows of this process: every process has as many, so that sharded models stay in step; some are done twice."""
-    processes = _processes()
-    each = -(-count // processes)
-    first = dist.get_rank() * each if processes > 1 else 0
-    return [min(i, count - 1) for i in range(first, first + each)]
-
-
-def _processes() -> int:
-    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1

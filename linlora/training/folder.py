@@ -1,4 +1,4 @@
-"""The folder of a run: whose settings it belongs to, where it stopped, and what it holds when it is done.
+"""The folder of a run: its settings, its checkpoints, its results.
 
 settings.yaml                 what the run was started with
 rows.json                     how many rows each split had, with a digest
@@ -23,7 +23,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
@@ -89,8 +88,7 @@ class Run:
         apply(model, self.vector)
         if (head := self.head) is not None:
             set_head(model, head)
-        gpu = torch.cuda.is_available() and not self.settings.training.get("use_cpu")
-        return model.to("cuda" if gpu else "cpu")
+        return model.to(self.settings.device)
 
     def copy_to(self, folder: Path) -> None:
         """Copy what the run made, its checkpoints aside."""

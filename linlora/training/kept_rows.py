@@ -1,5 +1,4 @@
-"""The rows a run began with: their number and digest by split, in a file of its folder, so that no run goes on with
-others."""
+"""Keeps the number and a digest of the rows a run began with, so that it does not go on with others."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from linlora.training.classification import Classification
+from linlora.training.metrics import check_metric
 from linlora.training.prototypes import Prototypes
 from linlora.training.settings import Settings
 from linlora.training.task import Task
@@ -20,7 +21,7 @@ def load_task(settings: Settings) -> Task:
     """The task of some settings. Its train split is read; `Task.check` checks the labels of a split."""
     kind = Prototypes if settings.kind == "classification" and settings.head == "prototypes" else _KINDS[settings.kind]
     task = kind(settings)
-    task.check_metric()
+    check_metric(task.metric, task.answer)
     return task
 
 

@@ -17,16 +17,12 @@ import numpy as np
 
 from linlora.training.answers import normalized
 
+# By kind of answer; a run is judged by the first unless `metric` says otherwise.
 METRICS = {
     "classes": ("accuracy", "f1", "matthews"),
     "numbers": ("spearman", "pearson"),
     "text": ("exact_match",),
 }
-
-
-def default_metric(answer: str) -> str:
-    """What a run is judged by unless `metric` says otherwise: the first of its kind of answer."""
-    return METRICS[answer][0]
 
 
 def check_metric(metric: str, answer: str) -> None:

@@ -56,7 +56,7 @@ class Prototypes(Similarity, Classification):
         missing = [self.classes.names[k] for k, of_class in chosen.items() if not of_class]
         if missing:
             raise ValueError(f"no example of {listed(missing)}, which a prototype is the mean of")
-        model = self._encoder().to("cuda" if torch.cuda.is_available() else "cpu")
+        model = self._encoder().to(self.settings.device)
         means = torch.stack([self._mean(model, rows.select(of_class)) for of_class in chosen.values()]).cpu()
         centre = means.mean(0)
         return Head(_SCALE * nn.functional.normalize(means - centre, dim=-1), centre)

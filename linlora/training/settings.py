@@ -1,9 +1,8 @@
-"""Everything a training run is made of: a frozen dataclass that a YAML file or flags fill, checked before any work."""
+"""Settings of a training run: a frozen dataclass that a YAML file or flags fill, checked before any work."""
 
 from __future__ import annotations
 
 import difflib
-import inspect
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -158,10 +157,10 @@ lr_grid, lora, training, model_options
         self._check_kind()
         self._check_end()
         _set(self, "lr_grid", _rates(self.lr_grid))
-        _set(self, "lora", _lora_defaults(_checked_lora(self.lora)))
-        _set(self, "training", _training_defaults(_checked_training(self.training)))
+        _set(self, "lora", _lora(self.lora))
+        _set(self, "training", _training(self.training))
         _set(self, "model_options", _plain("model_options", self.model_options))
-        _set(self, "name", self.name or _name(self.data))
+        _set(self, "name", self.name or self.data.config or Path(self.data.path or self.data.train).stem)
         _set(self, "out", self.out or f"runs/{self.name}")
 
     def _check_kind(self) -> None:
@@ -205,6 +204,13 @@ lr_grid, lora, training, model_options
     def learning_rate(self) -> float:
         """That of `training`, or the method's."""
         return float(self.training.get("learning_rate", LEARNING_RATES[self.method]))
+
+    @property
+    def device(self) -> str:
+        """Where a model of these settings is evaluated: "cuda" or "cpu"."""
+        import torch
+
+        return "cuda" if torch.cuda.is_available() and not self.training.get("use_cpu") else "cpu"
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "settings") -> Settings:
@@ -289,22 +295,20 @@ def unknown(where: str, key: str, known: Iterable[str]) -> ValueError:
 
 
 def _check_keys(where: str, content: Mapping[str, Any], kind: type) -> None:
-    known = [f.name for f in fields(kind)]
+    known = [f.name for f in fields(kind) if f.init]
     for key in content:
         if key not in known:
             raise unknown(where, str(key), known)
 
 
-def _checked_lora(options: Mapping[str, Any]) -> dict[str, Any]:
+def _lora(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `lora`, checked; alpha is twice the rank, as in the papers, unless it is given."""
     from peft import LoraConfig
 
     from linlora.layers.vanilla import refuse_changed_base
 
-    options = _plain("lora", options)
-    known = [f.name for f in fields(LoraConfig)]
-    for key in options:
-        if key not in known:
-            raise unknown("lora", key, known)
+    options = _plain("lora", section)
+    _check_keys("lora", options, LoraConfig)
     for key in ("task_type", "inference_mode", "base_model_name_or_path"):
         if key in options:
             raise ValueError(f"lora.{key} follows from the other settings; leave it out")
@@ -312,7 +316,8 @@ def _checked_lora(options: Mapping[str, Any]) -> dict[str, Any]:
     rank = options.get("r", _RANK)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ValueError(f"lora.r, the rank, is a whole number above 0, got {rank!r}")
-    alpha, dropout = options.get("lora_alpha", 1), options.get("lora_dropout", 0.0)
+    options = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, **options}
+    alpha, dropout = options["lora_alpha"], options["lora_dropout"]
     if not (_is_real(alpha) and alpha != 0):
         raise ValueError(f"lora.lora_alpha is a number other than 0, got {alpha!r}")
     if not (_is_real(dropout) and 0 <= dropout < 1):
@@ -320,20 +325,23 @@ def _checked_lora(options: Mapping[str, Any]) -> dict[str, Any]:
     return options
 
 
-def _checked_training(options: Mapping[str, Any]) -> dict[str, Any]:
+def _training(section: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `training`, checked. Epochs that are asked for are not cut short by the default number of steps."""
     from transformers import TrainingArguments
 
-    options = _plain("training", options)
-    known = {name: p.default for name, p in inspect.signature(TrainingArguments).parameters.items()}
-    for key, value in options.items():
+    options = _plain("training", section)
+    for key in options:
         if key in _RESERVED:
             raise ValueError(f"training.{key} is not set here; set {_RESERVED[key]}")
-        if key not in known:
-            raise unknown("training", key, known)
-        if isinstance(known[key], (int, float)) and not isinstance(value, (int, float)):
-            raise ValueError(f"training.{key} is {_a(known[key])}, got {value!r}")
+    _check_keys("training", options, TrainingArguments)
+    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    for key, value in options.items():
+        if isinstance(defaults[key], (int, float)) and not isinstance(value, (int, float)):
+            kind = "true or false" if isinstance(defaults[key], bool) else "a number"
+            raise ValueError(f"training.{key} is {kind}, got {value!r}")
         _check_range(key, value)
-    return options
+    own = {k: v for k, v in _TRAINING.items() if k != "max_steps" or "num_train_epochs" not in options}
+    return {**own, **options}
 
 
 def _check_range(key: str, value: Any) -> None:
@@ -349,22 +357,6 @@ def _check_range(key: str, value: Any) -> None:
 
 def _is_real(value: Any) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _a(default: Any) -> str:
-    return "true or false" if isinstance(default, bool) else "a number"
-
-
-def _lora_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """alpha is twice the rank, as in the papers, unless it is given."""
-    rank = options.get("r", _RANK)
-    return {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, **options}
-
-
-def _training_defaults(options: Mapping[str, Any]) -> dict[str, Any]:
-    """Epochs that are asked for are not cut short by the default number of steps."""
-    defaults = {k: v for k, v in _TRAINING.items() if k != "max_steps" or "num_train_epochs" not in options}
-    return {**defaults, **options}
 
 
 def _plain(where: str, section: Any) -> dict[str, Any]:
@@ -405,7 +397,3 @@ def _rates(rates: Any) -> tuple[float, ...]:
     if not isinstance(rates, (list, tuple)) or not all(_is_real(rate) and rate > 0 for rate in rates):
         raise ValueError(f"lr_grid is a list of learning rates above 0, got {rates!r}")
     return tuple(sorted({float(rate) for rate in rates}))
-
-
-def _name(data: Data) -> str:
-    return data.config or Path(data.path or data.train).stem

@@ -1,4 +1,4 @@
-"""Heads of prototypes, and where the function that is linearized ends: `Settings.linear_to`.
+"""Heads of prototypes, and `Settings.linear_to`: where the function that is linearized ends.
 
     features = pool(hidden states)
     scores   = normalise(features - centre) Pᵀ       P (classes, d) holds the scaled prototypes, centre (d,) or none
@@ -12,14 +12,14 @@ from __future__ import annotations
 
 import functools
 from abc import abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from linlora.training.task import Row, Task, listed
+from linlora.training.task import Task
 
 Pool = Callable[[Any, Mapping[str, Any]], Tensor]
 """From the outputs of a model, and its inputs, to (rows, d)."""
@@ -44,7 +44,7 @@ class Similarity(Task):
     """A task whose head is prototypes: frozen, and exact."""
 
     answer = "classes"
-    classes: Any
+    classes: Any  # never None
 
     @property
     @abstractmethod
@@ -53,13 +53,6 @@ class Similarity(Task):
     @staticmethod
     @abstractmethod
     def pool(outputs: Any, inputs: Mapping[str, Any]) -> Tensor: ...
-
-    @property
-    def class_count(self) -> int:
-        return len(self.classes.names)
-
-    def head_modules(self, model: nn.Module) -> tuple[str, ...]:
-        return ()
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         if self.enter(model):
@@ -71,15 +64,6 @@ class Similarity(Task):
 
     def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Any]:
         return self.logits(model, inputs).argmax(-1).tolist()
-
-    def expected(self, row: Row) -> int:
-        return self.classes.index(row[self.settings.data.label])
-
-    def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
-        return {**self.inputs(rows), "labels": torch.tensor([self.expected(row) for row in rows])}
-
-    def labels_in_words(self) -> str:
-        return f"{self.class_count} classes, {listed(self.classes.names)}"
 
     def ending(self, model: nn.Module) -> nn.Module:
         """The model with pooling, and with `linear_to: scores` the head, in its forward; its modules are the same."""

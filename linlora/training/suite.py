@@ -1,12 +1,10 @@
-"""Several tasks on one model: `TaskSet` scores any model, `Suite` a task vector, of one task or fused of many."""
+"""Several tasks on one model: `TaskSet` scores any model, `Suite` has one that task vectors are put into."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
@@ -22,9 +20,9 @@ from linlora.vectors.weight_vector import WeightVector
 _SHARED = ("model", "kind", "head", "linear_to", "lora.", "model_options.")
 
 
-def different_models(one: Settings, other: Settings) -> list[str]:
-    """In what two tasks differ that have to share one model for their vectors to be fused."""
-    return [difference for difference in one.differences(other) if difference.startswith(_SHARED)]
+def different_models(one: Settings, other: Settings, *more: str) -> list[str]:
+    """In what two tasks differ that have to share one model, and `more`, for their vectors to be fused."""
+    return [difference for difference in one.differences(other) if difference.startswith((*_SHARED, *more))]
 
 
 class TaskSet:
@@ -90,8 +88,8 @@ class TaskSet:
             return task.batch_loss(model, on_device({**batch["inputs"], "labels": batch["labels"]}, device))
 
 
-class Suite:
-    """One model for the vectors of one linearization point; the head of each task is put in where it is asked.
+class Suite(TaskSet):
+    """Tasks, and one model for all vectors of a linearization point, or of weight space.
 
     Args:
         tasks: by name; they share model, kind and LoRA settings.
@@ -104,57 +102,31 @@ class Suite:
     def __init__(
         self, tasks: Mapping[str, Task], like: TaskVector, heads: Mapping[str, Mapping[str, Tensor] | None]
     ) -> None:
-        self.of = TaskSet(tasks, heads)
-        first = next(iter(tasks.values()))
+        super().__init__(tasks, heads)
+        self._first = first = next(iter(tasks.values()))
         for name, task in tasks.items():
             if odd := different_models(first.settings, task.settings):
                 raise ValueError(f"tasks '{first.settings.name}' and '{name}' do not share one model: {'; '.join(odd)}")
-            if self._needs_head(name):
+            settings = task.settings
+            if settings.kind == "classification" and settings.head == "trained" and heads.get(name) is None:
                 raise ValueError(f"task '{name}' has a head that was trained; name the folder of its run")
         if isinstance(like, WeightVector):
-            self.model = adapt(first, method="lora", holding=like).model
+            model = adapt(first, method="lora", holding=like).model
         else:
-            self.model = adapt(first, like if like.point is not None else None, method=like.scope).model
-        device = "cuda" if torch.cuda.is_available() and not first.settings.training.get("use_cpu") else "cpu"
-        self.model.to(device)
-
-    def scores(
-        self, vector: TaskVector, split: str, limit: int | None = None, progress: bool = False
-    ) -> dict[str, dict[str, float]]:
-        """What `evaluate` returns for each task with a vector in the model."""
-        apply(self.model, vector)
-        return self.of.evaluate(self.model, split, limit, progress)
+            model = adapt(first, like if like.point is not None else None, method=like.scope).model
+        self.model = model.to(self.device)
 
     @property
-    def tasks(self) -> dict[str, Task]:
-        return self.of.tasks
+    def device(self) -> str:
+        return self._first.settings.device
 
-    def enter(self, name: str) -> Task:
-        """Put the head of a task into the model."""
-        return self.of.enter(self.model, name)
+    def base(self) -> nn.Module:
+        """The plain model, read anew."""
+        return self._first.base_model().to(self.device).requires_grad_(False)
 
-    @torch.no_grad()
-    def loss(self, vector: TaskVector, split: str, limit: int) -> float:
-        """The loss with a vector, on the first rows of a split, the mean over tasks: LoraHub's objective."""
+    def put(self, vector: TaskVector) -> None:
+        """Put a vector into the model."""
         apply(self.model, vector)
-        batches = [batch for of_task in self.of.labeled(limit, limit, split) for batch in of_task]
-        return statistics.fmean(float(self.of.loss(self.model, batch)) for batch in batches)
-
-    def unlabeled(self, split: str, size: int, limit: int | None = None) -> list[Batches]:
-        """For each task its batches without labels, for AdaMerging and `predictor`; `logits` takes them."""
-        return self.of.unlabeled(size, split, limit)
-
-    def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        """The logits of a batch of `unlabeled`, of the classes of its task."""
-        return self.of.logits(model, batch)
-
-    @property
-    def device(self) -> torch.device:
-        return next(self.model.parameters()).device
-
-    def _needs_head(self, name: str) -> bool:
-        settings = self.tasks[name].settings
-        return settings.kind == "classification" and settings.head == "trained" and self.of.heads.get(name) is None
 
 
 class Batches:

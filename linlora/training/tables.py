@@ -30,6 +30,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from linlora.storage.files import without_repeats
+
 ENDINGS = (".csv", ".tsv", ".json", ".jsonl")
 _MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 _NUMBER = re.compile(r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?")
@@ -80,10 +82,8 @@ def typed_cells(source: str, cells: list[Any], column: str, as_text: bool, label
         return cells
     if kinds in ({bool}, {float}):
         return cells
-    if not label:
+    if not label or kinds <= {int}:  # too large for 64 bits: a name
         return [None if cell is None else str(cell) for cell in cells]
-    if kinds <= {int}:
-        return [None if cell is None else str(cell) for cell in cells]  # too large for 64 bits: a name
     if kinds == {int, float}:
         return [None if cell is None else float(cell) for cell in cells]
     for row, cell in enumerate(cells, 1):
@@ -260,13 +260,12 @@ def _of_json(file: Path, text: str, columns: Sequence[str]) -> tuple[list[str], 
 
 
 def _json_values(file: Path, text: str) -> list[Any]:
-    decoder = json.JSONDecoder(object_pairs_hook=_once)
-    values, place = [], _next(text, 0)
+    decoder = json.JSONDecoder(object_pairs_hook=without_repeats)
+    values, place = [], 0
     try:
-        while place < len(text):
+        while (place := _SPACE.match(text, place).end()) < len(text):  # type: ignore[union-attr]
             value, place = decoder.raw_decode(text, place)
             values.append(value)
-            place = _next(text, place)
     except json.JSONDecodeError as error:
         raise ValueError(f"{file} could not be read: line {error.lineno} is not JSON ({error.msg})") from None
     except (ValueError, RecursionError) as error:
@@ -276,21 +275,6 @@ def _json_values(file: Path, text: str) -> list[Any]:
 
 
 _SPACE = re.compile(r"[ \t\r\n]*")
-
-
-def _next(text: str, place: int) -> int:
-    """Behind the white space of JSON."""
-    found = _SPACE.match(text, place)
-    return found.end() if found else place
-
-
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key '{twice}' stands twice in one object")
-    return content
 
 
 def _present(cell: Any) -> Any:

@@ -1,4 +1,4 @@
-"""A task: the rows of a data set, and what a model has to do with them. One subclass for each kind."""
+"""A task: the rows of a data set, and how a model is trained and scored on them. One subclass for each kind."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from linlora.training.data import SPLITS, has_test, load_split, notes_on_lines, source_of
-from linlora.training.labels import check_labels, distinct
-from linlora.training.metrics import check_metric, class_scores, default_metric, number_scores, text_scores
+from linlora.training.labels import Classes, check_labels, distinct, number_of
+from linlora.training.metrics import METRICS, class_scores, number_scores, text_scores
 from linlora.training.settings import Settings
 
 Row = Mapping[str, Any]
@@ -24,11 +25,13 @@ class Task(ABC):
     Attributes:
         settings: what it was made from.
         answer: what is predicted: "classes", "numbers" or "text".
+        classes: those of the label column, where the answers are such.
         task_type: what PEFT calls the kind of model, or None.
         notes: of each split that was checked, what is odd in its rows and what is cut of them.
     """
 
     answer: str
+    classes: Classes | None = None
     task_type: str | None = None
 
     def __init__(self, settings: Settings) -> None:
@@ -39,11 +42,7 @@ class Task(ABC):
     @property
     def metric(self) -> str:
         """The name of the number the task is judged by."""
-        return self.settings.metric or default_metric(self.answer)
-
-    def check_metric(self) -> None:
-        """Raise a ValueError for a metric that does not fit the answers."""
-        check_metric(self.metric, self.answer)
+        return self.settings.metric or METRICS[self.answer][0]
 
     @property
     @abstractmethod
@@ -53,8 +52,7 @@ class Task(ABC):
     def rows(self, split: str) -> Any:
         """The rows of a split, a `datasets.Dataset`, with the columns that are read."""
         if split not in self._splits:
-            rows = load_split(self.settings.data, split, self.columns)
-            self._splits[split] = rows.select_columns(list(dict.fromkeys(self.columns)))
+            self._splits[split] = load_split(self.settings.data, split, self.columns)
         return self._splits[split]
 
     def check(self, split: str) -> None:
@@ -75,9 +73,12 @@ class Task(ABC):
         """Raise a ValueError for rows that the model has no room for; what is cut of the others, in words."""
         return []
 
-    @abstractmethod
     def labels_in_words(self) -> str:
         """What the labels are taken for, for the introduction of a run."""
+        if self.classes is not None:
+            return f"{self.class_count} classes, {listed(self.classes.names)}"
+        found = distinct(self.rows("train"), self.settings.data.label)
+        return f"numbers from {min(found)} to {max(found)}"
 
     @functools.cached_property
     def splits(self) -> tuple[str, ...]:
@@ -96,17 +97,18 @@ class Task(ABC):
     def base_model(self) -> nn.Module:
         """A new frozen model, as the checkpoint has it, with a head for this task."""
 
-    @abstractmethod
     def head_modules(self, model: nn.Module) -> tuple[str, ...]:
         """The modules of a base model that train beside the adapter."""
+        return ()
 
     @abstractmethod
     def inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The inputs of the model for some rows; their labels are not looked at."""
 
-    @abstractmethod
     def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
         """What the model is trained on for some rows: inputs and labels."""
+        dtype = torch.long if self.answer == "classes" else torch.float32
+        return {**self.inputs(rows), "labels": torch.tensor([self.expected(row) for row in rows], dtype=dtype)}
 
     @abstractmethod
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
@@ -116,14 +118,17 @@ class Task(ABC):
     def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Any]:
         """The answers of the model: class indices, numbers or texts."""
 
-    @abstractmethod
     def expected(self, row: Row) -> Any:
-        """The right answer of a row."""
+        """The right answer of a row: the index of a class, a number or a text."""
+        column = self.settings.data.label
+        if self.classes is not None:
+            return self.classes.index(row[column])
+        return number_of(row[column], column) if self.answer == "numbers" else str(row[column])
 
     @property
-    @abstractmethod
     def class_count(self) -> int:
-        """How many classes there are, where the answers are classes."""
+        """How many classes there are; 0 where the answers are none."""
+        return 0 if self.classes is None else len(self.classes.names)
 
     def scores(self, predicted: Sequence[Any], expected: Sequence[Any]) -> dict[str, float]:
         """The scores of predictions, "score" being that of `metric`."""

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from linlora.layers.sharding import is_sharded
 from linlora.training.answers import NO_NUMBER, match, number
 from linlora.training.checkpoints import check_kind, config_of, load_model, refuse_new, tokenizer_of
-from linlora.training.labels import Classes, check_labels, classes_of, distinct, is_number, number_of
+from linlora.training.labels import check_labels, classes_of, distinct, is_number
 from linlora.training.positions import positions, token_counts
 from linlora.training.settings import Settings
 from linlora.training.task import IGNORED, Row, Task, listed
@@ -39,7 +40,6 @@ class TextToText(Task):
         self._positions = positions(settings, self._auto, self.config)
         train, label = self.rows("train"), settings.data.label
         check_labels(train, label)
-        self.classes: Classes | None = None
         if settings.answers or hasattr(train.features[label], "names"):
             self.answer, self.classes = "classes", classes_of(train, label, settings.answers)
         else:
@@ -49,17 +49,10 @@ class TextToText(Task):
     def columns(self) -> tuple[str, ...]:
         return (*_fields(str(self.settings.prompt)), self.settings.data.label)
 
-    @property
-    def class_count(self) -> int:
-        return 0 if self.classes is None else len(self.classes.names)
-
     def base_model(self) -> nn.Module:
         model, new = load_model(self.settings, self._auto)
         refuse_new(self.settings, new)
         return model
-
-    def head_modules(self, model: nn.Module) -> tuple[str, ...]:
-        return ()
 
     def prompt(self, row: Row) -> str:
         try:
@@ -74,19 +67,12 @@ class TextToText(Task):
             return self.classes.names[expected]
         return f"{expected:.1f}" if self.answer == "numbers" else expected
 
-    def expected(self, row: Row) -> Any:
-        value = row[self.settings.data.label]
-        if self.classes is not None:
-            return self.classes.index(value)
-        return number_of(value, self.settings.data.label) if self.answer == "numbers" else str(value)
-
     def labels_in_words(self) -> str:
         if self.classes is not None:
             return f"{self.class_count} classes, the words {listed(self.classes.names)}"
-        found = distinct(self.rows("train"), self.settings.data.label)
         if self.answer == "numbers":
-            return f"numbers from {min(found)} to {max(found)}, written with one decimal"
-        return f"text, {listed(list(map(str, found)))}"
+            return f"{super().labels_in_words()}, written with one decimal"
+        return f"text, {listed(list(map(str, distinct(self.rows('train'), self.settings.data.label))))}"
 
     def check_lengths(self, rows: Any) -> list[str]:
         prompts = token_counts(self.tokenizer, [self.prompt(row) for row in rows])
@@ -144,13 +130,11 @@ class TextToText(Task):
                 "decoder_input_ids": torch.cat([start, labels[:, :-1]], dim=1),  # each token from those before it
                 "labels": labels.masked_fill(tokens["attention_mask"] == 0, IGNORED),
             }
-        prompts = [self._ids(self.prompt(row)) for row in rows]
+        asked = [self._ids(self.prompt(row)) for row in rows]
         written = [self._answer_ids(answer) for answer in answers]
-        tokens = self._padded([p + a for p, a in zip(prompts, written, strict=True)], side="right")
-        labels = torch.full_like(tokens["input_ids"], IGNORED)
-        for row, (p, a) in enumerate(zip(prompts, written, strict=True)):
-            labels[row, len(p) : len(p) + len(a)] = torch.tensor(a)
-        return {**tokens, "labels": labels}
+        labels = [torch.tensor([IGNORED] * len(p) + a) for p, a in zip(asked, written, strict=True)]
+        tokens = self._padded([p + a for p, a in zip(asked, written, strict=True)], side="right")
+        return {**tokens, "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
 
     def scored(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.causal:  # each token from those before it
@@ -204,14 +188,11 @@ class TextToText(Task):
         return ids + ([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])
 
     def _padded(self, sequences: list[list[int]], side: str) -> dict[str, Any]:
-        length = max(map(len, sequences))
-        ids, mask = [], []
-        for sequence in sequences:
-            missing = length - len(sequence)
-            padding, zeros, ones = [self.tokenizer.pad_token_id] * missing, [0] * missing, [1] * len(sequence)
-            ids.append(padding + sequence if side == "left" else sequence + padding)
-            mask.append(zeros + ones if side == "left" else ones + zeros)
-        return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
+        ids, padding = [torch.tensor(sequence) for sequence in sequences], float(self.tokenizer.pad_token_id)
+        return {
+            "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding, padding_side=side),
+            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side=side),
+        }
 
 
 def _fields(prompt: str) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Transformers' Trainer for a task: its rows, its loss and its own evaluation; and what it shows while it trains."""
+"""Transformers' Trainer with the rows, the loss and the evaluation of a task, and its progress on the console."""
 
 from __future__ import annotations
 
@@ -198,9 +198,6 @@ class ShowProgress(TrainerCallback):
             self.bar.update(self.steps, last=text)
         elif text:
             self.console.print(f"{self.name}: step {state.global_step} of {state.max_steps}, {text}", highlight=False)
-
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.close()
 
     def close(self) -> None:
         if self.bar is not None:

@@ -80,7 +80,7 @@ def prototypes(settings: Settings, names: Sequence[str]) -> Tensor:
     clip, new = load_model(settings, transformers.AutoModel)
     refuse_new(settings, new)
     tokenizer = tokenizer_of(settings)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = settings.device
     clip = clip.to(device)
     sentences = [template.replace("{}", name) for name in names for template in settings.templates]
     options = {"padding": True, "truncation": True, "max_length": clip.config.text_config.max_position_embeddings}

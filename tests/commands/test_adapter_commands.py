@@ -190,6 +190,19 @@ def test_vectors_of_two_points_are_refused_with_the_flag_that_fuses_them(run, tm
     assert run("fuse 0.safetensors 1.safetensors --out f.safetensors --scope weight")[0] == 0
 
 
+def test_plain_adapters_of_two_starts_are_fused_as_what_they_add_to_the_weights_with_a_note(run, tmp_path):
+    for seed in (0, 1):
+        model = tiny_model("bert", seed=seed)
+        start = TaskVector.from_model(model)
+        randomize(model, seed)
+        TaskVector.from_model(model, point=start).save(f"{seed}.safetensors")
+    status, output = run("fuse 0.safetensors 1.safetensors --out f.safetensors --method average")
+    assert status == 0
+    assert "note: not of one start: fused as what they add to the weights, exactly" in output
+    a, b = (TaskVector.load(f"{seed}.safetensors").cast("weight") for seed in (0, 1))
+    assert (TaskVector.load("f.safetensors") - 0.5 * (a + b)).norm() < 1e-6 * a.norm()
+
+
 def test_adapters_that_name_their_base_differently_are_of_the_one_that_is_named(run, tmp_path):
     for name in "ab":
         tiny_model("bert", trained=True, seed=ord(name)).save_pretrained(name)

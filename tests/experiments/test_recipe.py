@@ -25,19 +25,19 @@ from linlora import TaskVector
 from linlora.cli import app
 from linlora.experiments import Options, compare_adapters, compare_recipe, report
 from linlora.experiments.adapters import reading
-from linlora.experiments.recipes import described
+from linlora.experiments.options import described
 from linlora.quickstart import text
 from linlora.testing import tiny_base, tiny_model
 from linlora.training import Run, adapt, evaluate, load_task, plain_yaml, set_head
 
 WORDS = ["<pad>", "<unk>", "good", "bad", "red", "blue", "film", "day", "is", "the"]
-OPTIONS = Options(
-    methods=("average", "ties", "adamerging", "lorahub", "regmean", "soup"),
-    ties_keep=(0.5,), ties_scalings=(0.5, 1.0), lorahub_budget=2,
-    lorahub_examples=4, adamerging_initial=(0.3,), adamerging_steps=1, adamerging_batch=4,
-    weights_scalings=(1.0,), regmean_examples=8, soup_examples=4, soup_epochs=1, soup_learning_rates=(1e-2,),
-    negation_scalings=(1.0,), map_scalings=(0.0, 1.0),
-)  # fmt: skip
+EXPERIMENT = {
+    "seeds": 1, "methods": ["average", "ties", "adamerging", "lorahub", "regmean", "soup"],
+    "learning_rates": {"model": 0.02}, "ties_keep": 0.5, "ties_scalings": [0.5, 1.0], "lorahub_budget": 2,
+    "lorahub_examples": 4, "adamerging_initial": 0.3, "adamerging_steps": 1, "adamerging_batch": 4,
+    "weights_scalings": 1.0, "regmean_examples": 8, "soup_examples": 4, "soup_epochs": 1, "soup_learning_rates": 1e-2,
+    "negation_scalings": 1.0, "map_scalings": [0.0, 1.0],
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +98,7 @@ def _uncollected():
 def finished(place):
     out = place / "run"
     results = compare_recipe(
-        place / "recipe.yaml", out, 1, options=OPTIONS, learning_rates={"model": 0.02}, console=Console(quiet=True)
+        place / "recipe.yaml", out, overrides={"experiment": EXPERIMENT}, console=Console(quiet=True)
     )
     return out, results
 
@@ -112,7 +112,7 @@ def test_every_control_is_scored_by_every_method_with_the_heads_of_its_own_runs(
         assert controls[key]["single_by_seed_and_task"] == [[run.metrics["test"]["score"] for run in runs]]
         assert {run.settings.training["learning_rate"] for run in runs} == {0.02 if trained == "model" else 0.01}
         of_weights = set() if key in ("delta_weight", "layer") else {"regmean", "soup"}
-        assert set(controls[key]["methods"]) == set(OPTIONS.methods) - of_weights
+        assert set(controls[key]["methods"]) == set(EXPERIMENT["methods"]) - of_weights
     assert (out / "scores.png").exists()
     assert not (out / "scalings.png").exists()  # task arithmetic was not asked for
 
@@ -137,9 +137,7 @@ def test_a_finished_comparison_is_found_and_a_missing_part_made(finished, place,
     for settings in out.rglob("settings.yaml"):  # the folders of the runs have moved
         settings.write_text(settings.read_text().replace(str(finished[0]), str(out)))
     shutil.rmtree(out / "fused" / "zero" / "layer")
-    results = compare_recipe(
-        place / "recipe.yaml", out, 1, options=OPTIONS, learning_rates={"model": 0.02}, console=console
-    )
+    results = compare_recipe(place / "recipe.yaml", out, overrides={"experiment": EXPERIMENT}, console=console)
     printed = console.file.getvalue()
     assert "trained" not in printed
     assert printed.count("fused linearized, layer scope") == 1
@@ -149,11 +147,9 @@ def test_a_finished_comparison_is_found_and_a_missing_part_made(finished, place,
 def test_a_point_that_is_not_at_zero_brings_lora_fa(place, tmp_path, console, undrawn):
     point = TaskVector.from_model(tiny_model("bert", True, r=2, lora_alpha=4, target_modules=["query", "value"]))
     point.save(tmp_path / "point.safetensors")
-    options = Options(methods=("average",), negation_scalings=(1.0,), map_scalings=(0.0,))
-    results = compare_recipe(
-        place / "recipe.yaml", tmp_path / "run", 1, options=options, console=console,
-        overrides={"point": str(tmp_path / "point.safetensors"), "training": {"max_steps": 1}},
-    )  # fmt: skip
+    experiment = {"seeds": 1, "methods": ["average"], "negation_scalings": [1.0], "map_scalings": []}
+    point = {"point": str(tmp_path / "point.safetensors"), "training": {"max_steps": 1}, "experiment": experiment}
+    results = compare_recipe(place / "recipe.yaml", tmp_path / "run", overrides=point, console=console)
     assert list(results["starts"]["warm"]["controls"]) == ["factors", "delta_weight", "lora_fa", "layer", "model"]
 
 
@@ -264,7 +260,8 @@ def test_adapters_of_any_kind_are_compared_as_what_they_add_to_the_weights(finis
 
 def evaluated(runs, vector):
     """The scores of a vector in a file, by the code of `linlora eval`."""
-    from linlora.training.fused import evaluate_vector, judges
+    from linlora.experiments.evaluation import evaluate_vector
+    from linlora.experiments.judges import judges
 
     result = evaluate_vector(linlora.formats.read(vector), judges(runs), "test")
     return [of_task["score"] for of_task in result["tasks"].values()]

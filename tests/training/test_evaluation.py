@@ -5,9 +5,11 @@ import torch
 import transformers
 
 import linlora
+from linlora.experiments.evaluation import evaluate_alone, evaluate_fused, evaluate_vector
+from linlora.experiments.judges import Judge, judges
 from linlora.training import Data, Suite, adapt, evaluate, load_task, train
-from linlora.training.fused import Judge, evaluate_alone, evaluate_fused, evaluate_vector, judges
 from linlora.training.metrics import class_scores
+from linlora.vectors.common_space import in_one_space
 
 
 @pytest.fixture(scope="module")
@@ -110,10 +112,9 @@ def test_a_suite_scores_each_task_with_its_own_head(runs):
     tasks = {run.settings.name: load_task(run.settings) for run in runs}
     suite = Suite(tasks, runs[0].vector, {run.settings.name: run.head for run in runs})
     for run in runs:
-        assert suite.scores(run.vector, "test")[run.settings.name] == run.metrics["test"]
-    loss = suite.loss(runs[0].vector, "validation", 4)
-    assert loss == pytest.approx(suite.loss(runs[0].vector, "validation", 4))
-    batches = suite.unlabeled("validation", 3, limit=5)
+        suite.put(run.vector)
+        assert suite.evaluate(suite.model, "test")[run.settings.name] == run.metrics["test"]
+    batches = suite.unlabeled(3, "validation", limit=5)
     assert [[len(batch["inputs"]["input_ids"]) for batch in of_task] for of_task in batches] == [[3, 2], [3, 2]]
     assert [suite.logits(suite.model, next(iter(of_task))).shape for of_task in batches] == [(3, 2), (3, 3)]
 
@@ -137,7 +138,8 @@ def test_fused_scores_are_normalised_by_those_of_the_runs(runs):
     suite = Suite(
         {r.settings.name: load_task(r.settings) for r in runs}, vectors[0], {r.settings.name: r.head for r in runs}
     )
-    expected = suite.scores(0.5 * (vectors[0] + vectors[1]), "test")
+    suite.put(0.5 * (vectors[0] + vectors[1]))
+    expected = suite.evaluate(suite.model, "test")
     for run in runs:
         of_task = result["tasks"][run.settings.name]
         assert of_task["score"] == expected[run.settings.name]["score"]
@@ -154,7 +156,8 @@ def test_vectors_in_weight_space_are_scored_in_an_adapter_of_their_layers_and_ra
     tasks = judges([run.folder for run in runs])
     vectors = [run.vector for run in runs]
     expected = evaluate_fused(vectors, tasks, "test", "task_arithmetic", {"scaling": 0.5})
-    for given in ([vector.cast("weight") for vector in vectors], [vectors[0], vectors[1].cast("weight")]):
+    mixed, _ = in_one_space([vectors[0], vectors[1].cast("weight")], ["mood", "thing"])
+    for given in ([vector.cast("weight") for vector in vectors], mixed):
         result = evaluate_fused(given, tasks, "test", "task_arithmetic", {"scaling": 0.5})
         assert result["mean"]["score"] == pytest.approx(expected["mean"]["score"], abs=1e-6)
     found = evaluate_fused(given, tasks, "test", "tsv", {"scaling": [0.5, 1.0], "out_rank": 2}, searched=True)
@@ -176,12 +179,27 @@ def test_options_are_searched_on_validation_alone(runs):
 
 @pytest.mark.parametrize(
     ("method", "options"),
-    [("average", {}), ("dare", {"drop": 0.5}), ("lorahub", {"budget": 2}), ("adamerging", {"steps": 1})],
+    [
+        ("average", {}),
+        ("dare", {"drop": 0.5}),
+        ("lorahub", {"budget": 2}),
+        ("adamerging", {"steps": 1}),
+        ("regmean", {}),
+        ("soup", {"learning_rate": 0.1}),
+    ],
 )
 def test_every_method_finds_what_it_needs(runs, method, options):
     tasks = judges([run.folder for run in runs])
-    result = evaluate_fused([run.vector for run in runs], tasks, "validation", method, options)
+    scope = "weight" if method == "soup" else None
+    vectors, _ = in_one_space([run.vector for run in runs], ["mood", "thing"], scope)
+    result = evaluate_fused(vectors, tasks, "validation", method, options)
     assert 0.0 <= result["mean"]["score"] <= 1.0
+
+
+def test_an_average_by_regmean_of_one_task_alone_is_its_vector(runs):
+    tasks = judges([run.folder for run in runs[:1]])
+    result = evaluate_fused([runs[0].vector], tasks, "test", "regmean", {})
+    assert result["mean"]["score"] == pytest.approx(runs[0].metrics["test"]["score"])
 
 
 def test_what_cannot_be_fused_is_refused(runs, settings, tmp_path):
@@ -189,6 +207,10 @@ def test_what_cannot_be_fused_is_refused(runs, settings, tmp_path):
     vectors = [run.vector for run in runs]
     with pytest.raises(ValueError, match="unknown method 'mean'; choose one of average, task_arithmetic"):
         evaluate_fused(vectors, tasks, "test", "mean", {})
+    with pytest.raises(ValueError, match="regmean needs to know which task is whose"):
+        evaluate_fused(vectors, tasks, "test", "regmean", {}, own_tasks=False)
+    with pytest.raises(ValueError, match="soup acts on ΔW; these vectors share a starting point"):
+        evaluate_fused(vectors, tasks, "test", "soup", {})
     with pytest.raises(ValueError, match="ties takes no option 'kept'; its options are keep, scaling"):
         evaluate_fused(vectors, tasks, "test", "ties", {"kept": 0.1})
     with pytest.raises(ValueError, match="scaling"):

@@ -132,7 +132,8 @@ def test_a_suite_of_prototypes_scores_each_task_by_its_own(task, review_files, t
     runs = [train(found.settings) for found in tasks.values()]
     suite = Suite(tasks, runs[0].vector, {})
     for run in runs:
-        assert suite.scores(run.vector, "test")[run.settings.name] == run.metrics["test"]
+        suite.put(run.vector)
+        assert suite.evaluate(suite.model, "test")[run.settings.name] == run.metrics["test"]
 
 
 @pytest.mark.parametrize(

@@ -180,7 +180,7 @@ def test_marks_around_cells_are_left_out_where_a_program_wrote_them(tmp_path, qu
         ("json", "[1, 2]", r"row 1 is 1, not an object"),
         ("json", '{"text": "a", "label": ', r"could not be read: line 1 is not JSON"),
         ("jsonl", '{"text": "a", "label": 1}\n{"text": ', r"line 2 is not JSON"),
-        ("jsonl", '{"text": "a", "text": "b", "label": 1}', r"line 1: the key 'text' stands twice"),
+        ("jsonl", '{"text": "a", "text": "b", "label": 1}', r"line 1: the key 'text' is there twice"),
         ("jsonl", '{"text": "a", "label": 1}\n{"text": "b"}', r"column 'label' .* is empty in 1 rows"),
         ("jsonl", '{"text": "a", "label": NaN}', r"column 'label' .* is empty in 1 rows"),
         ("jsonl", '{"text": "a", "label": 1}\n{"text": "b", "label": "x"}', r"labels of different kinds, 1 and 'x'"),

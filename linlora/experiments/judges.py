@@ -1,0 +1,86 @@
+"""Judges: the tasks that score the user's vectors, and the fusion methods that fit these vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+
+from linlora.experiments.controls import ELEMENTWISE, ON_WEIGHTS
+from linlora.fusion import fuse
+from linlora.training.data import has_test
+from linlora.training.folder import Run
+from linlora.training.kinds import load_task
+from linlora.training.recipe import recipe
+from linlora.training.settings import Settings
+from linlora.training.suite import Suite
+from linlora.vectors.task_vector import TaskVector
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A task to score vectors by: its settings, and the run that trained its head, if one did."""
+
+    settings: Settings
+    run: Run | None = None
+
+
+def judges(paths: Sequence[str | Path]) -> list[Judge]:
+    """The tasks of some run folders and recipes."""
+    found = []
+    for path in map(Path, paths):
+        if path.suffix in (".yaml", ".yml"):
+            found += [Judge(settings) for settings in recipe(path).values()]
+            continue
+        try:
+            run = Run.open(path)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{error}; runs of linlora train and recipes (--on) have data sets") from error
+        found.append(Judge(run.settings, run))
+    return found
+
+
+def refuse_untested(tasks: Iterable[Settings]) -> None:
+    """Raise a ValueError for a task without a test split, whose options would be chosen and scored on the same rows."""
+    for settings in tasks:
+        if not has_test(settings.data):
+            raise ValueError(
+                f"task '{settings.name}' has no test split; options are chosen on validation: set data.test"
+            )
+
+
+def suite_of(tasks: Sequence[Judge], vectors: Sequence[TaskVector], *splits: str) -> Suite:
+    """The suite of some judges, for vectors of one space; the labels of the splits it is for are checked first."""
+    names = [judge.settings.name for judge in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"two tasks are named '{twice[0]}'; give one another `name:` in its settings.yaml or recipe")
+    heads = {judge.settings.name: judge.run.head if judge.run is not None else None for judge in tasks}
+    loaded = {judge.settings.name: load_task(judge.settings) for judge in tasks}
+    for task in loaded.values():
+        for split in splits:
+            task.check(split)
+    like = fuse(vectors, "average") if vectors[0].scope == "weight" else vectors[0]
+    return Suite(loaded, like, heads)
+
+
+def misfit(method: str, vectors: Sequence[TaskVector], own_tasks: bool) -> str | None:
+    """Why a method does not fit vectors of one space, None where it does.
+
+    `own_tasks`: each vector is the run of one task, in the order of these.
+    """
+    scope = vectors[0].scope
+    if method == "lorahub" and find_spec("nevergrad") is None:
+        return "needs nevergrad: pip install 'linlora[lorahub]'"
+    if method == "regmean" and not own_tasks:
+        return "needs to know which task is whose: adapters that are runs, without --on"
+    if scope == "weight":
+        if method in ELEMENTWISE:
+            into = ", for a merged model: linlora merge BASE A B --method ties" if method == "ties" else ""
+            return f"picks single values of ΔW, which no adapter holds{into}"
+        return "needs vectors of one starting point" if method == "adamerging" else None
+    if method == "regmean" and scope == "layer":
+        moved = any(name.endswith(".dA") for name in vectors[0].deltas)
+        return "takes linearized adapters that start at B0 = 0" if moved else None
+    return "acts on ΔW; these vectors share a starting point, and add there" if method in ON_WEIGHTS else None
