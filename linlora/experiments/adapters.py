@@ -12,7 +12,6 @@ import shlex
 import statistics
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -84,7 +83,7 @@ def compare_adapters(
     comparison.check()
     begin = time.perf_counter()
     with opened(out, comparison.fingerprint(), "linlora compare, adapters", 1, workers, fresh):
-        done = run_jobs([comparison.jobs()], workers, comparison.around, console)
+        done = run_jobs([comparison.jobs()], workers, surroundings, console)
         results = comparison.results()
         results |= {"jobs": asdict(done), "wall_seconds": time.perf_counter() - begin}
         _write(results, out, console)
@@ -130,9 +129,6 @@ class AdapterComparison:
             "settings": tasks,
             "options": asdict(self.options),
         }
-
-    def around(self) -> AbstractContextManager[None]:
-        return surroundings("cpu", None)  # which kernels run on a GPU is chosen as in training
 
     @functools.cached_property
     def vectors(self) -> list[TaskVector]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -12,23 +12,16 @@ from linlora.training.checkpoints import quiet
 
 
 @contextmanager
-def surroundings(device: str, threads: int | None) -> Iterator[None]:
-    """Compute on a device with some threads (as many as there are for None), without the chatter of other libraries."""
-    with _kernels(device), _threads(threads), quiet():
-        yield
+def surroundings(device: str = "cpu", threads: int | None = None) -> Iterator[None]:
+    """Compute on a device with some threads (as many as there are for None), without the chatter of other libraries.
 
-
-def _kernels(device: str) -> AbstractContextManager[None]:
-    """On a GPU the kernels are asked for by name, so that the run is of the kernels or an error, never a fallback."""
-    return linlora.use_backend("triton") if device.startswith("cuda") else nullcontext()
-
-
-@contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+    On a GPU the kernels are asked for by name, so that the run is of the kernels or an error, never a fallback.
+    """
     before = torch.get_num_threads()
-    torch.set_num_threads(count or before)
+    torch.set_num_threads(threads or before)
     try:
-        yield
+        with linlora.use_backend("triton") if device.startswith("cuda") else nullcontext(), quiet():
+            yield
     finally:
         torch.set_num_threads(before)
 

@@ -12,13 +12,14 @@ import functools
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from linlora.experiments.controls import CONTROLS, Control, Trained
+from linlora.experiments.environment import surroundings
 from linlora.experiments.fusing import fuse_control, map_control
 from linlora.experiments.jobs import Job
 from linlora.experiments.options import Options, Start
@@ -96,8 +97,8 @@ class Experiment(ABC):
         return []
 
     def around(self) -> AbstractContextManager[Any]:
-        """What every job runs in."""
-        return nullcontext()
+        """What every job runs in. The backend on a GPU is chosen as in training, unless a subclass names one."""
+        return surroundings()
 
     def controls_of(self, start: Start) -> list[Control]:
         """At B0 = 0 LoRA-FA is layer scope, and is not computed twice."""

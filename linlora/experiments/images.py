@@ -14,7 +14,7 @@ from collections.abc import Hashable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -55,7 +55,7 @@ class Split:
 
 @dataclass(frozen=True)
 class ImageSuite:
-    """A pre-trained network and tasks on it.
+    """A pre-trained network and tasks on it, as `linlora.experiments.tasks.Tasks` asks; the heads are no part of it.
 
     Attributes:
         network: takes `pixel_values`; its first output are the features (n, width), or tokens (n, tokens, width) of
@@ -67,9 +67,34 @@ class ImageSuite:
     splits: Mapping[str, Mapping[SplitName, Split]]
     heads: Mapping[str, nn.Linear]
 
-    def accuracies(self, model: nn.Module, split: Any) -> list[float]:
+    trained_modules: ClassVar[tuple[str, ...]] = ()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return tuple(self.splits)
+
+    def scores(self, model: nn.Module, split: Any) -> list[float]:
         """The accuracy of a model on one split of every task, each read by its own head."""
         return [accuracy(model, self.heads[name], of_task[split]) for name, of_task in self.splits.items()]
+
+    def unlabeled(self, size: int) -> list[list[dict[str, Any]]]:
+        return [
+            [{"task": name, "inputs": {"pixel_values": images}} for images in task["validation"].images.split(size)]
+            for name, task in self.splits.items()
+        ]
+
+    def labeled(self, size: int, limit: int) -> list[list[dict[str, Any]]]:
+        batches = self.unlabeled(size)
+        for of_task, task in zip(batches, self.splits.values(), strict=True):
+            for batch, labels in zip(of_task, task["validation"].labels.split(size), strict=True):
+                batch["labels"] = labels
+        return [of_task[: -(-limit // size)] for of_task in batches]
+
+    def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        return self.heads[batch["task"]](features(model, **batch["inputs"]))
+
+    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
+        return cross_entropy(self.logits(model, batch), batch["labels"])
 
     def to(self, device: str) -> ImageSuite:
         splits = {name: {key: split.to(device) for key, split in task.items()} for name, task in self.splits.items()}
@@ -169,8 +194,8 @@ class ImageExperiment(Experiment):
     def base(self, trained: Trained) -> nn.Module:
         return self.suite.network
 
-    def tasks(self, start: Start, trained: Trained, seed: int) -> ImageTasks:
-        return ImageTasks(self.suite)
+    def tasks(self, start: Start, trained: Trained, seed: int) -> ImageSuite:
+        return self.suite
 
     def around(self) -> AbstractContextManager[None]:
         return surroundings(self.device, self.settings.threads)
@@ -246,42 +271,6 @@ class ImageExperiment(Experiment):
 @functools.lru_cache(maxsize=2)
 def _suite(data: ImageData, folder: Path, device: str) -> ImageSuite:
     return data.open(folder).to(device)
-
-
-class ImageTasks:
-    """`linlora.experiments.tasks.Tasks` of a suite, whose heads are frozen and outside of the model."""
-
-    trained_modules: tuple[str, ...] = ()
-
-    def __init__(self, suite: ImageSuite) -> None:
-        self.suite = suite
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.suite.splits)
-
-    @torch.no_grad()
-    def scores(self, model: nn.Module, split: str) -> list[float]:
-        return self.suite.accuracies(model, split)
-
-    def unlabeled(self, size: int) -> list[list[dict[str, Any]]]:
-        return [
-            [{"task": name, "inputs": {"pixel_values": images}} for images in task["validation"].images.split(size)]
-            for name, task in self.suite.splits.items()
-        ]
-
-    def labeled(self, size: int, limit: int) -> list[list[dict[str, Any]]]:
-        batches = self.unlabeled(size)
-        for of_task, task in zip(batches, self.suite.splits.values(), strict=True):
-            for batch, labels in zip(of_task, task["validation"].labels.split(size), strict=True):
-                batch["labels"] = labels
-        return [of_task[: -(-limit // size)] for of_task in batches]
-
-    def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return self.suite.heads[batch["task"]](features(model, **batch["inputs"]))
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return cross_entropy(self.logits(model, batch), batch["labels"])
 
 
 def features(model: nn.Module, pixel_values: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from rich.console import Console
 from torch import nn
 
 from linlora.experiments.controls import Trained
-from linlora.experiments.environment import surroundings
 from linlora.experiments.experiment import Experiment
 from linlora.experiments.jobs import Workers
 from linlora.experiments.judges import refuse_untested
@@ -116,9 +114,6 @@ class RecipeExperiment(Experiment):
             "options": asdict(self.options),
             "learning_rates": self.rates,
         }
-
-    def around(self) -> AbstractContextManager[None]:
-        return surroundings("cpu", None)  # which kernels run on a GPU is chosen as in training
 
     def base(self, trained: Trained) -> nn.Module:
         return next(iter(self.loaded_for(trained).values())).base_model().to(self.device).requires_grad_(False)

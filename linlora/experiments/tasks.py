@@ -1,4 +1,4 @@
-"""The interface of several tasks on one model; `images.ImageTasks` and `training.suite.TaskSet` have it."""
+"""The interface of several tasks on one model; `images.ImageSuite` and `training.suite.TaskSet` have it."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def test_a_score_is_what_the_vectors_on_disk_give_with_the_chosen_options(finish
     found = finished[1]["starts"][start]["controls"][key]["methods"][method]
     at = space(control, experiment.base("lora"), vectors, fusion_method(method))
     at.put(linlora.fuse(at.vectors, fusion_method(method), **found["options_by_seed"][0]))
-    assert experiment.suite.accuracies(at.model, "test") == pytest.approx(found["by_seed_and_task"][0], abs=0.0041)
+    assert experiment.suite.scores(at.model, "test") == pytest.approx(found["by_seed_and_task"][0], abs=0.0041)
     if method != "sum":
         (chosen,) = found["options_by_seed"]
         best = max(point["mean"] for point in found["validation"])
@@ -153,7 +153,7 @@ def test_a_fused_sum_of_weights_is_an_adapter_with_the_score_of_the_table(finish
     backbone = experiment.settings.data.open(finished[0] / "backbone").network
     stock = peft.PeftModel.from_pretrained(backbone, finished[0] / "fused/zero/delta_weight/seed0/average").eval()
     (expected,) = finished[1]["starts"]["zero"]["controls"]["delta_weight"]["methods"]["average"]["by_seed_and_task"]
-    assert experiment.suite.accuracies(stock, "test") == pytest.approx(expected, abs=0.0041)  # two of 500
+    assert experiment.suite.scores(stock, "test") == pytest.approx(expected, abs=0.0041)  # two of 500
 
 
 def test_model_scope_leaves_no_adapter_that_would_not_have_its_function(finished):

@@ -16,7 +16,7 @@ def test_the_suite_is_the_network_with_the_images_and_head_of_each_task(tmp_path
         assert torch.equal(images, task.test.images)
         scores = suite.heads[task.name](features(suite.network, images[:5]))
         torch.testing.assert_close(scores, head(task)(network()(task.test.images[:5])))
-    assert all(0.3 < accuracy < 0.6 for accuracy in suite.accuracies(suite.network, "validation"))
+    assert all(0.3 < accuracy < 0.6 for accuracy in suite.scores(suite.network, "validation"))
 
 
 def test_nothing_has_to_be_prepared(tmp_path):
