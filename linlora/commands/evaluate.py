@@ -45,8 +45,10 @@ def evaluate(
         from linlora.training.recipe import assigned
 
         options = {**({} if scaling is None else {"scaling": scaling}), **dict(assigned(set_ or []))}
-        if fuse is None and (options or search or base):
-            raise ValueError("--scaling, --set, --search and --base are of a method; name it with --fuse")
+        if fuse is None and (options or search):
+            raise ValueError("--scaling, --set and --search are of a method; name it with --fuse")
+        if base and not (fuse or on):
+            raise ValueError("--base is of vectors that are fused, or scored --on other data")
         if fuse is None and on and len(vectors) > 1:
             raise ValueError("--on scores one vector, or the vectors fused by --fuse; name one vector, or a method")
         path = out or _beside(vectors, fuse, split)
@@ -72,12 +74,14 @@ def _scores(
 
     read = [formats.read(vector) for vector in vectors]
     tasks, console = judges.judges(on or vectors), Console()
-    if method is None:
-        return evaluation.evaluate_vector(read[0], tasks, split) if on else evaluation.evaluate_alone(tasks, split)
+    if method is None and not on:
+        return evaluation.evaluate_alone(tasks, split)
     plain = method in ON_WEIGHTS and {vector.scope for vector in read} == {"lora"}
     together, note = in_one_space(read, [str(vector) for vector in vectors], "weight" if plain else None, base)
     if note:
         console.print(f"note: {note}", highlight=False)
+    if method is None:
+        return evaluation.evaluate_vector(together[0], tasks, split)
     return evaluation.evaluate_fused(together, tasks, split, method, options, search, not on, console)
 
 

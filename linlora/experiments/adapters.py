@@ -25,7 +25,7 @@ from linlora.experiments.environment import surroundings
 from linlora.experiments.figures import draw_search
 from linlora.experiments.fusing import fuse_by
 from linlora.experiments.jobs import Job, Workers, run_jobs
-from linlora.experiments.judges import judges, misfit, refuse_untested, suite_of
+from linlora.experiments.judges import judges, misfit, refuse_other_bases, refuse_untested, suite_of
 from linlora.experiments.options import METHOD_TITLES, Options, fusion_method, in_words
 from linlora.experiments.report import percent, print_outputs, write_tables
 from linlora.experiments.results import normalised
@@ -151,7 +151,9 @@ class AdapterComparison:
         return Space(self.vectors, self.suite.base, self.suite.model, self.suite.put)
 
     def check(self) -> None:
-        refuse_untested(judge.settings for judge in judges(self.on or self.adapters))
+        tasks = judges(self.on or self.adapters)
+        refuse_untested(judge.settings for judge in tasks)
+        refuse_other_bases(tasks, self.vectors)
         self.methods()
 
     def methods(self) -> dict[str, str | None]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -15,7 +16,9 @@ from linlora.training.kinds import load_task
 from linlora.training.recipe import recipe
 from linlora.training.settings import Settings
 from linlora.training.suite import Suite
+from linlora.vectors.points import DifferentPointError
 from linlora.vectors.task_vector import TaskVector
+from linlora.vectors.weight_vector import model_name
 
 
 @dataclass(frozen=True)
@@ -50,12 +53,24 @@ def refuse_untested(tasks: Iterable[Settings]) -> None:
             )
 
 
+def refuse_other_bases(tasks: Sequence[Judge], vectors: Sequence[TaskVector]) -> None:
+    """Raise a DifferentPointError for a vector of another base model than a task's, whose shapes may fit."""
+    for judge, vector in itertools.product(tasks, vectors):
+        named, model = vector.base_model, judge.settings.model
+        if named and model_name(named) != model_name(model):
+            raise DifferentPointError(
+                f"a vector is of the base model '{named}', and task '{judge.settings.name}' of '{model}'; if these are "
+                f"the same weights, say so: --base {model}"
+            )
+
+
 def suite_of(tasks: Sequence[Judge], vectors: Sequence[TaskVector], *splits: str) -> Suite:
     """The suite of some judges, for vectors of one space; the labels of the splits it is for are checked first."""
     names = [judge.settings.name for judge in tasks]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ValueError(f"two tasks are named '{twice[0]}'; give one another `name:` in its settings.yaml or recipe")
+    refuse_other_bases(tasks, vectors)
     heads = {judge.settings.name: judge.run.head if judge.run is not None else None for judge in tasks}
     loaded = {judge.settings.name: load_task(judge.settings) for judge in tasks}
     for task in loaded.values():

@@ -211,18 +211,18 @@ def common_base(*vectors: TaskVector) -> str | None:
     """
     named = [vector.base_model for vector in vectors if vector.base_model]
     for name in named:
-        if _model_name(name) != _model_name(named[0]):
+        if model_name(name) != model_name(named[0]):
             raise DifferentPointError(
                 f"the adapters are of different base models, '{named[0]}' and '{name}'. If the two are the same "
-                "weights, name them once: linlora fuse ... --base NAME, or dataclasses.replace(vector, base_model=NAME)"
+                "weights, name them once: --base NAME, or dataclasses.replace(vector, base_model=NAME)"
             )
     return min(named, key=lambda name: (len(name), name), default=None)
 
 
-def _model_name(base_model: str) -> str:
+def model_name(base_model: str) -> str:
     """The name of a model, whatever folder it is in, for instance one of the hub's cache.
 
-    >>> _model_name("/cache/hub/models--Org--Base/snapshots/0a1b"), _model_name("./Base/")
+    >>> model_name("/cache/hub/models--Org--Base/snapshots/0a1b"), model_name("./Base/")
     ('base', 'base')
     """
     parts = PurePath(base_model).parts

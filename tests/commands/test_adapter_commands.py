@@ -212,7 +212,7 @@ def test_adapters_that_name_their_base_differently_are_of_the_one_that_is_named(
     assert status == 2
     assert "a and b: the adapters are of different base models, 'org/a' and 'org/b'" in output
     assert "--scope weight" not in output  # they are there already
-    assert "linlora fuse ... --base NAME" in output
+    assert "name them once: --base NAME" in output
     status, output = run("fuse a b --base org/base --method average --out f.safetensors")
     assert status == 0, output
     fused = TaskVector.load("f.safetensors")

@@ -300,6 +300,7 @@ def test_a_scaling_of_zero_is_read_as_the_base_model():
         (["{lora}/mood/seed0"], "two adapters or more, got 1"),
         (["{lora}/mood/seed0", "no-such-thing"], "no such file or folder, and no name of the Hugging Face hub"),
         (["{lora}/mood/seed0", "{model}/colour/seed0"], "model.*scope 'model'"),
+        (["{lora}/mood/seed0", "{lora}/colour/seed0", "--base", "org/b"], "of the base model 'org/b', and task 'mood'"),
         (["{lora}/mood/seed0", "{lora}/colour/seed0", "--learning-rate", "lora=1"], "is for a recipe"),
         (["recipe.yaml", "--on", "recipe.yaml"], "name adapters"),
     ],

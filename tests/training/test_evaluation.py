@@ -1,5 +1,7 @@
 """Scores of vectors, alone and fused, on the tasks of a suite."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
@@ -126,6 +128,8 @@ def test_a_suite_needs_one_model_and_every_head(runs, settings):
     other = load_task(settings("text", name="other", lora={"r": 2}))
     with pytest.raises(ValueError, match=r"'mood' and 'other' do not share one model: lora.r: 4 and 2"):
         Suite({"mood": tasks["mood"], "other": other}, runs[0].vector, {"mood": runs[0].head})
+    with pytest.raises(linlora.DifferentPointError, match=r"of the base model 'org/b', and task 'mood' of .*--base "):
+        evaluate_vector(replace(runs[0].vector, base_model="org/b"), [Judge(runs[0].settings, runs[0])], "test")
     with pytest.raises(ValueError, match="two tasks are named 'mood'"):
         evaluate_vector(runs[0].vector, [Judge(runs[0].settings, runs[0])] * 2, "test")
 
