@@ -15,6 +15,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -23,9 +24,9 @@ import numpy as np
 from torch import nn
 
 from linlora.experiments import delta_weight
-from linlora.experiments.models import model_for
 from linlora.fusion import cosines, fuse
 from linlora.fusion.registry import IN_WEIGHT_SPACE
+from linlora.training.adapted import model_for
 from linlora.vectors.task_vector import TaskVector, apply
 from linlora.vectors.weight_vector import WeightVector
 
@@ -111,7 +112,9 @@ def cosine_matrix(control: Control, vectors: Sequence[TaskVector]) -> np.ndarray
 def of_adapter(base: nn.Module, vectors: Sequence[TaskVector], trained_modules: Sequence[str] = ()) -> Space:
     """A model with an adapter that holds each of some vectors and whatever is fused of them."""
     in_weights = isinstance(vectors[0], WeightVector)
-    model = model_for(base, fuse(list(vectors), "average") if in_weights else vectors[0], trained_modules)
+    model = model_for(
+        copy.deepcopy(base), fuse(list(vectors), "average") if in_weights else vectors[0], trained_modules
+    )
     return Space(vectors, lambda: base, model, lambda fused: apply(model, fused))
 
 

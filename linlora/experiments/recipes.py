@@ -123,8 +123,7 @@ class RecipeExperiment(Experiment):
         heads = {name: run.head for name, run in zip(self.names, runs, strict=True)}
         tasks = self.loaded_for(trained)
         first = next(iter(tasks.values()))
-        modules = first.head_modules(self.base(trained)) if first.settings.head == "trained" else ()
-        return TaskSet(tasks, heads, modules)
+        return TaskSet(tasks, heads, first.trained_modules(self.base(trained)))
 
     def train(self, start: Start, trained: Trained, task: str, seed: int) -> None:
         settings, method = self.settings[task], "model" if trained == "features" else trained

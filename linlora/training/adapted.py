@@ -1,14 +1,15 @@
-"""The model of a run: a base model with its adapter, at its linearization point, ready to train by its method."""
+"""A base model with an adapter: at its start, ready to train, and holding a task vector."""
 
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from linlora import formats
 from linlora.layers.linearize import accelerate, linearize
@@ -16,7 +17,7 @@ from linlora.layers.report import Report
 from linlora.training.checkpoints import quiet
 from linlora.training.settings import Settings
 from linlora.training.task import Task
-from linlora.vectors.task_vector import TaskVector
+from linlora.vectors.task_vector import TaskVector, apply
 from linlora.vectors.weight_vector import WeightVector
 
 
@@ -35,22 +36,20 @@ class Adapted:
     report: Report
 
 
-def adapt(
-    task: Task, point: TaskVector | None = None, method: str | None = None, holding: WeightVector | None = None
-) -> Adapted:
+def adapt(task: Task, point: TaskVector | None = None, method: str | None = None) -> Adapted:
     """The model of a task's settings at its start: at `point`, at that of the settings, or drawn from their seed.
 
     Runs of one model, seed and LoRA settings draw one point, whatever their data sets are. `method` goes before that of
-    the settings. To hold a vector in weight space, the adapter has its layers and ranks.
+    the settings.
     """
     settings = task.settings
     method = method or settings.method
-    point = point or (read_point(settings) if holding is None else None)
+    point = point or read_point(settings)
     base = task.base_model()
     torch.manual_seed(settings.seed)  # what came before it, a head of another size, has no say in the point
     try:
         with quiet():
-            model = get_peft_model(base, lora_config(task, base, holding))
+            model = get_peft_model(base, lora_config(task, base))
     except (ValueError, TypeError, AttributeError, NotImplementedError, re.error) as error:  # PEFT's own, of odd values
         layers = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
         raise ValueError(f"lora: {error} The linear layers of {settings.model} are {', '.join(layers)}") from error
@@ -65,17 +64,48 @@ def adapt(
     return Adapted(model, TaskVector.from_model(model), report)
 
 
-def lora_config(task: Task, base: nn.Module, holding: WeightVector | None = None) -> LoraConfig:
-    """PEFT's configuration for the LoRA settings of a task, or for a vector in weight space."""
-    options: dict[str, Any] = dict(task.settings.lora)
-    if holding is not None:
-        sizes = holding.sizes()
-        rank = max(size.rank for size in sizes.values())
-        kept: dict[str, Any] = {n: options[n] for n in ("fan_in_fan_out", "modules_to_save") if n in options}
-        options = {"r": rank, "lora_alpha": rank, "target_modules": list(sizes), **kept}
-    if task.settings.head == "trained" and (head := task.head_modules(base)):
-        options["modules_to_save"] = sorted({*options.get("modules_to_save", []), *head})
+def lora_config(task: Task, base: nn.Module) -> LoraConfig:
+    """PEFT's configuration for the LoRA settings of a task."""
+    options = {**task.settings.lora, "modules_to_save": task.trained_modules(base) or None}
     return LoraConfig(**options, task_type=task.task_type)
+
+
+def model_for(
+    base: nn.Module, vector: TaskVector, trained_modules: Sequence[str] = (), task_type: str | None = None
+) -> PeftModel:
+    """A plain base model with an adapter in it that holds a vector, and any other of the same point.
+
+    `trained_modules` were trained beside the adapter (`modules_to_save`): at model scope the stream ends before them.
+
+    >>> import linlora
+    >>> model = linlora.testing.tiny_model("bert")
+    >>> _ = linlora.linearize(model)
+    >>> held = model_for(linlora.testing.tiny_base("bert"), TaskVector.from_model(model))
+    >>> batch = linlora.testing.tiny_batch("bert")
+    >>> bool((held(**batch).logits == model(**batch).logits).all())
+    True
+    """
+    if vector.point is None:
+        raise ValueError("the vector was saved without its point, so no model can be made for it")
+    ranks, alphas = {}, {}
+    for layer, scaling in vector.scalings.items():
+        in_weights = isinstance(vector, WeightVector)  # whose scaling, if a multiple, may be zero
+        ranks[layer] = (vector.deltas[f"{layer}.dA"] if in_weights else vector.point[f"{layer}.A0"]).shape[0]
+        alphas[layer] = ranks[layer] * (1.0 if in_weights else scaling)
+    transposed = any(isinstance(base.get_submodule(layer), Conv1D) for layer in ranks)
+    config = LoraConfig(
+        target_modules=list(ranks), r=next(iter(ranks.values())), fan_in_fan_out=transposed, task_type=task_type,
+        modules_to_save=list(trained_modules) or None,
+        rank_pattern={re.escape(layer): rank for layer, rank in ranks.items()},
+        alpha_pattern={re.escape(layer): alpha for layer, alpha in alphas.items()},
+    )  # fmt: skip
+    model = get_peft_model(base, config).eval()
+    if vector.scope in ("lora", "weight"):
+        accelerate(model)
+    else:
+        linearize(model, scope=vector.scope, point=vector)
+    apply(model, vector)
+    return model
 
 
 def read_point(settings: Settings) -> TaskVector | None:

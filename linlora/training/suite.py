@@ -9,7 +9,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from linlora.layers.temporary import evaluating
-from linlora.training.adapted import adapt
+from linlora.training.adapted import adapt, model_for
 from linlora.training.evaluation import arithmetic, evaluate, on_device
 from linlora.training.head import set_head
 from linlora.training.settings import Settings
@@ -111,7 +111,8 @@ class Suite(TaskSet):
             if settings.kind == "classification" and settings.head == "trained" and heads.get(name) is None:
                 raise ValueError(f"task '{name}' has a head that was trained; name the folder of its run")
         if isinstance(like, WeightVector):
-            model = adapt(first, method="lora", holding=like).model
+            base = first.base_model()
+            model = model_for(base, like, first.trained_modules(base), first.task_type)
         else:
             model = adapt(first, like if like.point is not None else None, method=like.scope).model
         self.model = model.to(self.device)

@@ -98,8 +98,13 @@ class Task(ABC):
         """A new frozen model, as the checkpoint has it, with a head for this task."""
 
     def head_modules(self, model: nn.Module) -> tuple[str, ...]:
-        """The modules of a base model that train beside the adapter."""
+        """The head of a base model, where the kind of task has one to train."""
         return ()
+
+    def trained_modules(self, base: nn.Module) -> list[str]:
+        """The modules that train beside the adapter as a whole: a head, and those that `lora.modules_to_save` names."""
+        head = self.head_modules(base) if self.settings.head == "trained" else ()
+        return sorted({*(self.settings.lora.get("modules_to_save") or ()), *head})
 
     @abstractmethod
     def inputs(self, rows: Sequence[Row]) -> dict[str, Any]:

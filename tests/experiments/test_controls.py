@@ -11,9 +11,8 @@ import linlora
 from linlora import TaskVector
 from linlora.experiments import delta_weight
 from linlora.experiments.controls import BY_KEY, CONTROLS, cosine_matrix, space
-from linlora.experiments.models import model_for
 from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
-from linlora.training.adapted import freeze_A
+from linlora.training.adapted import freeze_A, model_for
 
 STARTS = ("zero", "warm")
 
