@@ -118,7 +118,7 @@ class AdapterComparison:
         return {name: value for name, value in vars(self).items() if name not in ("vectors", "suite", "space")}
 
     def fingerprint(self) -> dict[str, Any]:
-        """What has to be equal for a run directory to be continued: adapters that changed since are other adapters."""
+        """The settings that a run directory is continued with: adapters that changed since are other adapters."""
         tasks = {judge.settings.name: judge.settings.to_dict() for judge in judges(self.on or self.adapters)}
         files = {adapter: _stamps(Path(adapter)) for adapter in self.adapters}
         return {

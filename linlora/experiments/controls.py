@@ -67,7 +67,7 @@ _ADDED_AS_WEIGHTS = ("delta_weight", "lora_fa")
 
 @dataclass(frozen=True)
 class Space:
-    """Where a fusion happens: vectors that a method takes, the plain model they are relative to, which is read when a
+    """The place of a fusion: vectors that a method takes, the plain model they are relative to, which is read when a
     method asks for it, a model that holds them, and how a fused vector is put into it."""
 
     vectors: Sequence[TaskVector]

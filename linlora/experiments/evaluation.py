@@ -102,7 +102,7 @@ def _of_run(run: Run, judge: Judge, split: str) -> dict[str, Any]:
 
 
 def _single(judge: Judge, split: str) -> float | None:
-    """What the run of a task scores by itself."""
+    """The score of a task's run by itself."""
     if judge.run is None:
         return None
     if split in judge.run.metrics:

@@ -36,7 +36,7 @@ TRAINED_TITLES: dict[Trained, str] = {
 
 
 class Experiment(ABC):
-    """What every job works on. It is pickled to worker processes, where its methods run.
+    """Model, tasks and settings, on which every job works. It is pickled to worker processes, where its methods run.
 
     Attributes:
         out: the run directory.
@@ -66,7 +66,7 @@ class Experiment(ABC):
 
     @abstractmethod
     def fingerprint(self) -> dict[str, Any]:
-        """What has to be equal for a run directory to be continued. More seeds may be added, so they are not in it."""
+        """The settings that a run directory is continued with. More seeds may be added, so they are not in it."""
 
     @abstractmethod
     def base(self, trained: Trained) -> nn.Module:
@@ -82,14 +82,14 @@ class Experiment(ABC):
 
     @abstractmethod
     def adapter_files(self, trained: Trained) -> tuple[str, ...]:
-        """What `train` writes last, JSON or safetensors."""
+        """The files that `train` writes last, JSON or safetensors."""
 
     @abstractmethod
     def record(self, start: Start, trained: Trained, task: str, seed: int) -> dict[str, float | None]:
-        """What an adapter scores by itself on "validation" and "test"."""
+        """The scores of an adapter by itself on "validation" and "test"."""
 
     def prepared(self) -> list[Job]:
-        """What has to be there before anything else."""
+        """The jobs that come before all others."""
         return []
 
     def begun(self, seeds: int) -> list[Job]:
@@ -97,7 +97,7 @@ class Experiment(ABC):
         return []
 
     def around(self) -> AbstractContextManager[Any]:
-        """What every job runs in. The backend on a GPU is chosen as in training, unless a subclass names one."""
+        """The context of every job; the backend on a GPU is chosen as in training, unless a subclass names one."""
         return surroundings()
 
     def controls_of(self, start: Start) -> list[Control]:

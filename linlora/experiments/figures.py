@@ -221,5 +221,5 @@ def _grid(results: Mapping[str, Any], width: float, height: float) -> tuple[Figu
 
 
 def _curve(entry: Mapping[str, Any]) -> list[Any]:
-    """What the search of task arithmetic saw, if it was searched."""
+    """The points of the search of task arithmetic; none if it was not searched."""
     return entry["methods"].get("task_arithmetic", {}).get("validation", [])

@@ -109,7 +109,7 @@ class ImageData(Hashable, Protocol):
 
     @property
     def files(self) -> tuple[str, ...]:
-        """What `prepare` writes; nothing where the package brings it."""
+        """The files that `prepare` writes; none where the package brings them."""
         ...
 
     def prepare(self, folder: Path, device: str) -> None: ...
@@ -121,7 +121,7 @@ class ImageData(Hashable, Protocol):
 
 @dataclass(frozen=True)
 class Settings:
-    """What a run directory was made with. Two runs of equal settings share their files; others are refused.
+    """The settings of a run directory. Two runs of equal settings share their files; others are refused.
 
     Attributes:
         learning_rates: by start and kind of training.
@@ -274,7 +274,7 @@ def _suite(data: ImageData, folder: Path, device: str) -> ImageSuite:
 
 
 def features(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """What the heads read, (n, width): the first output, of tokens the first."""
+    """The features that heads read, (n, width): the first output, or its first token."""
     output = model(pixel_values=pixel_values)
     first = output if isinstance(output, Tensor) else output[0]  # a tensor of baselines.FunctorchModel
     return first[:, 0] if first.ndim == 3 else first

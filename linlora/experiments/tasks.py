@@ -35,7 +35,7 @@ class Tasks(Protocol):
         ...
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:
-        """What the model says of each class, for a batch."""
+        """The logits of the classes, for a batch."""
         ...
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:

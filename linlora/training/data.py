@@ -223,7 +223,7 @@ def notes_on_lines(data: Data, split: str, rows: Any) -> list[str]:
 
 
 def source_of(data: Data, split: str) -> str:
-    """Where the rows of a split come from, in words."""
+    """Names the place of the rows of a split."""
     return _source(data, _named(data, split))
 
 

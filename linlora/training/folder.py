@@ -120,7 +120,7 @@ def check_folder(settings: Settings, fresh: bool = False) -> None:
 
 
 def _differences(before: Settings, now: Settings) -> list[str]:
-    """In what counts: the test split has no say in what was trained."""
+    """The settings that differ, the test split aside, which has no say in what was trained."""
     return [d for d in before.differences(now) if not d.startswith("data.test:")]
 
 

@@ -31,7 +31,7 @@ def check_metric(metric: str, answer: str) -> None:
 
 
 def class_scores(predicted: Sequence[int], expected: Sequence[int], classes: int) -> dict[str, float]:
-    """Of class indices. A prediction that is no class (-1, an answer that is none of them) is wrong.
+    """Scores of class indices. A prediction that is no class (-1, an answer that is none of them) is wrong.
 
     >>> class_scores([0, 1, 1, -1], [0, 1, 0, 1], classes=2)
     {'accuracy': 0.5, 'f1': 0.5, 'matthews': 0.22360679774997896}

@@ -22,7 +22,7 @@ from linlora.training.task import listed
 
 _SCALE = 16.0
 _EXAMPLES = 100
-"""Of each class, the first ones, that its prototype is the mean of."""
+"""The first examples of a class, whose mean is its prototype."""
 _AT_ONCE = 64
 
 
@@ -44,7 +44,7 @@ class Prototypes(Similarity, Classification):
 
     @functools.cached_property
     def head(self) -> Head:
-        """From rows of the train split, or of `data.prototypes`."""
+        """Made from rows of the train split, or of `data.prototypes`."""
         split = "train" if self.settings.data.prototypes is None else "prototypes"
         self.check(split)
         rows, label = self.rows(split), self.settings.data.label

@@ -22,7 +22,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 from linlora.training.task import Task
 
 Pool = Callable[[Any, Mapping[str, Any]], Tensor]
-"""From the outputs of a model, and its inputs, to (rows, d)."""
+"""Takes the outputs and the inputs of a model; returns the features, (rows, d)."""
 
 
 class Head(NamedTuple):

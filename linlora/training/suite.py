@@ -21,7 +21,7 @@ _SHARED = ("model", "kind", "head", "linear_to", "lora.", "model_options.")
 
 
 def different_models(one: Settings, other: Settings, *more: str) -> list[str]:
-    """In what two tasks differ that have to share one model, and `more`, for their vectors to be fused."""
+    """The settings, and those that `more` names, which differ though tasks of one model have to share them."""
     return [difference for difference in one.differences(other) if difference.startswith((*_SHARED, *more))]
 
 
@@ -60,7 +60,7 @@ class TaskSet:
     def evaluate(
         self, model: nn.Module, split: str, limit: int | None = None, progress: bool = False
     ) -> dict[str, dict[str, float]]:
-        """What `linlora.training.evaluate` returns for each task."""
+        """The scores of each task, as `linlora.training.evaluate` returns them."""
         return {name: evaluate(model, self.enter(model, name), split, limit, progress) for name in self.tasks}
 
     def scores(self, model: nn.Module, split: str) -> list[float]:

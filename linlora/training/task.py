@@ -74,7 +74,7 @@ class Task(ABC):
         return []
 
     def labels_in_words(self) -> str:
-        """What the labels are taken for, for the introduction of a run."""
+        """Describes the labels, for the introduction of a run."""
         if self.classes is not None:
             return f"{self.class_count} classes, {listed(self.classes.names)}"
         found = distinct(self.rows("train"), self.settings.data.label)
@@ -111,13 +111,13 @@ class Task(ABC):
         """The inputs of the model for some rows; their labels are not looked at."""
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
-        """What the model is trained on for some rows: inputs and labels."""
+        """The inputs and labels of some rows, to train on."""
         dtype = torch.long if self.answer == "classes" else torch.float32
         return {**self.inputs(rows), "labels": torch.tensor([self.expected(row) for row in rows], dtype=dtype)}
 
     @abstractmethod
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """What the model says of each class, (rows, classes)."""
+        """The logits of the classes, (rows, classes)."""
 
     @abstractmethod
     def predict(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> list[Any]:

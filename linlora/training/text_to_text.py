@@ -142,7 +142,7 @@ class TextToText(Task):
         return outputs.logits, labels
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Of the first token of the answer, over the vocabulary."""
+        """The logits of the first token of the answer, over the vocabulary."""
         if self.causal:
             lengths = inputs["attention_mask"].sum(1)  # padded behind instead: models count positions from the start
             turned = {

@@ -127,7 +127,7 @@ class TaskTrainer(Trainer):
     def _init_training_state(
         self, max_steps: int, steps_per_epoch: int, epochs: int, checkpoint: str | None, trial: Any
     ) -> tuple[int, int]:
-        """Where training begins: of a checkpoint that training ended with, behind the last epoch."""
+        """The epoch and step to begin at; behind the last epoch for a checkpoint that training ended with."""
         begin = super()._init_training_state(max_steps, steps_per_epoch, epochs, checkpoint, trial)
         if checkpoint is None:
             return begin
