@@ -65,7 +65,7 @@ def training_arguments(settings: Settings) -> TrainingArguments:
             f"one process sees {arguments.n_gpu} GPUs; start one for each (torchrun --nproc-per-node "
             f"{arguments.n_gpu} -m linlora.cli train ...), or show it one (CUDA_VISIBLE_DEVICES=0)"
         )
-    if arguments.load_best_model_at_end and arguments.save_total_limit == 1:
+    if arguments.eval_strategy != "no" and arguments.save_total_limit == 1:
         arguments.save_total_limit = 2  # the best and the last one: without the last, the end of training is forgotten
     return arguments
 

@@ -73,8 +73,9 @@ BEST = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_m
         ({"save_steps": 2, "gradient_accumulation_steps": 4, "max_steps": 2}, False),
         ({**BEST, "save_total_limit": 1}, False),
         ({**BEST, "save_total_limit": 1}, True),
+        ({**BEST, "load_best_model_at_end": False}, False),
     ],
-    ids=["steps", "epochs", "accumulated", "best", "best in a renamed folder"],
+    ids=["steps", "epochs", "accumulated", "best", "best in a renamed folder", "an earlier one scored best"],
 )
 def test_a_run_that_ended_training_trains_nothing_more(settings, tmp_path, monkeypatch, training, moved):
     scores = iter([0.5, 0.7, 0.6])  # the second evaluation is the best
