@@ -15,7 +15,7 @@ from linlora.experiments.fusing import best_options, builder
 from linlora.experiments.judges import Judge, misfit, suite_of
 from linlora.experiments.options import Options, in_words
 from linlora.experiments.results import mean_if_all
-from linlora.fusion import METHODS, fuse
+from linlora.fusion import METHODS, fuse, needs
 from linlora.fusion.checks import check_options, required
 from linlora.training.folder import Run
 from linlora.training.report import percent
@@ -70,7 +70,8 @@ def evaluate_fused(
     if searched and len(choices) < 2:
         raise ValueError(f"search: {method} has no option with several values to try; give one a list of them")
     splits = list(dict.fromkeys([split, *(["validation"] if searched else [])]))
-    suite = suite_of(tasks, vectors, *splits)
+    learnt = ["validation"] if needs(method) == "examples" else []
+    suite = suite_of(tasks, vectors, *splits, *learnt)
     at = Space(vectors, suite.base, suite.model, suite.put)
     build = builder(method, at, suite, Options(), progress=True)
     chosen, curve = best_options(build, at, suite, choices, console) if searched else (dict(options), None)
