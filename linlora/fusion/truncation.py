@@ -27,7 +27,10 @@ _DEPENDENT = 1e-12
 
 @dataclass(frozen=True)
 class Basis:
-    """Orthonormal columns, U = columns · turn, in the dtype of the columns; `turn` is float64, None for one."""
+    """Orthonormal columns U (N, p): columns (N, c) times turn (c, p), or the columns themselves where that is None.
+
+    U is never formed: what is asked for is U times a few columns more, in the dtype of the columns.
+    """
 
     columns: Tensor
     turn: Tensor | None
@@ -40,7 +43,7 @@ class Basis:
 
 @dataclass(frozen=True)
 class Factored:
-    """ΔW = U left rightᵀ Vᵀ with left (p, k) and right (q, k), float64, in bases of its columns and of its rows."""
+    """ΔW = U left rightᵀ Vᵀ: left (p, k) and right (q, k), float64, in bases U of its columns and V of its rows."""
 
     U: Basis
     left: Tensor

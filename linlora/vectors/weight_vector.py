@@ -106,7 +106,8 @@ class WeightVector(TaskVector, scope="weight"):
         for layer in [*self.scalings, *(layer for layer in other.scalings if layer not in self.scalings)]:
             there = [vector for vector in (self, other) if layer in vector.scalings]
             if len(there) == 1:
-                A, B, scalings[layer] = *_stored_factors_of(there[0], layer), there[0].scalings[layer]
+                A, B = (there[0].deltas[f"{layer}.{kind}"] for kind in ("dA", "dB"))
+                scalings[layer] = there[0].scalings[layer]
             else:
                 update, scalings[layer] = total([vector.update(layer) for vector in there]), 1.0
                 A, B = update.A, update.B
@@ -234,10 +235,6 @@ def _product(left: Update, right: Update) -> float:
     """⟨ΔW, ΔW'⟩ from the factors."""
     A, B, C, D = (factor.double() for factor in (left.A, left.B, right.A, right.B))
     return float(((B.T @ D) * (A @ C.T)).sum())
-
-
-def _stored_factors_of(vector: WeightVector, layer: str) -> tuple[Tensor, Tensor]:
-    return vector.deltas[f"{layer}.dA"], vector.deltas[f"{layer}.dB"]
 
 
 def _padded(vector: WeightVector, name: str, layer: Any, adapter: str) -> tuple[Tensor, Tensor]:
