@@ -61,8 +61,8 @@ def cut_below(names: Iterable[str], pieces: Pieces, count: int, keep: float) -> 
 
     found = [bytearray() for _ in range(count)]  # many small arrays would keep the memory between them
     dtypes = [np.dtype(np.float32)] * count
-    for of_name in map(Ahead(names, inside), names):
-        for stream, values in of_name:
+    for pairs in map(Ahead(names, inside), names):
+        for stream, values in pairs:
             found[stream] += values.data.cast("B") if values.size else b""
             dtypes[stream] = values.dtype
     return [_before(np.frombuffer(f, d), rank) for f, d, rank in zip(found, dtypes, ranks, strict=True)]
