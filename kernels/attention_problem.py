@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .packing import Output, packable
-from .problem import DTYPES
+from .problem import DTYPES, check_dropout, check_number, refuse
 
 
 class AttentionResult(NamedTuple):
@@ -64,10 +64,8 @@ class Attention(NamedTuple):
         """Itself. Raises a ValueError that names the argument, what it is and what it has to be; dtypes of q, k and v
         may differ here, for autocast."""
         q, k, v, *tangents, mask, _, scale, dropout_p, seed = self
-        if isinstance(scale, Tensor) and scale.requires_grad and torch.is_grad_enabled():
-            _refuse("scale asks for a gradient, which this op does not give; pass a number, and scale an input by it")
-        if not 0.0 <= dropout_p < 1.0:
-            _refuse(f"dropout_p is {dropout_p}: a probability below 1 is expected")
+        check_number("attention", "scale", scale)
+        check_dropout("attention", dropout_p)
         if dropout_p > 0.0 and seed is None:
             _refuse("dropout needs a seed: pass seed=torch.randint(2**31, (), device=x.device)")
         floats = "float32, float16, bfloat16 (or float64 on the torch backend)"
@@ -101,4 +99,4 @@ class Attention(NamedTuple):
 
 
 def _refuse(message: str) -> NoReturn:
-    raise ValueError(f"attention: {message}")
+    refuse("attention", message)

@@ -9,7 +9,7 @@ from .attention_problem import Attention, AttentionResult
 from .device import unavailable
 from .grouped_problem import GroupedGradients, GroupedLoraLinear
 from .norm_problem import Norm, NormResult
-from .problem import FactorGradients, LoraLinear
+from .problem import FactorGradients, LoraLinear, check_dropout
 
 ACTIVATION_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_RANK = 256
@@ -24,9 +24,10 @@ def check_served(problem: LoraLinear) -> None:
     problem.check()
     if not 1 <= problem.rank <= MAX_RANK:
         raise ValueError(f"rank {problem.rank} is outside 1..{MAX_RANK}")
-    if problem.bias is not None:
-        _check_like("bias", problem.bias, tuple(problem.bias.shape), problem.x, factor=True)
-    check_dropout(problem.dropout_p, problem.seed, problem.x)
+    for name, tensor in zip(problem._fields[1:7], problem[1:7], strict=True):
+        if tensor is not None:
+            _check_like(name, tensor, tuple(tensor.shape), problem.x, factor=name != "weight")
+    check_mask(problem.dropout_p, problem.seed, problem.x)
 
 
 def check_grouped(problem: GroupedLoraLinear) -> int:
@@ -51,7 +52,7 @@ def check_grouped(problem: GroupedLoraLinear) -> int:
     ):
         if tensor is not None:
             _check_like(name, tensor, shape, x, factor=factor)
-    check_dropout(problem.dropout_p, problem.seed, x)
+    check_mask(problem.dropout_p, problem.seed, x)
     return rank
 
 
@@ -64,7 +65,7 @@ def check_grouped_gradients(problem: GroupedGradients) -> None:
         raise ValueError("grouped_gradients has nothing to do: pass p and g, or q and x, or all four")
     if p is not None and q is not None and p.shape[1] != q.shape[1]:
         raise ValueError(f"p and q are of one rank, got {p.shape[1]} and {q.shape[1]}")
-    check_dropout(problem.dropout_p, problem.seed, problem.wide)
+    check_mask(problem.dropout_p, problem.seed, problem.wide)
 
 
 def check_linear(x: Tensor, x_tangent: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
@@ -124,7 +125,7 @@ def check_factor_gradients(problem: FactorGradients) -> None:
     for name, low in (("p", problem.p), ("q", problem.q)):
         if low is not None and not 1 <= low.shape[1] <= MAX_GRADIENT_RANK:
             raise ValueError(f"{name} is (M, R) with R in 1..{MAX_GRADIENT_RANK}, got {tuple(low.shape)}")
-    check_dropout(problem.dropout_p, problem.seed, problem.wide)
+    check_mask(problem.dropout_p, problem.seed, problem.wide)
 
 
 def _check_gradient(name: str, low: Tensor | None, other_name: str, wide: Tensor | None) -> None:
@@ -148,7 +149,7 @@ def check_attention(problem: Attention) -> None:
             _check_like(name, x, tuple(x.shape), problem.q, factor=False)
             if not 1 <= x.shape[3] <= MAX_HEAD_SIZE:
                 raise ValueError(f"the head size of {name} is in 1..{MAX_HEAD_SIZE}, got {x.shape[3]}")
-    check_dropout(problem.dropout_p, problem.seed, problem.q)
+    check_mask(problem.dropout_p, problem.seed, problem.q)
 
 
 def check_attention_outputs(problem: Attention, g: Tensor, result: AttentionResult) -> None:
@@ -177,9 +178,9 @@ def check_supported(name: str, x: Tensor) -> None:
         raise ValueError(f"the Triton kernels cannot run: {reason}")
 
 
-def check_dropout(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
-    if not 0.0 <= dropout_p < 1.0:
-        raise ValueError(f"dropout_p is in [0, 1), got {dropout_p}")
+def check_mask(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
+    """Dropout is a probability, with a seed that the kernels can read."""
+    check_dropout("dropout", dropout_p)
     if dropout_p == 0.0:
         return
     if seed is None:

@@ -12,13 +12,13 @@ Forward and backward are one problem of these factors; each may be absent, which
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .packing import Output, packable
-from .problem import Gradients, LoraLinear, Result
+from .problem import Gradients, LoraLinear, Result, check_factors, check_layer, refuse, shapes
 
 
 @packable
@@ -65,12 +65,12 @@ class GroupedLoraLinear(NamedTuple):
         """Whether the layer is linearized at B0 = 0, where A has no effect."""
         return self.shrink is not None and self.expand is None
 
-    def adjoint(self, g: Tensor) -> GroupedLoraLinear:
+    def adjoint(self, g: Tensor, placed: Tensor | None = None) -> GroupedLoraLinear:
         """The problem of the transposes, whose y is the gradient of x of one stream, from the cotangent (M, N)."""
         shrink, expand, d_shrink, d_expand = self[3:7]
         return GroupedLoraLinear(
             g, self.weight.t(), None, _t(expand), _t(shrink), _mt(d_expand), _mt(d_shrink), self.groups, self.scaling,
-            None, self.dropout_p, self.seed, False, not self.masks_update,
+            None, self.dropout_p, self.seed, False, not self.masks_update, placed,
         )  # fmt: skip
 
     def primal(self) -> LoraLinear:
@@ -99,38 +99,34 @@ class GroupedLoraLinear(NamedTuple):
             return Result(wide, wide, low)
         return Result(wide, None, low if self.shrink is not None else None, low if self.d_shrink is not None else None)
 
-    def check(self, autocast: bool = False) -> GroupedLoraLinear:
+    def check(self) -> GroupedLoraLinear:
         """Itself, with mixed factors. Raises a ValueError that names the argument, what it is and has to be."""
         op, (x, weight), A, B, groups = "grouped_lora_linear", self[:2], self.d_shrink, self.d_expand, self.groups
         assert B is not None
-        check_layer(op, x, weight)
+        check_layer(op, self)
         n, k = weight.shape
         if B.dim() != 3 or (A is not None and A.dim() != 3):
-            _refuse(op, f"mixed factors A (T, K, r) and B (T, r, N) are expected, got {shapes(A=A, B=B)}")
+            refuse(op, f"mixed factors A (T, K, r) and B (T, r, N) are expected, got {shapes(A=A, B=B)}")
         rank, count = B.shape[1], groups.n_groups
-        if tuple(B.shape) != (count, rank, n) or (A is not None and tuple(A.shape) != (count, k, rank)):
+        if B.shape != (count, rank, n) or (A is not None and A.shape != (count, k, rank)):
             wanted = f"A ({count}, {k}, {rank}) and B ({count}, {rank}, {n})"
-            _refuse(op, f"{wanted} are expected for {count} groups, got {shapes(A=A, B=B)}")
+            refuse(op, f"{wanted} are expected for {count} groups, got {shapes(A=A, B=B)}")
         if x.shape[:-1].numel() != groups.rows:
-            _refuse(op, f"the groups are of {groups.rows} rows, x has {x.shape[:-1].numel()}: {shapes(x=x)}")
+            refuse(op, f"the groups are of {groups.rows} rows, x has {x.shape[:-1].numel()}: {shapes(x=x)}")
         if groups.ids.device != x.device:
-            _refuse(op, f"the groups' ids are on {groups.ids.device}, x on {x.device}: move the task ids")
-        return self.check_point(op, autocast)
+            refuse(op, f"the groups' ids are on {groups.ids.device}, x on {x.device}: move the task ids")
+        return self.check_factors(op)
 
-    def check_point(self, op: str, autocast: bool = False) -> GroupedLoraLinear:
-        """Itself, once the frozen layer and its point fit and the factors have its dtypes, mixed already or not."""
-        x, weight, bias, A0, B0, A, B, _, scaling, x_tangent, dropout_p, seed, *_ = self
+    def check_factors(self, op: str) -> GroupedLoraLinear:
+        """Itself, once its point fits the layer and its factors, mixed already or not, have x's dtype and device."""
+        x, weight, _, A0, B0, A, B = self[:7]
         assert B is not None
-        (n, k), rank = weight.shape, B.shape[-2]
         if A0 is None and B0 is not None:
-            _refuse(op, "B0 without A0: a linearization point is A0 and B0, or A0 alone where B0 = 0")
+            refuse(op, "B0 without A0: a linearization point is A0 and B0, or A0 alone where B0 = 0")
         if A is None and (A0 is None or B0 is not None):
-            _refuse(op, "A is missing: only a layer linearized at A0 and B0 = 0 does without")
-        # The frozen layer and the point are those of `lora_linear`, with stand-ins for its offsets.
-        dA, dB = x.new_empty(()).expand(rank, k), x.new_empty(()).expand(n, rank)
-        point = (dA if A0 is None else A0), B0, None if B0 is None else dA, dB
-        LoraLinear(x, weight, bias, *point, scaling, x_tangent, dropout_p, seed).check(op, autocast)
-        check_placed(op, x, autocast, A=A, B=B)
+            refuse(op, "A is missing: only a layer linearized at A0 and B0 = 0 does without")
+        (n, k), rank = weight.shape, B.shape[-2]
+        check_factors(op, x, ("A0", A0, (rank, k)), ("B0", B0, (n, rank)), ("A", A, None), ("B", B, None))
         return self
 
 
@@ -169,32 +165,6 @@ class GroupedGradients(NamedTuple):
             None if p is None or g is None else Output((self.n_groups, p.shape[1], g.shape[1]), self.dtype),
             None if q is None or x is None else Output((self.n_groups, x.shape[1], q.shape[1]), self.dtype),
         )
-
-
-def check_layer(op: str, x: Tensor, weight: Tensor) -> None:
-    """Raise a ValueError unless x (..., K) and weight (N, K) agree."""
-    if x.dim() == 0 or weight.dim() != 2 or x.shape[-1] != weight.shape[1]:
-        _refuse(op, f"x (..., K) and weight (N, K) are expected, got {shapes(x=x, weight=weight)}")
-
-
-def check_placed(op: str, x: Tensor, autocast: bool = False, **tensors: Tensor | None) -> None:
-    """Raise a ValueError unless the tensors are float32 or of x's dtype, and where x is."""
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.dtype not in (x.dtype, torch.float32) and not autocast:
-            _refuse(op, f"{name} is {tensor.dtype}: it is float32 or of x's dtype ({x.dtype})")
-        if tensor.device != x.device:
-            _refuse(op, f"{name} is on {tensor.device}, x on {x.device}: move the model or the input")
-
-
-def shapes(**tensors: Tensor | None) -> str:
-    """The shapes of tensors by name, for a message."""
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor is not None)
-
-
-def _refuse(op: str, message: str) -> NoReturn:
-    raise ValueError(f"{op}: {message}")
 
 
 def _t(factor: Tensor | None) -> Tensor | None:

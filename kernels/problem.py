@@ -131,50 +131,18 @@ class LoraLinear(NamedTuple):
             low if self.is_pair else None,
         )
 
-    def check(self, op: str = "", autocast: bool = False) -> LoraLinear:
-        """Itself. Raises a ValueError that names the argument, what it is and what it has to be.
-
-        `autocast` says that weights and factors are cast to x's dtype, whatever theirs is.
-        """
-        x, weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, *_ = self
-
-        def refuse(message: str) -> NoReturn:
-            raise ValueError(f"{op or self.op}: {message}")
-
-        if isinstance(scaling, Tensor) and scaling.requires_grad and torch.is_grad_enabled():
-            refuse("scaling asks for a gradient, which this op does not give; pass a number, and scale an input by it")
-        if x.dim() == 0 or weight.dim() != 2 or A0.dim() != 2:
-            refuse(f"x (..., K), weight (N, K) and A0 (r, K) are expected, got {_shapes(x=x, weight=weight, A0=A0)}")
-        n, k = weight.shape
-        r = A0.shape[0]
-        if x.shape[-1] != k:
-            refuse(f"x has {x.shape[-1]} features in its last dimension, {_shapes(weight=weight)} takes {k}")
-        if A0.shape[1] != k or dB.shape != (n, r):
-            refuse(f"factors A0 ({r}, {k}) and dB ({n}, {r}) are expected, got {_shapes(A0=A0, dB=dB)}")
-        if B0 is not None:
-            if dA is None:
-                refuse("dA is missing: with a B0 the tangent needs both dA (r, K) and dB (N, r); zeros will do")
-            elif B0.shape != dB.shape or dA.shape != A0.shape:
-                refuse(f"dA like A0 and B0 like dB are expected, got {_shapes(A0=A0, dA=dA, B0=B0, dB=dB)}")
-        if bias is not None and bias.shape != (n,):
-            refuse(f"bias ({n},) is expected, got {_shapes(bias=bias)}")
-        if x_tangent is not None and (x_tangent.shape != x.shape or x_tangent.dtype != x.dtype):
-            refuse(f"x_tangent is expected like x, got {_shapes(x=x, x_tangent=x_tangent)}")
-        if x.dtype not in DTYPES:
-            refuse(f"x is {x.dtype}: use float32, float16, bfloat16 (or float64 on the torch backend)")
-        if weight.dtype != x.dtype and not autocast:
-            refuse(f"x is {x.dtype} and weight is {weight.dtype}: cast x, or run under torch.autocast")
-        for name, factor in (("A0", A0), ("B0", B0), ("dA", dA), ("dB", dB)):
-            if factor is not None:
-                if factor.dtype not in (x.dtype, torch.float32) and not autocast:
-                    refuse(f"{name} is {factor.dtype}: factors are float32 or of x's dtype ({x.dtype})")
-                if factor.device != x.device:
-                    refuse(f"{name} is on {factor.device}, x on {x.device}: move the model or the input")
-        for name, tensor in (("weight", weight), ("bias", bias), ("x_tangent", x_tangent)):
-            if tensor is not None and tensor.device != x.device:
-                refuse(f"{name} is on {tensor.device}, x on {x.device}: move the model or the input")
-        if not 0.0 <= dropout_p < 1.0:
-            refuse(f"dropout_p is {dropout_p}: a probability below 1 is expected")
+    def check(self) -> LoraLinear:
+        """Itself. Raises a ValueError that names the argument, what it is and what it has to be."""
+        op, (x, weight, _, A0, B0, dA, dB) = self.op, self[:7]
+        check_layer(op, self)
+        if A0.dim() != 2:
+            refuse(op, f"A0 (r, K) is expected, got {shapes(A0=A0)}")
+        if B0 is None:
+            dA = None  # without effect
+        elif dA is None:
+            refuse(op, "dA is missing: with a B0 the tangent needs both dA (r, K) and dB (N, r); zeros will do")
+        (n, k), r = weight.shape, A0.shape[0]
+        check_factors(op, x, ("A0", A0, (r, k)), ("B0", B0, (n, r)), ("dA", dA, (r, k)), ("dB", dB, (n, r)))
         return self
 
 
@@ -225,7 +193,7 @@ class FactorGradients(NamedTuple):
                 raise ValueError(f"{names[0]} and {names[1]} come together: pass both or neither")
             if low is not None and wide is not None:
                 if wide.dim() != 2 or low.dim() != 2 or low.shape[0] != wide.shape[0]:
-                    got = _shapes(**{names[0]: low, names[1]: wide})
+                    got = shapes(**{names[0]: low, names[1]: wide})
                     raise ValueError(f"{names[0]} (M, R) and {names[1]} (M, columns) share their rows, got {got}")
                 if (low.dtype, low.device) != (wide.dtype, wide.device):
                     got = f"{low.dtype} {low.device} and {wide.dtype} {wide.device}"
@@ -238,5 +206,74 @@ class FactorGradients(NamedTuple):
         return self
 
 
-def _shapes(**tensors: Tensor) -> str:
-    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items())
+def check_layer(op: str, problem: Any) -> None:
+    """Raise a ValueError unless what the problems of all layers have fits: the frozen layer, its streams, its dropout.
+
+    Under autocast weights and factors may be of any dtype: they are cast to that of x.
+    """
+    x, weight, bias = problem[:3]
+    x_tangent, device = problem.x_tangent, x.device
+    check_number(op, "scaling", problem.scaling)
+    if x.dim() == 0 or weight.dim() != 2:
+        refuse(op, f"x (..., K) and weight (N, K) are expected, got {shapes(x=x, weight=weight)}")
+    n, k = weight.shape
+    if x.shape[-1] != k:
+        got = f"{shapes(x=x)} has {x.shape[-1]} features in its last dimension"
+        refuse(op, f"{got}, {shapes(weight=weight)} takes {k}")
+    if bias is not None and bias.shape != (n,):
+        refuse(op, f"bias ({n},) is expected, got {shapes(bias=bias)}")
+    if x_tangent is not None and (x_tangent.shape != x.shape or x_tangent.dtype != x.dtype):
+        refuse(op, f"x_tangent is expected like x, got {shapes(x=x, x_tangent=x_tangent)}")
+    if x.dtype not in DTYPES:
+        refuse(op, f"x is {x.dtype}: use float32, float16, bfloat16 (or float64 on the torch backend)")
+    if weight.dtype != x.dtype and not autocast_enabled(x):
+        refuse(op, f"x is {x.dtype} and weight is {weight.dtype}: cast x, or run under torch.autocast")
+    for name, tensor in (("weight", weight), ("bias", bias), ("x_tangent", x_tangent)):
+        if tensor is not None and tensor.device != device:
+            refuse(op, f"{name} is on {tensor.device}, x on {device}: move the model or the input")
+    check_dropout(op, problem.dropout_p)
+
+
+def check_factors(op: str, x: Tensor, *factors: tuple[str, Tensor | None, tuple[int, ...] | None]) -> None:
+    """Raise a ValueError unless tensors, by name, have a shape (None: any), x's dtype or float32, and x's device."""
+    dtype, device = x.dtype, x.device
+    for name, factor, shape in factors:
+        if factor is None:
+            continue
+        if shape is not None and factor.shape != shape:
+            wanted = ", ".join(f"{name} {shape}" for name, factor, shape in factors if factor is not None)
+            got = shapes(**{name: factor for name, factor, _ in factors})
+            refuse(op, f"factors {wanted} are expected, got {got}")
+        if factor.dtype != dtype and factor.dtype is not torch.float32 and not autocast_enabled(x):
+            refuse(op, f"{name} is {factor.dtype}: float32 or x's dtype ({dtype}) is expected")
+        if factor.device != device:
+            refuse(op, f"{name} is on {factor.device}, x on {device}: move the model or the input")
+
+
+def check_number(op: str, name: str, value: float | Tensor | None) -> None:
+    """Raise a ValueError for a number that asks for a gradient."""
+    if isinstance(value, Tensor) and value.requires_grad and torch.is_grad_enabled():
+        refuse(op, f"{name} asks for a gradient, which this op does not give; pass a number, and scale an input by it")
+
+
+def check_dropout(op: str, dropout_p: float) -> None:
+    """Raise a ValueError unless it is a probability below 1."""
+    if not 0.0 <= dropout_p < 1.0:
+        refuse(op, f"dropout_p is {dropout_p}: a probability below 1 is expected")
+
+
+def autocast_enabled(x: Tensor) -> bool:
+    """Whether autocast is on for the device of a tensor; False for those it does not exist on ("meta")."""
+    if not torch._C._is_any_autocast_enabled():
+        return False
+    device = x.device.type
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def shapes(**tensors: Tensor | None) -> str:
+    """The shapes of tensors by name, for a message."""
+    return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor is not None)
+
+
+def refuse(op: str, message: str) -> NoReturn:
+    raise ValueError(f"{op}: {message}")

@@ -195,7 +195,7 @@ class LoraAdapters(PeftLoraLinear):
             raise ValueError(
                 f"layer '{self.layer_name}': the input is on {x.device}, the layer on {weight.device}; move one of them"
             )
-        if x.dtype != weight.dtype and not autocast_enabled(x.device.type):
+        if x.dtype != weight.dtype and not autocast_enabled(x):
             raise ValueError(
                 f"layer '{self.layer_name}': the input is {x.dtype}, the layer {weight.dtype}; cast the input or the "
                 "model, or run under torch.autocast"

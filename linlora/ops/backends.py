@@ -84,7 +84,7 @@ def select(
 def select_layer(problem: LoraLinear) -> ModuleType:
     """The module whose `lora_linear` runs for a problem, whose x is (..., K)."""
     x = problem.x
-    if choice.name() is None and x.device.type != "cuda":
+    if choice.name() is None and not x.is_cuda:
         return aten
     n, k = problem.weight.shape
     shape = shape_class(x.numel() // max(k, 1), n)

@@ -28,18 +28,14 @@ import torch
 from torch import Tensor
 
 from linlora.kernels.grouped_problem import GroupedGradients, GroupedLoraLinear
-from linlora.kernels.packing import pack, unpack
 from linlora.kernels.problem import FactorGradients
-from linlora.ops import aten, backends, composed, lora_linear
-from linlora.ops.checks import autocast_enabled, autocast_input
+from linlora.ops import backends, composed, lora_linear
+from linlora.ops.checks import autocast_input
 from linlora.ops.composed import backward_backend
 from linlora.ops.grouping import Groups
 from linlora.ops.mixing import by_groups
-from linlora.ops.rows import as_rows
+from linlora.ops.rows import as_rows, of_rows
 from linlora.ops.transforms import intercepts, transform_active
-
-_NOTHING: Any = GroupedLoraLinear(*[None] * len(GroupedLoraLinear._fields))
-"""No gradient of any field."""
 
 
 def grouped_lora_linear(
@@ -87,7 +83,7 @@ def grouped_lora_linear(
     """
     x = autocast_input(x)
     problem = GroupedLoraLinear(x, weight, bias, A0, B0, A, B, groups, scaling, None, dropout_p, seed)
-    return run(problem.check(autocast_enabled(x.device.type)))
+    return run(problem.check())
 
 
 def run(problem: GroupedLoraLinear) -> Tensor:
@@ -97,7 +93,8 @@ def run(problem: GroupedLoraLinear) -> Tensor:
     if problem.groups.n_groups == 1:
         return lora_linear.run(problem.of_one_group())
     x, weight = problem.x, problem.weight
-    problem = problem._replace(x=as_rows(x))
+    if x.dim() != 2:
+        problem = problem._replace(x=as_rows(x))
     backend = backends.select(x.device, "routed_lora_linear")
     problem = composed.with_dropout(backend, problem)
     if (
@@ -106,44 +103,46 @@ def run(problem: GroupedLoraLinear) -> Tensor:
         or torch.compiler.is_compiling()
         or composed.preferred(backend, x, weight, problem.rank, problem.dropout_p)
     ):
-        y = by_groups(problem._replace(groups=problem.groups.layout(aten)))
+        y = by_groups(problem)
     else:
         y = _GroupedLoraLinear.apply(backend, *problem)
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return of_rows(y, x)
 
 
 def run_two_streams(problem: GroupedLoraLinear, backend: ModuleType) -> tuple[Tensor, Tensor]:
     """(y, y_tangent) of model scope, of a checked problem."""
     problem = composed.with_dropout(backend, problem)
     x, x_tangent = problem.x, problem.x_tangent
-    problem = problem._replace(
-        x=as_rows(x),
-        x_tangent=None if x_tangent is None else as_rows(x_tangent),
-        d_shrink=None if problem.at_zero else problem.d_shrink,
-    )
-    shape = (*x.shape[:-1], problem.weight.shape[0])
+    if x.dim() != 2 or problem.at_zero:
+        problem = problem._replace(
+            x=as_rows(x),
+            x_tangent=None if x_tangent is None else as_rows(x_tangent),
+            d_shrink=None if problem.at_zero else problem.d_shrink,
+        )
     y, y_tangent = _GroupedLoraLinear.apply(backend, *problem)
-    return y.view(shape), y_tangent.view(shape)
+    return of_rows(y, x), of_rows(y_tangent, x)
 
 
 class _GroupedLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, *fields: Any) -> Any:
-        problem = GroupedLoraLinear(*fields)
-        needs, x, bias = _needs(ctx.needs_input_grad, problem.two_streams), problem.x, problem.bias
-        result = backend.grouped_lora_linear(
-            problem._replace(
-                weight=problem.weight.to(x.dtype),
-                bias=None if bias is None else bias.to(x.dtype),
-                groups=problem.groups.layout(backend),
-            )
-        )
-        keeps_x = needs.weight or needs.d_shrink or needs.shrink
-        tensors, ctx.numbers = pack(problem._replace(x=x if keeps_x else None, bias=None, x_tangent=None))
+        x, weight, bias, *factors, groups, scaling, _, dropout_p, seed, two_streams, _, _ = fields
+        frozen = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
+        problem = GroupedLoraLinear(x, *frozen, *factors, groups.layout(backend), *fields[8:])
+        result, needs = backend.grouped_lora_linear(problem), GroupedLoraLinear(*ctx.needs_input_grad[1:])
+        if two_streams:  # model scope: all but x and the groups' factors are frozen
+            needs = GroupedLoraLinear(needs.x, None, None, None, None, needs.d_shrink, needs.d_expand, None, None)
         low = result.c if problem.shrink is None else result.u
-        ctx.save_for_backward(*tensors, low if needs.d_expand else None, result.c if needs.expand else None)
-        ctx.backend = backend
-        if not problem.two_streams:
+        ctx.save_for_backward(
+            x if needs.weight or needs.d_shrink or needs.shrink else None,
+            weight,
+            *factors,
+            seed,
+            low if needs.d_expand else None,
+            result.c if needs.expand else None,
+        )
+        ctx.backend, ctx.needs, ctx.options = backend, needs, (groups, scaling, dropout_p, two_streams)
+        if not two_streams:
             return result.y
         ctx.mark_non_differentiable(result.y_tangent)
         return result.y, result.y_tangent
@@ -151,42 +150,30 @@ class _GroupedLoraLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any = None) -> tuple[Any, ...]:
         backend = backward_backend("grouped_lora_linear", ctx.backend, g)
-        *tensors, low, c = ctx.saved_tensors
-        problem = unpack(GroupedLoraLinear, tensors, ctx.numbers)
-        needs, x, layout = _needs(ctx.needs_input_grad, problem.two_streams), problem.x, problem.groups.layout(backend)
-        problem = problem._replace(weight=problem.weight.to(g.dtype), groups=layout)
+        x, weight, *factors, seed, low, c = ctx.saved_tensors
+        needs, (groups, scaling, dropout_p, two_streams) = ctx.needs, ctx.options
+        layout = groups.layout(backend)
+        problem = GroupedLoraLinear(
+            x, weight.to(g.dtype), None, *factors, layout, scaling, None, dropout_p, seed, two_streams
+        )
         placed = backend.place(g, layout)
         dx, u_adjoint, c_adjoint = _low_adjoints(backend, problem, g, placed, needs)
-        dropout = problem.dropout_p, problem.seed
         dA = dB = dA0 = dB0 = None
         if needs.d_shrink or needs.d_expand:
             of_g = (low, placed) if needs.d_expand else (None, None)
             low_adjoint = c_adjoint if problem.expand is None else u_adjoint
-            of_x = (low_adjoint, backend.place(x, layout, *dropout)) if needs.d_shrink else (None, None)
+            of_x = (low_adjoint, backend.place(x, layout, dropout_p, seed)) if needs.d_shrink else (None, None)
             B = problem.d_expand
             dB, dA = backend.grouped_gradients(
-                GroupedGradients(*of_g, *of_x, layout, B.shape[0], problem.scaling, B.dtype, *dropout)
+                GroupedGradients(*of_g, *of_x, layout, B.shape[0], scaling, B.dtype, dropout_p, seed)
             )
         if needs.shrink or needs.expand:
             of_g, of_x = (c, g) if needs.expand else (None, None), (c_adjoint, x) if needs.shrink else (None, None)
             dB0, dA0 = backend.factor_gradients(
-                FactorGradients(*of_g, *of_x, problem.scaling, problem.shrink.dtype, *dropout)
+                FactorGradients(*of_g, *of_x, scaling, problem.shrink.dtype, dropout_p, seed)
             )
-        return None, *_NOTHING._replace(
-            x=dx,
-            weight=g.t() @ x if needs.weight else None,
-            bias=g.sum(0) if needs.bias else None,
-            shrink=dA0,
-            expand=dB0,
-            d_shrink=dA,
-            d_expand=dB,
-        )
-
-
-def _needs(needs_input_grad: tuple[bool, ...], two_streams: bool) -> GroupedLoraLinear:
-    """Which fields of a problem ask for a gradient; at model scope all but x and the groups' factors are frozen."""
-    needs = GroupedLoraLinear(*needs_input_grad[1:])
-    return _NOTHING._replace(x=needs.x, d_shrink=needs.d_shrink, d_expand=needs.d_expand) if two_streams else needs
+        d_weight, d_bias = g.t() @ x if needs.weight else None, g.sum(0) if needs.bias else None
+        return None, dx, d_weight, d_bias, dA0, dB0, dA, dB, *(None,) * 8
 
 
 def _low_adjoints(
@@ -200,7 +187,7 @@ def _low_adjoints(
             y, _, u_adjoint, _ = backend.lora_linear(problem.primal().adjoint(g), save=bool(needs.d_shrink))
             return y, u_adjoint, None
         return None, g @ problem.expand.to(g.dtype) if needs.d_shrink else None, None
-    adjoint = problem.adjoint(g)._replace(placed=placed)
+    adjoint = problem.adjoint(g, placed)
     if needs.x:
         y, _, u_adjoint, c_adjoint = backend.grouped_lora_linear(adjoint)
         return y, u_adjoint, c_adjoint

@@ -33,9 +33,9 @@ from torch import Tensor
 
 from linlora.kernels.problem import FactorGradients, Gradients, LoraLinear, Result
 from linlora.ops import aten, backends, composed
-from linlora.ops.checks import autocast_enabled, autocast_input
+from linlora.ops.checks import autocast_input
 from linlora.ops.composed import backward_backend
-from linlora.ops.rows import as_rows
+from linlora.ops.rows import as_rows, of_rows
 from linlora.ops.transforms import intercepts, transform_active
 
 _NOTHING: Any = LoraLinear(*[None] * len(LoraLinear._fields))
@@ -87,7 +87,7 @@ def lora_linear(
     problem = LoraLinear(
         autocast_input(x), weight, bias, A0, B0, dA, dB, scaling, x_tangent, dropout_p, seed, two_streams=True
     )
-    return run(problem.check(autocast=autocast_enabled(x.device.type)))
+    return run(problem.check())
 
 
 def linearized_lora_linear(
@@ -128,7 +128,7 @@ def linearized_lora_linear(
     [2.5, 2.5, 2.5]
     """
     problem = LoraLinear(autocast_input(x), weight, bias, A0, B0, dA, dB, scaling, None, dropout_p, seed)
-    return run(problem.check(autocast=autocast_enabled(x.device.type)))
+    return run(problem.check())
 
 
 def run(problem: LoraLinear, constant_tangent: bool = False) -> Any:
@@ -141,34 +141,36 @@ def run(problem: LoraLinear, constant_tangent: bool = False) -> Any:
     transformed = not constant_tangent and (transform_active() or intercepts(problem.x))
     backend = aten if transformed else backends.select_layer(problem)
     problem = composed.with_dropout(backend, problem)
-    if transformed:
-        return _shaped(aten.lora_linear(_matrices(problem)), problem)
-    if composed.preferred(backend, problem.x, problem.weight, problem.shrink.shape[0], problem.dropout_p):
+    if transformed or composed.preferred(backend, problem.x, problem.weight, problem.rank, problem.dropout_p):
         if not constant_tangent:
-            return _shaped(aten.lora_linear(_matrices(problem)), problem)
+            y, y_tangent, *_ = aten.lora_linear(_frozen_like_x(problem))
+            return (y, y_tangent) if problem.two_streams else y
         backend = aten
     if not torch.is_grad_enabled():
         return _shaped(backend.lora_linear(_matrices(problem), save=False), problem)
     return _LoraLinear.apply(backend, constant_tangent, *problem)
 
 
+def _frozen_like_x(problem: LoraLinear) -> LoraLinear:
+    """The problem with its frozen layer in the dtype of x."""
+    x, weight, bias = problem[:3]
+    if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
+        return problem
+    return LoraLinear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *problem[3:])
+
+
 def _matrices(problem: LoraLinear) -> LoraLinear:
     """The problem as backends take it: rows for leading dimensions, the frozen layer in the dtype of x."""
-    x, weight, bias = problem[:3]
-    if weight.dtype != x.dtype or (bias is not None and bias.dtype != x.dtype):
-        weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
-    elif x.dim() == 2:
+    problem = _frozen_like_x(problem)
+    if problem.x.dim() == 2:
         return problem
-    return LoraLinear(as_rows(x), weight, bias, *problem[3:8], _rows(problem.x_tangent), *problem[9:])
+    return LoraLinear(as_rows(problem.x), *problem[1:8], _rows(problem.x_tangent), *problem[9:])
 
 
 def _shaped(result: Result, problem: LoraLinear) -> Any:
     """The outputs with the leading dimensions of x."""
-    y, y_tangent = result[:2]
-    if problem.x.dim() != 2:
-        shape = (*problem.x.shape[:-1], problem.weight.shape[0])
-        y, y_tangent = y.reshape(shape), None if y_tangent is None else y_tangent.reshape(shape)
-    return (y, y_tangent) if problem.two_streams else y
+    y = of_rows(result.y, problem.x)
+    return (y, of_rows(result.y_tangent, problem.x)) if problem.two_streams else y
 
 
 class _LoraLinear(torch.autograd.Function):

@@ -56,7 +56,7 @@ def mix_inventories(
     check_inventories(As, Bs, mixtures)
     if not Bs:
         return [], []
-    if autocast_enabled(Bs[0].device.type):  # of the layers' products, which cast the factors mixed here
+    if autocast_enabled(Bs[0]):  # of the layers' products, which cast the factors mixed here
         with torch.autocast(Bs[0].device.type, enabled=False):
             return mix_inventories(As, Bs, mixtures)
     empty = any(tensor.numel() == 0 for tensor in (*Bs, *mixtures, *(A for A in As if A is not None)))

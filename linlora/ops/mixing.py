@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from linlora.kernels.grouped_problem import GroupedLoraLinear
+from linlora.ops import aten
 from linlora.ops.aten.dropout import dropout
 from linlora.ops.aten.grouping import Blocks
 from linlora.ops.aten.mixing import selected
@@ -41,8 +42,8 @@ def activations_pay(examples: int, repeats: int, groups: int, skills: int, rank:
 
 
 def by_groups(problem: GroupedLoraLinear) -> Tensor:
-    """The layer of a matrix x (M, K) with mixed factors, its groups in the layout of the `torch` backend."""
-    x, layout, scaling = problem.x, problem.groups, problem.scaling
+    """The layer of a matrix x (M, K) with mixed factors."""
+    x, layout, scaling = problem.x, problem.groups.layout(aten), problem.scaling
     y, low, u, expand = _frozen(problem)
     c = None if problem.d_shrink is None else _product(low, _like(x, problem.d_shrink), layout)
     own = c if u is None else u  # what a group's own B multiplies

@@ -25,7 +25,7 @@ from linlora.ops.grouping import Groups, unique_tasks
 from linlora.ops.mix_inventories import mix_inventories
 from linlora.ops.mixing import activations_pay, by_activations
 from linlora.ops.routing_checks import check_routed_lora_linear, check_task_ids
-from linlora.ops.rows import as_rows
+from linlora.ops.rows import as_rows, of_rows
 from linlora.ops.transforms import readable, transform_active
 
 
@@ -102,7 +102,7 @@ def routed_lora_linear(
         (mixed_A,), (mixed_B,) = mix_inventories([problem.d_shrink], [B], [mixture.index_select(0, tasks)])
         groups = Groups(places, tasks.shape[0], rows.shape[0])
         y = run(problem._replace(d_shrink=mixed_A, d_expand=mixed_B, groups=groups))
-    return y.view(*x.shape[:-1], weight.shape[0])
+    return of_rows(y, x)
 
 
 def _leaves_out(mixture: Tensor) -> bool:

@@ -7,8 +7,8 @@ from typing import NoReturn
 import torch
 from torch import Tensor
 
-from linlora.kernels.grouped_problem import GroupedLoraLinear, check_layer, check_placed, shapes
-from linlora.ops.checks import autocast_enabled
+from linlora.kernels.grouped_problem import GroupedLoraLinear
+from linlora.kernels.problem import check_factors, check_layer, shapes
 from linlora.ops.transforms import transform_active
 
 _OP = "routed_lora_linear"
@@ -58,11 +58,10 @@ def check_routed_lora_linear(problem: GroupedLoraLinear, mixture: Tensor, task_i
     """Raise a ValueError that names the argument, what it is and what it has to be; task ids' values come after."""
     x, weight, A, B = problem.x, problem.weight, problem.d_shrink, problem.d_expand
     assert B is not None
-    check_layer(_OP, x, weight)
+    check_layer(_OP, problem)
     check_inventory(A, B, (weight.shape[1], weight.shape[0]))
-    autocast = autocast_enabled(x.device.type)
-    problem.check_point(_OP, autocast)
-    check_placed(_OP, x, autocast, mixture=mixture)
+    problem.check_factors(_OP)
+    check_factors(_OP, x, ("mixture", mixture, None))
     _check_mixture(x, mixture, task_ids, (B.shape[0], B.shape[1]))
 
 

@@ -12,4 +12,11 @@ def as_rows(x: Tensor) -> Tensor:
     >>> as_rows(torch.ones(2, 3, 0)).shape, as_rows(torch.ones(4)).shape
     (torch.Size([6, 0]), torch.Size([1, 4]))
     """
+    if x.dim() == 2:
+        return x
     return x.unsqueeze(0) if x.dim() == 1 else x.flatten(0, -2)
+
+
+def of_rows(y: Tensor, x: Tensor) -> Tensor:
+    """The rows y (M, N) of x (..., K) as (..., N)."""
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], y.shape[1])

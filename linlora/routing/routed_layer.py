@@ -127,7 +127,7 @@ class RoutedLayer(nn.Module):
                 f"layer '{self.layer_name}': the input {tuple(x.shape)} has {x.shape[-1]} features in its last "
                 f"dimension, the layer takes {self.in_features}"
             )
-        if x.device != weight.device or (x.dtype != weight.dtype and not autocast_enabled(x.device.type)):
+        if x.device != weight.device or (x.dtype != weight.dtype and not autocast_enabled(x)):
             raise ValueError(
                 f"layer '{self.layer_name}': the input is {x.dtype} on {x.device}, the layer {weight.dtype} on "
                 f"{weight.device}; cast or move one of them, or run under torch.autocast"

@@ -112,6 +112,7 @@ def test_the_newest_run_decides(evidence, hopper):
 def test_an_op_is_told_from_its_calls(evidence, hopper, monkeypatch):
     evidence(GREEN)
     monkeypatch.setattr(torch.Tensor, "device", HOPPER)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     weight = torch.empty(4096, 16, dtype=torch.bfloat16)
     for rows, expected in ((2048, kernels), (64, aten)):
         x = torch.empty(2, rows // 2, 16, dtype=torch.bfloat16)

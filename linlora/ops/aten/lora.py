@@ -20,12 +20,12 @@ _REDUCTION_BLOCKS = 8
 
 
 def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True) -> Result:
-    """The result of one stream or two, of matrices. Two streams have u and c without `save` too."""
+    """The result of one stream or two, for x (..., K). Two streams have u and c without `save` too."""
     problem = in_one_dtype(problem if problem.masks_update else with_mask(problem))
     x, weight, two = problem.x, problem.weight, problem.two_streams
     if not (save or two) and problem.dropout_p == 0.0 and folding_pays(x, weight):
         return Result(linear(x, _folded(problem), problem.bias))
-    if problem.is_pair and on_gpu(x) and not _recorded():
+    if problem.is_pair and on_gpu(x) and x.dim() == 2 and not _recorded():
         return _side_by_side(problem, primal)
     u, c = low_rank(problem)
     if not two:
@@ -38,7 +38,7 @@ def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True) -> 
 def _frozen_tangent(problem: LoraLinear) -> Tensor:
     """x_t Wᵀ."""
     x, weight, x_tangent = problem.x, problem.weight, problem.x_tangent
-    return x.new_zeros(x.shape[0], weight.shape[0]) if x_tangent is None else linear(x_tangent, weight)
+    return x.new_zeros(*x.shape[:-1], weight.shape[0]) if x_tangent is None else linear(x_tangent, weight)
 
 
 def _side_by_side(problem: LoraLinear, primal: bool) -> Result:
@@ -81,9 +81,9 @@ def low_rank(problem: LoraLinear, with_c: bool = True) -> tuple[Tensor, Tensor |
     if d_shrink is None or not with_c:
         return u, None
     if not problem.two_streams:
-        return u, torch.addmm(u, low, d_shrink.t())
+        return u, _added(u, low, d_shrink)
     c = linear(low, d_shrink)
-    return u, c if low_tangent is None else torch.addmm(c, low_tangent, shrink.t())
+    return u, c if low_tangent is None else _added(c, low_tangent, shrink)
 
 
 def _low_inputs(problem: LoraLinear) -> tuple[Tensor, Tensor | None]:
@@ -128,6 +128,9 @@ def _updated(y: Tensor, problem: LoraLinear, u: Tensor, of_u: Tensor | None, c: 
     update, beta = y, 0.0 if masked else 1.0
     for low, factor in ((u, of_u), (c, problem.expand)):
         if low is not None and factor is not None:
+            if y.dim() != 2:
+                update = _added(update, low, factor, problem.scaling)
+                continue
             add = torch.addmm if recorded or beta == 0.0 else Tensor.addmm_
             update, beta = add(update, low, factor.t(), beta=beta, alpha=problem.scaling), 1.0
     if not masked or beta == 0.0:
@@ -135,6 +138,13 @@ def _updated(y: Tensor, problem: LoraLinear, u: Tensor, of_u: Tensor | None, c: 
     if recorded:
         return y + dropout(update, p, problem.seed)
     return y.addcmul_(update, mask(update, p, problem.seed), value=1.0 / (1.0 - p))
+
+
+def _added(y: Tensor, low: Tensor, factor: Tensor, scaling: float = 1.0) -> Tensor:
+    """y + s low factorᵀ, in one call for matrices."""
+    if y.dim() == 2:
+        return torch.addmm(y, low, factor.t(), alpha=scaling)
+    return torch.add(y, linear(low, factor), alpha=scaling)
 
 
 def _recorded() -> bool:

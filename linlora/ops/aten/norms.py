@@ -20,30 +20,33 @@ def norm(problem: Norm) -> NormResult:
     x, x_tangent, weight, bias, eps, centered = problem
     if centered:
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], _like(weight, x), _like(bias, x), eps)
-        result = NormResult(y, None, mean, rstd)
-        if x_tangent is None:
-            return result
-        y_tangent = norm_backward(problem._replace(weight=None), x_tangent, result)
-        return result._replace(y_tangent=y_tangent if weight is None else y_tangent.mul_(weight))
+        y_tangent = None if x_tangent is None else _layer_jacobian(x_tangent, x, None, mean, rstd)
+        if y_tangent is not None and weight is not None:
+            y_tangent.mul_(weight)
+        return NormResult(y, y_tangent, mean, rstd)
     wide = _wide(x)
     rstd = torch.linalg.vector_norm(wide, dim=-1).square_().div_(max(x.shape[-1], 1)).add_(eps).rsqrt_()
     normalized = wide * rstd.unsqueeze(-1)
-    result = NormResult(_scaled(normalized, weight, x.dtype), None, None, rstd)
-    if x_tangent is None:
-        return result
-    return result._replace(y_tangent=_scaled(_rms_jacobian(_wide(x_tangent), normalized, rstd), weight, x.dtype))
+    change = None if x_tangent is None else _rms_jacobian(_wide(x_tangent), normalized, rstd)
+    y_tangent = None if change is None else _scaled(change, weight, x.dtype)
+    return NormResult(_scaled(normalized, weight, x.dtype), y_tangent, None, rstd)
 
 
 def norm_backward(problem: Norm, g: Tensor, result: NormResult) -> Tensor:
     """dx = J (w ⊙ g)."""
     x, weight, rstd = problem.x, problem.weight, result.rstd
     if problem.centered:
-        dx, _, _ = torch.ops.aten.native_layer_norm_backward.default(
-            g, x, x.shape[-1:], result.mean, rstd, _like(weight, x), None, [True, False, False]
-        )
-        return dx
+        return _layer_jacobian(g, x, weight, result.mean, rstd)
     g = _wide(g) if weight is None else _wide(g) * weight
     return _rms_jacobian(g, _wide(x) * rstd.unsqueeze(-1), rstd).to(x.dtype)
+
+
+def _layer_jacobian(v: Tensor, x: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor) -> Tensor:
+    """J (w ⊙ v) of the layer norm."""
+    change, _, _ = torch.ops.aten.native_layer_norm_backward.default(
+        v, x, x.shape[-1:], mean, rstd, _like(weight, x), None, [True, False, False]
+    )
+    return change
 
 
 def _rms_jacobian(v: Tensor, normalized: Tensor, rstd: Tensor) -> Tensor:

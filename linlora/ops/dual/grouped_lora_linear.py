@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from linlora.kernels.grouped_problem import GroupedLoraLinear
-from linlora.ops.checks import autocast_enabled, autocast_input
+from linlora.ops.checks import autocast_input
 from linlora.ops.dual.checks import backend_of, check_constants
 from linlora.ops.grouped_lora_linear import run_two_streams
 
@@ -22,8 +22,8 @@ def grouped_lora_linear(problem: GroupedLoraLinear) -> tuple[Tensor, Tensor]:
     not fit.
     """
     check_constants("grouped_lora_linear", x_tangent=problem.x_tangent)
-    x_tangent = None if problem.x_tangent is None else autocast_input(problem.x_tangent)
-    problem = problem._replace(x=autocast_input(problem.x), x_tangent=x_tangent, two_streams=True)
-    problem.check(autocast_enabled(problem.x.device.type))
+    x, x_tangent = autocast_input(problem.x), problem.x_tangent
+    x_tangent = None if x_tangent is None else autocast_input(x_tangent)
+    problem = problem._replace(x=x, x_tangent=x_tangent, two_streams=True).check()
     assert problem.shrink is not None
-    return run_two_streams(problem, backend_of("routed_lora_linear", problem.x, problem.weight, problem.shrink))
+    return run_two_streams(problem, backend_of("routed_lora_linear", x, problem.weight, problem.shrink))

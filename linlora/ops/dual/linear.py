@@ -10,7 +10,7 @@ from torch import Tensor
 
 from linlora.ops.checks import autocast_input
 from linlora.ops.dual.checks import backend_of, check_constants
-from linlora.ops.rows import as_rows
+from linlora.ops.rows import as_rows, of_rows
 
 
 def linear(x: Tensor, x_tangent: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -30,17 +30,14 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, x_tangent: Tensor, weight: Tensor, bias: Tensor | None, backend: ModuleType
     ) -> tuple[Tensor, Tensor]:
-        rows = as_rows(x)
         weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
-        y, y_tangent = backend.linear(rows, x_tangent.reshape(rows.shape), weight, bias)
+        y, y_tangent = backend.linear(as_rows(x), as_rows(x_tangent), weight, bias)
         ctx.save_for_backward(weight)
-        ctx.x_shape = x.shape
-        shape = (*x.shape[:-1], weight.shape[0])
-        y, y_tangent = y.view(shape), y_tangent.view(shape)
+        y, y_tangent = of_rows(y, x), of_rows(y_tangent, x)
         ctx.mark_non_differentiable(y_tangent)
         return y, y_tangent
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return (as_rows(g) @ weight).view(ctx.x_shape), None, None, None, None
+        return of_rows(as_rows(g) @ weight, g), None, None, None, None

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from linlora.kernels.problem import LoraLinear
-from linlora.ops.checks import autocast_enabled, autocast_input
+from linlora.ops.checks import autocast_input
 from linlora.ops.dual.checks import check_constants
 from linlora.ops.lora_linear import run
 
@@ -20,4 +20,4 @@ def lora_linear(problem: LoraLinear) -> tuple[Tensor, Tensor]:
     x_tangent = None if x_tangent is None else autocast_input(x_tangent)
     if x is not problem.x or x_tangent is not problem.x_tangent:
         problem = problem._replace(x=x, x_tangent=x_tangent)
-    return run(problem.check(autocast=autocast_enabled(x.device.type)), constant_tangent=True)
+    return run(problem.check(), constant_tangent=True)

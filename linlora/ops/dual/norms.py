@@ -19,7 +19,7 @@ from torch import Tensor
 from linlora.kernels.norm_problem import Norm, NormResult
 from linlora.ops.composed import backward_backend
 from linlora.ops.dual.checks import backend_of, check_constants
-from linlora.ops.rows import as_rows
+from linlora.ops.rows import as_rows, of_rows
 
 
 def layer_norm(
@@ -43,22 +43,21 @@ def _run(problem: Norm) -> tuple[Tensor, Tensor]:
 class _Norm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, *fields: Any) -> tuple[Tensor, Tensor]:
-        problem = Norm(*fields)
-        x, rows = problem.x, as_rows(problem.x)
-        result = backend.norm(problem._replace(x=rows, x_tangent=problem.x_tangent.reshape(rows.shape)))
-        ctx.save_for_backward(x, problem.weight, result.mean, result.rstd)
-        ctx.backend, ctx.eps, ctx.centered = backend, problem.eps, problem.centered
-        y, y_tangent = result.y.view(x.shape), result.y_tangent.view(x.shape)
+        x, x_tangent, weight, *_ = fields
+        result = backend.norm(Norm(as_rows(x), as_rows(x_tangent), *fields[2:]))
+        ctx.save_for_backward(x, weight, result.mean, result.rstd)
+        ctx.backend, ctx.numbers = backend, fields[4:]
+        y, y_tangent = of_rows(result.y, x), of_rows(result.y_tangent, x)
         ctx.mark_non_differentiable(y_tangent)
         return y, y_tangent
 
     @staticmethod
     def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
         x, weight, mean, rstd = ctx.saved_tensors
-        problem = Norm(as_rows(x), None, weight, None, ctx.eps, ctx.centered)
+        problem = Norm(as_rows(x), None, weight, None, *ctx.numbers)
         backend = backward_backend(problem.op, ctx.backend, g)
         dx = backend.norm_backward(problem, as_rows(g), NormResult(None, None, mean, rstd))
-        return None, dx.view(x.shape), *(None,) * 5
+        return None, of_rows(dx, x), *(None,) * 5
 
 
 def _check(op: str, x: Tensor, x_tangent: Tensor, weight: Tensor | None) -> None:
