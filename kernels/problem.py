@@ -212,7 +212,7 @@ def check_layer(op: str, problem: Any) -> None:
     Under autocast weights and factors may be of any dtype: they are cast to that of x.
     """
     x, weight, bias = problem[:3]
-    x_tangent, device = problem.x_tangent, x.device
+    x_tangent, dtype, device = problem.x_tangent, x.dtype, x.device
     check_number(op, "scaling", problem.scaling)
     if x.dim() == 0 or weight.dim() != 2:
         refuse(op, f"x (..., K) and weight (N, K) are expected, got {shapes(x=x, weight=weight)}")
@@ -222,15 +222,18 @@ def check_layer(op: str, problem: Any) -> None:
         refuse(op, f"{got}, {shapes(weight=weight)} takes {k}")
     if bias is not None and bias.shape != (n,):
         refuse(op, f"bias ({n},) is expected, got {shapes(bias=bias)}")
-    if x_tangent is not None and (x_tangent.shape != x.shape or x_tangent.dtype != x.dtype):
+    if x_tangent is not None and (x_tangent.shape != x.shape or x_tangent.dtype != dtype):
         refuse(op, f"x_tangent is expected like x, got {shapes(x=x, x_tangent=x_tangent)}")
-    if x.dtype not in DTYPES:
-        refuse(op, f"x is {x.dtype}: use float32, float16, bfloat16 (or float64 on the torch backend)")
-    if weight.dtype != x.dtype and not autocast_enabled(x):
-        refuse(op, f"x is {x.dtype} and weight is {weight.dtype}: cast x, or run under torch.autocast")
-    for name, tensor in (("weight", weight), ("bias", bias), ("x_tangent", x_tangent)):
-        if tensor is not None and tensor.device != device:
-            refuse(op, f"{name} is on {tensor.device}, x on {device}: move the model or the input")
+    if dtype not in DTYPES:
+        refuse(op, f"x is {dtype}: use float32, float16, bfloat16 (or float64 on the torch backend)")
+    if weight.dtype != dtype and not autocast_enabled(x):
+        refuse(op, f"x is {dtype} and weight is {weight.dtype}: cast x, or run under torch.autocast")
+    if weight.device != device:
+        _refuse_place(op, "weight", weight, device)
+    if bias is not None and bias.device != device:
+        _refuse_place(op, "bias", bias, device)
+    if x_tangent is not None and x_tangent.device != device:
+        _refuse_place(op, "x_tangent", x_tangent, device)
     check_dropout(op, problem.dropout_p)
 
 
@@ -247,7 +250,7 @@ def check_factors(op: str, x: Tensor, *factors: tuple[str, Tensor | None, tuple[
         if factor.dtype != dtype and factor.dtype is not torch.float32 and not autocast_enabled(x):
             refuse(op, f"{name} is {factor.dtype}: float32 or x's dtype ({dtype}) is expected")
         if factor.device != device:
-            refuse(op, f"{name} is on {factor.device}, x on {device}: move the model or the input")
+            _refuse_place(op, name, factor, device)
 
 
 def check_number(op: str, name: str, value: float | Tensor | None) -> None:
@@ -273,6 +276,10 @@ def autocast_enabled(x: Tensor) -> bool:
 def shapes(**tensors: Tensor | None) -> str:
     """The shapes of tensors by name, for a message."""
     return ", ".join(f"{name} {tuple(tensor.shape)}" for name, tensor in tensors.items() if tensor is not None)
+
+
+def _refuse_place(op: str, name: str, tensor: Tensor, device: torch.device) -> NoReturn:
+    refuse(op, f"{name} is on {tensor.device}, x on {device}: move the model or the input")
 
 
 def refuse(op: str, message: str) -> NoReturn:

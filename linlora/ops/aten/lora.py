@@ -21,7 +21,9 @@ _REDUCTION_BLOCKS = 8
 
 def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True) -> Result:
     """The result of one stream or two, for x (..., K). Two streams have u and c without `save` too."""
-    problem = in_one_dtype(problem if problem.masks_update else with_mask(problem))
+    if problem.dropout_p > 0.0 and not problem.masks_update:
+        problem = with_mask(problem)
+    problem = in_one_dtype(problem)
     x, weight, two = problem.x, problem.weight, problem.two_streams
     if not (save or two) and problem.dropout_p == 0.0 and folding_pays(x, weight):
         return Result(linear(x, _folded(problem), problem.bias))
@@ -124,26 +126,30 @@ def _updated(y: Tensor, problem: LoraLinear, u: Tensor, of_u: Tensor | None, c: 
 
     In place, unless somebody differentiates these calls.
     """
-    recorded, masked, p = _recorded(), problem.masks_update and problem.dropout_p > 0.0, problem.dropout_p
+    expand, scaling, p = problem.expand, problem.scaling, problem.dropout_p
+    masked = problem.masks_update and p > 0.0
+    add = _added if masked or y.dim() != 2 or _recorded() else _add
     update, beta = y, 0.0 if masked else 1.0
-    for low, factor in ((u, of_u), (c, problem.expand)):
-        if low is not None and factor is not None:
-            if y.dim() != 2:
-                update = _added(update, low, factor, problem.scaling)
-                continue
-            add = torch.addmm if recorded or beta == 0.0 else Tensor.addmm_
-            update, beta = add(update, low, factor.t(), beta=beta, alpha=problem.scaling), 1.0
+    if of_u is not None:
+        update, beta = add(update, u, of_u, scaling, beta), 1.0
+    if c is not None and expand is not None:
+        update, beta = add(update, c, expand, scaling, beta), 1.0
     if not masked or beta == 0.0:
         return update
-    if recorded:
+    if _recorded():
         return y + dropout(update, p, problem.seed)
     return y.addcmul_(update, mask(update, p, problem.seed), value=1.0 / (1.0 - p))
 
 
-def _added(y: Tensor, low: Tensor, factor: Tensor, scaling: float = 1.0) -> Tensor:
-    """y + s low factorᵀ, in one call for matrices."""
+def _add(y: Tensor, low: Tensor, factor: Tensor, scaling: float, beta: float) -> Tensor:
+    """beta y + s low factorᵀ, of matrices, in place."""
+    return y.addmm_(low, factor.t(), beta=beta, alpha=scaling)
+
+
+def _added(y: Tensor, low: Tensor, factor: Tensor, scaling: float = 1.0, beta: float = 1.0) -> Tensor:
+    """beta y + s low factorᵀ, in one call for matrices; where rows have leading dimensions beta is 1."""
     if y.dim() == 2:
-        return torch.addmm(y, low, factor.t(), alpha=scaling)
+        return torch.addmm(y, low, factor.t(), beta=beta, alpha=scaling)
     return torch.add(y, linear(low, factor), alpha=scaling)
 
 
