@@ -43,31 +43,9 @@ Importing this package needs neither a GPU nor Triton; `availability` says wheth
 from __future__ import annotations
 
 import importlib.util
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
-
-__all__ = [
-    "activation",
-    "activation_backward",
-    "attention",
-    "attention_backward",
-    "availability",
-    "factor_gradients",
-    "gated_activation",
-    "gated_activation_backward",
-    "group_rows",
-    "grouped_gradients",
-    "grouped_lora_linear",
-    "grouped_shrink",
-    "linear",
-    "lora_linear",
-    "mix_inventories",
-    "norm",
-    "norm_backward",
-    "place",
-    "unmix_inventories",
-]
 
 _MISSING = "Triton is not installed; install triton>=3.6 (Linux), or use the torch backend"
 
@@ -92,15 +70,8 @@ else:
     def _unavailable(device: torch.device) -> str | None:
         return _MISSING
 
-    def _raise_missing(*args: Any, **kwargs: Any) -> NoReturn:
-        raise ValueError(f"the Triton kernels cannot run: {_MISSING}")
-
-    factor_gradients = lora_linear = linear = _raise_missing
-    norm = norm_backward = _raise_missing
-    activation = activation_backward = gated_activation = gated_activation_backward = _raise_missing
-    attention = attention_backward = _raise_missing
-    group_rows = place = grouped_lora_linear = _raise_missing
-    grouped_shrink = grouped_gradients = mix_inventories = unmix_inventories = _raise_missing
+    def __getattr__(name: str) -> NoReturn:
+        raise AttributeError(f"{__name__}.{name}: the Triton kernels cannot run: {_MISSING}")
 
 
 def availability(device: torch.device | str) -> str | None:

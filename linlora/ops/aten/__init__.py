@@ -12,32 +12,3 @@ from linlora.ops.aten.lora import factor_gradients, folding_pays, in_one_dtype, 
 from linlora.ops.aten.mixing import mix_inventories, unmix_inventories
 from linlora.ops.aten.norms import norm, norm_backward
 from linlora.ops.aten.routed import grouped_gradients, grouped_lora_linear, grouped_shrink, place
-
-__all__ = [
-    "activation",
-    "activation_backward",
-    "attention",
-    "attention_backward",
-    "drawn_seed",
-    "dropout",
-    "factor_gradients",
-    "folding_pays",
-    "gated_activation",
-    "gated_activation_backward",
-    "group_rows",
-    "grouped_gradients",
-    "grouped_lora_linear",
-    "grouped_shrink",
-    "in_one_dtype",
-    "kept_factors",
-    "linear",
-    "lora_linear",
-    "low_rank",
-    "mask",
-    "mix_inventories",
-    "norm",
-    "norm_backward",
-    "place",
-    "unmix_inventories",
-    "with_mask",
-]
