@@ -105,22 +105,13 @@ def linearized_lora_linear(
 ) -> Tensor:
     """Layer-scope linearized LoRA: primal + tangent of one layer, as a differentiable op in one launch.
 
-    Args:
-        x: (..., K), float32, float16 or bfloat16 (float64 on the torch backend).
-        weight: (N, K), of x's dtype, any strides. bias: (N,) or None.
-        A0, dA: (r, K). B0, dB: (N, r). float32 or of x's dtype. `B0=None` means B0 = 0; dA is then without effect.
-        scaling: alpha / r, or alpha / sqrt(r) for rsLoRA.
-        dropout_p, seed: LoRA dropout of the low-rank branch, one mask for primal and tangent. It is drawn by torch's
-            generator, or made from `seed`, a 0-d int64 tensor on x's device. Kernels recompute it in backward; composed
-            ops keep it, a byte an element.
+    Args, dtypes and errors are those of `lora_linear`, without an x_tangent.
 
-    Returns: y + y_tangent of `lora_linear` for an input without tangent, (..., N), added before rounding.
+    Returns: its y + y_tangent, (..., N), added before rounding.
 
     Formula (arXiv 2310.04742, at the scope of one layer)::
 
         x Wᵀ + b + s [ (x A0ᵀ)(B0 + dB)ᵀ + (x dAᵀ) B0ᵀ ]
-
-    Raises ValueError for shapes, dtypes or devices that do not fit, BackendUnavailableError under `use_backend`.
 
     >>> import torch
     >>> x, W, A0, dB = torch.ones(2, 3), torch.eye(3), torch.ones(1, 3), torch.ones(3, 1)
