@@ -23,14 +23,7 @@ class Inventory(NamedTuple):
 
 
 class RoutedStructure(nn.Module):
-    """A model with inventories of skills in its linear layers. `RoutedModel` runs it.
-
-    Args:
-        model: the base model; its layers are replaced, in place, and its parameters frozen.
-        layers: the inventory of every layer that gets one, by the layer's name.
-        selectors: the selectors, by name.
-        modules_to_save: names of modules trained as a whole, as in PEFT: a classification head.
-    """
+    """The parts of a `RoutedModel`, which has its arguments: layers with inventories, selectors, what is trained whole."""
 
     def __init__(
         self,
