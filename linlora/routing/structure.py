@@ -23,7 +23,7 @@ class Inventory(NamedTuple):
 
 
 class RoutedStructure(nn.Module):
-    """The parts of a `RoutedModel`, which has its arguments: layers with inventories, selectors, what is trained whole."""
+    """The parts of a `RoutedModel`, which has its arguments: layers with inventories, selectors, whole modules."""
 
     def __init__(
         self,
