@@ -14,7 +14,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from linlora import functional
+from linlora import functional, reference
 from linlora.ops import dual
 
 VIEWS = {
@@ -108,6 +108,29 @@ def test_both_streams_send_less_than_twice_what_one_does(p):
     assert both[0].calls["mm"] + both[0].calls["addmm_"] == 6, both[0]  # W twice, low rank, x_t A0; y and y_t once
     assert both[0].bytes < 2.2 * one[0].bytes, (both, one)
     assert both[1].bytes < 1.1 * one[1].bytes, (both, one)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("kv_heads", [4, 2])
+@pytest.mark.parametrize("op", [functional.attention, dual.attention], ids=["functional", "model scope"])
+def test_a_gpu_is_sent_no_blocks_of_scores_for_a_primal_and_its_gradients(monkeypatch, op, causal, kv_heads):
+    module = sys.modules["linlora.ops.aten.attention"]
+    monkeypatch.setattr(module, "on_gpu", lambda x: True)
+    monkeypatch.setattr(module, "_serves", lambda problem: False)
+    q = torch.randn(2, 4, 9, 8, requires_grad=True)
+    k, v = (torch.randn(2, kv_heads, 13, 8, requires_grad=True) for _ in range(2))
+    g = torch.randn(2, 4, 9, 8)
+    expected, _ = reference.attention(*(x.double() for x in (q, k, v)), causal=causal)
+    tangent = torch.randn_like(q)
+    with_tangent, _ = op(q, k, v, tangent, causal=causal)  # composed: the tangent needs P
+    monkeypatch.setattr(module, "scores", None)
+    o, _ = op(q, k, v, causal=causal)
+    for found in (o, with_tangent):
+        torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+        gradients = torch.autograd.grad(found, (q, k, v), g)
+        exact = torch.autograd.grad(expected, (q, k, v), g.double(), retain_graph=True)
+        for one, other in zip(gradients, exact, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.4])

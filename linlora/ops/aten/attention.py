@@ -8,7 +8,8 @@
 With dropout, P and dP meet the values through one mask. Backward recomputes P block by block.
 
 Where PyTorch's own flash attention of the CPU serves (float32 and float64, no mask, no dropout), it computes the
-gradients in backward and, without tangents, o; with them P is at hand here, and o one product more.
+gradients in backward and, without tangents, o; with them P is at hand here, and o one product more. On a GPU PyTorch's
+fused attention does the same, and runs once more in backward.
 """
 
 from __future__ import annotations
@@ -18,8 +19,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 
 from linlora.kernels.attention_problem import Attention, AttentionResult
+from linlora.ops.aten.dropout import on_gpu
 from linlora.ops.transforms import transform_active
 from linlora.reference import keep_mask
 
@@ -35,6 +38,8 @@ def attention(problem: Attention) -> AttentionResult:
     if serves and not problem.has_tangents:
         o, lse = _flash(*_adjacent(problem), 0.0, problem.causal, scale=problem.scale)
         return AttentionResult(o, None, lse)
+    if not problem.has_tangents and _is_fused(problem):
+        return AttentionResult(_fused(problem))
     problem = computed(problem)
     q, v, v_tangent = problem.q, problem.v, problem.v_tangent
     batch, heads, length, _ = q.shape
@@ -70,6 +75,23 @@ def _serves(problem: Attention) -> bool:
     return q.shape[3] == v.shape[3] and q.numel() > 0 and v.numel() > 0 and not transform_active()
 
 
+def _is_fused(problem: Attention) -> bool:
+    """Whether a GPU's fused attention computes the primal: it has no S × S there for these dtypes and head sizes."""
+    q, v = problem.q, problem.v
+    if not on_gpu(q) or q.dtype not in (torch.float32, torch.float16, torch.bfloat16) or problem.scale <= 0:
+        return False
+    if problem.mask is not None or problem.dropout_p > 0.0 or q.shape[3] % 8 or v.shape[3] % 8:
+        return False
+    return q.numel() > 0 and v.numel() > 0 and not (transform_active() or torch.compiler.is_compiling())
+
+
+def _fused(problem: Attention) -> Tensor:
+    """o, differentiable."""
+    q, k, v = problem[:3]
+    k, v = (every_head(x, q.shape[1]) for x in (k, v))
+    return scaled_dot_product_attention(q, k, v, is_causal=problem.causal, scale=problem.scale)
+
+
 def _adjacent(problem: Attention) -> list[Tensor]:
     """q, k and v of every head, as flash attention reads them: it takes the numbers of a row for adjacent."""
     q, k, v = problem[:3]
@@ -95,6 +117,11 @@ def attention_backward(problem: Attention, g: Tensor, result: AttentionResult) -
         streams = _rows(g), *_adjacent(problem), result.o, result.lse
         dq, dk, dv = _flash_backward(*streams, 0.0, problem.causal, scale=scale)
         return dq, sum_groups(dk, kv_heads), sum_groups(dv, kv_heads)
+    if _is_fused(problem):
+        leaves = [x.detach().requires_grad_() for x in problem[:3]]
+        with torch.enable_grad():
+            o = _fused(Attention(*leaves, *problem[3:]))
+        return torch.autograd.grad(o, leaves, g)  # type: ignore[return-value]
     (g,) = wide(g)
     problem, g = computed(problem), g.contiguous()
     q, k, v = problem[:3]
