@@ -18,7 +18,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from linlora.stream import attention, fused
+from linlora.stream import attention, fused, structural
 from linlora.stream.caller import refuse_inside_function, where
 from linlora.stream.fallback import forward_mode
 from linlora.stream.multilinear import affine
@@ -139,13 +139,11 @@ def any_attention(func: Any, args: tuple, kwargs: dict) -> Any:
     return attention.attention(func, args, kwargs) if fits and not trains else attention.composed(func, args, kwargs)
 
 
-@_rule(
+# numbers and branches of Python are the primal's, as in torch.func.jvp
+_rule(
     "__int__", "__float__", "__complex__", "__index__", "__bool__", "__format__", "item", "tolist", "is_nonzero",
     "__contains__",
-)  # fmt: skip
-def value(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Numbers and branches of Python are the primal's, as in torch.func.jvp."""
-    return func(*primals(args), **primals(kwargs))
+)(structural.constant)  # fmt: skip
 
 
 def refuse_grad(func: Any, args: tuple, kwargs: dict) -> Any:
