@@ -1,4 +1,5 @@
-// The kernels that csrc/register.cpp launches, from libraries of the emulated machine: the test hands over their entries.
+// The kernels that csrc/register.cpp launches, from libraries of the emulated machine: the test hands over their
+// entries.
 #include <torch/csrc/stable/c/shim.h>
 
 #include <stdexcept>
@@ -19,8 +20,10 @@ struct Entries {
   int64_t (*scratch)(const LoraLinear*);
 } entries;
 
-cudaError_t raise(const char* error) {
-  if (error != nullptr) throw std::runtime_error(std::string("emulated: ") + error);
+template <class Launch>
+cudaError_t checked(Launch launch) {
+  if (!has_context) throw std::runtime_error("emulated: a launch in a thread without a context");
+  if (const char* error = launch()) throw std::runtime_error(std::string("emulated: ") + error);
   return cudaSuccess;
 }
 
@@ -32,9 +35,11 @@ extern "C" AOTITorchError aoti_torch_get_current_cuda_stream(int32_t, void** str
 
 namespace linlora {
 
-cudaError_t lora_linear_sm80(const LoraLinear& problem, cudaStream_t) { return raise(entries.sm80(&problem, 2, 0)); }
+cudaError_t lora_linear_sm80(const LoraLinear& problem, cudaStream_t) {
+  return checked([&] { return entries.sm80(&problem, 2, 0); });
+}
 cudaError_t lora_linear_sm90(const LoraLinear& problem, Workspace workspace, cudaStream_t) {
-  return raise(entries.sm90(&problem, workspace.counters, workspace.scratch, 1, 1, 0));
+  return checked([&] { return entries.sm90(&problem, workspace.counters, workspace.scratch, 1, 1, 0); });
 }
 const char* lora_linear_sm90_obstacle(const LoraLinear& problem) { return entries.obstacle(&problem); }
 int64_t lora_linear_sm90_counters(const LoraLinear& problem) { return entries.counters(&problem); }
