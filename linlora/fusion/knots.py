@@ -79,11 +79,12 @@ def knots_ties(
 class Frame(NamedTuple):
     """The left singular vectors U (N, p) of [ΔW₁ … ΔW_T] in few numbers: U = [B₁ … B_T] · turn, or basis · turn.
 
-    `parts` are Uᵀ Bₜ (p, rₜ), float64, with rows that are rounding exactly zero.
+    `of_columns` is the dtype in which the first holds, None for the second; `parts` are Uᵀ Bₜ (p, rₜ), float64, with
+    rows that are rounding exactly zero.
     """
 
     turn: Tensor
-    of_columns: bool
+    of_columns: torch.dtype | None
     parts: list[Tensor]
 
     @classmethod
@@ -105,12 +106,13 @@ class Frame(NamedTuple):
             rotated = P.T @ part
             lengths = (rotated @ R.T).norm(dim=1, keepdim=True)
             parts.append(rotated * (lengths > _ROUNDING * lengths.norm()))
-        return cls(P if U.turn is None else U.turn @ P, U.turn is not None, parts)
+        return cls(P, None, parts) if U.turn is None else cls(U.turn @ P, U.columns.dtype, parts)
 
     def vectors(self, layer: Layer) -> Tensor:
-        """U, in the dtype of the factors."""
+        """U, in the dtype of the factors or wider."""
         columns = side_by_side(layer).B
-        return (Basis(columns, None) if self.of_columns else basis(columns)[0]).times(self.turn)
+        U = basis(columns)[0] if self.of_columns is None else Basis(columns.to(self.of_columns), None)
+        return U.times(self.turn)
 
 
 def coordinates(of: Layer, parts: list[Tensor]) -> Iterator[list[Tensor]]:

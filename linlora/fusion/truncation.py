@@ -21,6 +21,8 @@ _RESOLVED = 1e-14
 """An eigenvalue of a Gram matrix of unit columns, against the largest, below which it is rounding."""
 _FLAT = 1e-2
 """The smallest eigenvalue against the largest, above which eigenvectors alone are orthonormal to 1e-13."""
+_NEAR = 1e-8
+"""The same, above which they are orthonormal to float32's rounding, and products with the columns need float64."""
 _DEPENDENT = 1e-12
 """The length of what is left of a unit column, below which the column is dependent on the others; so of sums."""
 
@@ -140,7 +142,7 @@ def basis(columns: Tensor) -> tuple[Basis, Tensor]:
     Args:
         columns: float32 or float64.
 
-    Returns: the basis in the dtype of the columns, and Uᵀ columns in float64.
+    Returns: the basis, and Uᵀ columns in float64.
 
     >>> columns = torch.eye(5)[:, [0, 1, 1]]
     >>> U, inside = basis(columns * torch.tensor([1.0, 0.125, 3.0]))
@@ -153,9 +155,10 @@ def basis(columns: Tensor) -> tuple[Basis, Tensor]:
     there = lengths > 0
     if bool(there.all()) and len(lengths):
         values, vectors = torch.linalg.eigh(gram / lengths / lengths[:, None])
-        if float(values[0]) > _FLAT * float(values[-1]):  # as many directions as columns, each with its digits
+        smallest = float(values[0]) / float(values[-1])
+        if smallest > (_FLAT if columns.dtype == torch.float64 else _NEAR):  # as many directions as columns
             turn = vectors / values.sqrt() / lengths[:, None]
-            return Basis(columns, turn), turn.T @ gram
+            return Basis(columns if smallest > _FLAT else double, turn), turn.T @ gram
     U = _basis_of_any(double[:, there] / lengths[there])
     return Basis(U.to(columns.dtype), None), U.T @ double
 

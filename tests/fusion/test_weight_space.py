@@ -156,12 +156,20 @@ SETS = {
         adapter(3, 4),
         adapter(4, 1, ("k",)),
     ],
+    "near equal": lambda: [near_equal(seed) for seed in (1, 2, 3)],
     "more ranks than rows": lambda: [adapter(1, 9), adapter(2, 9), adapter(3, 9)],
     "rank deficient": lambda: [deficient(1), adapter(2), deficient(3)],
     "equal and negated": lambda: [adapter(1), adapter(1), -adapter(2), adapter(3)],
     "one": lambda: [adapter(1)],
     "float64": lambda: [adapter(1, dtype=torch.float64), adapter(2, dtype=torch.float64)],
 }
+
+
+def near_equal(seed):
+    """One start and a change of a hundredth of it: columns that are nearly dependent."""
+    start, change = adapter(9), adapter(seed)
+    deltas = {name: start.deltas[name] + 1e-2 * change.deltas[name] for name in start.deltas}
+    return WeightVector(deltas, {}, start.point_hash, start.scalings, "weight")
 
 
 def deficient(seed):
