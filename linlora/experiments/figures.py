@@ -63,7 +63,8 @@ def draw_scalings(results: Mapping[str, Any], path: Path) -> None:
         axes.grid(alpha=0.25)
         axes.margins(x=0.02)
     panels[0].set_ylabel(f"validation score (%), mean of {len(results['tasks'])} tasks", fontsize=12)
-    panels[-1].legend(fontsize=12, framealpha=0.9, edgecolor="white")
+    curves = panels[-1].get_legend_handles_labels()  # of the start with all controls
+    figure.legend(*curves, loc="outside lower center", ncols=3 * len(panels), fontsize=12, frameon=False)
     save(figure, path)
 
 
