@@ -1,7 +1,7 @@
 # The jobs of this repository, each one command. They run in .venv, which is set up on first use; with PYTHON they run
 # in an environment of yours, which is left as it is:
 #   make gpu-check PYTHON=python OUT=/tmp/results
-# gpu-check is gpu-test, gpu-sanitize and gpu-bench; each command is bounded by LIMIT and can be run by itself.
+# gpu-check is gpu-test, gpu-sanitize, gpu-tune and gpu-bench; each command is bounded by LIMIT and can be run by itself.
 
 ifeq ($(origin PYTHON), undefined)
 PYTHON := .venv/bin/python
@@ -18,7 +18,7 @@ SEEDS ?= 0 1
 TESTS ?= tests
 
 .PHONY: install cuda wheels compile-matrix test test-everywhere peft-suite lint docs quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
-  gpu-bench-compiled gpu-programme require-gpu
+  gpu-bench-compiled gpu-tune require-gpu
 
 install: $(READY)
 
@@ -70,7 +70,7 @@ bench: $(READY)
 
 # Runs what is there: `make cuda` first, for the kernels of csrc/. What fails does not keep the rest from running.
 gpu-check:
-	$(MAKE) -k gpu-test gpu-sanitize gpu-bench
+	$(MAKE) -k gpu-test gpu-sanitize gpu-tune gpu-bench
 
 # The whole test suite: the tests run on the GPU, with real dtypes, where there is one.
 gpu-test: require-gpu
@@ -86,8 +86,7 @@ gpu-memcheck gpu-racecheck: gpu-%: require-gpu
 	PYTORCH_NO_CUDA_MEMORY_CACHING=1 timeout $(LIMIT) \
 	  $(SANITIZER) --tool $* --error-exitcode 9 $(PYTHON) -m linlora.bench.sanitize
 
-# One JSON a run under $(OUT); the exit status is 1 when a correctness check is red. `linlora bench evidence` makes the
-# table by which linlora chooses a backend of those under bench/results/.
+# One JSON a run under $(OUT); the exit status is 1 when a correctness check is red.
 gpu-bench: require-gpu
 	timeout $(LIMIT) $(PYTHON) -m linlora.bench --suite gpu --device cuda --seconds 480 --out $(OUT)
 
@@ -95,9 +94,9 @@ gpu-bench: require-gpu
 gpu-bench-compiled: require-gpu
 	timeout $(LIMIT) $(PYTHON) -m linlora.bench --suite compiled --compiled --device cuda --seconds 480 --out $(OUT)
 
-# Every shape, rank, backend and kernel; one sitting of several: the same command continues.
-gpu-programme: require-gpu
-	timeout $(LIMIT) $(PYTHON) -m linlora.bench.programme --device cuda --seconds 480 --out $(OUT)
+# Proves the kernels: evidence for this machine, and under $(OUT) for the package; the same command continues.
+gpu-tune: require-gpu
+	timeout $(LIMIT) $(PYTHON) -m linlora.cli tune --seconds 480 --export $(OUT)/tune.json
 
 require-gpu: $(READY)
 	@$(PYTHON) -c "import sys, torch; sys.exit(0 if torch.cuda.is_available() else 'no CUDA GPU is available to torch')"

@@ -13,7 +13,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from typer.core import TyperGroup
 
 from .options import Device, Dtype, Filters, Ranks, Suite, chosen_cases, chosen_device
-from .programme import programme
 
 
 class _RunByDefault(TyperGroup):
@@ -94,9 +93,6 @@ def list_cases(suite: Suite = "default", dtype: Dtype = None, rank: Ranks = None
         typer.echo(chosen.id)
 
 
-app.command()(programme)
-
-
 @app.command("forward-mode")
 def forward_mode(
     size: Annotated[str, typer.Option(help="tiny, dit-s or dit-b.")] = "dit-s",
@@ -109,20 +105,6 @@ def forward_mode(
     if size not in SIZES:
         raise typer.BadParameter(f"unknown size {size!r}: choose one of {', '.join(SIZES)}")
     typer.echo(table(measure(size, chosen_device(device), seconds)))
-
-
-@app.command()
-def evidence() -> None:
-    """Write the table by which linlora chooses a backend from the runs under bench/results/ of a checkout."""
-    from linlora.ops.evidence import TABLE
-    from linlora.storage.files import write_text
-
-    from .evidence import RESULTS, table
-
-    if not RESULTS.is_dir():
-        raise typer.BadParameter(f"there is no {RESULTS}: run this in a checkout")
-    write_text(TABLE, text := table())
-    typer.echo(f"Saved {TABLE}: {text.count('{')} entries")
 
 
 @app.command()

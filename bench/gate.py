@@ -17,7 +17,9 @@ the same dtype. A gradient that is zero by the mathematics (of dA at B0 = 0) may
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -71,6 +73,22 @@ def verdict(case: Case, found: Errors, composed: Errors | None = None) -> str | 
         return None
     name = max(wrong, key=lambda name: wrong[name] / limits[name])
     return f"{name}: rel err {wrong[name]:.1e} > {limits[name]:.0e}"
+
+
+@contextmanager
+def poisoned() -> Iterator[None]:
+    """Fresh memory holds NaN, so that an element which a kernel forgets to write is an error."""
+    strict, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    fills = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", ".*deterministic", UserWarning)
+            yield
+    finally:
+        torch.use_deterministic_algorithms(strict, warn_only=warns)
+        torch.utils.deterministic.fill_uninitialized_memory = fills
 
 
 def _relative_error(result: Tensor | None, reference: Tensor) -> float:

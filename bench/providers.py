@@ -16,7 +16,7 @@ import linlora
 from linlora import baselines
 from linlora.ops import backends
 
-from . import layers, routing, streams, variants
+from . import layers, routing, streams
 from .cases import Case, LayerOp, RoutingOp, Scope, StreamOp
 from .data import Data, LayerData, RoutedData, StreamData, random_data
 from .job import Job, Layer, LayerJob
@@ -41,8 +41,7 @@ class Provider:
     op, alone; plain LoRA at the adapter's current values, of one adapter or of one a task; the linearization of every
     layer (a mixed batch is routed instead), or of the whole network.
     `ops` are those it serves besides whole models, `scopes` the cases of whole models. `package` is what it needs
-    installed beside linlora; such a provider runs on a GPU only. `kernel` builds the job of a kernel by itself, which
-    has the forward and the gradient of the input.
+    installed beside linlora; such a provider runs on a GPU only.
     """
 
     name: str
@@ -57,14 +56,11 @@ class Provider:
     backend: str | None = None
     compiled: bool = False
     package: str | None = None
-    kernel: Callable[[Case, LayerData], Job] | None = None
 
     def serves(self, case: Case) -> bool:
         """Whether it computes such a case at all."""
         if case.kind == "model":
             return case.scope in self.scopes and not self.compiled
-        if self.kernel is not None and (case.phase not in ("forward", "input_gradient") or case.dropout):
-            return False
         if case.dropout and self.backend is None and self.function != "frozen":
             return False  # it draws another mask
         return case.op in self.ops and not (self.compiled and case.kind in ("stream", "routing"))
@@ -73,7 +69,7 @@ class Provider:
         """Why this provider has no time for a case on a device; None when it has."""
         if not self.serves(case):
             return "it computes something else"
-        if (self.backend in ("triton", "cuda") or self.package) and device.type != "cuda":
+        if (self.backend in ("triton", "cuda") or self.package) and device.type not in backends.DECIDED:
             return (
                 "times of kernels mean something on a GPU only (on the CPU they are interpreted or emulated, for tests)"
             )
@@ -93,9 +89,6 @@ class Provider:
             assert self.model is not None
             return ModelJob(case, device, self.model, self.backend, train=self.function != "frozen")
         data = random_data(case, device) if data is None else data
-        if self.kernel is not None:
-            assert isinstance(data, LayerData)
-            return self.kernel(case, data)
         if isinstance(data, StreamData):
             assert self.stream is not None
             layer = self.stream(case, data)
@@ -168,28 +161,12 @@ _ROUTING_PEERS = [
     Provider("poly", "PEFT Poly", "routed", routing=routing.poly, ops=_ROUTING),
     Provider("peft-loop", "PEFT loop", "adapters", routing=routing.loop, ops=_ROUTING),
 ]
-VARIANTS = [
-    *(
-        Provider(
-            f"triton-{design}", f"triton {design}", "linearized", kernel=partial(variants.triton, design=design),
-            ops=("linearized_lora_linear",), backend="triton",
-        )
-        for design in ("recompute", "flags")
-    ),
-    *(
-        Provider(
-            f"cuda-sm{architecture}", f"cuda sm_{architecture}", "linearized",
-            kernel=partial(variants.csrc, kernel=architecture), ops=_LAYER_OPS, backend="cuda",
-        )
-        for architecture in (80, 90)
-    ),
-]  # fmt: skip
 EAGER = [FLOOR, *_OURS, *_LAYER_PEERS, *_MODEL_PEERS, *_ROUTING_PEERS]
 COMPILED = [
     replace(provider, name=f"{provider.name}-compiled", label=f"{provider.label} compiled", compiled=True)
     for provider in (FLOOR, TORCH, *_LAYER_PEERS)
 ]
-PROVIDERS = {provider.name: provider for provider in (*EAGER, *COMPILED, *VARIANTS)}
+PROVIDERS = {provider.name: provider for provider in (*EAGER, *COMPILED)}
 
 
 def providers(names: tuple[str, ...] = (), compiled: bool = False) -> list[Provider]:

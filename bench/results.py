@@ -68,12 +68,11 @@ class CaseResult:
 
 @dataclass
 class Run:
-    """A whole run. `architecture` ("sm_90") is set on a GPU only."""
+    """A whole run."""
 
     suite: str
     device: str
     environment: dict[str, Any]
-    architecture: str | None = None
     results: list[CaseResult] = field(default_factory=list)
     not_run: list[str] = field(default_factory=list)
 
@@ -95,8 +94,6 @@ class Run:
             "results": [asdict(result) for result in self.results],
             "not_run": self.not_run,
         }
-        if self.architecture is not None:
-            content |= {"architecture": self.architecture}
         write_text(path, json.dumps(_finite(content), indent=1) + "\n")
 
     @classmethod
@@ -116,7 +113,6 @@ class Run:
             names = ("suite", "device", "environment", "not_run")
             return cls(
                 **{name: content[name] for name in names},
-                architecture=content.get("architecture"),
                 results=results,
             )
         except (json.JSONDecodeError, KeyError, TypeError) as error:

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from linlora.ops import backends
 from linlora.storage.environment import environment
 
 from . import gate
@@ -19,7 +18,7 @@ from .cases import Case
 from .data import Data, random_data
 from .floors import roofline_seconds
 from .job import Job
-from .measure import DeviceClock, Turn, WallClock, copies_past_cache, interleaved, quantiles, ratio
+from .measure import Clock, DeviceClock, Turn, WallClock, copies_past_cache, interleaved, quantiles, ratio
 from .memory import peak_bytes, resident_bytes
 from .providers import FLOOR, TORCH, Provider
 from .results import CaseResult, Outcome, Run
@@ -32,15 +31,12 @@ def run(
     device: torch.device,
     seconds: float,
     after_case: Callable[[Run], None] = lambda run: None,
-    made: Run | None = None,
 ) -> Run:
     """Run the cases within about `seconds` of wall-clock time; what no time is left for is listed in `not_run`.
 
     Every case gets an equal share of the time that is left, so what a cheap case saves goes to those after it.
-    Results are added to `made`, where an earlier run is to be continued.
     """
-    if made is None:
-        made = new_run(suite, device)
+    made = Run(suite, str(device), environment(device))
     end = time.perf_counter() + seconds
     for i, case in enumerate(cases):
         left = end - time.perf_counter()
@@ -52,14 +48,10 @@ def run(
     return made
 
 
-def new_run(suite: str, device: torch.device) -> Run:
-    """A run without results."""
-    architecture = backends.architecture(device.type, device.index) if device.type == "cuda" else None
-    return Run(suite, str(device), environment(device), architecture)
-
-
-def run_case(case: Case, providers: list[Provider], device: torch.device, seconds: float) -> CaseResult:
-    """One case in about `seconds`, as far as building, checking and three rounds allow."""
+def run_case(
+    case: Case, providers: list[Provider], device: torch.device, seconds: float, weighs: bool = True
+) -> CaseResult:
+    """One case in about `seconds`, as far as building, checking and three rounds allow; `weighs`: with memory."""
     began = time.perf_counter()
     providers = [provider for provider in providers if provider.serves(case)]
     with _resources(device):
@@ -84,9 +76,11 @@ def run_case(case: Case, providers: list[Provider], device: torch.device, second
                 outcomes[name] = _outcome(case, outcomes[name], taken, turns[FLOOR.name], device)
             for provider in providers:
                 if provider.name in jobs:
-                    outcomes[provider.name] = oracle.recheck(
-                        provider, jobs[provider.name][0], outcomes[provider.name], device
-                    )
+                    job = jobs[provider.name][0]
+                    outcomes[provider.name] = oracle.recheck(provider, job, outcomes[provider.name])
+                    if weighs and outcomes[provider.name].status == "green":
+                        peak = peak_bytes(job, device) / 1e6
+                        outcomes[provider.name] = replace(outcomes[provider.name], peak_mb=peak)
         return CaseResult(case, {p.name: outcomes[p.name] for p in providers})
 
 
@@ -102,19 +96,21 @@ class _Gate:
         function = provider.function
         if function not in self.expected:
             self.expected[function] = gate.expected(self.case, function, self.data, self.device)
-        errors = gate.errors(job.results(), self.expected[function])
+        with gate.poisoned() if provider.backend in ("triton", "cuda") else contextlib.nullcontext():
+            results = job.results()
+        errors = gate.errors(results, self.expected[function])
         problem = gate.verdict(self.case, errors, self.composed)
         if provider is TORCH:
             self.composed = errors
         return Outcome("green" if problem is None else "wrong", problem or "", errors)
 
-    def recheck(self, provider: Provider, job: Job, outcome: Outcome, device: torch.device) -> Outcome:
-        """Once more after the timing, for errors that come and go, and the memory of a step of a green job."""
+    def recheck(self, provider: Provider, job: Job, outcome: Outcome) -> Outcome:
+        """Once more after the timing, for errors that come and go."""
         if self.case.kind != "model":  # a model has been trained meanwhile
             again = self.check(provider, job)
             if again.status != "green":
                 return replace(again, detail=f"after timing, {again.detail}")
-        return replace(outcome, peak_mb=peak_bytes(job, device) / 1e6)
+        return outcome
 
 
 def _copies(case: Case, device: torch.device) -> list[Any]:
@@ -127,9 +123,12 @@ def _copies(case: Case, device: torch.device) -> list[Any]:
 
 
 def _timed(case: Case, jobs: dict[str, list[Job]], device: torch.device, seconds: float) -> dict[str, list[Turn]]:
-    # The host belongs to the time of a whole training step; a layer's is what the GPU needs for it.
-    clock = DeviceClock() if device.type == "cuda" and case.kind != "model" else WallClock(device)
-    return interleaved(jobs, clock, seconds)
+    return interleaved(jobs, clock_of(case, device), seconds)
+
+
+def clock_of(case: Case, device: torch.device) -> Clock:
+    """The host belongs to the time of a whole training step; a layer's is what the GPU needs for it."""
+    return DeviceClock() if device.type == "cuda" and case.kind != "model" else WallClock(device)
 
 
 def _outcome(case: Case, checked: Outcome, turns: list[Turn], floor: list[Turn], device: torch.device) -> Outcome:
@@ -155,8 +154,6 @@ def _broken(provider: Provider, error: Exception) -> Outcome:
     text = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
     if provider.compiled:
         return Outcome("unavailable", f"torch.compile gave up: {text}")
-    if isinstance(error, NotImplementedError) and provider.kernel is not None:
-        return Outcome("unavailable", str(error))
     if provider.package:
         return Outcome("unavailable", f"{provider.package} gave up: {text}")
     if isinstance(error, torch.OutOfMemoryError) and provider.backend is None:

@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from .cases import Case, Phase, attention_case, dual_case, layer_case, model_case, routing_case, stream_case
-from .grid import programme
 from .shapes import LAYERS
 
 _PHASES: tuple[Phase, ...] = ("forward", "forward_backward")
@@ -191,5 +190,4 @@ SUITES = {
     "compiled": _compiled,
     "small_m": _small_m,
     "full": _full,
-    "programme": programme,
 }

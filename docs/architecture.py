@@ -17,7 +17,8 @@ ROOT = HERE.parent
 
 FLOORS: tuple[dict[str, str], ...] = (
     {"cli": "one line a command"},
-    {"commands": "arguments in, messages out", "bench": "measurements, evidence"},
+    {"commands": "arguments in, messages out"},
+    {"bench": "measurements, tuning"},
     {"quickstart": "the packaged experiments"},
     {"experiments": "families and methods, run"},
     {"merging": "adapters into a model", "training": "recipes, data, the Trainer", "routing": "inventories of skills"},

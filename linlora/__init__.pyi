@@ -7,6 +7,7 @@ from . import reference as reference
 from . import routing as routing
 from . import testing as testing
 from . import training as training
+from .bench.tuning import tune as tune
 from .formats.export import export as export
 from .fusion import fuse as fuse
 from .layers.finding import NoLoraLayerError as NoLoraLayerError

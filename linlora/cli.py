@@ -19,6 +19,7 @@ from linlora.commands.merge import merge
 from linlora.commands.plain import PlainCommand
 from linlora.commands.quickstart import quickstart
 from linlora.commands.train import train
+from linlora.commands.tune import tune
 
 app = typer.Typer(
     name="linlora",
@@ -53,6 +54,7 @@ app.command(cls=PlainCommand, context_settings={"ignore_unknown_options": True})
 app.command(cls=PlainCommand)(inspect)
 app.command(cls=PlainCommand)(export)
 app.command(cls=PlainCommand)(merge)
+app.command(cls=PlainCommand)(tune)
 
 
 def main() -> None:

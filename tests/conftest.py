@@ -33,7 +33,9 @@ def _at_home_nowhere() -> None:
         del os.environ[name]
     caches = tempfile.mkdtemp(prefix="linlora-tests-")
     atexit.register(shutil.rmtree, caches, ignore_errors=True)
-    os.environ.update(HF_HOME=caches, HF_HUB_OFFLINE="1", MPLCONFIGDIR=caches, MPLBACKEND="Agg", TERM="xterm")
+    os.environ.update(
+        HF_HOME=caches, XDG_CACHE_HOME=caches, HF_HUB_OFFLINE="1", MPLCONFIGDIR=caches, MPLBACKEND="Agg", TERM="xterm"
+    )
     os.environ["OMP_NUM_THREADS"] = "1"  # the models are tiny, and the workers share the cores
     os.environ.pop("MKL_NUM_THREADS", None)
 
@@ -49,6 +51,7 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # before anything imports triton
 
 sys.path.insert(0, str(Path(__file__).parent / "csrc"))  # emulated, emulator
+sys.path.insert(0, str(Path(__file__).parent))  # fake_gpu
 
 # A busy machine takes its time: an example that is slow is not wrong.
 hypothesis.settings.register_profile(
@@ -76,6 +79,15 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture
 def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def gpu(tmp_path: Path) -> Iterator[object]:
+    """A GPU that the CPU plays, with an empty cache of evidence."""
+    from fake_gpu import FakeGpu
+
+    with FakeGpu(tmp_path) as played:
+        yield played
 
 
 @pytest.fixture

@@ -61,7 +61,7 @@ def test_the_page_of_settings_explains_every_key(reference):
 
 def test_the_page_of_commands_has_every_command_and_its_options(reference):
     page = reference.commands()
-    for title in ("linlora train", "linlora eval", "linlora merge", "linlora bench programme"):
+    for title in ("linlora train", "linlora eval", "linlora merge", "linlora tune", "linlora bench run"):
         assert f"## `{title}`\n" in page
     assert "| `--rank` |" in page
 

@@ -15,6 +15,7 @@ _OF_PACKAGES = (
     ("torch", "OutOfMemoryError"),
     ("linlora.layers.finding", "UnsupportedLayerError"),
     ("linlora.ops.backends", "BackendUnavailableError"),
+    ("linlora.bench.tuning", "TuneError"),
 )
 
 

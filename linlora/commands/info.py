@@ -27,7 +27,7 @@ def info() -> None:
     devices = ["cpu"] + [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     for device in devices:
         name = f" ({torch.cuda.get_device_name(device)})" if device != "cpu" else ""
-        print(f"\n{device}{name}")
+        print(f"\n{device}{name}{_evidence(device)}")
         ops_by_answer: dict[str, list[str]] = {}
         for op in OPS:
             answer = str(linlora.explain(op, device)).removeprefix(f"{op} on {device} ")
@@ -37,12 +37,12 @@ def info() -> None:
 
 
 def _table() -> Table:
-    """Every op and its kernels: there or not, and the GPUs that have executed them by the runs in bench/results/."""
+    """Every op and its kernels: there or not, and the GPUs that have executed them, by the package and this machine."""
     from linlora.ops import cuda
     from linlora.ops.backends import OPS
     from linlora.ops.evidence import executed_on
 
-    table = Table("op", "torch", "triton", "cuda", title="Kernels, and where runs in bench/results/ executed them")
+    table = Table("op", "torch", "triton", "cuda", title="Kernels, and the GPUs that have run them")
     table.title_justify, table.box = "left", box.SIMPLE_HEAD
     for op in OPS:
         has_cuda = op in cuda.OPS
@@ -50,6 +50,17 @@ def _table() -> Table:
         built = "" if cuda.library.status()["built"] else "not built; "
         table.add_row(op, "composed", cells["triton"], built + cells["cuda"] if has_cuda else "–")
     return table
+
+
+def _evidence(device: str) -> str:
+    """How many calls of a GPU are measured, and where that is written."""
+    from linlora.ops import evidence
+
+    if device == "cpu":
+        return ""
+    index = int(device.removeprefix("cuda:"))
+    measured, place = len(evidence.own_entries(index)), evidence.folder() / evidence.key(evidence.machine(index))
+    return f": {measured} calls measured in {place}" if measured else ": no call measured here; `linlora tune` does it"
 
 
 def _cuda_kernels() -> str:

@@ -95,7 +95,7 @@ def _one_op(layer: LoraAdapters, x: Tensor, rows: Rows, p: float) -> Tensor:
     factors_of = {name: layer.factors(name) for name in rows.adapters if name in layer.lora_A}
     own = {name: stacked(A0, B0, dA, dB, s, weight) for name, (A0, B0, dA, dB, s) in factors_of.items()}
     shared = {tuple(name for name, _ in mixture) for mixture in mixtures}
-    if len(shared) == 1 < len(mixtures) and backends.select(x.device, "routed_lora_linear") is aten:
+    if len(shared) == 1 < len(mixtures) and backends.select(x.device, "routed_lora_linear", dtype=x.dtype) is aten:
         return _scaled(x, weight, bias, [own[name] for name in shared.pop()], mixtures, rows, p)
     k, n = weight.shape[1], weight.shape[0]
     none = torch.zeros(0, k, device=x.device), torch.zeros(n, 0, device=x.device)

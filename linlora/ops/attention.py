@@ -94,7 +94,8 @@ def prepared(problem: Attention) -> Attention:
 
 def run(problem: Attention, constant_tangent: bool = False) -> tuple[Tensor, Tensor]:
     """(o, o_tangent) of a prepared problem. `constant_tangent` is model scope: gradients of o alone, for q, k and v."""
-    backend = backends.select(problem.q.device, "attention")
+    batch, heads, length, width = problem.q.shape
+    backend = backends.select(problem.q.device, "attention", (length, width, batch * heads), problem.q.dtype)
     if 0 in (problem.q.numel(), problem.k.numel(), problem.v.numel()):
         backend = aten  # there is nothing to launch
     outputs = _Attention.apply(backend, constant_tangent, *problem)

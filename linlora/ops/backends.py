@@ -1,14 +1,13 @@
 """Which code runs an op: `torch` (composed aten calls, everywhere), `triton` (one launch an op) or `cuda` (csrc/).
 
 Left alone, linlora runs the fastest backend that is *proven* for the call at hand: a kernel is chosen by itself only
-where `bench/results/` holds a run on that architecture, in that class of shapes, dtype and dropout or none, whose
-correctness checks are green and whose time beats composed torch (`linlora.ops.evidence`). Anything else has to be asked
-for by name, and a name that cannot be honoured is an error.
+where `linlora tune` on this machine, or a run in the package, checked it on such a call and found it faster than
+composed torch (`linlora.ops.evidence`). Anything else has to be asked for by name, and a name that cannot be honoured
+is an error.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
@@ -18,8 +17,9 @@ import torch
 
 import linlora.kernels as kernels
 from linlora.kernels.problem import LoraLinear
-from linlora.ops import aten, choice, cuda, evidence
-from linlora.ops.evidence import ShapeClass, shape_class
+from linlora.ops import aten, choice, cuda, evidence, first_use
+from linlora.ops.evidence import LARGE, Call, Size, power_of_two
+from linlora.ops.verification import verified
 
 BackendName = Literal["torch", "triton", "cuda"]
 OPS = (
@@ -27,9 +27,16 @@ OPS = (
     "linear", "attention", "layer_norm", "rms_norm", "activation", "gated_activation",
 )  # fmt: skip
 LAYER_OPS = ("linearized_lora_linear", "lora_linear")
-"""The ops whose backend depends on the call: its class of shapes, its dtype, its rank, dropout or none."""
+"""The ops with a rank and dropout."""
 
-_MODULES: dict[str, ModuleType] = {"torch": aten, "triton": kernels, "cuda": cuda}
+DECIDED = {"cuda"}
+"""The types of devices on which evidence decides; on the others composed torch runs."""
+
+_MODULES: dict[str, ModuleType] = {
+    "torch": aten, "triton": verified("triton", kernels), "cuda": verified("cuda", cuda),
+}  # fmt: skip
+_decided: dict[tuple, str] = {}
+"""The backend of every call that was met, by the arguments of `automatic`."""
 
 
 class BackendUnavailableError(RuntimeError):
@@ -62,7 +69,7 @@ def use_backend(name: BackendName) -> Iterator[None]:
 def select(
     device: torch.device,
     op: str,
-    shape: ShapeClass = "any",
+    size: Size = LARGE,
     dtype: torch.dtype | None = None,
     rank: int = 0,
     dropout: bool = False,
@@ -70,7 +77,11 @@ def select(
     """The module whose `op` runs for tensors on `device`: the one asked for, else the proven one."""
     name = choice.name()
     if name is None:
-        return _MODULES[automatic(device.type, device.index, op, shape, dtype, rank, dropout)]
+        if device.type not in DECIDED:
+            return aten
+        rows, inputs, outputs = size
+        size = power_of_two(rows), power_of_two(inputs), power_of_two(outputs)
+        return _MODULES[automatic(device.index, op, size, dtype, power_of_two(rank), dropout)]
     if not torch.compiler.is_compiling():
         obstacles = choice.obstacles()
         if device not in obstacles:
@@ -84,42 +95,45 @@ def select(
 def select_layer(problem: LoraLinear) -> ModuleType:
     """The module whose `lora_linear` runs for a problem, whose x is (..., K)."""
     x = problem.x
-    if choice.name() is None and not x.is_cuda:
+    if choice.name() is None and x.is_cpu and "cpu" not in DECIDED:
         return aten
     n, k = problem.weight.shape
-    shape = shape_class(x.numel() // max(k, 1), n)
-    return select(x.device, problem.op, shape, x.dtype, problem.rank, problem.dropout_p > 0.0)
+    size = x.numel() // max(k, 1), k, n
+    return select(x.device, problem.op, size, x.dtype, problem.rank, problem.dropout_p > 0.0)
 
 
 @torch.compiler.assume_constant_result
 def automatic(
-    device_type: str,
-    device_index: int | None,
-    op: str,
-    shape: ShapeClass = "any",
-    dtype: torch.dtype | None = None,
-    rank: int = 0,
-    dropout: bool = False,
+    index: int | None, op: str, size: Size, dtype: torch.dtype | None = None, rank: int = 0, dropout: bool = False
 ) -> str:
-    """The backend that runs when none was asked for: the fastest of those proven for such a call, else 'torch'."""
-    return "torch" if device_type != "cuda" else _fastest(device_type, device_index, op, shape, dtype, rank, dropout)
+    """The backend that runs on a GPU when none was asked for: the fastest of those proven for such a call, or torch.
+    `size` and `rank` are powers of two."""
+    asked = index, op, size, dtype, rank, dropout
+    name = _decided.get(asked)
+    if name is None:
+        name = _decided[asked] = _decide(index, call_of(*asked[1:]))
+    return name
 
 
-@functools.cache
-def _fastest(
-    device_type: str,
-    device_index: int | None,
-    op: str,
-    shape: ShapeClass,
-    dtype: torch.dtype | None,
-    rank: int,
-    dropout: bool,
-) -> str:
-    device = torch.device(device_type if device_index is None else f"{device_type}:{device_index}")
-    for entry in evidence.known(op, architecture(device_type, device_index), shape, dtype, dropout):
-        if entry.proves and rank <= entry.max_rank and unavailable(entry.backend, device) is None:
-            return entry.backend
-    return "torch"
+def call_of(op: str, size: Size, dtype: torch.dtype | None = None, rank: int = 0, dropout: bool = False) -> Call:
+    """The call as evidence is filed."""
+    return Call(op, size, None if dtype is None else str(dtype).removeprefix("torch."), rank, dropout)
+
+
+def calls_met() -> list[Call]:
+    """The calls that evidence was asked about since `decide_again`, in powers of two."""
+    return list(dict.fromkeys(call_of(*asked[1:]) for asked in list(_decided)))
+
+
+def decide_again() -> None:
+    """Forget the choices that were made before, as new evidence asks for."""
+    _decided.clear()
+
+
+def _decide(index: int | None, call: Call) -> str:
+    entry, device = evidence.decisive(call, index) or first_use.meet(call, index), torch.device("cuda", index)
+    proven = entry.ranking if entry is not None else ()
+    return next((name for name in proven if unavailable(name, device) is None), "torch")
 
 
 def unavailable(name: str, device: torch.device) -> str | None:
@@ -132,12 +146,3 @@ def unavailable(name: str, device: torch.device) -> str | None:
 def refusal(name: str, op: str, dtype: torch.dtype | None, rank: int, dropout: bool) -> str | None:
     """Why a backend that is there does not serve a call, with the remedy; None when it does."""
     return cuda.refusal(dtype, rank, dropout) if name == "cuda" and op in cuda.OPS else None
-
-
-@functools.cache
-def architecture(device_type: str, device_index: int | None = None) -> str:
-    """The name evidence is filed under: 'sm_90' for an H100 or H200, 'cpu' for a CPU."""
-    if device_type != "cuda":
-        return device_type
-    major, minor = torch.cuda.get_device_capability(device_index)
-    return f"sm_{major}{minor}"

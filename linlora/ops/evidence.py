@@ -1,87 +1,294 @@
-"""The evidence by which a backend is chosen: evidence.json, which `linlora bench evidence` makes of bench/results/.
+"""The evidence by which a backend is chosen: what this machine, or the runs in the package, measured of every backend.
 
-An entry says of a backend, an op, an architecture, a class of shapes, a dtype and dropout or none: whether all cases of
-a run on a GPU were correct, and how fast they were. The newest run that measured this decides. What no run measured is
-not proven.
+An entry is one call that `linlora tune` checked against float64 and timed, with every candidate's outcome. It holds on
+the machine that made it: the same GPU, driver, torch, Triton and sources of linlora's ops and kernels. Entries of
+this machine are files under `$XDG_CACHE_HOME/linlora/evidence`, one an entry; those in the package (evidence.json, from
+bench/results/) hold on GPUs of their architecture while the sources are the same. A machine's own come first.
+
+A call is decided by the nearest entry: the same op, dtype and dropout, a rank that is no lower, and a size within
+`REACH` octaves in all, everything rounded up to powers of two. Nothing nearer than that: composed torch. docs/tuning.md
+has the rules and the JSON.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import json
-from dataclasses import dataclass
+import math
+import os
+import re
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
-from typing import Literal
+from typing import Any, NamedTuple
 
 import torch
 
+import linlora.kernels as kernels
+from linlora.storage.files import CorruptFileError, read_json, write_text
+
 TABLE = Path(__file__).with_name("evidence.json")
-ShapeClass = Literal["small", "medium", "large", "any"]
+REACH = 3.0
+"""Octaves of rows, inputs and outputs together between a call and the entry that decides it."""
+MARGIN = 1.02
+"""Times faster than composed torch in every case that a kernel has to be: a tie is not worth a change."""
+Size = tuple[int, int, int]
+LARGE: Size = (8192, 4096, 4096)
+"""The size of the calls that training is made of, for those that do not say theirs."""
+
+_own: dict[str, dict[str, Entry]] = {}
+"""Entries made or received by this process, which a cache that cannot be written has not."""
 
 
-def shape_class(m: int, n: int) -> ShapeClass:
-    """How an output (m, n) of a layer is bound.
+def power_of_two(n: int) -> int:
+    """n rounded up, 16 at the least: sizes that differ by less are decided alike.
 
-    "small": at most 64 rows, by launches and by reading W. "large": at least 2²² elements, 128 tiles of 128 × 256, by
-    arithmetic. "medium": between. Ops whose choice does not depend on the shape have the one class "any".
-
-    >>> shape_class(1, 4096), shape_class(512, 4096), shape_class(8192, 4096)
-    ('small', 'medium', 'large')
+    >>> power_of_two(1), power_of_two(4096), power_of_two(14336)
+    (16, 4096, 16384)
     """
-    if m <= 64:
-        return "small"
-    return "large" if m * n >= 2**22 else "medium"
+    power = 16
+    while power < n:  # torch.compile traces this for a symbolic n too
+        power *= 2
+    return power
+
+
+class Call(NamedTuple):
+    """What a decision depends on. `size` is (rows, inputs, outputs) of a layer; of a norm or an activation (rows,
+    features, features), of attention (length, head size, heads of the batch)."""
+
+    op: str
+    size: Size
+    dtype: str | None  # None: any
+    rank: int = 0
+    dropout: bool = False
+
+    def __str__(self) -> str:
+        rank, dropout = f" r{self.rank}" if self.rank else "", " dropout" if self.dropout else ""
+        return f"{self.op} {'×'.join(map(str, self.size))}{rank}{dropout} {self.dtype or 'any dtype'}"
+
+    def distance(self, entry: Call) -> float:
+        """Octaves between the sizes; infinite where an entry says nothing about this call."""
+        same = (self.op, self.dropout) == (entry.op, entry.dropout) and self.dtype in (None, entry.dtype)
+        if not same or power_of_two(entry.rank) < self.rank:
+            return math.inf
+        sides = zip(self.size, entry.size, strict=True)
+        return sum(abs(math.log2(power_of_two(a) / power_of_two(b))) for a, b in sides)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What became of one way to run a call: "green", "wrong", "failed" or "unavailable"; of a green one the larger of
+    device and host time in every case, and the largest relative error against float64."""
+
+    status: str
+    detail: str = ""
+    error: float | None = None
+    microseconds: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)
 class Entry:
-    """What a run says of one backend. Without `correct` there is no speed; `max_rank` is the highest that was run."""
+    """One call as a machine measured it. `peers` are times of F.linear and PEFT in the same cases; None: none there."""
 
-    op: str
-    backend: str
-    architecture: str
-    shape: str
-    dtype: str
-    dropout: bool
-    correct: bool
-    speedup_over_torch: float
-    max_rank: int
-    cases: int
-    gpu: str
+    call: Call
+    machine: dict[str, str]
     date: str
     commit: str
-    file: str
+    cases: tuple[str, ...]
+    candidates: dict[str, Candidate]
+    peers: dict[str, tuple[float | None, ...]]
+
+    def speedup(self, name: str) -> float | None:
+        """Times faster than composed torch, in the worst case; None of what was not timed."""
+        of, torch_ = self.candidates.get(name), self.candidates["torch"]
+        if of is None or of.status != "green" or torch_.status != "green":
+            return None
+        return min(a / b for a, b in zip(torch_.microseconds, of.microseconds, strict=True))
+
+    def over(self, peer: str, name: str) -> float | None:
+        """The time of a candidate over a peer's, all cases that the peer has together."""
+        of = self.candidates[name].microseconds
+        pairs = [(a, b) for a, b in zip(of, self.peers.get(peer, ()), strict=False) if b is not None]
+        return sum(a for a, _ in pairs) / sum(b for _, b in pairs) if pairs else None
 
     @property
-    def proves(self) -> bool:
-        """Green, and faster than composed torch."""
-        return self.correct and self.speedup_over_torch > 1.0
+    def ranking(self) -> list[str]:
+        """The candidates that are proven, correct and faster than composed torch, the fastest first."""
+        speeds = {name: self.speedup(name) or 0.0 for name in self.candidates if name != "torch"}
+        return sorted((name for name, speed in speeds.items() if speed >= MARGIN), key=lambda name: -speeds[name])
 
     def __str__(self) -> str:
-        result = f"{self.speedup_over_torch:.2f}x composed torch" if self.correct else "WRONG"
-        dropout = " with dropout" if self.dropout else ""
-        shapes = "" if self.shape == "any" else f" {self.shape} shapes in"
-        return f"{result}: {self.cases} cases,{shapes} {self.dtype}{dropout}, {self.gpu}, {self.file}"
+        return f"{self.call}, {self.machine['gpu']}, {self.date[:10]}"
+
+    def verdict(self, name: str) -> str:
+        """The outcome of a candidate in words."""
+        of, speedup = self.candidates.get(name), self.speedup(name)
+        if of is None or (speedup is None and of.status == "green"):
+            return "not measured"
+        return f"{of.status} ({of.detail})" if speedup is None else f"{speedup:.2f}x composed torch"
+
+    def as_json(self) -> dict[str, Any]:
+        """Plain JSON values, which `parse` reads."""
+        return asdict(self) | {"call": self.call._asdict()}
+
+    @staticmethod
+    def parse(content: dict[str, Any]) -> Entry:
+        """Read an entry. Raises KeyError, TypeError or ValueError for what is none."""
+        call = Call(**{**content["call"], "size": tuple(map(int, content["call"]["size"]))})
+        candidates = {
+            name: Candidate(**{**of, "microseconds": tuple(map(float, of["microseconds"]))})
+            for name, of in content["candidates"].items()
+        }
+        cases, machine = tuple(content["cases"]), {str(key): str(of) for key, of in content["machine"].items()}
+        times = [of.microseconds for of in candidates.values() if of.status == "green"]
+        if len(call.size) != 3 or any(len(of) != len(cases) or min(of, default=0.0) <= 0.0 for of in times):
+            raise ValueError("a time a case, and a size of three are expected")
+        if "torch" not in candidates or "gpu" not in machine:
+            raise ValueError("composed torch and the GPU's name are expected")
+        peers = {name: tuple(of) for name, of in content["peers"].items()}
+        return Entry(call, machine, str(content["date"]), str(content["commit"]), cases, candidates, peers)
 
 
-def known(op: str, architecture: str, shape: str, dtype: torch.dtype | None, dropout: bool) -> list[Entry]:
-    """The newest word on every backend, the fastest first; `dtype=None` takes any."""
-    name = None if dtype is None else str(dtype).removeprefix("torch.")
-    newest: dict[str, Entry] = {}
-    for entry in entries():
-        if (entry.op, entry.architecture, entry.shape, entry.dropout) == (op, architecture, shape, dropout) and (
-            name in (None, entry.dtype)
-        ):
-            newest[entry.backend] = entry
-    return sorted(newest.values(), key=lambda entry: -entry.speedup_over_torch)
+def decisive(call: Call, index: int | None) -> Entry | None:
+    """The entry that decides a call on a GPU, this machine's before the package's; None where nothing is near."""
+    for found in (own_entries(index), of_package(index)):
+        near = [entry for entry in found if call.distance(entry.call) <= REACH]
+        if near:
+            return min(near, key=lambda entry: (entry.call.rank, call.distance(entry.call), _age(entry)))
+    return None
+
+
+def own_entries(index: int | None) -> list[Entry]:
+    """What this machine has measured on a GPU."""
+    about = machine(index)
+    return list((_read(about_key := key(about)) | _own.get(about_key, {})).values())
+
+
+def is_measured(call: Call, index: int | None) -> bool:
+    """Whether this machine has an entry of a call, or of one that is decided alike."""
+    return any(_file_name(entry.call) == _file_name(call) for entry in own_entries(index))
 
 
 def executed_on(op: str, backend: str) -> list[str]:
-    """The GPUs on which a committed run has executed an op of a backend, right or wrong."""
-    return list(dict.fromkeys(entry.gpu for entry in entries() if (entry.op, entry.backend) == (op, backend)))
+    """The GPUs on which a backend has run an op, right or wrong: by the package, and by this machine."""
+    entries = [*shipped(), *(entry for i in range(torch.cuda.device_count()) for entry in own_entries(i))]
+    outcomes = ((entry, entry.candidates.get(backend)) for entry in entries if entry.call.op == op)
+    ran = (entry.machine["gpu"] for entry, of in outcomes if of is not None and of.status in ("green", "wrong"))
+    return list(dict.fromkeys(ran))
+
+
+def add(entries: Iterable[Entry], keep: bool = True) -> None:
+    """Take entries into account from now on; `keep` writes each to its file, whole or not at all."""
+    for entry in entries:
+        about_key = key(entry.machine)
+        _own.setdefault(about_key, {})[_file_name(entry.call)] = entry
+        file = folder() / about_key / _file_name(entry.call)
+        try:
+            if keep:
+                write_text(file, json.dumps(entry.as_json(), indent=1) + "\n")
+        except OSError as error:
+            _say_once(f"{file.parent} cannot be written ({error.strerror}): the evidence holds for this process alone")
+
+
+def forget() -> None:
+    """Read the files again when they are next asked for."""
+    _own.clear()
+    for cache in (_read, shipped, _say_once):
+        cache.cache_clear()
+
+
+def folder() -> Path:
+    """Where the entries of all machines that share this home are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "linlora" / "evidence"
+
+
+def key(about: dict[str, str]) -> str:
+    """The folder of a machine's entries: the GPU for people, and a hash of everything."""
+    gpu = re.sub(r"[^a-z0-9]+", "-", about["gpu"].lower().replace("nvidia", "")).strip("-")
+    return f"{gpu}-{hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]}"
 
 
 @functools.cache
-def entries() -> tuple[Entry, ...]:
-    """Every entry, the oldest run first."""
-    return tuple(Entry(**entry) for entry in json.loads(TABLE.read_text()))
+def machine(index: int | None) -> dict[str, str]:
+    """What evidence depends on beside the call: the GPU, its driver, the versions and the sources."""
+    major, minor = torch.cuda.get_device_capability(index)
+    return {
+        "gpu": torch.cuda.get_device_name(index),
+        "architecture": f"sm_{major}{minor}",
+        "driver": _driver(),
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "sources": sources(),
+    }
+
+
+def sources() -> str:
+    """A hash of the Triton kernels with their table of configurations, of the composed ops, and of what is built of
+    csrc/."""
+    ops, digest = Path(__file__).parent, hashlib.sha256()
+    folders = (Path(kernels.__file__).parent, ops / "aten")
+    for file in (*(file for folder in folders for file in sorted(folder.glob("*.py"))), ops / "cuda" / "build.json"):
+        if file.exists():
+            digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()[:16]
+
+
+@functools.cache
+def shipped() -> tuple[Entry, ...]:
+    """Every entry in the package."""
+    return tuple(Entry.parse(entry) for entry in json.loads(TABLE.read_text()))
+
+
+def of_package(index: int | None) -> list[Entry]:
+    """What the package holds for a GPU's architecture and these sources."""
+    about = machine(index)
+    same = ("architecture", "sources")
+    return [entry for entry in shipped() if all(entry.machine.get(of) == about[of] for of in same)]
+
+
+@functools.cache
+def _read(about_key: str) -> dict[str, Entry]:
+    """The entries in a machine's folder by file; one that is damaged is named and left out, a foreign one is none."""
+    found = {}
+    for file in sorted((folder() / about_key).glob("*.json")):
+        try:
+            entry = Entry.parse(read_json(file))
+        except (OSError, CorruptFileError, KeyError, TypeError, ValueError, AttributeError) as error:
+            _say_once(f"{file} is damaged and ignored ({type(error).__name__}: {error}); `linlora tune` makes it again")
+            continue
+        if key(entry.machine) == about_key:
+            found[file.name] = entry
+    return found
+
+
+def _age(entry: Entry) -> float:
+    return -float(re.sub(r"\D", "", entry.date)[:14] or 0)
+
+
+def _file_name(call: Call) -> str:
+    """One file for all calls that are decided alike."""
+    same = call._replace(size=tuple(map(power_of_two, call.size)))
+    return re.sub(r"[^A-Za-z0-9_]+", "-", str(same).replace("×", "x")) + ".json"
+
+
+def _driver() -> str:
+    try:
+        text = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        return f"CUDA {torch._C._cuda_getDriverVersion()}"
+    return next(iter(re.findall(r"\d+\.\d+(?:\.\d+)?", text)), "unknown")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    print(f"linlora: {message}", file=sys.stderr)

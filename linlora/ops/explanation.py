@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from linlora.ops import backends, choice, cuda, evidence
-from linlora.ops.evidence import Entry, ShapeClass, shape_class
+from linlora.ops.evidence import LARGE, Call, Entry, Size, power_of_two
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ def explain(
     op: str = "linearized_lora_linear",
     device: torch.device | str = "cpu",
     *,
-    shape: tuple[int, int, int] | None = None,
+    shape: Size | None = None,
     rank: int = 16,
     dtype: torch.dtype | None = None,
     dropout: bool = False,
@@ -38,8 +38,8 @@ def explain(
     """Say which backend would run `op` for tensors on `device` now, and why not the others.
 
     Args:
-        shape: (M, K, N) of the call of a LoRA layer: rows, inputs, outputs. Without one, the answer is that for the
-            large shapes that training is made of.
+        shape: (M, K, N) of the call of a LoRA layer: rows, inputs, outputs; of other ops as `linlora.ops.evidence.Call`
+            says. Without one, the answer is that for the large shapes that training is made of.
         rank, dropout: of that call. dtype: of its x; without one, what is proven for any.
 
     Raises ValueError for an op that does not exist.
@@ -50,53 +50,56 @@ def explain(
     """
     if op not in backends.OPS:
         raise ValueError(f"unknown op {op!r}: choose one of {', '.join(backends.OPS)}")
-    device = torch.device(device)
     layer = op in backends.LAYER_OPS
-    shapes: ShapeClass = "any" if not layer else "large" if shape is None else shape_class(shape[0], shape[2])
-    question = _Question(op, device, shapes, dtype, rank if layer else 0, dropout and layer)
-    return Explanation(op, str(device), question.answer(), question.reasons(), question.call if shape else "")
+    rows, inputs, outputs = map(power_of_two, shape or LARGE)
+    call = backends.call_of(op, (rows, inputs, outputs), dtype, rank if layer else 0, dropout and layer)
+    question = _Question(torch.device(device), call, dtype)
+    return Explanation(op, str(device), question.answer(), question.reasons(), str(call) if shape else "")
 
 
 @dataclass(frozen=True)
 class _Question:
-    """An op on a device, and the kind of call."""
+    """A call on a device."""
 
-    op: str
     device: torch.device
-    shape: ShapeClass
+    call: Call
     dtype: torch.dtype | None
-    rank: int
-    dropout: bool
-
-    @property
-    def call(self) -> str:
-        dtype = "" if self.dtype is None else " in " + str(self.dtype).removeprefix("torch.")
-        shapes = "" if self.shape == "any" else f"{self.shape} shapes"
-        return f"{shapes}{dtype}{' with dropout' if self.dropout else ''}".strip()
 
     def answer(self) -> str:
         """The backend whose code runs."""
         name = choice.name() or self._automatic()
-        return "triton" if name == "cuda" and self.op not in cuda.OPS else name
+        return "triton" if name == "cuda" and self.call.op not in cuda.OPS else name
 
     def reasons(self) -> dict[str, str]:
         return {name: self._reason(name) for name in ("cuda", "triton", "torch")}
 
+    @property
+    def _decided(self) -> Call:
+        """The call whose evidence counts: the factors' gradients are computed in the backward of a layer."""
+        return self.call if self.call.op != "factor_gradients" else self.call._replace(op="linearized_lora_linear")
+
+    @property
+    def _entry(self) -> Entry | None:
+        return evidence.decisive(self._decided, self.device.index) if self.device.type in backends.DECIDED else None
+
     def _automatic(self) -> str:
-        # The gradients of the factors are computed in the backward of a layer, on the backend of the layer.
-        op, shape = (self.op, self.shape) if self.op != "factor_gradients" else ("linearized_lora_linear", "large")
-        return backends.automatic(
-            self.device.type, self.device.index, op, shape, self.dtype, self.rank, self.dropout
-        )  # fmt: skip
+        if self.device.type not in backends.DECIDED:
+            return "torch"
+        op, size, _, rank, dropout = self._decided
+        return backends.automatic(self.device.index, op, size, self.dtype, power_of_two(rank), dropout)
 
     def _reason(self, name: str) -> str:
-        if name == "cuda" and self.op not in cuda.OPS:
+        op, _, _, rank, dropout = self.call
+        if name == "cuda" and op not in cuda.OPS:
             return "no kernel of this op: under use_backend('cuda') it runs on 'triton'"
-        refused = backends.refusal(name, self.op, self.dtype, self.rank, self.dropout)
-        requested = choice.name()
+        refused = backends.refusal(name, op, self.dtype, rank, dropout)
+        requested, entry = choice.name(), self._entry
         if name == self.answer():
             if requested is None:
-                return "chosen automatically" + (f": {entry}" if (entry := self._entry(name)) else "")
+                if entry is None:
+                    return "chosen automatically"
+                verdict = "no kernel is faster" if name == "torch" else entry.verdict(name)
+                return f"chosen automatically: {verdict}, {entry}"
             how = "asked for with use_backend" if requested == name else f"asked for with use_backend({requested!r})"
             return how if refused is None else f"{how}, where such a call is an error: {refused}"
         refused = backends.unavailable(name, self.device) or refused
@@ -105,22 +108,9 @@ class _Question:
         if requested is not None:
             return "available"
         if name == "torch":
-            return "available; the chosen backend is faster by the runs in bench/results/"
-        return f"available on request; {self._doubt(name)}"
-
-    def _doubt(self, name: str) -> str:
-        """Why a backend that could run is not chosen."""
-        ran, entry = evidence.executed_on(self.op, name), self._entry(name)
-        if not ran:
-            return "not yet run on a GPU"
-        if entry is None:
-            arch = backends.architecture(self.device.type, self.device.index)
-            return f"run on {', '.join(ran)}, but no run in bench/results/ is on {arch} and of {self.call or 'this op'}"
-        if entry.proves and self.rank > entry.max_rank:
-            return f"proven up to rank {entry.max_rank} only: {entry}"
-        return f"slower than the chosen one: {entry}" if entry.proves else f"slower than torch, or wrong: {entry}"
-
-    def _entry(self, name: str) -> Entry | None:
-        arch = backends.architecture(self.device.type, self.device.index)
-        found = evidence.known(self.op, arch, self.shape, self.dtype, self.dropout)
-        return next((entry for entry in found if entry.backend == name), None)
+            return "available; the chosen backend is faster"
+        if entry is not None:
+            return f"available on request; {entry.verdict(name)}, {entry}"
+        ran = ", ".join(evidence.executed_on(op, name))
+        ran = f"run on {ran}" if ran else "not yet run on a GPU"
+        return f"available on request; {ran}, not measured here on such a call: `linlora tune`"

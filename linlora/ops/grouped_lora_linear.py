@@ -95,7 +95,7 @@ def run(problem: GroupedLoraLinear) -> Tensor:
     x, weight = problem.x, problem.weight
     if x.dim() != 2:
         problem = problem._replace(x=as_rows(x))
-    backend = backends.select(x.device, "routed_lora_linear")
+    backend = backends.select(x.device, "routed_lora_linear", dtype=x.dtype)
     problem = composed.with_dropout(backend, problem)
     if (
         transform_active()

@@ -28,10 +28,10 @@ def result(case: Case, **changed: Outcome) -> CaseResult:
     return CaseResult(case, {**outcomes, **{name.replace("_", "-"): outcome for name, outcome in changed.items()}})
 
 
-def a_run(*results: CaseResult, architecture: str | None = "sm_90") -> Run:
+def a_run(*results: CaseResult) -> Run:
     versions = {"commit": "abc", "torch": "2", "triton": "3", "threads": 2}
     about = {"date": "2026-01-02T03:04:05+00:00", "cpu": "a CPU", **versions}
-    return Run("gpu", "cuda:0", about, architecture, list(results))
+    return Run("gpu", "cuda:0", about, list(results))
 
 
 def test_a_run_is_read_back_as_it_was_written(tmp_path: Path) -> None:

@@ -9,13 +9,11 @@ import torch
 from linlora.bench import gate, routing
 from linlora.bench.cases import Case, routing_case
 from linlora.bench.data import random_data, tasks_of_batch
-from linlora.bench.evidence import evidence, is_large
 from linlora.bench.floors import flops, least_bytes
 from linlora.bench.providers import EAGER, PROVIDERS, Provider
 from linlora.bench.report import print_run
 from linlora.bench.results import Run
 from linlora.bench.runner import run_case
-from linlora.bench.suites import suite
 from rich.console import Console
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -98,17 +96,6 @@ def test_flops_and_bytes_count_mixing_once_a_task() -> None:
     assert flops(replace(case, phase="forward")) == 2 * M * K * N + low + mixing
     assert flops(case) == 4 * M * K * N + 3 * low + 3 * mixing
     assert least_bytes(replace(case, phase="forward")) == 4 * (M * (K + N) + K * N + S * r * (K + N))
-
-
-def test_the_gpu_suite_measures_the_goal_and_can_prove_the_op() -> None:
-    goal = routing_case("llama-3-8b", "q", 16, 512, 8)
-    assert goal in suite("gpu")
-    assert is_large(goal)
-    assert goal.M == 8192
-    result = run_case(CASES[0], [PROVIDERS["frozen"], PROVIDERS["linlora-torch"]], DEVICE, seconds=0.1)
-    green = replace(result.outcomes["linlora-torch"], ratio=1.0)
-    proof = replace(result, case=goal, outcomes={**result.outcomes, "linlora-triton": green})
-    assert [(entry["op"], entry["backend"]) for entry in evidence([proof])] == [("routed_lora_linear", "triton")]
 
 
 def test_the_peers_mix_as_linlora_does() -> None:

@@ -1,128 +1,106 @@
-"""Which backend runs: asked for by name, or proven by a committed run; never a silent fallback."""
+"""Which backend runs: asked for by name, or proven by measurement; never a silent fallback."""
 
 import contextlib
-import json
+from dataclasses import replace
 
 import pytest
 import torch
+from fake_gpu import entry
 from linlora.kernels.problem import LoraLinear
 
 import linlora
 from linlora import functional, kernels
-from linlora.ops import aten, backends, cuda
-from linlora.ops import evidence as found
+from linlora.ops import aten, backends, cuda, evidence
+from linlora.ops.evidence import Call
 
-GREEN = {
-    "op": "lora_linear",
-    "backend": "triton",
-    "shape": "large",
-    "dtype": "bfloat16",
-    "dropout": False,
-    "correct": True,
-    "speedup_over_torch": 1.3,
-    "max_rank": 64,
-    "cases": 3,
-}
-HOPPER = torch.device("cuda", 0)
-CALL = {"shape": "large", "dtype": torch.bfloat16, "rank": 16}
+CALL = Call("lora_linear", (2048, 64, 4096), "bfloat16", 16)
 
 
-@pytest.fixture
-def evidence(tmp_path, monkeypatch):
-    """Adds to the table of evidence, which is empty at first; nothing is remembered from one test to the next."""
-    written = []
-    monkeypatch.setattr(found, "TABLE", tmp_path / "evidence.json")
-
-    def write(*entries, date="2026-01-01"):
-        about = {"architecture": "sm_90", "date": date, "gpu": "NVIDIA H200", "commit": "abc"}
-        written.extend({**entry, **about, "file": f"bench/results/gpu/run-{date}.json"} for entry in entries)
-        found.TABLE.write_text(json.dumps(written))
-
-    write()
-
-    def forget():
-        found.entries.cache_clear()
-        backends._fastest.cache_clear()
-
-    forget()
-    yield write
-    forget()
+def layer(x, weight, rank=16, dropout_p=0.0):
+    """Two streams."""
+    factors = weight.new_empty(rank, weight.shape[1]), None, None, weight.new_empty(weight.shape[0], rank)
+    return LoraLinear(x, weight, None, *factors, 1.0, None, dropout_p, two_streams=True)
 
 
-@pytest.fixture
-def hopper(monkeypatch):
-    """A GPU of sm_90 on which every backend could run."""
-    monkeypatch.setattr(backends, "architecture", lambda *_: "sm_90")
-    monkeypatch.setattr(backends, "unavailable", lambda name, device: None)
+def chosen(rows=2048, outputs=4096, dtype=torch.bfloat16, **call):
+    """The backend of a call like CALL."""
+    x, weight = torch.empty(2, rows // 2, 64, dtype=dtype), torch.empty(outputs, 64, dtype=dtype)
+    return backends.select_layer(layer(x, weight, **call))
 
 
-def layer(x, weight):
-    """Two streams, of rank 16."""
-    factors = weight.new_empty(16, weight.shape[1]), None, None, weight.new_empty(weight.shape[0], 16)
-    return LoraLinear(x, weight, None, *factors, 1.0, two_streams=True)
-
-
-def chosen(op="lora_linear", **call):
-    return backends.automatic("cuda", 0, op, **{**CALL, **call})
-
-
-def test_a_kernel_is_chosen_where_a_run_was_green_and_faster(evidence, hopper, monkeypatch):
-    evidence(GREEN)
-    assert chosen() == "triton"
-    assert chosen("linearized_lora_linear") == "torch"
-    monkeypatch.setattr(backends, "architecture", lambda *_: "sm_80")
-    backends._fastest.cache_clear()
-    assert chosen() == "torch"
+def test_a_kernel_is_chosen_where_it_was_correct_and_faster(gpu):
+    evidence.add([entry(CALL, triton=1.3)])
+    assert chosen() is kernels
+    assert backends.select(torch.device("cpu"), "linear", CALL.size, torch.bfloat16) is aten
 
 
 @pytest.mark.parametrize(
     "call",
-    [{"shape": "small"}, {"dtype": torch.float32}, {"dropout": True}, {"rank": 65}],
+    [{"rows": 64}, {"outputs": 256}, {"dtype": torch.float32}, {"dropout_p": 0.1}, {"rank": 17}],
     ids=lambda call: next(iter(call)),
 )
-def test_what_no_run_measured_is_not_proven(evidence, hopper, call):
-    evidence(GREEN)
-    assert chosen(**call) == "torch"
+def test_what_was_not_measured_is_not_proven(gpu, call):
+    evidence.add([entry(CALL, triton=1.3)])
+    assert chosen(**call) is aten
 
 
-@pytest.mark.parametrize("change", [{"correct": False}, {"speedup_over_torch": 0.9}], ids=["red", "slow"])
-def test_a_red_or_slower_run_proves_nothing(evidence, hopper, change):
-    evidence({**GREEN, **change})
-    assert chosen() == "torch"
+@pytest.mark.parametrize("outcome", ["wrong", "failed", "unavailable", 0.9, 1.01])
+def test_a_wrong_or_slower_kernel_is_never_chosen(gpu, outcome):
+    evidence.add([entry(CALL, triton=outcome)])
+    assert chosen() is aten
 
 
-def test_the_fastest_of_several_is_chosen_if_it_can_run(evidence, hopper, monkeypatch):
-    evidence(GREEN, {**GREEN, "backend": "cuda", "speedup_over_torch": 1.4})
-    assert chosen() == "cuda"
-    monkeypatch.setattr(backends, "unavailable", lambda name, device: "not built" if name == "cuda" else None)
-    backends._fastest.cache_clear()
-    assert chosen() == "triton"
+def test_a_kernel_that_is_slower_in_one_case_is_not_chosen(gpu):
+    found = entry(CALL, triton=1.3)
+    torch_, triton = found.candidates["torch"], found.candidates["triton"]
+    torch_, triton = replace(torch_, microseconds=(100.0, 10.0)), replace(triton, microseconds=(20.0, 11.0))
+    evidence.add([replace(found, cases=("a", "b"), candidates={"torch": torch_, "triton": triton})])
+    assert chosen() is aten
 
 
-def test_the_newest_run_decides(evidence, hopper):
-    evidence(GREEN, date="2026-01-01")
-    evidence({**GREEN, "correct": False}, date="2026-01-02")
-    assert chosen() == "torch"
-    evidence(GREEN, date="2026-01-03")
-    found.entries.cache_clear()
-    backends._fastest.cache_clear()
-    assert chosen() == "triton"
+def test_the_fastest_of_several_is_chosen_if_it_can_run(gpu):
+    evidence.add([entry(CALL, triton=1.3, cuda=1.4)])
+    assert chosen() is cuda
+    gpu.obstacles["cuda"] = "not built"
+    backends.decide_again()
+    assert chosen() is kernels
 
 
-def test_an_op_is_told_from_its_calls(evidence, hopper, monkeypatch):
-    evidence(GREEN)
-    monkeypatch.setattr(torch.Tensor, "device", HOPPER)
-    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
-    weight = torch.empty(4096, 16, dtype=torch.bfloat16)
-    for rows, expected in ((2048, kernels), (64, aten)):
-        x = torch.empty(2, rows // 2, 16, dtype=torch.bfloat16)
-        assert backends.select_layer(layer(x, weight)) is expected
-    assert backends.select_layer(layer(torch.empty(2048, 16), weight)) is aten
+def test_the_nearest_size_decides_and_the_lowest_rank_that_covers_the_call(gpu):
+    evidence.add([entry(CALL, triton=1.3), entry(CALL._replace(size=(512, 64, 4096)), triton=0.8)])
+    evidence.add([entry(CALL._replace(rank=64), cuda=1.3)])
+    assert chosen(rows=2048) is kernels
+    assert chosen(rows=3000) is kernels
+    assert chosen(rows=256) is aten
+    assert chosen(rank=17) is cuda
 
 
-def test_on_a_cpu_torch_runs(evidence):
-    evidence(GREEN)
-    assert backends.select(torch.device("cpu"), "lora_linear", **CALL) is aten
+def test_the_choice_of_a_call_is_made_once(gpu, monkeypatch):
+    evidence.add([entry(CALL, triton=1.3)])
+    assert chosen() is kernels
+    monkeypatch.setattr(evidence, "decisive", None)
+    assert chosen() is kernels
+
+
+def test_a_layer_runs_on_the_kernel_that_its_evidence_proves(gpu, monkeypatch):
+    runs = []
+    original = kernels.lora_linear
+    monkeypatch.setattr(kernels, "lora_linear", lambda *a, **k: (runs.append("triton"), original(*a, **k))[1])
+    x, weight, A0, dB = (torch.randn(*shape) for shape in ((48, 32), (40, 32), (4, 32), (40, 4)))
+    with torch.no_grad():
+        before = functional.linearized_lora_linear(x, weight, None, A0, None, None, dB, 2.0)
+        assert runs == []
+        evidence.add([entry(Call("linearized_lora_linear", (48, 32, 40), "float32", 4), triton=1.5)])
+        backends.decide_again()
+        after = functional.linearized_lora_linear(x, weight, None, A0, None, None, dB, 2.0)
+    assert runs == ["triton"]
+    torch.testing.assert_close(after, before, atol=1e-4, rtol=1e-4)
+
+
+def test_on_a_cpu_torch_runs(monkeypatch):
+    monkeypatch.setattr(evidence, "decisive", None)  # nobody asks for evidence
+    assert backends.select(torch.device("cpu"), *CALL[:2]) is aten
+    assert chosen() is aten
 
 
 def test_use_backend_nests_and_is_undone_by_errors(device):
@@ -203,24 +181,23 @@ def test_explain_names_the_backend_and_the_reason_for_each(monkeypatch, device):
     assert (explanation.backend, explanation.reasons["triton"]) == ("triton", "asked for with use_backend")
 
 
-def test_explain_cites_the_run(evidence, hopper):
-    assert "available on request; not yet run on a GPU" in linlora.explain("lora_linear", HOPPER).reasons["triton"]
-    evidence(GREEN, {**GREEN, "shape": "small", "speedup_over_torch": 0.8})
-    found.entries.cache_clear()
-    backends._fastest.cache_clear()
-    large = linlora.explain("lora_linear", HOPPER, shape=(8192, 64, 4096), dtype=torch.bfloat16)
-    assert str(large).startswith("lora_linear on cuda:0 (large shapes in bfloat16) runs on 'triton'")
-    assert large.reasons["triton"] == (
-        "chosen automatically: 1.30x composed torch: 3 cases, large shapes in bfloat16, NVIDIA H200, "
-        "bench/results/gpu/run-2026-01-01.json"
-    )
-    assert large.reasons["cuda"] == "available on request; not yet run on a GPU"
+def test_explain_cites_the_measurement(gpu):
+    def explained(**options):
+        return linlora.explain("lora_linear", "cpu", **{"shape": CALL.size, "dtype": torch.bfloat16, **options})
+
+    assert "not yet run on a GPU, not measured here on such a call: `linlora tune`" in explained().reasons["triton"]
+    evidence.add([entry(CALL, triton=1.3, cuda="wrong"), entry(CALL._replace(size=(16, 64, 4096)), triton=0.8)])
+    backends.decide_again()
+    large = explained()
+    assert str(large).startswith("lora_linear on cpu (lora_linear 2048×64×4096 r16 bfloat16) runs on 'triton'")
+    measured = "lora_linear 2048×64×4096 r16 bfloat16, NVIDIA H200, 2026-01-02"
+    assert large.reasons["triton"] == f"chosen automatically: 1.30x composed torch, {measured}"
+    assert large.reasons["cuda"] == f"available on request; wrong (y: rel err 1e0), {measured}"
     assert "the chosen backend is faster" in large.reasons["torch"]
-    small = linlora.explain("lora_linear", HOPPER, shape=(16, 64, 4096), dtype=torch.bfloat16)
-    assert (small.backend, "slower than torch, or wrong: 0.80x" in small.reasons["triton"]) == ("torch", True)
-    dropped = linlora.explain("lora_linear", HOPPER, dropout=True)
-    assert "run on NVIDIA H200, but no run" in dropped.reasons["triton"]
-    assert "proven up to rank 64 only" in linlora.explain("lora_linear", HOPPER, rank=128).reasons["triton"]
+    small = explained(shape=(16, 64, 4096))
+    assert (small.backend, "0.80x composed torch" in small.reasons["triton"]) == ("torch", True)
+    assert "no kernel is faster" in small.reasons["torch"]
+    assert "run on NVIDIA H200, not measured here on such a call" in explained(rank=128).reasons["triton"]
 
 
 def test_explain_says_what_runs_on_triton_under_cuda(monkeypatch, device):
@@ -236,13 +213,18 @@ def test_explain_says_what_runs_on_triton_under_cuda(monkeypatch, device):
     assert "no dropout" in dropped.reasons["cuda"]
 
 
-def test_the_factor_gradients_run_with_their_layer(evidence, hopper):
-    evidence({**GREEN, "op": "linearized_lora_linear", "backend": "cuda"})
-    assert linlora.explain("factor_gradients", HOPPER).backend == "triton"
+def test_the_factor_gradients_run_with_their_layer(gpu):
+    evidence.add([entry(CALL._replace(op="linearized_lora_linear"), cuda=1.3)])
+    asked = {"shape": CALL.size, "dtype": torch.bfloat16}
+    assert linlora.explain("factor_gradients", "cpu", **asked).backend == "triton"
 
 
-def test_automatic_choice_is_a_constant_of_compiled_code():
-    def choice(x):
-        return x + (backends.select_layer(layer(x, x)) is aten)
+def test_automatic_choice_is_a_constant_of_compiled_code(gpu):
+    def choice(x, weight):
+        return x + (backends.select_layer(layer(x, weight)) is kernels)
 
-    assert torch.compile(choice, fullgraph=True, backend="eager")(torch.zeros(2, 2)).sum() == 4.0
+    evidence.add([entry(CALL, triton=1.3)])
+    compiled = torch.compile(choice, fullgraph=True, backend="eager")
+    weight = torch.zeros(4096, 64, dtype=torch.bfloat16)
+    for rows, expected in ((2048, 1.0), (2000, 1.0), (16, 0.0)):
+        assert compiled(torch.zeros(rows, 64, dtype=torch.bfloat16), weight)[0, 0] == expected

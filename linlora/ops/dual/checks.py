@@ -25,5 +25,9 @@ def check_constants(op: str, **tangents: Tensor | None) -> None:
 
 def backend_of(op: str, *tensors: Tensor) -> ModuleType:
     """The backend that runs an op on these tensors: `torch` where one is empty, for there is nothing to launch."""
-    backend = backends.select(tensors[0].device, op)
-    return aten if any(tensor.numel() == 0 for tensor in tensors) else backend
+    x, rest = tensors[0], tensors[1:]
+    if any(tensor.numel() == 0 for tensor in tensors):
+        return aten
+    features = x.shape[-1]
+    outputs = rest[0].shape[0] if op == "linear" else features
+    return backends.select(x.device, op, (x.numel() // features, features, outputs), x.dtype)
