@@ -31,11 +31,15 @@ class Job(Protocol):
 
 
 class Layer(NamedTuple):
-    """A provider's layer: inputs → outputs, with the parameters it trains ("A", "B") and every tensor it holds."""
+    """A provider's layer: inputs → outputs, with the parameters it trains ("A", "B") and every tensor it holds.
+
+    `draws` is the same with a mask of dropout of its own, where `forward` is given the mask that everybody computes:
+    what is timed, because every backend draws in its own way."""
 
     forward: Callable[..., Any]
     trainable: dict[str, Tensor]
     tensors: list[Tensor]
+    draws: Callable[..., Any] | None = None
 
 
 class LayerJob:
@@ -55,6 +59,7 @@ class LayerJob:
     ) -> None:
         self.data, self.backend, self.differentiates = data, backend, phase != "forward"
         self.forward = torch.compile(layer.forward, dynamic=False) if compiled else layer.forward
+        self._timed = layer.draws or self.forward
         self.tensors = layer.tensors
         self.leaves = dict(data.leaves)
         for name, parameter in layer.trainable.items():
@@ -73,7 +78,7 @@ class LayerJob:
     def step(self) -> Any:
         if self._recorded is not None:
             return self._gradients(self._recorded)
-        outputs = self.forward(*self._inputs)
+        outputs = self._timed(*self._inputs)
         if not self.differentiates:
             return outputs
         return self._gradients(outputs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -79,13 +80,14 @@ def _op(data: LayerData) -> Layer:
     if problem.d_shrink is not None:
         trainable = {"A": nn.Parameter(problem.d_shrink), **trainable}
     A0, B0, dA, dB = problem.shrink, problem.expand, trainable.get("A"), trainable["B"]
-    dropout = {"dropout_p": problem.dropout_p, "seed": problem.seed}
     op = getattr(functional, problem.op)
 
-    def forward(x: Tensor, *x_tangent: Tensor) -> Any:
-        return op(x, module.weight, module.bias, A0, B0, dA, dB, problem.scaling, *x_tangent, **dropout)
+    def forward(x: Tensor, *x_tangent: Tensor, seed: Tensor | None = problem.seed) -> Any:
+        factors, dropout = (A0, B0, dA, dB, problem.scaling), {"dropout_p": problem.dropout_p, "seed": seed}
+        return op(x, module.weight, module.bias, *factors, *x_tangent, **dropout)
 
-    return Layer(forward, trainable, [*_tensors(module), *present((A0, B0)), *trainable.values()])
+    draws = None if problem.seed is None else partial(forward, seed=None)
+    return Layer(forward, trainable, [*_tensors(module), *present((A0, B0)), *trainable.values()], draws)
 
 
 def _functorch_dual(module: FunctorchLoraLinear) -> Any:
