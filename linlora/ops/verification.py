@@ -96,7 +96,9 @@ def _outputs(result: Any) -> tuple[Tensor | None, ...]:
 
 
 def _error(found: Tensor, other: Tensor) -> float:
-    """‖found − other‖ / ‖other‖, without what is not finite in both: a training that diverged is not the kernel's."""
+    """‖found − other‖ / ‖other‖, without what is not finite in both: a training that diverged is not the kernel's.
+    Statistics of a row are of one shape or another."""
+    found = found.reshape(other.shape)
     both = ~found.isfinite() & ~other.isfinite()
     a, b = (torch.where(both, 0.0, x.double()) for x in (found, other))
     difference, norm = (a - b).norm().item(), b.norm().item()

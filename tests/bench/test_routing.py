@@ -54,7 +54,7 @@ def test_routing_is_measured_against_poly_a_loop_and_one_adapter() -> None:
     timed = {name for name, outcome in result.outcomes.items() if outcome.median_ms is not None}
     assert {"frozen", "linlora-torch", "poly", "peft-loop", "peft"} <= timed
     console = Console(record=True, width=200)
-    print_run(Run("routing", str(DEVICE), _environment(), None, [result], []), console)
+    print_run(Run("routing", str(DEVICE), _environment(), [result], []), console)
     text = console.export_text()
     assert "mixed batches of tasks, forward + backward" in text
     assert "vs Poly" in text

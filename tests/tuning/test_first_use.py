@@ -28,9 +28,11 @@ def chosen(op="linear", rows=16):
 @pytest.fixture
 def children(monkeypatch):
     """The processes that were started, each run here."""
-    started = []
+    started, real = [], subprocess.run
 
-    def run(command, env, **_):
+    def run(command, env=None, **options):
+        if env is None:
+            return real(command, **options)
         started.append((command, env))
         done = CliRunner().invoke(app, command[3:], env={**env, "LINLORA_TUNE": ""})
         return subprocess.CompletedProcess(command, done.exit_code, done.output, done.stderr)
