@@ -131,7 +131,8 @@ def decide_again() -> None:
 
 
 def _decide(index: int | None, call: Call) -> str:
-    entry, device = evidence.decisive(call, index) or first_use.meet(call, index), torch.device("cuda", index)
+    entry = evidence.decisive(call, index) or first_use.meet(call, index)
+    device = torch.device("cuda" if index is None else f"cuda:{index}")
     proven = entry.ranking if entry is not None else ()
     return next((name for name in proven if unavailable(name, device) is None), "torch")
 

@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 import linlora.kernels as kernels
+from linlora.storage.environment import environment
 from linlora.storage.files import CorruptFileError, read_json, write_text
 
 TABLE = Path(__file__).with_name("evidence.json")
@@ -270,7 +271,8 @@ def _age(entry: Entry) -> float:
 
 def _file_name(call: Call) -> str:
     """One file for all calls that are decided alike."""
-    same = call._replace(size=tuple(map(power_of_two, call.size)))
+    rows, inputs, outputs = map(power_of_two, call.size)
+    same = call._replace(size=(rows, inputs, outputs))
     return re.sub(r"[^A-Za-z0-9_]+", "-", str(same).replace("×", "x")) + ".json"
 
 
@@ -278,7 +280,7 @@ def _driver() -> str:
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
-        return f"CUDA {torch._C._cuda_getDriverVersion()}"
+        return str(environment("cuda")["driver"])
     return next(iter(re.findall(r"\d+\.\d+(?:\.\d+)?", text)), "unknown")
 
 
