@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 
 import linlora.kernels as kernels
+from linlora.ops.cuda import library
 from linlora.storage.environment import environment
 from linlora.storage.files import CorruptFileError, read_json, write_text
 
@@ -229,10 +230,9 @@ def machine(index: int | None) -> dict[str, str]:
 def sources() -> str:
     """A hash of the Triton kernels with their table of configurations, of the composed ops, and of what is built of
     csrc/."""
-    ops, digest = Path(__file__).parent, hashlib.sha256()
-    folders = (Path(kernels.__file__).parent, ops / "aten")
-    for file in (*(file for folder in folders for file in sorted(folder.glob("*.py"))), ops / "cuda" / "build.json"):
-        if file.exists():
+    digest = hashlib.sha256(json.dumps(library.status(), sort_keys=True).encode())
+    for folder in (Path(kernels.__file__).parent, Path(__file__).parent / "aten"):
+        for file in sorted(folder.glob("*.py")):
             digest.update(file.name.encode() + b"\0" + file.read_bytes() + b"\0")
     return digest.hexdigest()[:16]
 
