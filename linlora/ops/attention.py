@@ -106,8 +106,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, constant_tangent: bool, *fields: Any) -> Any:
         problem = Attention(*fields)
-        device = problem.q.device.type
-        with torch.autocast(device, enabled=False) if autocast_enabled(device) else nullcontext():
+        q = problem.q
+        with torch.autocast(q.device.type, enabled=False) if autocast_enabled(q) else nullcontext():
             result = backend.attention(problem)  # in its own precision: autocast has cast the inputs
         tensors, ctx.numbers = pack(problem.primal() if constant_tangent else problem)
         ctx.save_for_backward(*tensors, result.o, result.lse)
