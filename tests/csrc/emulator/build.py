@@ -45,6 +45,8 @@ def build_sources(sources: Sequence[Path], flags: Sequence[str] = FLAGS, links: 
     cxx = compiler()
     if cxx is None:
         raise RuntimeError("no C++ compiler found: install g++ or clang++, or name one in CXX")
+    if "clang" not in Path(cxx).name:  # g++ makes the static variables of inline functions one for all libraries
+        flags = [*flags, "-fno-gnu-unique"]
     read = sorted({*sources, *CSRC.glob("*.cuh"), *CSRC.glob("*.h"), *EMULATOR.rglob("*.h")})
     state = hashlib.sha256(repr((cxx, flags, [(path.name, path.read_bytes()) for path in read])).encode())
     folder = Path(tempfile.gettempdir()) / f"linlora-emulator-{os.getuid()}"  # a container's user may have no name
