@@ -17,7 +17,7 @@ WORKERS ?= 12
 SEEDS ?= 0 1
 TESTS ?= tests
 
-.PHONY: install cuda wheels compile-matrix test test-everywhere peft-suite lint docs quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
+.PHONY: install cuda wheels compile-matrix test test-everywhere peft-suite lint types docs quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
   gpu-bench-compiled gpu-tune require-gpu
 
 install: $(READY)
@@ -53,10 +53,15 @@ test-everywhere: $(READY)
 peft-suite: $(READY)
 	$(PYTHON) tests/peft_suite/peft_suite.py $(PEFT)
 
-lint: $(READY)
+lint: $(READY) types
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
-	$(PYTHON) -m mypy
+
+# mypy of linlora with kernels/ where it is installed: linlora.kernels.
+types: $(READY)
+	rm -rf build/typed && mkdir -p build/typed/linlora
+	ln -s $(CURDIR)/linlora/* $(CURDIR)/kernels build/typed/linlora/
+	cd build/typed && $(or $(wildcard $(CURDIR)/$(PYTHON)),$(PYTHON)) -m mypy --config-file $(CURDIR)/pyproject.toml -p linlora
 
 # The documentation as a site, in build/site; a broken link or name is an error.
 docs: $(READY)

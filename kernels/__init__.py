@@ -67,7 +67,7 @@ if __name__ == "linlora.kernels" and importlib.util.find_spec("triton") is not N
 
 else:
 
-    def _unavailable(device: torch.device) -> str | None:
+    def _unavailable(device: torch.device) -> str | None:  # type: ignore[misc]
         return _MISSING
 
     def __getattr__(name: str) -> NoReturn:

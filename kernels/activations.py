@@ -223,7 +223,7 @@ def launch_gated_backward(
     g: Tensor, gate: Tensor, up: Tensor, d_gate: Tensor, d_up: Tensor, kind: str, config: Config
 ) -> Launch:
     """The launch that fills d_gate and d_up."""
-    tensors = {"g": g, "gate": gate, "up": up, "d_gate": d_gate, "d_up": d_up}
+    tensors: dict[str, Tensor | None] = {"g": g, "gate": gate, "up": up, "d_gate": d_gate, "d_up": d_up}
     return _launch(gated_activation_backward_kernel, tensors, kind, config)
 
 

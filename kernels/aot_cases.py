@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -188,8 +188,8 @@ def grouped_launch(case: Case) -> Launch:
     dropout = (0.1 if "dropout" in variant else 0.0, _meta(torch.int64))
     d_shrink, d_expand = _meta(torch.float32, groups, K, rank), _meta(torch.float32, groups, rank, N)
     if case.row.op == "grouped_gradients":
-        problem = GroupedGradients(low, g, low, x, layout, groups, 2.0, torch.float32, *dropout)
-        return launch_grouped_gradients(problem, Gradients(d_expand, d_shrink), config)
+        gradients = GroupedGradients(low, g, low, x, layout, groups, 2.0, torch.float32, *dropout)
+        return launch_grouped_gradients(gradients, Gradients(d_expand, d_shrink), config)
     shrink, expand = _meta(torch.float32, rank, K), _meta(torch.float32, rank, N).t()
     layer = x, _meta(dtype, N, K), _meta(dtype, N), shrink, expand, d_shrink, d_expand, layout, 2.0, x, *dropout
     problem = GroupedLoraLinear(*layer, two_streams=True)
@@ -301,7 +301,7 @@ def attention_launch(case: Case) -> Launch:
         mask = _meta(torch.bool, BATCH, 1, 1, sequence)
     v_tangent = k if "tangents" in variant or "v-tangent" in variant else None
     tangents = (q, k, v_tangent) if "tangents" in variant else (None, None, v_tangent)
-    options = (mask, "causal" in variant, 0.1, 0.1 if "dropout" in variant else 0.0, _meta(torch.int64))
+    options: Any = (mask, "causal" in variant, 0.1, 0.1 if "dropout" in variant else 0.0, _meta(torch.int64))
     problem = Attention(q, k, k, *tangents, *options)
     result = AttentionResult(o, o if problem.has_tangents else None, lse)
     if case.row.op == "attention":

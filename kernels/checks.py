@@ -112,6 +112,7 @@ def check_elementwise(kind: str, **tensors: Tensor | None) -> None:
     if kind not in ACTIVATION_KINDS:
         raise ValueError(f"kind is one of {', '.join(ACTIVATION_KINDS)}, got {kind!r}")
     (name, first), *others = tensors.items()
+    assert first is not None
     check_supported(name, first)
     for name, tensor in others:
         if tensor is not None:

@@ -263,7 +263,7 @@ def launch(problem: LoraLinear, result: Result, config: Config) -> Launch:
         raise ValueError("the flags design needs 16-byte aligned rows: of x, of y, and of the weight or its transpose")
     (m, k), n, rank = x.shape, weight.shape[0], problem.rank
     transposed_weight = not _rows_align(weight)
-    weight_shape, weight_strides, weight_block = weight.shape, weight.stride(), [config.block_n, config.block_k]
+    weight_shape, weight_strides, weight_block = tuple(weight.shape), weight.stride(), [config.block_n, config.block_k]
     if transposed_weight:
         weight_shape, weight_strides, weight_block = (k, n), weight.stride()[::-1], [config.block_k, config.block_n]
     row_tiles = triton.cdiv(m, config.block_m)

@@ -252,6 +252,8 @@ def _layer(A: Tensor | None, B: Tensor, mixture: Tensor) -> Layer:
 
 def _run(launch: Callable[..., Launch], layers: list[Layer], tensors: list[Tensor | None], per_layer: int) -> None:
     B, w = tensors[1], tensors[2]
+    assert B is not None
+    assert w is not None
     config = select_by_size(
         "mix_inventories", size=0, itemsize=B.element_size(), architecture=device_traits(B.device).architecture
     )
@@ -275,7 +277,8 @@ class Plan(NamedTuple):
 @functools.lru_cache(maxsize=64)
 def plan_of(layers: tuple[Layer, ...], block: int, device: torch.device) -> Plan:
     """The plan of these layers in blocks of columns; made once for a model."""
-    sizes, programs, places, partials = [], [], [], 0
+    sizes, programs, partials = [], [], 0
+    places: list[int] = []
     for i, layer in enumerate(layers):
         A_columns = layer.inputs * layer.rank // layer.heads
         B_columns = layer.outputs * layer.rank // layer.heads

@@ -116,8 +116,8 @@ class LoraLinear(NamedTuple):
 
     def primal(self) -> LoraLinear:
         """The primal of two streams alone: plain LoRA at (A0, B0), one stream in the short form."""
-        assert self.expand is not None
-        x, weight, bias, A0, B0, *_ = self
+        (x, weight, bias, A0), B0 = self[:4], self.expand
+        assert B0 is not None
         return LoraLinear(x, weight, bias, A0, None, None, B0, self.scaling, None, self.dropout_p, self.seed)
 
     def outputs(self, save: bool = True, primal: bool = True) -> Result:

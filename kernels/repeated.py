@@ -133,7 +133,7 @@ class Repeated:
             arguments[i] = addresses[of] if rest is None else (addresses[of], *rest)
         for described in self.described:
             arguments[described.argument] = described.at(addresses[described.tensor])
-        if self.counters is not None:
+        if self.counters is not None and self.n_counters is not None:
             arguments[self.counters] = counters(x.device, self.n_counters)
         on_device(x.device, self.runner, arguments)
         return self.kind(*made)

@@ -42,6 +42,7 @@ def called_update(
                     "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, prune.remove)"
                 )
             check_there(f"layer '{layer.layer_name}'", [(f"{kind}['{name}']", part.weight)])
+        dB: Tensor | None
         A0, B0, dA, dB, scaling = layer.factors(name)
         if layer.states.get(name, "plain") == "plain":
             dA, B0, dB = None, dB, None

@@ -37,6 +37,9 @@ from linlora.ops.mixing import by_groups
 from linlora.ops.rows import as_rows, of_rows
 from linlora.ops.transforms import intercepts, transform_active
 
+Fields: Any = GroupedLoraLinear
+"""Which fields of a problem ask for gradients."""
+
 
 def grouped_lora_linear(
     x: Tensor,
@@ -127,11 +130,11 @@ class _GroupedLoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, *fields: Any) -> Any:
         x, weight, bias, *factors, groups, scaling, _, dropout_p, seed, two_streams, _, _ = fields
-        frozen = weight.to(x.dtype), None if bias is None else bias.to(x.dtype)
-        problem = GroupedLoraLinear(x, *frozen, *factors, groups.layout(backend), *fields[8:])
-        result, needs = backend.grouped_lora_linear(problem), GroupedLoraLinear(*ctx.needs_input_grad[1:])
+        frozen: Any = (weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        problem = GroupedLoraLinear(*(x, *frozen, *factors, groups.layout(backend), *fields[8:]))
+        result, needs = backend.grouped_lora_linear(problem), Fields(*ctx.needs_input_grad[1:])
         if two_streams:  # model scope: all but x and the groups' factors are frozen
-            needs = GroupedLoraLinear(needs.x, None, None, None, None, needs.d_shrink, needs.d_expand, None, None)
+            needs = Fields(needs.x, None, None, None, None, needs.d_shrink, needs.d_expand, None, None)
         low = result.c if problem.shrink is None else result.u
         ctx.save_for_backward(
             x if needs.weight or needs.d_shrink or needs.shrink else None,
@@ -153,31 +156,32 @@ class _GroupedLoraLinear(torch.autograd.Function):
         x, weight, *factors, seed, low, c = ctx.saved_tensors
         needs, (groups, scaling, dropout_p, two_streams) = ctx.needs, ctx.options
         layout = groups.layout(backend)
-        problem = GroupedLoraLinear(
-            x, weight.to(g.dtype), None, *factors, layout, scaling, None, dropout_p, seed, two_streams
-        )
+        fields: Any = (x, weight.to(g.dtype), None, *factors, layout, scaling, None, dropout_p, seed, two_streams)
+        problem = GroupedLoraLinear(*fields)
         placed = backend.place(g, layout)
         dx, u_adjoint, c_adjoint = _low_adjoints(backend, problem, g, placed, needs)
         dA = dB = dA0 = dB0 = None
         if needs.d_shrink or needs.d_expand:
-            of_g = (low, placed) if needs.d_expand else (None, None)
+            p, wide = (low, placed) if needs.d_expand else (None, None)
             low_adjoint = c_adjoint if problem.expand is None else u_adjoint
-            of_x = (low_adjoint, backend.place(x, layout, dropout_p, seed)) if needs.d_shrink else (None, None)
-            B = problem.d_expand
+            q, inputs = (low_adjoint, backend.place(x, layout, dropout_p, seed)) if needs.d_shrink else (None, None)
+            B: Any = problem.d_expand
             dB, dA = backend.grouped_gradients(
-                GroupedGradients(*of_g, *of_x, layout, B.shape[0], scaling, B.dtype, dropout_p, seed)
+                GroupedGradients(p, wide, q, inputs, layout, B.shape[0], scaling, B.dtype, dropout_p, seed)
             )
         if needs.shrink or needs.expand:
-            of_g, of_x = (c, g) if needs.expand else (None, None), (c_adjoint, x) if needs.shrink else (None, None)
+            assert problem.shrink is not None
+            p, wide = (c, g) if needs.expand else (None, None)
+            q, inputs = (c_adjoint, x) if needs.shrink else (None, None)
             dB0, dA0 = backend.factor_gradients(
-                FactorGradients(*of_g, *of_x, scaling, problem.shrink.dtype, dropout_p, seed)
+                FactorGradients(p, wide, q, inputs, scaling, problem.shrink.dtype, dropout_p, seed)
             )
         d_weight, d_bias = g.t() @ x if needs.weight else None, g.sum(0) if needs.bias else None
         return None, dx, d_weight, d_bias, dA0, dB0, dA, dB, *(None,) * 8
 
 
 def _low_adjoints(
-    backend: ModuleType, problem: GroupedLoraLinear, g: Tensor, placed: Tensor, needs: GroupedLoraLinear
+    backend: ModuleType, problem: GroupedLoraLinear, g: Tensor, placed: Tensor, needs: Any
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, ū, c̄), of which those that are needed; placed is g as the backend's blocks read it."""
     if problem.two_streams:

@@ -38,8 +38,10 @@ from linlora.ops.composed import backward_backend
 from linlora.ops.rows import as_rows, of_rows
 from linlora.ops.transforms import intercepts, transform_active
 
-_NOTHING: Any = LoraLinear(*[None] * len(LoraLinear._fields))
-"""No gradient of any field."""
+Fields: Any = LoraLinear
+"""Something of the fields of a problem: which ask for gradients, or the gradients."""
+
+_NOTHING = Fields(*[None] * len(LoraLinear._fields))
 
 
 def lora_linear(
@@ -167,7 +169,7 @@ def _shaped(result: Result, problem: LoraLinear) -> Any:
 class _LoraLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, constant_tangent: bool, *fields: Any) -> Any:
-        problem, needs = LoraLinear(*fields), LoraLinear(*ctx.needs_input_grad[2:])
+        problem, needs = LoraLinear(*fields), Fields(*ctx.needs_input_grad[2:])
         dtype = problem.d_expand.dtype
         if backend is aten:
             problem = aten.kept_factors(problem)
@@ -201,9 +203,18 @@ class _LoraLinear(torch.autograd.Function):
         lead = g if g_tangent is None else g_tangent
         if lead is None:
             return (None, None, *_needs())
-        problem = LoraLinear(
-            _rows(x), weight.to(lead.dtype), None, *factors, scaling, _rows(x_tangent), dropout_p, seed, two_streams
+        fields: Any = (
+            _rows(x),
+            weight.to(lead.dtype),
+            None,
+            *factors,
+            scaling,
+            _rows(x_tangent),
+            dropout_p,
+            seed,
+            two_streams,
         )
+        problem = LoraLinear(*fields)
         if two_streams and g_tangent is None:
             of = _gradients_of_primal(backend, problem, ctx.dtype, as_rows(lead), u, ctx.needs, ctx.constant_tangent)
         else:
@@ -215,8 +226,8 @@ class _LoraLinear(torch.autograd.Function):
         )  # fmt: skip
 
 
-def _needs(**fields: Any) -> LoraLinear:
-    """Something of some fields of a problem, None of the others: which ask for gradients, or the gradients."""
+def _needs(**fields: Any) -> Any:
+    """`Fields`, None of those that are not given."""
     return _NOTHING._replace(**fields) if fields else _NOTHING
 
 
@@ -226,8 +237,8 @@ def _gradients(
     dtype: torch.dtype,
     cotangents: tuple[Tensor | None, Tensor | None],
     low: tuple[Tensor | None, Tensor | None],
-    needs: LoraLinear,
-) -> LoraLinear:
+    needs: Any,
+) -> Any:
     """The gradients of the fields, of matrices, from the cotangents of (y, y_tangent) and the saved (u, c)."""
     (g, g_tangent), (u, c), two = cotangents, low, problem.two_streams
     adjoint = problem.adjoint(g, g_tangent)
@@ -251,7 +262,7 @@ def _gradients(
     d_weight = _sum(_outer(g, problem.x), _outer(g_tangent, problem.x_tangent)) if needs.weight else None
     d_bias = g.sum(0) if needs.bias and g is not None else None
     dx, dx_tangent = (y_tangent, y) if two else (y, None)
-    return LoraLinear(dx, d_weight, d_bias, d_A0, d_B0, d_dA, d_dB, None, dx_tangent, None, None, None, None)
+    return Fields(dx, d_weight, d_bias, d_A0, d_B0, d_dA, d_dB, None, dx_tangent, None, None, None, None)
 
 
 def _gradients_of_primal(
@@ -260,14 +271,14 @@ def _gradients_of_primal(
     dtype: torch.dtype,
     g: Tensor,
     u: Tensor | None,
-    needs: LoraLinear,
+    needs: Any,
     constant_tangent: bool,
-) -> LoraLinear:
+) -> Any:
     """The gradients where the primal of two streams alone is differentiated. At model scope those of A0 and B0 are the
     gradients of dA and dB, that of B0 = 0 included."""
     of_A, of_B = (needs.d_shrink, needs.d_expand) if constant_tangent else (needs.shrink, needs.expand)
     if problem.is_pair:
-        asked = LoraLinear(*needs[:3], of_A, None, None, of_B, None)
+        asked = Fields(*needs[:3], of_A, None, None, of_B, None)
         found = _gradients(backend, problem.primal(), dtype, (g, None), (u, None), asked)
     else:
         found = _needs(
@@ -278,7 +289,7 @@ def _gradients_of_primal(
         )
     dx, d_weight, d_bias, d_A, _, _, d_B, *rest = found
     factors = (None, None, d_A, d_B) if constant_tangent else (d_A, d_B, None, None)
-    return LoraLinear(dx, d_weight, d_bias, *factors, *rest)
+    return Fields(dx, d_weight, d_bias, *factors, *rest)
 
 
 def _products(

@@ -120,7 +120,7 @@ def attention_backward(problem: Attention, g: Tensor, result: AttentionResult) -
     if _is_fused(problem):
         leaves = [x.detach().requires_grad_() for x in problem[:3]]
         with torch.enable_grad():
-            o = _fused(Attention(*leaves, *problem[3:]))
+            o = _fused(problem._replace(q=leaves[0], k=leaves[1], v=leaves[2]))
         return torch.autograd.grad(o, leaves, g)  # type: ignore[return-value]
     (g,) = wide(g)
     problem, g = computed(problem), g.contiguous()

@@ -49,8 +49,9 @@ def _side_by_side(problem: LoraLinear, primal: bool) -> Result:
     The adjoint has them the other way round, so that both find the factors as `kept_factors` has laid them out.
     """
     x, two, r, adjoint = problem.x, problem.two_streams, problem.rank, problem.masks_update
-    factors = (problem.shrink, problem.d_shrink), (problem.d_expand, problem.expand)
-    shrink, expand = (_joined(*(pair if adjoint else pair[::-1]), dim) for dim, pair in enumerate(factors))
+    factors: Any = ((problem.shrink, problem.d_shrink), (problem.d_expand, problem.expand))
+    ordered = factors if adjoint else [pair[::-1] for pair in factors]
+    shrink, expand = (_joined(first, second, dim) for dim, (first, second) in enumerate(ordered))
     low, low_tangent = _low_inputs(problem)
     low = linear(low, shrink)
     u, c = (low[:, :r], low[:, r:]) if adjoint else (low[:, r:], low[:, :r])
@@ -180,7 +181,8 @@ def _reduce_rows(low: Tensor, wide: Tensor, scaling: float) -> Tensor:
 def in_one_dtype(problem: LoraLinear) -> LoraLinear:
     """The problem with its factors in the dtype of x."""
     dtype, (shrink, expand, d_shrink, d_expand) = problem.x.dtype, problem[3:7]
-    if shrink.dtype == d_expand.dtype == dtype and (expand is None or expand.dtype == d_shrink.dtype == dtype):
+    d_shrink_fits = d_shrink is None or d_shrink.dtype == dtype
+    if shrink.dtype == d_expand.dtype == dtype and d_shrink_fits and (expand is None or expand.dtype == dtype):
         return problem
     return problem._replace(
         shrink=shrink.to(dtype),

@@ -60,7 +60,7 @@ class _Norm(torch.autograd.Function):
         return None, of_rows(dx, x), *(None,) * 5
 
 
-def _check(op: str, x: Tensor, x_tangent: Tensor, weight: Tensor | None) -> None:
+def _check(op: str, x: Tensor, x_tangent: Any, weight: Tensor | None) -> None:
     if x_tangent.shape != x.shape or x_tangent.dtype != x.dtype:
         raise ValueError(
             f"{op}: x_tangent is expected like x, {x.dtype} {tuple(x.shape)}, got {x_tangent.dtype} "
