@@ -43,7 +43,7 @@ compile-matrix: $(READY)
 
 # What .ci/run runs: style, types, documentation, doctests and tests (on the GPU where there is one).
 test: lint docs
-	$(PYTHON) -m pytest -q -n auto
+	$(PYTHON) -m pytest -q -n auto --dist worksteal
 
 # The tests by every instruction set that torch has on this machine, with every seed of SEEDS: a line of result for each.
 test-everywhere: $(READY)
