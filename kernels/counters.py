@@ -43,6 +43,6 @@ def counters(device: torch.device, count: int) -> Tensor:
     if buffer is None or buffer.numel() < count:
         # The buffer it replaces goes back to this stream's allocator, after the launches that still use it.
         buffer = torch.zeros(max(1024, 2 * count), dtype=torch.int32, device=device)
-        if type(buffer) is Tensor:  # not the fake one that a tracer is given
+        if type(buffer) is Tensor and not buffer.is_meta:  # not the fake one that a tracer is given
             _buffers[device, stream] = buffer
     return buffer

@@ -9,13 +9,12 @@ import pytest
 import linlora
 from linlora import bench, kernels
 
+_OTHERS = ("__main__", ".test_layer", ".linlora_cuda")  # the last is the CUDA library, where it is built
 MODULES = sorted(
     module.name
     for package in (linlora, kernels, bench)
     for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}.")
-    if not module.name.endswith(
-        ("__main__", ".test_layer", ".linlora_cuda")
-    )  # the last is the CUDA library, where it is built
+    if not module.name.endswith(_OTHERS)
 )
 
 

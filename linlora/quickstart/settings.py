@@ -19,12 +19,12 @@ QUICKSTART = Settings(
     learning_rates=(("zero", "lora", 1e-2), ("zero", "layer", 2e-2), ("zero", "model", 2e-2)),
     options=Options(
         methods=("average", "task_arithmetic", "sum", "tsv", "iso_c"), negation_scalings=(), map_scalings=(),
-        scalings=(0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0), weights_scalings=(0.5, 0.75, 1.0, 1.5),
+        scalings=(0.0, 0.1, 0.2, 0.3, 0.4, 0.6, 1.0), weights_scalings=(0.5, 1.0, 1.5),
     ),
     kept=("average", "task_arithmetic"),
     steps=60,
     batch=40,
-    timed_steps=20,
+    timed_steps=15,
 )  # fmt: skip
 """The quickstart: from B0 = 0, averages, task arithmetic and two methods of ΔW, with step times."""
 
