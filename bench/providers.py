@@ -65,11 +65,16 @@ class Provider:
             return False  # it draws another mask
         return case.op in self.ops and not (self.compiled and case.kind in ("stream", "routing"))
 
+    @property
+    def runs_kernels(self) -> bool:
+        """Whether its ops are kernels of linlora."""
+        return self.backend is not None and self.backend != "torch"
+
     def obstacle(self, case: Case, device: torch.device) -> str | None:
         """Why this provider has no time for a case on a device; None when it has."""
         if not self.serves(case):
             return "it computes something else"
-        if (self.backend in ("triton", "cuda") or self.package) and device.type not in backends.DECIDED:
+        if (self.runs_kernels or self.package) and device.type not in backends.DECIDED:
             return (
                 "times of kernels mean something on a GPU only (on the CPU they are interpreted or emulated, for tests)"
             )

@@ -96,7 +96,7 @@ class _Gate:
         function = provider.function
         if function not in self.expected:
             self.expected[function] = gate.expected(self.case, function, self.data, self.device)
-        with gate.poisoned() if provider.backend in ("triton", "cuda") else contextlib.nullcontext():
+        with gate.poisoned() if provider.runs_kernels else contextlib.nullcontext():
             results = job.results()
         errors = gate.errors(results, self.expected[function])
         problem = gate.verdict(self.case, errors, self.composed)

@@ -36,6 +36,7 @@ def tuning_table(entries: Iterable[Entry]) -> Table:
 
 
 def _outcome(entry: Entry, name: str) -> str:
+    name = entry.best(name)
     of, speedup = entry.candidates.get(name), entry.speedup(name)
     if speedup is not None:
         return f"{speedup:.2f}"

@@ -2,7 +2,7 @@
 
     calls       those of a grid, of a model's layers, or those that a model makes of a batch
     cases       of a call: its forms, forward alone and forward + backward, on random data, fresh memory poisoned
-    candidates  composed torch, always; Triton and CUDA where they are there
+    candidates  composed torch, always; Triton and CUDA where they are there; where Triton is near, its neighbours
     time        the larger of device and host, in rounds of all candidates in turn, from a cold L2
 
 What follows for dispatch is in `linlora.ops.evidence`; docs/tuning.md describes the whole.
@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
+from linlora.kernels.configs import Config
 from torch import nn
 
 from linlora.ops import backends, evidence
@@ -30,14 +31,16 @@ from linlora.storage.environment import commit, environment
 from linlora.storage.files import write_text
 
 from .cases import Case
-from .providers import PROVIDERS
+from .providers import PROVIDERS, Provider
 from .results import CaseResult
 from .runner import run_case
+from .tuning_neighbours import configurations, provider_of
 
 RESULTS = Path(__file__).parent / "results"
-_CANDIDATES = {"torch": "linlora-torch", "triton": "linlora-triton", "cuda": "linlora-cuda"}
-_PEERS = {"F.linear": "frozen", "PEFT": "peft"}
-_SECONDS = 0.5  # of a case: some twenty rounds of all candidates
+_CANDIDATES = {name: PROVIDERS[f"linlora-{name}"] for name in ("torch", "triton", "cuda")}
+_PEERS = {"F.linear": PROVIDERS["frozen"], "PEFT": PROVIDERS["peft"]}
+_SECONDS = 0.1  # of a case and a provider: some twenty rounds
+_NEAR = 0.7  # times as fast as composed torch: what is slower is not mended by a neighbour
 _SIDES = ((4096, 4096), (1024, 1024))
 _ROWS = (8192, 1024, 128, 16)
 
@@ -127,20 +130,41 @@ def measure_all(
 
 def measure(call: Call, device: torch.device) -> Entry:
     """The entry of a call. Raises TuneError where a candidate left the GPU unusable; its entry says so and is kept."""
-    cases = list(cases_of(call))
-    providers = [PROVIDERS[name] for name in (*_PEERS.values(), *_CANDIDATES.values())]
-    results = []
+    configs = configurations(call, device)
+    unknown = _entry(call, device, [], {"torch": Candidate("failed", "not timed")}, {})
+    made = _measured(unknown, device, _CANDIDATES, configs)
+    speedup = made.speedup("triton") or 0.0
+    if speedup < _NEAR and made.candidates["triton"].status != "failed":  # what fails may have too large a tile
+        return made
+    near = {name: provider_of(name) for name in configs if name not in _CANDIDATES}
+    if not near:
+        return made
+    made = _measured(made, device, _CANDIDATES | near, configs)
+    for name in near:
+        candidate = made.candidates[name]
+        if candidate.status != "green":
+            print(f"linlora: {call}: {name} ({candidate.config}) is left out: {candidate.detail}", file=sys.stderr)
+    return made
+
+
+def _measured(known: Entry, device: torch.device, candidates: dict[str, Provider], configs: dict[str, Config]) -> Entry:
+    """An entry with these candidates, all timed in turns; what was known is kept where one breaks the GPU."""
+    call, cases, results = known.call, list(cases_of(known.call)), []
+    providers = [*_PEERS.values(), *candidates.values()]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), _settled():
         for case in cases:
-            results.append(run_case(case, providers, device, _SECONDS, weighs=False))
-            if (name := _broke(results[-1], device)) is not None:
-                lost = {"torch": Candidate("failed", "not timed"), name: Candidate("failed", "broke the GPU's context")}
-                evidence.add([_entry(call, device, [], lost, {})])
+            results.append(run_case(case, providers, device, _SECONDS * len(providers), weighs=False))
+            if (name := _broke(results[-1], device, candidates)) is not None:
+                broken = Candidate("failed", "broke the GPU's context", config=configs.get(name))
+                evidence.add([replace(known, candidates=known.candidates | {name: broken})])
                 raise TuneError(f"{call}: the {name} kernel broke the GPU's context and is never chosen; go on with "
                                 "the same command in a new process")  # fmt: skip
-    candidates = {name: _candidate(results, provider) for name, provider in _CANDIDATES.items()}
-    peers = {name: tuple(_time(result, provider) for result in results) for name, provider in _PEERS.items()}
-    return _entry(call, device, cases, candidates, peers)
+    outcomes = {
+        name: replace(_candidate(results, provider.name), config=configs.get(name))
+        for name, provider in candidates.items()
+    }
+    peers = {name: tuple(_time(result, provider.name) for result in results) for name, provider in _PEERS.items()}
+    return _entry(call, device, cases, outcomes, peers)
 
 
 @contextlib.contextmanager
@@ -182,15 +206,15 @@ def _time(result: CaseResult, provider: str) -> float | None:
     return round(1e3 * max(outcome.median_ms, outcome.host_ms or 0.0), 3)
 
 
-def _broke(result: CaseResult, device: torch.device) -> str | None:
+def _broke(result: CaseResult, device: torch.device, candidates: dict[str, Provider]) -> str | None:
     """The candidate that left the GPU's context unusable, which CUDA never mends."""
-    failed = [name for name, provider in _CANDIDATES.items() if provider in result.outcomes
-              and result.outcomes[provider].status == "failed"]  # fmt: skip
+    failed = [name for name, provider in candidates.items() if provider.name in result.outcomes
+              and result.outcomes[provider.name].status == "failed"]  # fmt: skip
     try:
         if device.type == "cuda" and failed:
             torch.cuda.synchronize(device)
     except RuntimeError:
-        return next((name for name in ("triton", "cuda") if name in failed), "torch")
+        return next((name for name in failed if name != "torch"), "torch")
     return None
 
 

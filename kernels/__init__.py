@@ -24,6 +24,7 @@ What they stand on, from the bottom:
     device      what can run where            checks      what the kernels serve, stated once
     dropout     the mask, bit for bit         configs     the table of tile sizes, and the function that picks
     tiles       loads, dots, low-rank steps   launch      from tensors to a launch, for running and for `aot`
+    neighbours  rows of the table, changed in one number, that tuning times beside them
     stacks      rows in groups                pointers    tables of addresses
     uploads     numbers of the host, pinned   repeated    launches of which only addresses change
     counters    zeroed int32 buffers          library     the ops as PyTorch operators, opaque to torch.compile

@@ -26,10 +26,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from .aot_cases import OPS, Case, cases
+from .configs import SHARED_LIMIT
 
 ARCHITECTURES = (80, 90, 100)
-# Bytes of shared memory a program may use. 80 also stands for sm_86, sm_89 and sm_120, the smallest of which counts.
-SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
 REGISTERS = 65_536  # of a multiprocessor, each of 32 bits: what one program may use
 TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
 

@@ -54,10 +54,9 @@ class Case:
 
     def __str__(self) -> str:
         c, size = self.row.config, f"{OPS[self.row.op].size_letter}={self.size}"
-        tile = f"{c.block_m}x{c.block_n}x{c.block_k}x{c.block_r} w{c.num_warps} s{c.num_stages}"
         return (
             f"sm_{self.architecture:<3} {self.row.op:22} {c.design:9} {self.row.shape:6} {size:5} "
-            f"{tile:22} {self.dtype:8} {self.variant}"
+            f"{c!s:25} {self.dtype:8} {self.variant}"
         )
 
 

@@ -175,16 +175,16 @@ def attention_kernel(
         store_tile(head(o_tangent, i_batch, i_head, ALIGNMENT), b_o_tangent / b_sum[:, None], o_m, o_c)
 
 
-def attention(problem: Attention, config: Config | None = None) -> AttentionResult:
+def attention(problem: Attention, config: Config | None = None, change: str = "") -> AttentionResult:
     """o, o_tangent where an input has a tangent, and lse; one launch, no synchronization.
 
     In a floating mask anything below −2.3e38 (the least fp32 or bf16) counts as −∞. `config` overrides what `configs`
-    picks. Raises ValueError for shapes, dtypes and devices that do not fit.
+    picks, `change` changes it (see `neighbours`). Raises ValueError for shapes, dtypes and devices that do not fit.
     """
     check_attention(problem)
     result = empty(problem.outputs(), problem.q)
     if result.o.numel() > 0:
-        launch(problem, result, config or attention_config("attention", problem)).run(problem.q.device)
+        launch(problem, result, config or attention_config("attention", problem, change)).run(problem.q.device)
     return result
 
 

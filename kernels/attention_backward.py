@@ -213,19 +213,19 @@ def key_gradients_kernel(
 
 
 def attention_backward(
-    problem: Attention, g: Tensor, result: AttentionResult, config: Config | None = None
+    problem: Attention, g: Tensor, result: AttentionResult, config: Config | None = None, change: str = ""
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dq, dk, dv), each like its input, of the cotangent g of o; o and lse as `attention` returned them.
 
-    Two launches, deterministic, no synchronization. `config` overrides what `configs` picks. Raises ValueError for
-    shapes, dtypes and devices that do not fit.
+    Two launches, deterministic, no synchronization. `config` overrides what `configs` picks, `change` changes it (see
+    `neighbours`). Raises ValueError for shapes, dtypes and devices that do not fit.
     """
     q, k, v = problem[:3]
     check_attention(problem)
     check_attention_outputs(problem, g, result)
     dq, dk, dv = q.new_empty(q.shape), q.new_empty(k.shape), q.new_empty(v.shape)
     delta = q.new_empty(q.shape[:3], dtype=torch.float32)
-    config = config or attention_config("attention_backward", problem)
+    config = config or attention_config("attention_backward", problem, change)
     if dq.numel() > 0:
         launch_query_gradient(problem, g, result, delta, dq, config).run(q.device)
     if dk.numel() > 0:

@@ -17,6 +17,7 @@ from .configs import Config, select_by_size
 from .device import device_traits
 from .dropout import dropout_argument
 from .launch import dot_precision
+from .neighbours import changed
 from .tiles import Matrix, dot, load_tile
 
 LOG2_E = tl.constexpr(1.4426950408889634)  # exp(x) = exp2(LOG2_E x), and exp2 is one instruction
@@ -133,15 +134,18 @@ def masked_scores(
     return tl.where(m_seen, b_s, float("-inf"))
 
 
-def attention_config(op: str, problem: Attention) -> Config:
-    """What the table has for these heads, and for a mask with a row for every query or none such."""
-    return select_by_size(
+def attention_config(op: str, problem: Attention, change: str = "") -> Config:
+    """What the table has for these heads, and for a mask with a row for every query or none such, with a change of
+    `neighbours`."""
+    itemsize, architecture = problem.q.element_size(), device_traits(problem.q.device).architecture
+    row = select_by_size(
         op,
         size=max(problem.q.shape[3], problem.v.shape[3]),
-        itemsize=problem.q.element_size(),
-        architecture=device_traits(problem.q.device).architecture,
+        itemsize=itemsize,
+        architecture=architecture,
         dropout=expanded_mask(problem.mask, problem.q, problem.k)[1],
     )
+    return changed(row, change, itemsize, architecture)
 
 
 def shared_arguments(problem: Attention, config: Config) -> dict[str, Any]:

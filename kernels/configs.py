@@ -47,6 +47,10 @@ class Config:
     # persistent programs ("flags") or programs to aim at ("split", grouped_shrink); 0 follows the multiprocessors
     programs: int = 0
 
+    def __str__(self) -> str:
+        tile = f"{self.block_m}x{self.block_n}x{self.block_k}x{self.block_r}"
+        return f"{tile} w{self.num_warps} s{self.num_stages} g{self.group_m}"
+
 
 @dataclass(frozen=True)
 class Row:
@@ -64,6 +68,8 @@ class Row:
 _ALL, _TMA = (80, 90, 100), (90, 100)
 _SM80, _SM90, _SM100 = (80,), (90,), (100,)
 _WIDE = 2**31 - 1  # any width
+SHARED_LIMIT = {80: 101_376, 90: 232_448, 100: 232_448}
+"""Bytes of shared memory that a program may use. 80 stands for sm_86, sm_89 and sm_120 too: the smallest counts."""
 
 
 def _rows(op: str, design: str, shape: str, itemsize: int, *entries: tuple) -> tuple[Row, ...]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from .configs import Config, select
 from .device import bind_context, device_traits
 from .dropout import dropout_argument
+from .neighbours import changed
 from .problem import LoraLinear, Result
 from .tiles import matrix, scaling_argument
 
@@ -63,10 +64,13 @@ def block_r(rank: int, config: Config) -> int:
     return min(max(16, triton.next_power_of_2(rank)), config.block_r)
 
 
-def chosen(op: str, x: Tensor, n: int, rank: int, dropout: bool = False, descriptors: bool = False) -> Config:
-    """What `configs.select` picks for rows x (M, K) and outputs (M, n). `descriptors`: whether these can read it."""
+def chosen(
+    op: str, x: Tensor, n: int, rank: int, dropout: bool = False, descriptors: bool = False, change: str = ""
+) -> Config:
+    """What `configs.select` picks for rows x (M, K) and outputs (M, n), with a change of `neighbours`. `descriptors`:
+    whether these can read it."""
     traits = device_traits(x.device)
-    return select(
+    row = select(
         op,
         m=x.shape[0],
         n=n,
@@ -77,12 +81,13 @@ def chosen(op: str, x: Tensor, n: int, rank: int, dropout: bool = False, descrip
         dropout=dropout,
         descriptors=descriptors,
     )
+    return changed(row, change, x.element_size(), traits.architecture)
 
 
-def configuration(problem: LoraLinear, descriptors: bool = False) -> Config:
-    """What `configs.select` picks for a LoRA layer. `descriptors` says whether tensor descriptors can read it."""
+def configuration(problem: LoraLinear, descriptors: bool = False, change: str = "") -> Config:
+    """What `chosen` gives for a LoRA layer. `descriptors` says whether tensor descriptors can read it."""
     n, dropout = problem.weight.shape[0], problem.dropout_p > 0.0
-    return chosen(problem.op, problem.x, n, problem.rank, dropout, descriptors)
+    return chosen(problem.op, problem.x, n, problem.rank, dropout, descriptors, change)
 
 
 def layer_arguments(problem: LoraLinear, result: Result, config: Config) -> dict[str, Any]:

@@ -5,7 +5,7 @@ An operator costs a dispatch, so eager calls go straight to the host function: `
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -20,15 +20,19 @@ from .packing import fake, pack, present, restored, schema, unpacked
 from .problem import FactorGradients, LoraLinear, Result
 
 
-def operator(name: str, kind: type, host: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+def operator(
+    name: str, kind: type, host: Callable[..., Any], of_launch: Mapping[str, Any] | None = None, **options: Any
+) -> Callable[..., Any]:
     """`host(problem, **options)` as a function that torch.compile sees as the operator `linlora::<name>`.
 
-    `kind` is the packable class of the problem, `options` are the defaults of what else is asked for. Schema and fake
-    function follow from the problem.
+    `kind` is the packable class of the problem, `options` are the defaults of what else is asked for, `of_launch` of
+    what the results do not depend on. Schema and fake function follow from the problem.
     """
 
+    given = options | dict(of_launch or {})
+
     def run(tensors: list[Tensor | None], *rest: Any) -> list[Tensor]:
-        problem, chosen = unpacked(kind, options, tensors, rest)
+        problem, chosen = unpacked(kind, given, tensors, rest)
         with for_compiled_code():
             return present(host(problem, **chosen))
 
@@ -36,18 +40,24 @@ def operator(name: str, kind: type, host: Callable[..., Any], **options: Any) ->
         if not torch.compiler.is_compiling():
             return host(problem, **chosen)
         tensors, numbers = pack(problem)
-        chosen = options | chosen
-        return restored(problem.outputs(**chosen), opaque(tensors, *numbers, *chosen.values()))
+        chosen = given | chosen
+        outputs = problem.outputs(**{option: chosen[option] for option in options})
+        return restored(outputs, opaque(tensors, *numbers, *chosen.values()))
 
-    opaque = torch.library.custom_op(f"linlora::{name}", run, mutates_args=(), schema=schema(kind, options))
-    opaque.register_fake(fake(kind, options))
+    def fake_run(tensors: list[Tensor | None], *rest: Any) -> list[Tensor]:
+        return fake(kind, options)(tensors, *rest[: len(rest) - len(given) + len(options)])
+
+    opaque = torch.library.custom_op(f"linlora::{name}", run, mutates_args=(), schema=schema(kind, given))
+    opaque.register_fake(fake_run)
     return call
 
 
-def _lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True, config: Config | None = None) -> Result:
+def _lora_linear(
+    problem: LoraLinear, save: bool = True, primal: bool = True, config: Config | None = None, change: str = ""
+) -> Result:
     run = _two_streams.host if problem.two_streams else _one_stream.host
-    return run(problem, save=save, primal=primal, config=config)
+    return run(problem, save=save, primal=primal, config=config, change=change)
 
 
-lora_linear = operator("lora_linear", LoraLinear, _lora_linear, save=True, primal=True)
+lora_linear = operator("lora_linear", LoraLinear, _lora_linear, {"change": ""}, save=True, primal=True)
 factor_gradients = operator("factor_gradients", FactorGradients, _factor_gradients.host)

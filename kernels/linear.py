@@ -26,9 +26,8 @@ import triton.language as tl
 from torch import Tensor
 
 from .checks import check_linear
-from .configs import Config, select
-from .device import device_traits
-from .launch import Launch, dot_precision
+from .configs import Config
+from .launch import Launch, chosen, dot_precision
 from .tiles import bias_tile, dot, grouped_tile, load_tile, load_transposed, matrix, store_tile
 
 
@@ -63,26 +62,17 @@ def linear_kernel(
 
 
 def linear(
-    x: Tensor, x_tangent: Tensor, weight: Tensor, bias: Tensor | None, config: Config | None = None
+    x: Tensor, x_tangent: Tensor, weight: Tensor, bias: Tensor | None, config: Config | None = None, change: str = ""
 ) -> tuple[Tensor, Tensor]:
     """(y (M, N), y_tangent (M, N)) in the dtype of x; one launch, no synchronization.
 
     Without a tangent there is nothing to share: use `torch.nn.functional.linear`. `config` overrides what
-    `configs.select` picks. Raises ValueError for shapes, dtypes and devices that do not fit.
+    `configs.select` picks, `change` changes it (see `neighbours`). Raises ValueError for shapes, dtypes and devices
+    that do not fit.
     """
     check_linear(x, x_tangent, weight, bias)
     m, n = x.shape[0], weight.shape[0]
-    if config is None:
-        traits = device_traits(x.device)
-        config = select(
-            "linear",
-            m=m,
-            n=n,
-            rank=0,
-            itemsize=x.element_size(),
-            architecture=traits.architecture,
-            multiprocessors=traits.multiprocessors,
-        )
+    config = config or chosen("linear", x, n, rank=0, change=change)
     y, y_tangent = x.new_empty(m, n), x.new_empty(m, n)
     if y.numel() > 0:
         launch(x, x_tangent, weight, bias, y, y_tangent, config).run(x.device)

@@ -192,18 +192,21 @@ def linearized_lora_linear_kernel(
     store_tile(y, b_y, o_m, o_n)
 
 
-def host(problem: LoraLinear, save: bool = True, primal: bool = True, config: Config | None = None) -> Result:
+def host(
+    problem: LoraLinear, save: bool = True, primal: bool = True, config: Config | None = None, change: str = ""
+) -> Result:
     """The result of one stream, in the dtype of x; one launch, no synchronization. Its y is always computed.
 
-    `config` overrides what `configs.select` picks. Raises ValueError for problems that the kernel does not serve.
+    `config` overrides what `configs.select` picks, `change` changes it (see `neighbours`). Raises ValueError for
+    problems that the kernel does not serve.
     """
-    key = repeated.key(problem, save, config)
+    key = repeated.key(problem, save, change, config)
     kept = repeated.find(key)
     if kept is not None:
         return kept.run(problem)
     check_served(problem)
     if config is None:
-        config = configuration(problem, descriptors=flags.describable(problem.x, problem.weight))
+        config = configuration(problem, flags.describable(problem.x, problem.weight), change)
     result = empty(problem.outputs(save), problem.x)
     if problem.x.shape[0] > 0:
         build = flags.launch if config.design == "flags" else launch

@@ -225,19 +225,22 @@ def lora_linear_kernel(
     store_tile(y_tangent, b_y_tangent, o_m, o_n)
 
 
-def host(problem: LoraLinear, save: bool = True, primal: bool = True, config: Config | None = None) -> Result:
+def host(
+    problem: LoraLinear, save: bool = True, primal: bool = True, config: Config | None = None, change: str = ""
+) -> Result:
     """The result of two streams, in the dtype of x; one launch, no synchronization.
 
-    `config` overrides what `configs.select` picks. Raises ValueError for problems that the kernel does not serve.
+    `config` overrides what `configs.select` picks, `change` changes it (see `neighbours`). Raises ValueError for
+    problems that the kernel does not serve.
     """
-    key = repeated.key(problem, primal, config)
+    key = repeated.key(problem, primal, change, config)
     kept = repeated.find(key)
     if kept is not None:
         result = kept.run(problem)
     else:
         check_served(problem)
         if config is None:
-            config = configuration(problem)
+            config = configuration(problem, change=change)
         result = empty(problem.outputs(primal=primal), problem.x)
         if problem.x.shape[0] > 0:
             repeated.keep(key, launch(problem, result, config), problem, result, launch)

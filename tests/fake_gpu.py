@@ -11,6 +11,7 @@ from linlora.bench.measure import Turn
 
 from linlora.ops import aten, backends, evidence
 from linlora.ops.evidence import Call, Candidate, Entry
+from linlora.ops.neighbours import backend_of
 
 MACHINE = {
     "gpu": "NVIDIA H200", "architecture": "sm_90", "driver": "580.1", "torch": "2", "triton": "3", "sources": "abc",
@@ -63,13 +64,15 @@ def entry(call: Call, machine: dict[str, str] = MACHINE, date: str = "2026-01-02
 
 
 class ScriptedClock:
-    """Times that the test says: seconds of (device, host) by backend, None for F.linear and PEFT."""
+    """Times that the test says: seconds of (device, host) by backend, None for F.linear and PEFT. A neighbour without
+    any has those of its backend."""
 
     def __init__(self, times: dict[str | None, tuple[float, float]]) -> None:
         self.times = times
 
     def turn(self, copies: list, steps: int) -> Turn:
-        device, host = self.times[copies[0].backend]
+        backend = copies[0].backend
+        device, host = self.times.get(backend) or self.times[backend_of(backend)]
         return Turn(device, host)
 
 
@@ -102,5 +105,6 @@ class FakeKernels(FakeGpu):
         self.patches += [
             mock.patch.object(runner, "clock_of", return_value=ScriptedClock(self.times)),
             mock.patch.object(tuning, "this_gpu", return_value=torch.device("cpu")),
-            mock.patch.dict(backends._MODULES, triton=Wrong(1.0), cuda=Wrong(1.5)),
+            mock.patch.dict(backends._MODULES, {name: Wrong(1.0) for name in backends._MODULES if "triton" in name}),
+            mock.patch.dict(backends._MODULES, cuda=Wrong(1.5)),
         ]

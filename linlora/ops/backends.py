@@ -11,14 +11,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import ModuleType
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
 import linlora.kernels as kernels
+from linlora.kernels.neighbours import CHANGES
 from linlora.kernels.problem import LoraLinear
 from linlora.ops import aten, choice, cuda, evidence, first_use
 from linlora.ops.evidence import LARGE, Call, Size, power_of_two
+from linlora.ops.neighbours import Neighbour, backend_of
 from linlora.ops.verification import verified
 
 BackendName = Literal["torch", "triton", "cuda"]
@@ -32,9 +34,9 @@ LAYER_OPS = ("linearized_lora_linear", "lora_linear")
 DECIDED = {"cuda"}
 """The types of devices on which evidence decides; on the others composed torch runs."""
 
-_MODULES: dict[str, ModuleType] = {
+_MODULES: dict[str, Any] = {
     "torch": aten, "triton": verified("triton", kernels), "cuda": verified("cuda", cuda),
-}  # fmt: skip
+} | {name: verified(name, Neighbour(change)) for change in CHANGES for name in [f"triton {change}"]}  # fmt: skip
 _decided: dict[tuple, str] = {}
 """The backend of every call that was met, by the arguments of `automatic`."""
 
@@ -141,7 +143,7 @@ def unavailable(name: str, device: torch.device) -> str | None:
     """Why a backend cannot run on a device, with the remedy; None when it can."""
     if name == "cuda":
         return cuda.availability(device)
-    return kernels.availability(device) if name == "triton" else None
+    return kernels.availability(device) if backend_of(name) == "triton" else None
 
 
 def refusal(name: str, op: str, dtype: torch.dtype | None, rank: int, dropout: bool) -> str | None:

@@ -28,7 +28,9 @@ from typing import Any, NamedTuple
 import torch
 
 import linlora.kernels as kernels
+from linlora.kernels.configs import Config
 from linlora.ops.cuda import library
+from linlora.ops.neighbours import backend_of
 from linlora.storage.environment import environment
 from linlora.storage.files import CorruptFileError, read_json, write_text
 
@@ -83,12 +85,14 @@ class Call(NamedTuple):
 @dataclass(frozen=True)
 class Candidate:
     """What became of one way to run a call: "green", "wrong", "failed" or "unavailable"; of a green one the larger of
-    device and host time in every case, and the largest relative error against float64."""
+    device and host time in every case, and the largest relative error against float64. `config` is what a Triton kernel
+    was launched with."""
 
     status: str
     detail: str = ""
     error: float | None = None
     microseconds: tuple[float, ...] = ()
+    config: Config | None = None
 
 
 @dataclass(frozen=True)
@@ -118,9 +122,17 @@ class Entry:
 
     @property
     def ranking(self) -> list[str]:
-        """The candidates that are proven, correct and faster than composed torch, the fastest first."""
+        """The candidates that are proven, correct and faster than composed torch, the fastest first. Neighbours of a
+        configuration have to be faster than it too: the best of many draws is no better for being drawn."""
         speeds = {name: self.speedup(name) or 0.0 for name in self.candidates if name != "torch"}
-        return sorted((name for name, speed in speeds.items() if speed >= MARGIN), key=lambda name: -speeds[name])
+        rows = {name: speeds.get(backend_of(name), 0.0) for name in speeds if name != backend_of(name)}
+        proven = [name for name, speed in speeds.items() if speed >= MARGIN * max(1.0, rows.get(name, 1.0))]
+        return sorted(proven, key=lambda name: -speeds[name])
+
+    def best(self, backend: str) -> str:
+        """The fastest candidate of a backend: itself, or one of its neighbours."""
+        of = [name for name in (backend, *self.candidates) if backend_of(name) == backend]
+        return max(of, key=lambda name: self.speedup(name) or 0.0)
 
     def __str__(self) -> str:
         return f"{self.call}, {self.machine['gpu']}, {self.date[:10]}"
@@ -130,7 +142,10 @@ class Entry:
         of, speedup = self.candidates.get(name), self.speedup(name)
         if of is None or (speedup is None and of.status == "green"):
             return "not measured"
-        return f"{of.status} ({of.detail})" if speedup is None else f"{speedup:.2f}x composed torch"
+        if speedup is None:
+            return f"{of.status} ({of.detail})"
+        changed = f" by {of.config} ({name.partition(' ')[2]})" if " " in name and of.config is not None else ""
+        return f"{speedup:.2f}x composed torch{changed}"
 
     def as_json(self) -> dict[str, Any]:
         """Plain JSON values, which `parse` reads."""
@@ -140,10 +155,7 @@ class Entry:
     def parse(content: dict[str, Any]) -> Entry:
         """Read an entry. Raises KeyError, TypeError or ValueError for what is none."""
         call = Call(**{**content["call"], "size": tuple(map(int, content["call"]["size"]))})
-        candidates = {
-            name: Candidate(**{**of, "microseconds": tuple(map(float, of["microseconds"]))})
-            for name, of in content["candidates"].items()
-        }
+        candidates = {name: _candidate(**of) for name, of in content["candidates"].items()}
         cases, machine = tuple(content["cases"]), {str(key): str(of) for key, of in content["machine"].items()}
         times = [of.microseconds for of in candidates.values() if of.status == "green"]
         if len(call.size) != 3 or any(len(of) != len(cases) or min(of, default=0.0) <= 0.0 for of in times):
@@ -152,6 +164,12 @@ class Entry:
             raise ValueError("composed torch and the GPU's name are expected")
         peers = {name: tuple(of) for name, of in content["peers"].items()}
         return Entry(call, machine, str(content["date"]), str(content["commit"]), cases, candidates, peers)
+
+
+def _candidate(microseconds: Iterable[float], config: dict[str, Any] | None = None, **of: Any) -> Candidate:
+    return Candidate(
+        microseconds=tuple(map(float, microseconds)), config=None if config is None else Config(**config), **of
+    )
 
 
 def decisive(call: Call, index: int | None) -> Entry | None:

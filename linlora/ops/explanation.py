@@ -8,6 +8,7 @@ import torch
 
 from linlora.ops import backends, choice, cuda, evidence
 from linlora.ops.evidence import LARGE, Call, Entry, Size, power_of_two
+from linlora.ops.neighbours import backend_of
 
 
 @dataclass(frozen=True)
@@ -67,8 +68,13 @@ class _Question:
 
     def answer(self) -> str:
         """The backend whose code runs."""
-        name = choice.name() or self._automatic()
-        return "triton" if name == "cuda" and self.call.op not in cuda.OPS else name
+        name = self._name
+        return "triton" if name == "cuda" and self.call.op not in cuda.OPS else backend_of(name)
+
+    @property
+    def _name(self) -> str:
+        """The backend that was asked for or chosen, with a change of its configurations if there is one."""
+        return choice.name() or self._automatic()
 
     def reasons(self) -> dict[str, str]:
         return {name: self._reason(name) for name in ("cuda", "triton", "torch")}
@@ -98,7 +104,7 @@ class _Question:
             if requested is None:
                 if entry is None:
                     return "chosen automatically"
-                verdict = "no kernel is faster" if name == "torch" else entry.verdict(name)
+                verdict = "no kernel is faster" if name == "torch" else entry.verdict(self._name)
                 return f"chosen automatically: {verdict}, {entry}"
             how = "asked for with use_backend" if requested == name else f"asked for with use_backend({requested!r})"
             return how if refused is None else f"{how}, where such a call is an error: {refused}"
@@ -110,7 +116,7 @@ class _Question:
         if name == "torch":
             return "available; the chosen backend is faster"
         if entry is not None:
-            return f"available on request; {entry.verdict(name)}, {entry}"
+            return f"available on request; {entry.verdict(entry.best(name))}, {entry}"
         ran = ", ".join(evidence.executed_on(op, name))
         ran = f"run on {ran}" if ran else "not yet run on a GPU"
         return f"available on request; {ran}, not measured here on such a call: `linlora tune`"

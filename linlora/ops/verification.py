@@ -8,7 +8,6 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,7 +26,7 @@ class KernelMismatchError(RuntimeError):
     """A kernel's result is not that of the composed op; the message names both and says what to do."""
 
 
-def verified(name: str, backend: ModuleType) -> Any:
+def verified(name: str, backend: Any) -> Any:
     """The backend, compared with `torch` on every LINLORA_VERIFY-th call of an op; as it is without the variable."""
     every = os.environ.get("LINLORA_VERIFY", "0")
     if not every.isdigit():
@@ -53,10 +52,7 @@ class Verified:
 
         def call(*arguments: Any, **options: Any) -> Any:
             result = kernel(*arguments, **options)
-            traced = torch.compiler.is_compiling() or (
-                torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
-            )
-            if not traced and next(count) % self._every == 0:
+            if not _traced() and next(count) % self._every == 0:
                 with torch.no_grad():
                     self._compare(op, result, _composed(op, *arguments, **options))
             return result

@@ -10,6 +10,7 @@ from linlora.kernels.problem import FactorGradients, LoraLinear
 import linlora
 from linlora import functional, kernels
 from linlora.ops import aten, backends, cuda
+from linlora.ops.neighbours import Neighbour
 from linlora.ops.verification import KernelMismatchError, Verified, verified
 
 
@@ -20,7 +21,9 @@ def layer(**changed):
 
 def test_without_the_variable_backends_are_as_they_are(monkeypatch):
     assert verified("triton", kernels) is kernels
-    assert {"torch": aten, "triton": kernels, "cuda": cuda} == backends._MODULES
+    kinds = {name: of for name, of in backends._MODULES.items() if " " not in name}
+    assert kinds == {"torch": aten, "triton": kernels, "cuda": cuda}
+    assert all(type(of) is Neighbour for name, of in backends._MODULES.items() if " " in name)
     monkeypatch.setenv("LINLORA_VERIFY", "often")
     with pytest.raises(ValueError, match="'often': a number of calls"):
         verified("triton", kernels)
@@ -34,6 +37,11 @@ def test_every_nth_call_is_compared(monkeypatch):
             backend.lora_linear(layer())
         with pytest.raises(KernelMismatchError, match=r"lora_linear on 'triton': y \(5, 6\) torch.float32 is 5.0e-01"):
             backend.lora_linear(layer())
+
+
+def test_neighbours_are_compared_too():
+    backend = Verified("triton num_stages+1", Neighbour("num_stages+1"), 1)
+    assert backend.lora_linear(layer()).y.shape == (5, 6)
 
 
 def test_a_training_step_on_a_wrong_kernel_raises(monkeypatch):

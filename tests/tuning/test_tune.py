@@ -143,7 +143,7 @@ def test_an_interruption_keeps_and_prints_what_is_done(gpu, few, monkeypatch):
 
 
 def test_a_candidate_that_breaks_the_gpu_is_noted_and_never_tried_again(gpu, few, monkeypatch):
-    monkeypatch.setattr(tuning, "_broke", lambda result, device: "cuda")
+    monkeypatch.setattr(tuning, "_broke", lambda *_: "cuda")
     done = invoke()
     assert done.exit_code == 2
     assert "the cuda kernel broke the GPU's context" in " ".join(done.output.split())
