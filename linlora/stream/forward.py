@@ -18,6 +18,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from linlora.ops import aten
+from linlora.ops.aten.activations import JACOBIAN
+from linlora.ops.dual.checks import backend_of
 from linlora.stream import attention, fused, structural
 from linlora.stream.caller import refuse_inside_function, where
 from linlora.stream.fallback import forward_mode
@@ -85,6 +88,17 @@ def addmm(func: Any, args: tuple, kwargs: dict) -> Any:
         terms = [term * kwargs.get("alpha", 1) for term in terms] if "alpha" in kwargs else terms
         terms += [x.tangent * kwargs.get("beta", 1) for x in (bias,) if isinstance(x, DualTensor)]
         return wrap(y, sum(terms[1:], terms[0]), next(duals(args)).stream)
+
+
+@_rule("gelu", "silu", "relu")
+def activation(func: Any, args: tuple, kwargs: dict) -> Any:
+    """As the module writes it, with aten's backward for the tangent. A kernel computes both streams in one launch."""
+    x = args[0]
+    if backend_of("activation", primals(x)) is not aten:
+        return fused.activation(func, args, kwargs)
+    y = func(x.primal, *args[1:], **kwargs)
+    with torch.no_grad():
+        return wrap(y, JACOBIAN[fused.kind_of(func, kwargs)](x.tangent, x.primal), x.stream)
 
 
 @_rule("layer_norm")

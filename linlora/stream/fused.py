@@ -109,10 +109,11 @@ class PendingActivation(DualTensor):
 
 @rule("gelu", "silu", "relu")
 def activation(func: Any, args: tuple, kwargs: dict) -> Any:
-    kind: Any = func.__name__
-    if kwargs.get("approximate", "none") == "tanh":
-        kind = "gelu_tanh"
-    return PendingActivation(args[0], kind)
+    return PendingActivation(args[0], kind_of(func, kwargs))
+
+
+def kind_of(func: Any, kwargs: dict) -> Kind:
+    return "gelu_tanh" if kwargs.get("approximate", "none") == "tanh" else func.__name__
 
 
 @rule("mul", "__mul__", "__rmul__", "multiply")

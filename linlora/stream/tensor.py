@@ -160,7 +160,10 @@ class DualTensor(Tensor):
     @torch.compiler.disable  # a compiled model runs eagerly where both streams flow
     def __torch_function__(cls, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        found = list(duals((args, kwargs)))
+        if func in _OF_SHAPE and not args[0].constant:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        found = list(duals(args)) + list(duals(kwargs)) if kwargs else list(duals(args))
         stream = found[0].stream if found else _NO_STREAM
         if found and not stream.inside():
             return stream.outside(func, args, kwargs)
@@ -237,6 +240,11 @@ def _by_position(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 
 _NAMES_OF_FIRST = {"input", "tensors"}
+_OF_SHAPE = {
+    *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")),
+    *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex),
+}
+"""What a DualTensor knows of itself, wherever it is asked."""
 
 
 def bound(defaults: dict[str, Any], args: tuple, kwargs: dict) -> list[Any]:
@@ -277,12 +285,15 @@ def duals(tree: Any) -> Iterator[DualTensor]:
         yield tree
     elif isinstance(tree, (tuple, list, dict)):
         for child in tree.values() if isinstance(tree, dict) else tree:
-            yield from duals(child)
+            if isinstance(child, DualTensor):
+                yield child
+            elif isinstance(child, (tuple, list, dict)):
+                yield from duals(child)
 
 
 def primals(tree: Any) -> Any:
     """The arguments of a call with every DualTensor replaced by its primal."""
-    return replace_duals(tree, _primal)
+    return tree.primal if isinstance(tree, DualTensor) else replace_duals(tree, _primal)
 
 
 def collapse(tree: Any) -> Any:

@@ -12,6 +12,7 @@ from forward_oracle import assert_like_func, dit_step, network, pair
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from linlora import use_backend
 from linlora.functional import dual
 from linlora.stream import DualTensor, TangentError
 
@@ -349,3 +350,16 @@ def test_nothing_of_a_call_is_kept():
     before = {id(x) for x in gc.get_objects() if issubclass(type(x), DualTensor)}
     dual(net, inputs, tangents)
     assert {id(x) for x in gc.get_objects() if issubclass(type(x), DualTensor)} <= before
+
+
+@pytest.mark.parametrize("activation", [F.silu, F.gelu, F.relu, partial(F.gelu, approximate="tanh")])
+def test_activations_by_kernels_are_those_of_torch_func(activation):
+    """Alone, and in a product, which one launch computes with them."""
+    layers = nn.ModuleList([nn.Linear(4, 6), nn.Linear(4, 6)])
+    x, tangent = torch.randn(2, 3, 4)
+
+    def function(x):
+        return activation(layers[0](x)) * layers[1](x), activation(layers[0](x)).sum(-1)
+
+    with use_backend("triton"):
+        assert_like_func(function, (x,), (tangent,), layers, tolerance=1e-5)

@@ -21,7 +21,7 @@ _FORWARD: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": functional.silu,
     "relu": functional.relu,
 }
-_JACOBIAN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+JACOBIAN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu": torch.ops.aten.gelu_backward.default,
     "gelu_tanh": lambda v, x: torch.ops.aten.gelu_backward.default(v, x, approximate="tanh"),
     "silu": torch.ops.aten.silu_backward.default,
@@ -32,12 +32,12 @@ _JACOBIAN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 def activation(x: Tensor, x_tangent: Tensor | None, kind: Kind) -> tuple[Tensor, Tensor]:
     """(act(x), act'(x) x_t), shaped like x; without `x_tangent` the second is empty."""
     y = _FORWARD[kind](x)
-    return y, y.new_empty(0) if x_tangent is None else _JACOBIAN[kind](x_tangent, x)
+    return y, y.new_empty(0) if x_tangent is None else JACOBIAN[kind](x_tangent, x)
 
 
 def activation_backward(g: Tensor, x: Tensor, kind: Kind) -> Tensor:
     """act'(x) g."""
-    return _JACOBIAN[kind](g, x)
+    return JACOBIAN[kind](g, x)
 
 
 def gated_activation(
@@ -46,7 +46,7 @@ def gated_activation(
     """y = act(gate) ⊙ up and y_t = act'(gate) gate_t ⊙ up + act(gate) ⊙ up_t."""
     opened = _FORWARD[kind](gate)
     y = opened * up
-    y_tangent = None if gate_tangent is None else _JACOBIAN[kind](gate_tangent, gate).mul_(up)
+    y_tangent = None if gate_tangent is None else JACOBIAN[kind](gate_tangent, gate).mul_(up)
     if up_tangent is not None:
         through = opened.mul_(up_tangent)
         y_tangent = through if y_tangent is None else y_tangent.add_(through)
@@ -55,4 +55,4 @@ def gated_activation(
 
 def gated_activation_backward(g: Tensor, gate: Tensor, up: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """(d gate, d up) = (act'(gate) (g ⊙ up), g ⊙ act(gate))."""
-    return _JACOBIAN[kind](g * up, gate), g * _FORWARD[kind](gate)
+    return JACOBIAN[kind](g * up, gate), g * _FORWARD[kind](gate)

@@ -15,7 +15,6 @@ fused attention does the same, and runs once more in backward.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,27 +40,30 @@ def attention(problem: Attention) -> AttentionResult:
     if not problem.has_tangents and _is_fused(problem):
         return AttentionResult(_fused(problem))
     problem = computed(problem)
-    q, v, v_tangent = problem.q, problem.v, problem.v_tangent
+    q, v = problem.q, problem.v
     batch, heads, length, _ = q.shape
     o = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)  # as networks flatten it, without a copy
     o_tangent = torch.empty_like(o) if problem.has_tangents else None
     lse = q.new_empty(q.shape[:-1]) if serves else None
     for rows, keys in blocks(problem):
-        S, keep = scores(problem, rows, keys), kept_mask(problem, rows, keys)
-        P = softmax(problem, S)
-        if lse is not None:
-            lse[rows] = S.amax(-1) - P.amax(-1).log_()
-        kept = times(P, keep).to(v.dtype)
-        o[rows] = kept @ v[keys]
-        if o_tangent is None:
-            continue
-        total: Any = None if v_tangent is None else kept @ v_tangent[keys]
-        S_tangent = product_tangent(problem, rows, keys)
-        if S_tangent is not None:
-            dP = jacobian(P, S_tangent.to(P.dtype))
-            total = plus(total, times(dP, keep).to(v.dtype), v[keys])
-        o_tangent[rows] = total
+        _fill(problem, AttentionResult(o, o_tangent, lse), rows, keys)
     return AttentionResult(o.to(dtype), None if o_tangent is None else o_tangent.to(dtype), lse)
+
+
+def _fill(problem: Attention, result: AttentionResult, rows: Block, keys: Block) -> None:
+    """A block of the result. Each of its tiles is freed before the next is made, which then lies in the cache."""
+    v, v_tangent = problem.v, problem.v_tangent
+    P, keep = probabilities(problem, rows, keys, result.lse), kept_mask(problem, rows, keys)
+    kept = times(P, keep).to(v.dtype)
+    _write(result.o[rows], kept, v[keys])
+    if result.o_tangent is None:
+        return
+    if v_tangent is not None:
+        _write(result.o_tangent[rows], kept, v_tangent[keys])
+    S_tangent = product_tangent(problem, rows, keys)
+    if S_tangent is not None:
+        dP = times(jacobian(P, S_tangent.to(P.dtype)), keep).to(v.dtype)
+        _write(result.o_tangent[rows], dP, v[keys], beta=0 if v_tangent is None else 1)
 
 
 def _serves(problem: Attention) -> bool:
@@ -87,27 +89,35 @@ def _is_fused(problem: Attention) -> bool:
 
 def _fused(problem: Attention) -> Tensor:
     """o, differentiable."""
-    q, k, v = problem[:3]
-    k, v = (every_head(x, q.shape[1]) for x in (k, v))
+    q, k, v = _adjacent(problem)
     return scaled_dot_product_attention(q, k, v, is_causal=problem.causal, scale=problem.scale)
 
 
 def _adjacent(problem: Attention) -> list[Tensor]:
-    """q, k and v of every head, as flash attention reads them: it takes the numbers of a row for adjacent."""
+    """q, k and v of every head, as fused attention reads them: it takes the numbers of a row for adjacent."""
     q, k, v = problem[:3]
-    return [_rows(x if x.shape[1] == q.shape[1] else every_head(x, q.shape[1])) for x in (q, k, v)]
+    return [_rows(every_head(x, q.shape[1])) for x in (q, k, v)]
 
 
 def _rows(x: Tensor) -> Tensor:
     return x if x.stride(3) == 1 and x.stride(2) >= x.shape[3] else x.contiguous()
 
 
-def plus(total: Tensor | None, a: Tensor, b: Tensor) -> Tensor:
-    """total + a b for each head of each example, in place; a b where there is no total."""
-    if total is None:
-        return a @ b
-    total.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1))
-    return total
+def _write(y: Tensor, a: Tensor, b: Tensor, beta: int = 0) -> None:
+    """y = beta y + a b for each head of each example of a block: one example's are a batch of matrices, in any y."""
+    if len(y) == 1:
+        y[0].baddbmm_(a[0], b[0], beta=beta)
+    elif beta:
+        y += a @ b
+    else:
+        y.copy_(a @ b)
+
+
+def scaled_product(a: Tensor, b: Tensor, scale: float, plus: Tensor | None = None) -> Tensor:
+    """scale a b for each head of each example, added to `plus` in place."""
+    y = a.new_empty(*a.shape[:-1], b.shape[-1]) if plus is None else plus
+    y.flatten(0, 1).baddbmm_(a.flatten(0, 1), b.flatten(0, 1), beta=0 if plus is None else 1, alpha=scale)
+    return y
 
 
 def attention_backward(problem: Attention, g: Tensor, result: AttentionResult) -> tuple[Tensor, Tensor, Tensor]:
@@ -133,27 +143,15 @@ def attention_backward(problem: Attention, g: Tensor, result: AttentionResult) -
         dS = jacobian(P, dP).to(q.dtype)
         dq[rows] = dS @ k[keys]
         dk[keys] += dS.mT @ q[rows]
-    dq = dq.mul_(scale)
+    dq, dk = dq.mul_(scale), dk.mul_(scale)
     return dq.to(dtype), sum_groups(dk, kv_heads).to(dtype), sum_groups(dv, kv_heads).to(dtype)
 
 
 def computed(problem: Attention) -> Attention:
-    """The problem as it is computed: wide, contiguous, a key head a head, the scale in q and q_t too."""
-    heads, scale = problem.q.shape[1], problem.scale
-    q, k, v, q_tangent, k_tangent, v_tangent = wide(*problem[:6])
-    return problem._replace(
-        q=_scaled(q, scale),
-        k=every_head(k, heads),
-        v=every_head(v, heads),
-        q_tangent=None if q_tangent is None else _scaled(q_tangent, scale),
-        k_tangent=None if k_tangent is None else every_head(k_tangent, heads),
-        v_tangent=None if v_tangent is None else every_head(v_tangent, heads),
-    )
-
-
-def _scaled(x: Tensor, scale: float) -> Tensor:
-    """scale x, contiguous."""
-    return torch.mul(x, scale, out=x.new_empty(x.shape))
+    """The problem as it is computed: wide, in strides that products read, a key head a head."""
+    heads = problem.q.shape[1]
+    tensors = [x if x is None else _rows(every_head(x, heads)) for x in wide(*problem[:6])]
+    return problem._replace(**dict(zip(Attention._fields, tensors, strict=False)))
 
 
 def wide(*tensors: Tensor | None) -> list:
@@ -162,8 +160,8 @@ def wide(*tensors: Tensor | None) -> list:
 
 
 def every_head(x: Tensor, heads: int) -> Tensor:
-    """Grouped heads repeated for each of their queries, contiguous: O(S), like the input."""
-    return x.contiguous() if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+    """Grouped heads repeated for each of their queries: O(S), like the input."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def sum_groups(dx: Tensor, kv_heads: int) -> Tensor:
@@ -191,7 +189,7 @@ def blocks(problem: Attention) -> Iterator[tuple[Block, Block]]:
 
 def scores(problem: Attention, rows: Block, keys: Block) -> Tensor:
     """S of a block, in float32 or wider; -inf where a query does not see a key."""
-    S, mask = problem.q[rows] @ problem.k[keys].mT, problem.mask
+    S, mask = scaled_product(problem.q[rows], problem.k[keys].mT, problem.scale), problem.mask
     S = S.to(torch.promote_types(S.dtype, torch.float32))
     if mask is not None:
         mask = _slice_mask(mask, rows)[..., : S.shape[-1]]
@@ -210,8 +208,13 @@ def softmax(problem: Attention, S: Tensor) -> Tensor:
     return P.masked_fill_(S.amax(-1, keepdim=True) == -torch.inf, 0.0)
 
 
-def probabilities(problem: Attention, rows: Block, keys: Block) -> Tensor:
-    return softmax(problem, scores(problem, rows, keys))
+def probabilities(problem: Attention, rows: Block, keys: Block, lse: Tensor | None = None) -> Tensor:
+    """P of a block, and its rows of logsumexp(S) in `lse`."""
+    S = scores(problem, rows, keys)
+    P = softmax(problem, S)
+    if lse is not None:
+        lse[rows] = S.amax(-1) - P.amax(-1).log_()
+    return P
 
 
 def jacobian(P: Tensor, S: Tensor) -> Tensor:
@@ -226,10 +229,10 @@ def _slice_mask(mask: Tensor, rows: Block) -> Tensor:
 
 
 def product_tangent(problem: Attention, rows: Block, keys: Block) -> Tensor | None:
-    """q_t kᵀ + q k_tᵀ of a block, the scale being in q and q_t; None where neither has a tangent."""
+    """scale (q_t kᵀ + q k_tᵀ) of a block; None where neither has a tangent."""
     q, k, _, q_tangent, k_tangent = problem[:5]
-    S_tangent = None if q_tangent is None else q_tangent[rows] @ k[keys].mT
-    return S_tangent if k_tangent is None else plus(S_tangent, q[rows], k_tangent[keys].mT)
+    y = None if q_tangent is None else scaled_product(q_tangent[rows], k[keys].mT, problem.scale)
+    return y if k_tangent is None else scaled_product(q[rows], k_tangent[keys].mT, problem.scale, plus=y)
 
 
 def kept_mask(problem: Attention, rows: Block, keys: Block) -> Tensor | None:

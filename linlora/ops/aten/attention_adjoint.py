@@ -71,7 +71,7 @@ def attention_dual_backward(
         if q_tangent is not None:
             dk[keys] += dS.mT @ q_tangent[rows]
     gradients = [
-        (problem.scale * of_q, sum_groups(of_k, kv_heads), sum_groups(of_v, kv_heads))
+        (problem.scale * of_q, problem.scale * sum_groups(of_k, kv_heads), sum_groups(of_v, kv_heads))
         for of_q, of_k, of_v in (of_primals, of_tangents)
     ]
     return tuple(x.to(dtype) for stream in gradients for x in stream)  # type: ignore[return-value]
