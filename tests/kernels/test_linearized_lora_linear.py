@@ -201,4 +201,4 @@ def test_compiles_without_a_graph_break(device, save):
 
 def test_the_operator_keeps_the_rules_of_custom_operators(device):
     tensors, numbers = pack(layer(5, 24, 32, 4, FP32, device, short=True))
-    torch.library.opcheck(torch.ops.linlora.lora_linear, (tensors, *numbers, True, True))
+    torch.library.opcheck(torch.ops.linlora.lora_linear, (tensors, *numbers, True, True, "num_stages+1"))

@@ -135,4 +135,4 @@ def test_compiles_without_a_graph_break(device, short):
 
 def test_the_operator_keeps_the_rules_of_custom_operators(device):
     tensors, numbers = pack(two_streams(5, 24, 32, 4, FP32, device))
-    torch.library.opcheck(torch.ops.linlora.lora_linear, (tensors, *numbers, True, False))
+    torch.library.opcheck(torch.ops.linlora.lora_linear, (tensors, *numbers, True, False, ""))
