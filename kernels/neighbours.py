@@ -1,4 +1,4 @@
-"""Neighbours of a row of the table: one number of it changed. `linlora tune` times them beside the row.
+"""Neighbours of a row of the table: a number of it changed, or two. `linlora tune` times them beside the row.
 
 A change has a name, such as "num_stages+1", and every launch of a call can have the same one: `changed` gives the
 configuration of each. A row that has no room for a change, in shared memory or in registers, stays as it is. The room
@@ -13,21 +13,25 @@ from dataclasses import replace
 
 from .configs import SHARED_LIMIT, Config
 
-CHANGES: dict[str, tuple[str, Callable[[int], int]]] = {
-    "num_stages+1": ("num_stages", lambda n: n + 1),
-    "num_stages-1": ("num_stages", lambda n: n - 1),
-    "block_n*2": ("block_n", lambda n: n * 2),
-    "block_n/2": ("block_n", lambda n: n // 2),
-    "num_warps*2": ("num_warps", lambda n: n * 2),
-    "num_warps/2": ("num_warps", lambda n: n // 2),
-    "group_m/2": ("group_m", lambda n: n // 2),
-}
-"""The changes by name: a field of a configuration, and what becomes of it."""
+_MORE, _FEWER, _DOUBLE, _HALF = (lambda n: n + 1), (lambda n: n - 1), (lambda n: n * 2), (lambda n: n // 2)
 
-_PRODUCTS = ("recompute", "flags", "tiles")
+CHANGES: dict[str, dict[str, Callable[[int], int]]] = {
+    "num_stages+1": {"num_stages": _MORE},
+    "num_stages-1": {"num_stages": _FEWER},
+    "block_n*2": {"block_n": _DOUBLE},
+    "block_n/2": {"block_n": _HALF},
+    "num_warps*2": {"num_warps": _DOUBLE},
+    "num_warps/2": {"num_warps": _HALF},
+    "halves": {"block_m": _HALF, "num_warps": _HALF},
+    "group_m/2": {"group_m": _HALF},
+}
+"""The changes by name: fields of a configuration, and what becomes of them. With "halves" two programs of half the rows
+fit where one did: while one of them waits for its product, the other computes."""
+
+_PRODUCTS = ("recompute", "flags", "tiles", "online")
 _ACCUMULATORS = 160  # registers of a thread, of the 255 that it can name
 
-_LIMITS = {"num_stages": (2, 6), "block_n": (16, 256), "num_warps": (4, 8), "group_m": (2, 16)}
+_LIMITS = {"num_stages": (2, 6), "block_m": (64, 128), "block_n": (16, 256), "num_warps": (4, 8), "group_m": (2, 16)}
 
 
 @functools.cache
@@ -41,24 +45,26 @@ def changed(config: Config, change: str, itemsize: int, architecture: int) -> Co
     """
     if not change:
         return config
-    field, of = CHANGES[change]
-    new = replace(config, **{field: of(getattr(config, field))})  # type: ignore[arg-type]
-    least, most = _LIMITS[field]
-    has_room = least <= getattr(new, field) <= most and _shared_bytes(new, itemsize) <= SHARED_LIMIT[architecture]
-    return new if has_room and _has_effect(config, field) and _accumulators(new) <= _ACCUMULATORS else config
+    new = replace(config, **{field: of(getattr(config, field)) for field, of in CHANGES[change].items()})
+    is_one = all(_LIMITS[field][0] <= getattr(new, field) <= _LIMITS[field][1] for field in CHANGES[change])
+    has_room = _shared_bytes(new, itemsize) <= SHARED_LIMIT[architecture] and _accumulators(new) <= _ACCUMULATORS
+    return new if is_one and has_room and all(_has_effect(config, field) for field in CHANGES[change]) else config
 
 
 def neighbours(config: Config, itemsize: int, architecture: int) -> dict[str, Config]:
     """The neighbours of a configuration by the change that makes them, six at most."""
     by_change = {change: changed(config, change, itemsize, architecture) for change in CHANGES}
-    return {change: new for change, new in by_change.items() if new != config}
+    return dict(list({change: new for change, new in by_change.items() if new != config}.items())[:6])
 
 
 def _has_effect(config: Config, field: str) -> bool:
-    """Whether the design reads a field. Rows of tiles that are this low are the only ones: they form no groups."""
-    if config.design == "online":
-        return field != "group_m"
-    return config.design in _PRODUCTS and (field != "group_m" or config.block_m > 16)
+    """Whether a field matters to the design. Tiles of 16 rows are one row of tiles, without groups; of "flags" one
+    program runs on a multiprocessor, whatever its size."""
+    if config.design not in _PRODUCTS:
+        return False
+    if field == "group_m":
+        return config.design != "online" and config.block_m > 16
+    return field != "block_m" or config.design != "flags"
 
 
 def _shared_bytes(config: Config, itemsize: int) -> int:

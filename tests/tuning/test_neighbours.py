@@ -144,7 +144,7 @@ def test_configurations_are_those_of_the_launch(op, launched):
 
 
 def test_names_of_backends():
-    assert [backend_of(name) for name in backends._MODULES] == ["torch", "triton", "cuda"] + ["triton"] * 7
+    assert [backend_of(name) for name in backends._MODULES] == ["torch", "triton", "cuda"] + ["triton"] * 8
     assert Neighbour("block_n/2").norm is kernels.norm
 
 
