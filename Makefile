@@ -17,7 +17,7 @@ WORKERS ?= 12
 SEEDS ?= 0 1
 TESTS ?= tests
 
-.PHONY: install cuda wheels compile-matrix test test-everywhere peft-suite lint types docs quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
+.PHONY: install aot cuda wheels compile-matrix test test-everywhere peft-suite lint types docs quickstart bench gpu-check gpu-test gpu-sanitize gpu-memcheck gpu-racecheck gpu-bench \
   gpu-bench-compiled gpu-tune require-gpu
 
 install: $(READY)
@@ -36,6 +36,10 @@ cuda: $(READY)
 # one for drivers from R525 on and every GPU; that of 13 needs R580. CUDA_HOME says which.
 wheels: $(READY)
 	$(PYTHON) -m pip wheel -q --no-deps --no-build-isolation -w dist . ./csrc
+
+# Every Triton kernel in every variant, for every architecture: about ten minutes from a cold cache.
+aot: $(READY)
+	$(PYTHON) -m linlora.kernels.aot --jobs 2
 
 # csrc/ by compilers of other CUDA versions, from PyPI: minutes for each.
 compile-matrix: $(READY)

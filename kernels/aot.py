@@ -1,6 +1,7 @@
 """Compiles every configuration of the table ahead of time and checks what came out; needs no GPU.
 
     python -m linlora.kernels.aot                                  every architecture, a readable table
+    python -m linlora.kernels.aot --widest                         a third of the cases, see `aot_cases.widest`
     python -m linlora.kernels.aot --arch 90 --op lora_linear --json report.json --jobs 2
 
 Each case of `aot_cases` builds the launch that the host function would, from tensors on the meta device, and lets
@@ -25,7 +26,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 
-from .aot_cases import OPS, Case, cases
+from .aot_cases import OPS, Case, cases, widest
 from .configs import SHARED_LIMIT
 
 ARCHITECTURES = (80, 90, 100)
@@ -110,12 +111,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m linlora.kernels.aot", description=__doc__.splitlines()[0])
     parser.add_argument("--arch", type=int, choices=ARCHITECTURES, action="append", help="default: all of them")
     parser.add_argument("--op", choices=sorted(OPS), action="append", default=[], help="default: all of them")
+    parser.add_argument("--widest", action="store_true", help="one case for each row and kernel")
     parser.add_argument("--json", type=Path, help="write the results to this file as well")
     parser.add_argument("--jobs", type=int, default=1, help="processes that compile (default 1)")
     options = parser.parse_args(arguments)
     if triton.knobs.runtime.interpret:
         parser.error("the interpreter compiles nothing: unset TRITON_INTERPRET")
     todo = [case for architecture in options.arch or ARCHITECTURES for case in cases(architecture, options.op)]
+    todo = list(widest(todo)) if options.widest else todo
     results = []
     with ProcessPoolExecutor(options.jobs, mp_context=get_context("spawn")) as pool:
         print(f"{'case':108} registers  spills  shared   tensor-core instructions")

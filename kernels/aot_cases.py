@@ -6,7 +6,7 @@ from tensors on the meta device), and enter them in `OPS`. Nothing else here or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -74,6 +74,16 @@ def cases(architecture: int, ops: Collection[str] = ()) -> Iterator[Case]:
     for row in configs.TABLE:
         if architecture in row.architectures and (not ops or row.op in ops):
             yield from OPS[row.op].cases(row, architecture)
+
+
+def widest(of: Iterable[Case]) -> Iterator[Case]:
+    """For each row and kernel the first case, which takes the most registers."""
+    seen = set()
+    for case in of:
+        kernel = case.architecture, case.row, OPS[case.row.op].launch(case).kernel.fn.__name__
+        if kernel not in seen:
+            seen.add(kernel)
+            yield case
 
 
 def _dtype(row: Row) -> str:
@@ -244,11 +254,11 @@ def norm_launch(case: Case) -> Launch:
 
 def activation_cases(row: Row, architecture: int) -> Iterator[Case]:
     """Words: a kind, tangent, backward, gated, strided. Every kernel with gelu, and every kind in the largest one."""
-    for variant in ("gelu", "gelu tangent", "gelu backward", "gelu gated", "gelu gated backward"):
+    gated = ("gelu gated tangent", "gelu gated", "gelu gated tangent strided", "gelu gated backward")
+    for variant in ("gelu tangent", "gelu", "gelu backward", *gated):
         yield Case(architecture, row, 0, _dtype(row), variant)
-    for kind in ("gelu", "gelu_tanh", "silu", "relu"):
+    for kind in ("gelu_tanh", "silu", "relu"):
         yield Case(architecture, row, 0, _dtype(row), f"{kind} gated tangent")
-    yield Case(architecture, row, 0, _dtype(row), "gelu gated tangent strided")
 
 
 def activation_launch(case: Case) -> Launch:
