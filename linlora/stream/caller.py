@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from types import FrameType, ModuleType
 from typing import Any
 
 import torch
@@ -58,6 +59,18 @@ def module_name() -> str:
     inner, outer = modules[0], modules[-1]
     names = {id(module): name for name, module in outer.named_modules()}
     return names.get(id(inner), "").removeprefix("base_model.model.") or type(inner).__name__
+
+
+def called_by(module: ModuleType) -> bool:
+    """Whether it is code of this module of Python that calls a torch function, whose rule calls this."""
+    frame = sys._getframe(1)
+    while frame.f_back is not None and _name(frame).startswith(("linlora.stream", "torch._dynamo")):
+        frame = frame.f_back
+    return _name(frame) == module.__name__
+
+
+def _name(frame: FrameType) -> str:
+    return frame.f_globals.get("__name__", "")
 
 
 def running_modules() -> Iterator[nn.Module]:

@@ -18,6 +18,7 @@ from torch.autograd import forward_ad
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from linlora.ops.transforms import transform_active
 from linlora.stream.caller import function_name, module_name, remedy, where
 from linlora.stream.tensor import (
     DualTensor,
@@ -61,6 +62,11 @@ def forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:
     flat, structure = tree_flatten((args, kwargs))
     first = next(duals(flat))
     otherwise = first.stream.otherwise
+    if transform_active():
+        raise TangentError(
+            f"{where(func)}: torch.func or forward-mode AD inside of a network that carries tangents; nest the "
+            "transforms of torch.func alone"
+        )
     if _is_custom(func):
         raise TangentError(
             f"{where(func)}: a custom operator, for which PyTorch's forward mode may return zero tangents silently; "

@@ -22,7 +22,7 @@ from linlora.ops import aten
 from linlora.ops.aten.activations import JACOBIAN
 from linlora.ops.dual.checks import backend_of
 from linlora.stream import attention, fused, structural
-from linlora.stream.caller import refuse_inside_function, where
+from linlora.stream.caller import called_by, refuse_inside_function, where
 from linlora.stream.fallback import forward_mode
 from linlora.stream.multilinear import affine
 from linlora.stream.tensor import (
@@ -168,3 +168,11 @@ def refuse_grad(func: Any, args: tuple, kwargs: dict) -> Any:
 
 
 ForwardStream.rules[torch.autograd.grad] = refuse_grad
+
+
+@_rule("detach")
+def detached(func: Any, args: tuple, kwargs: dict) -> Any:
+    """The tangent ends; torch.autograd.functional, which detaches what it differentiates in, would have none."""
+    if called_by(torch.autograd.functional):
+        refuse_grad(func, args, kwargs)
+    return structural.detached(func, args, kwargs)

@@ -53,7 +53,7 @@ _CONSTANTS = (
 )  # fmt: skip
 _VALUES = (
     "__int__", "__float__", "__complex__", "__index__", "item", "tolist", "numpy", "__array__", "__format__",
-    "untyped_storage", "data_ptr", "backward", "__reduce_ex__", "__dlpack__",
+    "storage", "untyped_storage", "data_ptr", "backward", "__reduce_ex__", "__dlpack__",
 )  # fmt: skip
 
 

@@ -104,6 +104,10 @@ REFUSED = {
     ),
     "vmap inside": (lambda net, x: torch.vmap(torch.sin)(net(x)), "torch.vmap"),
     "a gradient inside": (lambda net, x: torch.autograd.grad(net(x).sum(), WEIGHT), "gradient taken inside"),
+    "torch.func inside": (lambda net, x: torch.func.jvp(torch.sin, (net(x),), (net(x),)), "nest the transforms"),
+    "jacobian": (lambda net, x: torch.autograd.functional.jacobian(torch.sin, net(x)), "gradient taken inside"),
+    "hvp": (lambda net, x: torch.autograd.functional.hvp(lambda y: y.sin().sum(), x, x), "gradient taken inside"),
+    "storage": (lambda net, x: torch.tensor(net(x).storage().tolist()), "storage.*conversion to Python or NumPy"),
     "out": (lambda net, x: torch.sin(net(x), out=torch.empty(3, 4, dtype=D)), "out= is not supported"),
 }
 

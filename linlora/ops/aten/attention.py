@@ -15,6 +15,7 @@ fused attention does the same, and runs once more in backward.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -150,8 +151,9 @@ def attention_backward(problem: Attention, g: Tensor, result: AttentionResult) -
 def computed(problem: Attention) -> Attention:
     """The problem as it is computed: wide, in strides that products read, a key head a head."""
     heads = problem.q.shape[1]
-    tensors = [x if x is None else _rows(every_head(x, heads)) for x in wide(*problem[:6])]
-    return problem._replace(**dict(zip(Attention._fields, tensors, strict=False)))
+    streams: list[Any] = [x if x is None else _rows(every_head(x, heads)) for x in wide(*problem[:6])]
+    q, k, v, q_tangent, k_tangent, v_tangent = streams
+    return problem._replace(q=q, k=k, v=v, q_tangent=q_tangent, k_tangent=k_tangent, v_tangent=v_tangent)
 
 
 def wide(*tensors: Tensor | None) -> list:
