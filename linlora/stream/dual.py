@@ -248,11 +248,12 @@ def _release(modules: list[nn.Module]) -> None:
     seen: set[int] = set()
     for module in modules:
         for name, value in list(vars(module).items()):
-            if name in _OF_MODULES:
+            if name in _OF_MODULES or type(value) in _PLAIN:
                 continue
             new = release(value, seen)
             if new is not value:
                 vars(module)[name] = new
 
 
+_PLAIN = {type(None), bool, int, float, str}
 _OF_MODULES = {"_parameters", "_modules"} | {name for name in vars(nn.Module()) if "hook" in name}

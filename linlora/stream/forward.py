@@ -107,17 +107,18 @@ def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     x, shape, weight, bias, eps = bound(fused.LAYER_NORM, args, kwargs)
     shape = [shape] if isinstance(shape, int) else list(shape)
     stream = next(duals((x, weight, bias))).stream
-    y, mean, rstd = torch.native_layer_norm(primals(x), shape, primals(weight), primals(bias), eps)
+    primal = primals(x).contiguous()  # which the norm, its tangent and its backward would each copy
+    y, mean, rstd = torch.native_layer_norm(primal, shape, primals(weight), primals(bias), eps)
     with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
         total = None
         if isinstance(x, DualTensor):
             dtype = mean.dtype if mean.device.type == "cpu" else y.dtype  # a CPU takes one: float32, of wide weights
             total = torch.ops.aten.native_layer_norm_backward.default(
-                x.tangent.to(dtype), x.primal.to(dtype), shape, mean, rstd, None, None, [True, False, False]
+                x.tangent.to(dtype), primal.to(dtype), shape, mean, rstd, None, None, [True, False, False]
             )[0]
             total = total if weight is None else total.mul_(primals(weight))
         if isinstance(weight, DualTensor):
-            term = (primals(x) - mean) * rstd * weight.tangent
+            term = (primal - mean) * rstd * weight.tangent
             total = term if total is None else total + term
         if isinstance(bias, DualTensor):
             total = bias.tangent if total is None else total + bias.tangent
