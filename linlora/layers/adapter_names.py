@@ -17,6 +17,8 @@ import functools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from itertools import product
+from threading import Event
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ from torch import nn
 
 from linlora.layers.lora_linear import ConvertedLoraLinear
 from linlora.layers.mixtures import BASE, Rows
+from linlora.layers.restoring import leave_to_class, replace_methods
 
 _METHOD = "_enable_peft_forward_hooks"
 _CHECKPOINTS = "_gradient_checkpointing_func"
@@ -34,14 +37,13 @@ _CHECKPOINTS = "_gradient_checkpointing_func"
 
 def accept_rows(model: PeftModel) -> None:
     """Let a PEFT model with converted layers take mixtures and training in `adapter_names`; `refuse_rows` undoes it."""
-    tuner = model.base_model
-    if hasattr(type(tuner), _METHOD):
-        vars(tuner)[_METHOD] = functools.partial(serve_rows, tuner)
+    if hasattr(type(model.base_model), _METHOD):
+        replace_methods(model.base_model, {_METHOD: serve_rows})
 
 
 def refuse_rows(model: PeftModel) -> None:
     """Leave `adapter_names` to PEFT again."""
-    vars(model.base_model).pop(_METHOD, None)
+    leave_to_class(model.base_model, [_METHOD])
 
 
 @contextmanager
@@ -65,12 +67,12 @@ def serve_rows(tuner: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
     with ExitStack() as until_here:
         _hook((m for m in tuner.modules() if m not in in_encoder), of_decoder, until_here)
         _hook(in_encoder, rows, until_here)
-        running = _Running()
-        until_here.callback(running.end)
+        over = Event()
+        until_here.callback(over.set)
         for module in tuner.modules():
             if _CHECKPOINTS in vars(module):
                 original = vars(module)[_CHECKPOINTS]
-                vars(module)[_CHECKPOINTS] = functools.partial(_checkpoint, original, module, rows, running)
+                vars(module)[_CHECKPOINTS] = functools.partial(_checkpoint, original, module, rows, over)
                 until_here.callback(vars(module).__setitem__, _CHECKPOINTS, original)
         yield
 
@@ -81,24 +83,14 @@ def _encoder_of(model: Any) -> set[nn.Module]:
     return set() if encoder is None or encoder is model else set(encoder.modules())
 
 
-class _Running:
-    """Says whether the forward pass goes on."""
-
-    def __init__(self) -> None:
-        self.now = True
-
-    def end(self) -> None:
-        self.now = False
-
-
 def _checkpoint(
-    original: Callable, module: nn.Module, rows: Rows, running: _Running, function: Callable, *args: Any, **kwargs: Any
+    original: Callable, module: nn.Module, rows: Rows, over: Event, function: Callable, *args: Any, **kwargs: Any
 ) -> Any:
-    """Checkpoint a function of a module so that it finds its rows when it runs again, after the forward pass."""
+    """Checkpoint a function of a module so that it finds its rows when it runs again, with the forward pass over."""
 
     def with_rows(*inputs: Any, **options: Any) -> Any:
         with ExitStack() as until_here, rows.kept():
-            if not running.now:
+            if over.is_set():
                 _hook(module.modules(), rows, until_here)
             return function(*inputs, **options)
 
@@ -135,22 +127,16 @@ def _check(tuner: nn.Module, rows: Rows) -> None:
                 f"layer '{name}' is a {type(layer).__name__} of PEFT's own, which runs one adapter a row and knows no "
                 "weights; give every row one name, or call linlora.accelerate(model), which converts layers added later"
             )
-    for name, module in tuner.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
-            _check_whole(name.removeprefix("model."), module, rows)
-    if tuner.training and torch.is_grad_enabled():
-        _warn_of_frozen(tuner, rows)
-
-
-def _check_whole(name: str, module: AuxiliaryTrainingWrapper, rows: Rows) -> None:
-    """Raise a ValueError where a module that adapters train as a whole cannot be each row's own."""
-    for mixture in rows.distinct:
+    wholes = [(name, m) for name, m in tuner.named_modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+    for (name, module), mixture in product(wholes, rows.distinct):
         bring = [adapter for adapter, _ in mixture if adapter in module._adapters]
         if len(bring) > 1:
             raise ValueError(
-                f"module '{name}' was trained whole (modules_to_save) by each of {bring}, and modules have no mixture; "
-                "mix adapters of which one at most brings the module"
+                f"module '{name.removeprefix('model.')}' was trained whole (modules_to_save) by each of {bring}, and "
+                "modules have no mixture; mix adapters of which one at most brings the module"
             )
+    if tuner.training and torch.is_grad_enabled():
+        _warn_of_frozen(tuner, rows)
 
 
 def _warn_of_frozen(tuner: nn.Module, rows: Rows) -> None:

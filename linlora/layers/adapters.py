@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from linlora.kernels.problem import Factors
 from linlora.layers.calls import PATCHED, beyond_product, hooks_of_all_modules, is_product, pefts_forward_is_its_own
-from linlora.layers.peft_names import ChangesOfB
+from linlora.layers.peft_names import DELTAS, ChangesOfB
 from linlora.layers.restoring import restoring
 from linlora.layers.vanilla import not_vanilla_layer
 from linlora.layers.weights import Fold
@@ -31,8 +31,6 @@ from linlora.storage.tensors import finite
 from linlora.stream import Stream
 
 State = Literal["plain", "short", "pair"]
-LORA_PARTS = ("lora_A", "lora_B", "lora_dropout")
-"""The parts that PEFT's forward calls beside the base layer: ModuleDicts by adapter."""
 
 
 class LoraAdapters(PeftLoraLinear):
@@ -65,18 +63,26 @@ class LoraAdapters(PeftLoraLinear):
         return self.of_lora_B.lora_dB
 
     @property
+    def linearized(self) -> list[str]:
+        """The adapters that are linearized."""
+        return [name for name, state in self.states.items() if state != "plain"]
+
+    @property
+    def pairs(self) -> list[str]:
+        """The adapters that are linearized at B0 != 0."""
+        return [name for name, state in self.states.items() if state == "pair"]
+
+    @property
     def matrix(self) -> Tensor:
         """The base weight as (N, K), however it is stored."""
         return self.base_layer.weight.t() if self.fan_in_fan_out else self.base_layer.weight
 
     def factors(self, adapter: str) -> Factors:
         """The factors of one adapter. Those of the linearization point take no gradient: nothing may move the point."""
-        A, B, state = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.states.get(adapter, "plain")
-        if state == "plain":
-            return Factors(A, None, None, B, self.scaling[adapter])
-        if A.requires_grad:
+        A, B, state = self.lora_A[adapter].weight, self.lora_B[adapter].weight, self.states[adapter]
+        if state != "plain" and A.requires_grad:
             A = A.detach()
-        if state == "short":
+        if state != "pair":
             return Factors(A, None, None, B, self.scaling[adapter])
         if B.requires_grad:
             B = B.detach()
@@ -129,9 +135,10 @@ class LoraAdapters(PeftLoraLinear):
                     f"layer '{self.layer_name}': adapter '{adapter_name}' cannot be added to a converted layer: {why}. "
                     "Add it as vanilla LoRA, or linlora.delinearize the model first"
                 )
-            for of_name in (self.states, self.lora_dA, self.lora_dB):  # of one that had this name
-                if adapter_name in of_name:
-                    del of_name[adapter_name]
+            self.states[adapter_name] = "plain"
+            for deltas in (self.lora_dA, self.lora_dB):  # of one that had this name
+                if adapter_name in deltas:
+                    del deltas[adapter_name]
 
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
         super().set_adapter(adapter_names, *args, **kwargs)
@@ -143,43 +150,60 @@ class LoraAdapters(PeftLoraLinear):
 
     def _freeze_point(self) -> None:
         """Let the point of every linearized adapter take no gradient, whatever PEFT switched on."""
-        for name, state in self.states.items():
-            if state != "plain":
-                self.lora_A[name].weight.requires_grad_(False)
-            if state == "pair":
-                self.lora_B[name].weight.requires_grad_(False)
+        for name in self.linearized:
+            self.lora_A[name].weight.requires_grad_(False)
+        for name in self.pairs:
+            self.lora_B[name].weight.requires_grad_(False)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: Any) -> None:
+        """Take (A', B') of twice the rank apart (linlora.layers.folding): a saved linearized adapter, resumed.
+
+        A plain adapter of its own rank is taken with its function as well, as a point that nothing has moved from yet.
+        """
+        for key in [key for key in state_dict if key.startswith(f"{prefix}lora_dB.")]:  # where dB lay in linlora 0.1
+            state_dict[f"{prefix}of_lora_B.{key.removeprefix(prefix)}"] = state_dict.pop(key)
+        for adapter in self.pairs:
+            a, b, d_a, d_b = factor_keys(prefix, adapter)
+            if a not in state_dict or b not in state_dict or d_a in state_dict:
+                continue
+            r = self.r[adapter]
+            if state_dict[a].shape[0] == 2 * r:
+                A0, dA = state_dict[a].split(r)
+                B, B0 = state_dict[b].split(r, dim=1)
+                state_dict.update({a: A0, b: B0, d_a: dA, d_b: B - B0})
+            elif state_dict[a].shape[0] == r:
+                state_dict.update({d_a: torch.zeros_like(state_dict[a]), d_b: torch.zeros_like(state_dict[b])})
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}: {state}" for name, state in self.states.items())
 
-    def _more_than_factors(self, adapters: Sequence[str]) -> bool:
-        """Whether a call of a LoRA part of some adapters does more than what the op computes from its weight."""
-        if hooks_of_all_modules() or not pefts_forward_is_its_own():
-            return True
-        A, B, dropout = (self._modules[kind]._modules for kind in LORA_PARTS)
-        return not all(is_product(A[name]) and is_product(B[name]) and is_product(dropout[name]) for name in adapters)
+    def why_called(self, adapters: Sequence[str]) -> str | None:
+        """Why the LoRA parts of some adapters are called; None where the op reads their weights. See `calls`."""
+        if hooks_of_all_modules():
+            return "hooks of all modules are for its parts too"
+        if not pefts_forward_is_its_own():
+            return PATCHED
+        for kind in ("lora_A", "lora_B", "lora_dropout"):
+            parts = self._modules[kind]._modules
+            for name in adapters:
+                if not is_product(parts[name]):
+                    return f"{kind}['{name}'] {beyond_product(parts[name])}"
+        return None
+
+    def warn_of_calls(self, why: str) -> None:
+        warnings.warn(f"layer '{self.layer_name}': {why}, so all of them are called, not run as one op", stacklevel=3)
 
     def _refuse_patched(self, adapters: Sequence[str]) -> None:
         if not pefts_forward_is_its_own():
             raise ValueError(f"layer '{self.layer_name}': {PATCHED}, and adapters {list(adapters)} are linearized")
-
-    def _warn_of_calls(self, adapters: Sequence[str]) -> None:
-        why = called_parts(self, adapters)
-        if why is None and hooks_of_all_modules():
-            why = "hooks of all modules are for its parts too"
-        elif why is None and not pefts_forward_is_its_own():
-            why = PATCHED
-        elif why is None:
-            why = f"its base layer {beyond_product(self.base_layer)}"
-        warnings.warn(f"layer '{self.layer_name}': {why}, so all of them are called, not run as one op", stacklevel=3)
 
     def _check_forward_args(self, x: Tensor, *args: Any, **kwargs: Any) -> None:
         """Refuse a forward of PEFT that was kept from before the layer was linearized and calls this."""
         super()._check_forward_args(x, *args, **kwargs)
         if not (self._disable_adapters or self.merged_adapters):
             adapters = kwargs.get("adapter_names") or self.active_adapters
-            linearized = sorted({name for name in adapters if self.states.get(name, "plain") != "plain"})
-            if linearized:
+            if linearized := sorted({*adapters} & {*self.linearized}):
                 raise ValueError(
                     f"layer '{self.layer_name}': PEFT's own forward is called, which does not know {linearized}, "
                     "linearized by linlora; call the layer, or linlora.delinearize(model)"
@@ -202,10 +226,6 @@ class LoraAdapters(PeftLoraLinear):
             )
 
 
-def called_parts(layer: Any, adapters: Sequence[str]) -> str | None:
-    """The first LoRA part of some adapters that is more than its weight, and why; or None. See linlora.layers.calls."""
-    for kind in LORA_PARTS:
-        for name in adapters:
-            if not is_product(part := getattr(layer, kind)[name]):
-                return f"{kind}['{name}'] {beyond_product(part)}"
-    return None
+def factor_keys(prefix: str, adapter: str) -> list[str]:
+    """The keys of A, B, dA and dB in a state dict, behind the prefix of their layer."""
+    return [f"{prefix}lora_{kind}.{adapter}.weight" for kind in "AB"] + [f"{prefix}{it}.{adapter}" for it in DELTAS]

@@ -14,7 +14,7 @@ from torch.autograd import forward_ad
 from torch.func import functional_call
 
 from linlora.layers.adapters import LoraAdapters
-from linlora.layers.sharding import check_there
+from linlora.layers.sharding import check_weight
 
 
 @torch.compiler.disable
@@ -35,16 +35,10 @@ def called_update(
     for name in adapters:
         A, B, dropout = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name]
         for kind, part in (("lora_A", A), ("lora_B", B)):
-            if "weight" not in part._parameters:
-                raise ValueError(
-                    f"layer '{layer.layer_name}': the weight of {kind}['{name}'], a linearized adapter, is computed "
-                    "on every call (a parametrization, weight_norm, pruning); make it a parameter first "
-                    "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, prune.remove)"
-                )
-            check_there(f"layer '{layer.layer_name}'", [(f"{kind}['{name}']", part.weight)])
+            check_weight(f"layer '{layer.layer_name}'", f"{kind}['{name}'], a linearized adapter,", part)
         dB: Tensor | None
         A0, B0, dA, dB, scaling = layer.factors(name)
-        if layer.states.get(name, "plain") == "plain":
+        if layer.states[name] == "plain":
             dA, B0, dB = None, dB, None
         with forward_ad.dual_level():
             z = layer._cast_input_dtype(_dual(x, x_tangent), A.weight.dtype)

@@ -1,4 +1,4 @@
-"""Layer scope as stock LoRA factors, which any LoRA server loads, and back.
+"""Layer scope as stock LoRA factors, which any LoRA server loads.
 
 A linearized layer is exactly a LoRA layer of rank at most 2r (ΔW = s [(B0 + dB) A0 + B0 dA])::
 
@@ -6,8 +6,8 @@ A linearized layer is exactly a LoRA layer of rank at most 2r (ΔW = s [(B0 + dB
     B' = [B0 + dB, B0]     (N, 2r)       same scaling
 
 At B0 = 0 it is (A0, dB) of rank r, which is what PEFT's own parameters hold already. Otherwise `save_pretrained` of a
-linearized model writes (A', B') with a matching `adapter_config.json`, and loading such a file into a linearized layer
-takes it apart again.
+linearized model writes (A', B') with a matching `adapter_config.json`; a linearized layer that loads such a file takes
+it apart again (linlora.layers.adapters).
 """
 
 from __future__ import annotations
@@ -19,17 +19,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from peft import LoraConfig, PeftModel
 from torch import Tensor
 
+from linlora.layers.adapters import factor_keys
 from linlora.layers.lora_linear import ConvertedLoraLinear
-from linlora.layers.peft_names import DELTAS
+from linlora.layers.peft_names import base_name
 from linlora.layers.sharding import whole
 from linlora.layers.vanilla import changes_base
 from linlora.layers.weights import stacked
-
-_HOOK = "_folded_factors_hook"
 
 
 def folded_state_dict(model: PeftModel, state_dict: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
@@ -43,10 +41,10 @@ def folded_state_dict(model: PeftModel, state_dict: dict[str, Tensor] | None = N
             state_dict[name] = whole(state_dict[name])
     for path, layer in model.named_modules():
         if isinstance(layer, ConvertedLoraLinear):
-            for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
-                a, b = f"{path}.lora_A.{adapter}.weight", f"{path}.lora_B.{adapter}.weight"
-                dA, dB = (state_dict.pop(f"{path}.{kind}.{adapter}") for kind in DELTAS)
-                state_dict[a], state_dict[b] = stacked(state_dict[a], state_dict[b], dA, dB)
+            for adapter in layer.pairs:
+                a, b, d_a, d_b = factor_keys(f"{path}.", adapter)
+                deltas = state_dict.pop(d_a), state_dict.pop(d_b)
+                state_dict[a], state_dict[b] = stacked(state_dict[a], state_dict[b], *deltas)
     return state_dict
 
 
@@ -68,17 +66,14 @@ def folded_config(model: PeftModel, adapter: str) -> LoraConfig:
     sizes = {}
     for path, layer in model.named_modules():
         if isinstance(layer, ConvertedLoraLinear) and adapter in layer.states:
-            rank = layer.r[adapter] * (2 if layer.states[adapter] == "pair" else 1)
-            sizes[path.removeprefix("base_model.model.")] = (
-                rank,
-                layer.scaling[adapter] * (rank**0.5 if config.use_rslora else rank),
-            )
+            rank = layer.r[adapter] * (1 + (adapter in layer.pairs))
+            sizes[base_name(path)] = rank, layer.scaling[adapter] * (rank**0.5 if config.use_rslora else rank)
     if not sizes:  # no layer of this adapter is converted: the config fits unchanged
         return config
     start = config.init_lora_weights
     with_sizes(config, sizes)
-    if changes_base(start):
-        config.init_lora_weights = start  # linlora's readers refuse it by this
+    if changes_base(start):  # linlora's readers refuse it by this
+        config.init_lora_weights = start
     return config
 
 
@@ -91,36 +86,3 @@ def with_sizes(config: LoraConfig, sizes: dict[str, tuple[int, float]]) -> LoraC
     config.alpha_pattern = {name: alpha for name, (_, alpha) in others.items()}
     config.init_lora_weights = True
     return config
-
-
-def accept_folded_factors(layer: ConvertedLoraLinear) -> None:
-    """Let `layer.load_state_dict` take (A', B') of twice its rank: a saved linearized adapter, resumed.
-
-    A plain adapter of its own rank is taken with its function as well, as a point that nothing has moved from yet.
-    """
-    if not hasattr(layer, _HOOK):
-        setattr(layer, _HOOK, layer.register_load_state_dict_pre_hook(_unfold))
-
-
-def refuse_folded_factors(layer: ConvertedLoraLinear) -> None:
-    """Undo `accept_folded_factors`."""
-    if hasattr(layer, _HOOK):
-        getattr(layer, _HOOK).remove()
-        delattr(layer, _HOOK)
-
-
-def _unfold(layer: ConvertedLoraLinear, state_dict: dict[str, Tensor], prefix: str, *_: Any) -> None:
-    for key in [key for key in state_dict if key.startswith(f"{prefix}lora_dB.")]:  # where dB lay in linlora 0.1
-        state_dict[f"{prefix}of_lora_B.{key.removeprefix(prefix)}"] = state_dict.pop(key)
-    for adapter in [adapter for adapter, state in layer.states.items() if state == "pair"]:
-        a, b = f"{prefix}lora_A.{adapter}.weight", f"{prefix}lora_B.{adapter}.weight"
-        d_a, d_b = (f"{prefix}{kind}.{adapter}" for kind in DELTAS)
-        if a not in state_dict or b not in state_dict or d_a in state_dict:
-            continue
-        r = layer.r[adapter]
-        if state_dict[a].shape[0] == 2 * r:
-            A0, dA = state_dict[a].split(r)
-            B, B0 = state_dict[b].split(r, dim=1)
-            state_dict.update({a: A0, b: B0, d_a: dA, d_b: B - B0})
-        elif state_dict[a].shape[0] == r:
-            state_dict.update({d_a: torch.zeros_like(state_dict[a]), d_b: torch.zeros_like(state_dict[b])})

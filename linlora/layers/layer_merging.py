@@ -9,7 +9,7 @@ from peft.tuners.tuners_utils import check_adapters_to_merge
 from torch import Tensor, nn
 
 from linlora.layers.adapters import LoraAdapters
-from linlora.layers.sharding import check_there
+from linlora.layers.sharding import check_weight
 from linlora.layers.weights import Update, check_sum, fold, fold_keeping, stacked, unfold
 from linlora.storage.tensors import finite
 
@@ -70,13 +70,7 @@ class MergeableAdapters(LoraAdapters):
     def update_that_fits(self, adapters: list[str]) -> Update:
         """The sum of the ΔW of some adapters, to be folded. Raises ValueError where the weight would not hold it."""
         base = self.get_base_layer()
-        if "weight" not in base._parameters:
-            raise ValueError(
-                f"layer '{self.layer_name}': the weight of its base layer is computed on every call (a "
-                "parametrization, weight_norm, pruning), so ΔW would be lost; make it a parameter first "
-                "(torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, prune.remove)"
-            )
-        check_there(f"layer '{self.layer_name}'", [("the weight of its base layer", base.weight)])
+        check_weight(f"layer '{self.layer_name}'", "its base layer", base, ", so ΔW would be lost")
         update = self._update(adapters)
         try:
             check_sum(base.weight.data, update)

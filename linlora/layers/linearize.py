@@ -8,18 +8,17 @@ import torch
 from peft import PeftModel
 from torch import nn
 
-from linlora.layers import folding
 from linlora.layers.adapter_names import accept_rows, refuse_rows
 from linlora.layers.calls import PATCHED, pefts_forward_is_its_own
 from linlora.layers.conversion import convert_back, convert_layer
-from linlora.layers.finding import UnsupportedLayerError, check_factors, lora_layers
+from linlora.layers.finding import UnsupportedLayerError, check_factors, check_unmerged, lora_layers
 from linlora.layers.lora_linear import ConvertedLoraLinear, converted_layers
 from linlora.layers.model_scope import check_model_scope, enter_model_scope, leave_model_scope
 from linlora.layers.peft_merging import guard_merging, unguard_merging
 from linlora.layers.peft_saving import guard_saving, unguard_saving
 from linlora.layers.report import Report, report
-from linlora.layers.restoring import leave_to_class, restore_on_error, restoring
-from linlora.layers.sharding import check_there, is_sharded
+from linlora.layers.restoring import restoring
+from linlora.layers.sharding import is_sharded
 
 
 @runtime_checkable
@@ -90,12 +89,12 @@ def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: Poin
             f"{PATCHED}, and a linearized layer would not run it; linearize the model where it is PEFT's own"
         )
     for name, layer in layers:
-        linearized = [a for a, state in getattr(layer, "states", {}).items() if state != "plain"]
-        if linearized:
-            raise ValueError(f"layer '{name}': adapter {linearized} is linearized already; call delinearize first")
+        if isinstance(layer, ConvertedLoraLinear) and layer.linearized:
+            raise ValueError(
+                f"layer '{name}': adapter {layer.linearized} is linearized already; call delinearize first"
+            )
         check_factors(name, layer)
     if scope == "model":
-        check_there("model scope", model.named_parameters())
         check_model_scope(model)
     with restoring(model):
         if point is not None:
@@ -104,8 +103,6 @@ def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: Poin
             converted = convert_layer(layer, name)
             for adapter in converted.lora_A:
                 _linearize_adapter(converted, adapter)
-            folding.accept_folded_factors(converted)
-        restore_on_error(model, *_ADDING)
         guard_saving(model)
         accept_rows(model)
         guard_merging(model)
@@ -128,10 +125,9 @@ def set_scope(model: PeftModel | Linearizable, scope: str) -> None:
         model.set_scope(scope)
         return
     layers = list(converted_layers(model))
-    if not any(state != "plain" for _, layer in layers for state in layer.states.values()):
+    if not any(layer.linearized for _, layer in layers):
         raise ValueError("set_scope: the model is not linearized; call linlora.linearize(model, scope)")
     if scope == "model" and layers[0][1].stream is None:
-        check_there("model scope", model.named_parameters())
         check_model_scope(model)
         with restoring(model):
             enter_model_scope(model)
@@ -158,18 +154,13 @@ def delinearize(model: PeftModel | Linearizable) -> PeftModel:
     layers = list(converted_layers(model))
     if not layers:
         raise ValueError("delinearize: the model has no linearized or accelerated layer; call linlora.linearize first")
-    for name, layer in layers:
-        if layer.merged_adapters:
-            raise ValueError(
-                f"layer '{name}': adapters {layer.merged_adapters} are merged; call model.unmerge_adapter()"
-            )
+    check_unmerged(layers)
     _check_whole(model, "delinearize", "linlora.export the adapter, which PEFT loads into a whole model")
     with restoring(model):
         leave_model_scope(model)
         for _, layer in layers:
             _delinearize_layer(layer)
         unguard_saving(model)
-        leave_to_class(model, *_ADDING)
         refuse_rows(model)
         unguard_merging(model)
     return model
@@ -189,14 +180,10 @@ def accelerate(model: nn.Module) -> Report:
         for name, layer in layers:
             convert_layer(layer, name)
         if isinstance(model, PeftModel):
-            restore_on_error(model, *_ADDING)
+            guard_saving(model)
             accept_rows(model)
         guard_merging(model)
         return report("accelerated (plain LoRA)", model, layers)
-
-
-_ADDING = ("add_adapter", "load_adapter")
-"""Methods of a PeftModel that change every layer; a layer that refuses leaves the others without the adapter too."""
 
 
 def _linearize_adapter(layer: ConvertedLoraLinear, adapter: str) -> None:
@@ -211,19 +198,16 @@ def _linearize_adapter(layer: ConvertedLoraLinear, adapter: str) -> None:
 
 
 def _delinearize_layer(layer: ConvertedLoraLinear) -> None:
-    for adapter, state in layer.states.items():
-        if state == "plain":
-            continue
+    for adapter in layer.linearized:
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         trainable = B.requires_grad
-        if state == "pair":
+        if adapter in layer.pairs:
             dA, dB = layer.lora_dA.pop(adapter), layer.lora_dB.pop(adapter)
             A.data.add_(dA.data)
             B.data.add_(dB.data)
             trainable = dB.requires_grad
         A.requires_grad_(trainable)
         B.requires_grad_(trainable)
-    folding.refuse_folded_factors(layer)
     convert_back(layer)
 
 

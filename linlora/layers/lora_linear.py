@@ -36,6 +36,8 @@ from linlora.stream import DualTensor
 from linlora.stream.evaluation import recording, unrecorded
 from linlora.stream.tensor import refuse_inside_function
 
+DROPS_ALL = "the dropout of its parts is 1"
+
 
 class ConvertedLoraLinear(MergeableAdapters):
     """A PEFT LoRA linear layer, plain or linearized, computed by one op. Made by `linlora.layers.conversion`."""
@@ -50,22 +52,22 @@ class ConvertedLoraLinear(MergeableAdapters):
             return self.base_layer(x)
         if self.stream is not None:
             return self._both_streams(x, active)
-        if self._more_than_factors(active):
-            return self._called(x, active)
+        if (why := self.why_called(active)) is not None:
+            return self._called(x, active, why)
         factors = self.factors(active[0]) if len(active) == 1 else self._stacked(active)
         p = self._dropout_p(active)
         if p == 1.0:
-            return self._called(x, active)
+            return self._called(x, active, DROPS_ALL)
         return self._one_stream(x, factors, p)
 
-    def _called(self, x: Tensor, adapters: Sequence[str]) -> Tensor:
+    def _called(self, x: Tensor, adapters: Sequence[str], why: str) -> Tensor:
         """Every part called: by PEFT's own forward, and where an adapter is linearized by `called_update`."""
-        self._warn_of_calls(adapters)
-        if all(self.states.get(name, "plain") == "plain" for name in adapters):
+        self.warn_of_calls(why)
+        if all(self.states[name] == "plain" for name in adapters):
             return super().forward(x)
         self._refuse_patched(adapters)
         y = self.base_layer(x)
-        return y + sum(called_update(self, adapters, x)).to(y.dtype)
+        return y + torch.add(*called_update(self, adapters, x)).to(y.dtype)
 
     def _one_stream(self, x: Tensor, factors: Factors, p: float) -> Tensor:
         """Layer scope, and plain LoRA: primal + tangent."""
@@ -92,8 +94,7 @@ class ConvertedLoraLinear(MergeableAdapters):
                 f"layer '{self.layer_name}': torch.jit.trace does not see the tangent of a model linearized at model "
                 "scope; trace the layer-scope function (linlora.set_scope(model, 'layer')), or linlora.delinearize"
             )
-        plain = [name for name in active if self.states.get(name, "plain") == "plain"]
-        if plain:
+        if plain := [name for name in active if self.states[name] == "plain"]:
             raise ValueError(
                 f"layer '{self.layer_name}': adapter {plain} is not linearized, the model is (model scope); activate a "
                 "linearized adapter, or delinearize the model and linearize it again with all its adapters"
@@ -107,13 +108,15 @@ class ConvertedLoraLinear(MergeableAdapters):
             )
         factors = unrecorded(self.factors(active[0]) if len(active) == 1 else self._stacked(active))
         p = self._dropout_p(active)
-        if self._more_than_factors(active) or p == 1.0:
-            return self.stream.leave(*self._called_streams(x, x_tangent, active))
+        if (why := self.why_called(active) or (DROPS_ALL if p == 1.0 else None)) is not None:
+            return self.stream.leave(*self._called_streams(x, x_tangent, active, why))
         return self.stream.leave(*self._two_streams(x, x_tangent, factors, p))
 
-    def _called_streams(self, x: Tensor, x_tangent: Tensor | None, adapters: list[str]) -> tuple[Tensor, Tensor]:
+    def _called_streams(
+        self, x: Tensor, x_tangent: Tensor | None, adapters: list[str], why: str
+    ) -> tuple[Tensor, Tensor]:
         self._refuse_patched(adapters)
-        self._warn_of_calls(adapters)
+        self.warn_of_calls(why)
         y, y_tangent = self._base_streams(x, x_tangent)
         update, tangent = (of.to(y.dtype) for of in called_update(self, adapters, x, x_tangent, two=True))
         return y + update, tangent if y_tangent is None else y_tangent + tangent

@@ -26,7 +26,7 @@ from linlora.kernels.problem import LoraLinear
 from linlora.kernels.uploads import upload
 from linlora.layers.adapters import LoraAdapters
 from linlora.layers.called import called_plain_update, called_update
-from linlora.layers.calls import is_product
+from linlora.layers.calls import beyond_product, is_product
 from linlora.layers.mixtures import Mixture, Rows
 from linlora.layers.weights import stacked
 from linlora.ops import aten, backends
@@ -43,8 +43,11 @@ def mixed_batch(layer: LoraAdapters, x: Tensor, rows: Rows) -> Tensor:
     begin_mixed(layer, rows)
     adapters = [name for name in rows.adapters if name in layer.lora_A]
     dropouts = layer.dropouts(adapters) or {0.0}
-    if layer._more_than_factors(adapters) or not is_product(layer.base_layer):
-        layer._warn_of_calls(adapters)
+    why = layer.why_called(adapters)
+    if why is None and not is_product(layer.base_layer):
+        why = f"its base layer {beyond_product(layer.base_layer)}"
+    if why is not None:
+        layer.warn_of_calls(why)
     elif len(dropouts) > 1 or dropouts == {1.0}:
         warnings.warn(
             f"layer '{layer.layer_name}': adapters {adapters} have dropouts {sorted(dropouts)} in one batch, so each "
@@ -74,9 +77,10 @@ def called_by_rows(layer: LoraAdapters, x: Tensor, rows: Rows) -> Tensor:
     for adapter in (name for name in rows.adapters if name in layer.lora_A):
         places, weights = rows.weights_of(adapter)
         at = upload(places, torch.int64, x.device)
-        plain = layer.states.get(adapter, "plain") == "plain"
-        parts = [called_plain_update(layer, adapter, x[at])] if plain else called_update(layer, [adapter], x[at])
-        update = sum(parts[1:], parts[0])
+        if layer.states[adapter] == "plain":
+            update = called_plain_update(layer, adapter, x[at])
+        else:
+            update = torch.add(*called_update(layer, [adapter], x[at]))
         of_rows = upload(weights, update.dtype, x.device).view(-1, *[1] * (x.dim() - 1))
         y = y.index_add(0, at, (of_rows * update).to(y.dtype))
     return y

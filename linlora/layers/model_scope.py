@@ -10,6 +10,8 @@ from peft.tuners.lora.layer import LoraLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
+from linlora.layers.peft_names import base_name
+from linlora.layers.sharding import check_there
 from linlora.stream import Stream, head
 from linlora.stream.modules import convert_modules, restore_modules
 
@@ -22,7 +24,7 @@ def enter_model_scope(model: Any) -> tuple[str, ...]:
     for module in _layers(model):
         module.stream = stream
     head.attach(model, stream)
-    return tuple(name.removeprefix("base_model.model.") for name in convert_modules(model))
+    return tuple(map(base_name, convert_modules(model)))
 
 
 def leave_model_scope(model: Any) -> None:
@@ -40,6 +42,7 @@ def _layers(model: nn.Module) -> Iterator[Any]:
 
 def check_model_scope(model: PeftModel) -> None:
     """Raise a ValueError, with the remedy, where F = f(φ0) + J δ could not be formed or trained exactly."""
+    check_there("model scope", model.named_parameters())
     check_attention(model)
     _check_trained_parameters(model)
     _check_trained_modules(model)
@@ -76,13 +79,12 @@ def _check_trained_parameters(model: PeftModel) -> None:
 
 def _check_trained_modules(model: PeftModel) -> None:
     """A module trained as a whole ends the stream, so no adapter may come after it."""
-    trained: list[tuple[str, nn.Module]] = []
+    trained: str | None = None
     for name, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            trained.append((name.removeprefix("base_model.model."), module))
-        elif isinstance(module, LoraLayer) and trained:
+            trained = base_name(name)
+        elif isinstance(module, LoraLayer) and trained is not None:
             raise ValueError(
-                f"model scope: '{trained[-1][0]}' is trained as a whole and comes before the adapter of "
-                f"'{name.removeprefix('base_model.model.')}', so the network is not linear in what trains; take it out "
-                "of modules_to_save, or use scope='layer'"
+                f"model scope: '{trained}' is trained as a whole and comes before the adapter of '{base_name(name)}', "
+                "so the network is not linear in what trains; take it out of modules_to_save, or use scope='layer'"
             )

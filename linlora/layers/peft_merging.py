@@ -6,15 +6,14 @@ W + ΔW.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from linlora.layers.lora_linear import ConvertedLoraLinear
-from linlora.layers.restoring import leave_to_class, restoring, uninterrupted
+from linlora.layers.lora_linear import ConvertedLoraLinear, converted_layers
+from linlora.layers.restoring import leave_to_class, replace_methods, restoring, uninterrupted
 from linlora.layers.sharing import adapted_layers, refuse_shared
 from linlora.layers.weights import rehearse, unfold
 
@@ -23,15 +22,18 @@ REMEDY = "Serve the adapter unmerged (linlora.export), or untie the weights of t
 
 def guard_merging(model: nn.Module) -> None:
     """Let PEFT's methods of the tuners in a model be those of this file."""
-    for tuner in (module for module in model.modules() if isinstance(module, BaseTuner)):
-        for name, method in _METHODS.items():
-            vars(tuner)[name] = functools.partial(method, tuner, model)
+    for tuner in _tuners(model):
+        replace_methods(tuner, _METHODS, model)
 
 
 def unguard_merging(model: nn.Module) -> None:
     """Undo `guard_merging`."""
-    for tuner in (module for module in model.modules() if isinstance(module, BaseTuner)):
-        leave_to_class(tuner, *_METHODS)
+    for tuner in _tuners(model):
+        leave_to_class(tuner, _METHODS)
+
+
+def _tuners(model: nn.Module) -> Iterator[BaseTuner]:
+    return (module for module in model.modules() if isinstance(module, BaseTuner))
 
 
 def _merge_adapter(
@@ -39,7 +41,7 @@ def _merge_adapter(
 ) -> None:
     refuse_shared(model, adapted_layers(model, adapter_names or tuner.active_adapters), "merge_adapter", REMEDY)
     with uninterrupted(), restoring(tuner) as undo:
-        for layer in _converted(tuner):
+        for _, layer in converted_layers(tuner):
             undo(_unmerge_to, layer, len(layer.folds))
         type(tuner).merge_adapter(tuner, adapter_names, safe_merge)
 
@@ -64,15 +66,11 @@ def _merge_and_unload(
     adapters = adapter_names or tuner.active_adapters
     refuse_shared(model, adapted_layers(model, adapters), "merge_and_unload", REMEDY)
     with uninterrupted(), restoring(tuner):
-        for layer in _converted(tuner):
+        for _, layer in converted_layers(tuner):
             names = [name for name in adapters if name in layer.lora_A and name not in layer.merged_adapters]
             if names:
                 rehearse(layer.get_base_layer().weight.data, layer.update_that_fits(names))
         return type(tuner).merge_and_unload(tuner, progressbar, safe_merge, adapter_names)
-
-
-def _converted(tuner: nn.Module) -> list[ConvertedLoraLinear]:
-    return [module for module in tuner.modules() if isinstance(module, ConvertedLoraLinear)]
 
 
 _METHODS: dict[str, Callable[..., Any]] = {

@@ -1,4 +1,4 @@
-"""The names by which PEFT's optimizers find parameters, on linearized adapters.
+"""Names of PEFT: those of modules in the base model, and those by which its optimizers find parameters.
 
 LoRA+ gives a higher learning rate to parameters with 'lora_B' in their names, LoRA-FA takes those with 'lora_' in
 pairs of A and B. The change dB of an adapter that started at B0 != 0 is for LoRA+ what B is, so it lies in a module of
@@ -13,6 +13,11 @@ from torch import nn
 
 DELTAS = ("lora_dA", "of_lora_B.lora_dB")
 """The places of dA and dB in a layer."""
+
+
+def base_name(name: str) -> str:
+    """The name that a module of a PeftModel has in the base model."""
+    return name.removeprefix("base_model.model.")
 
 
 class ChangesOfB(nn.Module):

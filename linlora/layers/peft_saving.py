@@ -1,4 +1,4 @@
-"""PEFT's own ways to save, copy and combine an adapter, on a linearized model: exact, or refused.
+"""PEFT's own ways to add, save, copy and combine an adapter, on a model with converted layers: exact, or refused.
 
 They take `lora_A` and `lora_B` for the adapter. Of one that started at B0 != 0 those are the linearization point, and
 what training changed lies beside them. Saving gets the exact stock factors (linlora.layers.folding); functions of PEFT
@@ -7,7 +7,6 @@ that would combine or copy the point without a word are refused when they ask th
 
 from __future__ import annotations
 
-import functools
 import sys
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,31 +16,29 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from linlora.layers.folding import folded_configs, folded_state_dict
-from linlora.layers.lora_linear import ConvertedLoraLinear
+from linlora.layers.lora_linear import converted_layers
 from linlora.layers.peft_names import DELTAS
-from linlora.layers.restoring import leave_to_class, restoring
+from linlora.layers.restoring import leave_to_class, replace_methods, restoring
 from linlora.layers.vanilla import changes_base
 
 
 def guard_saving(model: PeftModel) -> None:
-    """Let PEFT's methods that save, copy and combine adapters be those of this file, where they need to be."""
-    vars(model)["add_adapter"] = functools.partial(_add_adapter, model)
+    """Let PEFT's methods that add, save, copy and combine adapters be those of this file, where they need to be."""
+    replace_methods(model, _ADD)
     if _pairs(model):
-        for name, method in _METHODS.items():
-            vars(model)[name] = functools.partial(method, model)
-        vars(model.base_model)["add_weighted_adapter"] = functools.partial(_add_weighted_adapter, model.base_model)
+        replace_methods(model, _SAVE)
+        replace_methods(model.base_model, _COMBINE)
 
 
 def unguard_saving(model: PeftModel) -> None:
     """Undo `guard_saving`."""
-    leave_to_class(model, "add_adapter", *_METHODS)
-    leave_to_class(model.base_model, "add_weighted_adapter")
+    leave_to_class(model, _ADD | _SAVE)
+    leave_to_class(model.base_model, _COMBINE)
 
 
 def _pairs(model: nn.Module) -> list[str]:
     """The adapters that started at B0 != 0."""
-    layers = (module for module in model.modules() if isinstance(module, ConvertedLoraLinear))
-    return sorted({adapter for layer in layers for adapter, state in layer.states.items() if state == "pair"})
+    return sorted({adapter for _, layer in converted_layers(model) for adapter in layer.pairs})
 
 
 def _save_pretrained(model: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> None:
@@ -90,20 +87,25 @@ def _named_modules(model: PeftModel, *args: Any, **kwargs: Any) -> Iterator[tupl
 
 def _add_adapter(model: PeftModel, *args: Any, **kwargs: Any) -> None:
     """The model's own, or nothing; refused to PEFT's `reduce_intruder_dimension`, which copies A and B into the new."""
-    layers = [module for module in model.modules() if isinstance(module, ConvertedLoraLinear)]
     if sys._getframe(1).f_code.co_name == "reduce_intruder_dimension":
         if pairs := _pairs(model):
             raise ValueError(
                 f"reduce_intruder_dimension: it copies lora_A and lora_B, which of {pairs} are the linearization point "
                 "without what training changed. linlora.export(model, folder), and reduce the adapter that PEFT loads"
             )
-        if any(layer.stream is not None for layer in layers):
+        if any(layer.stream is not None for _, layer in converted_layers(model)):
             raise ValueError(
                 "reduce_intruder_dimension: it changes ΔW, and a network linearized as a whole has none; "
                 "linlora.set_scope(model, 'layer') gives it one"
             )
     with restoring(model):
         type(model).add_adapter(model, *args, **kwargs)
+
+
+def _load_adapter(model: PeftModel, *args: Any, **kwargs: Any) -> Any:
+    """The model's own, or nothing: where one layer refuses, the others are without the adapter too."""
+    with restoring(model):
+        return type(model).load_adapter(model, *args, **kwargs)
 
 
 def _add_weighted_adapter(
@@ -121,8 +123,8 @@ def _add_weighted_adapter(
     type(tuner).add_weighted_adapter(tuner, adapters, weights, adapter_name, combination_type, *args, **kwargs)
 
 
-_METHODS: dict[str, Callable[..., Any]] = {
-    "save_pretrained": _save_pretrained,
-    "state_dict": _state_dict,
-    "named_modules": _named_modules,
-}
+_ADD: dict[str, Callable[..., Any]] = {"add_adapter": _add_adapter, "load_adapter": _load_adapter}
+_SAVE: dict[str, Callable[..., Any]] = {
+    "save_pretrained": _save_pretrained, "state_dict": _state_dict, "named_modules": _named_modules
+}  # fmt: skip
+_COMBINE: dict[str, Callable[..., Any]] = {"add_weighted_adapter": _add_weighted_adapter}

@@ -8,9 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import Tensor, nn
+from torch import nn
 
 from linlora.layers.lora_linear import ConvertedLoraLinear
+from linlora.layers.peft_names import base_name
 from linlora.layers.quantized import QuantizedLoraLinear
 from linlora.ops.explanation import explain
 
@@ -95,11 +96,12 @@ def report(action: str, model: nn.Module, layers: list[tuple[str, Any]], whole_m
     stream = layers[0][1].stream
     how = "trained as it is" if stream is None else "trained as it is, on the linearized features"
     left_alone = [
-        (name.removeprefix("base_model.model."), f"{type(module).__name__}: {how}, not part of a TaskVector")
+        (base_name(name), f"{type(module).__name__}: {how}, not part of a TaskVector")
         for name, module in model.named_modules()
         if isinstance(module, AuxiliaryTrainingWrapper)
     ]
-    return Report(action, tuple(rows), tuple(left_alone), _trainable(model.parameters()), whole_modules, stream)
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    return Report(action, tuple(rows), tuple(left_alone), trainable, whole_modules, stream)
 
 
 def _state(layer: ConvertedLoraLinear, adapter: str) -> str:
@@ -112,10 +114,6 @@ def _backend(layer: ConvertedLoraLinear) -> str:
     if isinstance(layer, QuantizedLoraLinear):
         return f"quantized base ({layer.kind}): its own forward and a low-rank update, in place of one op"
     return explain(device=layer.weight.device).backend
-
-
-def _trainable(parameters: Iterable[Tensor]) -> int:
-    return sum(parameter.numel() for parameter in parameters if parameter.requires_grad)
 
 
 def last_names(names: Iterable[str]) -> list[str]:

@@ -7,7 +7,7 @@ import functools
 import signal
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -73,21 +73,16 @@ def uninterrupted() -> Iterator[None]:
             handler(*waiting[0])
 
 
-def restore_on_error(model: nn.Module, *methods: str) -> None:
-    """Let methods of a model, given by name, run inside `restoring`; `leave_to_class` undoes it."""
-    for name in methods:
-        vars(model)[name] = functools.partial(_run, model, name)
+def replace_methods(model: nn.Module, methods: Mapping[str, Callable[..., Any]], *first: Any) -> None:
+    """Let functions of (model, *first, ...) take the place of methods, by name; `leave_to_class` undoes it."""
+    for name, method in methods.items():
+        vars(model)[name] = functools.partial(method, model, *first)
 
 
-def leave_to_class(model: nn.Module, *methods: str) -> None:
+def leave_to_class(model: nn.Module, methods: Iterable[str]) -> None:
     """Let methods be those of the model's class again."""
     for name in methods:
         vars(model).pop(name, None)
-
-
-def _run(model: nn.Module, name: str, *args: Any, **kwargs: Any) -> Any:
-    with restoring(model):
-        return getattr(type(model), name)(model, *args, **kwargs)
 
 
 def _contents(attributes: dict) -> list[tuple[Any, Any]]:

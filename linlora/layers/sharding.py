@@ -41,6 +41,21 @@ def is_sharded(model: nn.Module) -> bool:
     return any(map(_is_shard, model.parameters()))
 
 
+def check_weight(where: str, name: str, part: Any, so: str = "", error: type[Exception] = ValueError) -> None:
+    """Raise where the weight of a part of a model, by the name it has in a message, is no parameter with values.
+
+    Args:
+        so: what would follow if it were used. error: the exception for a weight that is computed on every call.
+    """
+    if "weight" not in part._parameters:
+        raise error(
+            f"{where}: the weight of {name} is computed on every call (a parametrization, weight_norm, pruning){so}; "
+            "make it a parameter first (torch.nn.utils.parametrize.remove_parametrizations, remove_weight_norm, "
+            "prune.remove)"
+        )
+    check_there(where, [(f"the weight of {name}", part.weight)])
+
+
 def check_there(what: str, parameters: Iterable[tuple[str, Tensor]]) -> None:
     """Raise a ValueError where a parameter is on the meta device: it has a shape, and no values yet or elsewhere."""
     for name, parameter in parameters:

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from linlora.layers.peft_names import base_name
+
 
 def shared_names(model: nn.Module) -> list[list[str]]:
     """The names of parameters and buffers that lie in the same memory, in groups; those that share none are left out.
@@ -52,8 +54,8 @@ def refuse_shared(model: nn.Module, layers: Iterable[str], action: str, remedy: 
 
 def adapted_layers(model: nn.Module, adapters: Iterable[str]) -> list[str]:
     """The layers that some adapters are of, by their names in the base model."""
-    layers, names = ((name, m) for name, m in model.named_modules() if isinstance(m, LoraLayer)), set(adapters)
-    return [name.removeprefix("base_model.model.") for name, layer in layers if names & layer.r.keys()]
+    names = set(adapters)
+    return [base_name(name) for name, m in model.named_modules() if isinstance(m, LoraLayer) and names & m.r.keys()]
 
 
 def group_of(name: str, groups: Sequence[Sequence[str]]) -> set[str]:
@@ -64,7 +66,7 @@ def group_of(name: str, groups: Sequence[Sequence[str]]) -> set[str]:
 def _owner(model: nn.Module, name: str) -> tuple[int, str]:
     """The identity and the name in the base model of the layer that a parameter is of, the LoRA layer around a base."""
     path = name.rpartition(".")[0].removesuffix(".base_layer")
-    return id(model.get_submodule(path)), path.removeprefix("base_model.model.")
+    return id(model.get_submodule(path)), base_name(path)
 
 
 def _place(tensor: Tensor) -> tuple[str, int, int]:

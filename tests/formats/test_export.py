@@ -224,9 +224,11 @@ def test_a_state_dict_given_to_pefts_is_refused_where_it_holds_the_point():
 def test_pefts_reduction_of_intruders_is_of_what_a_layer_adds_or_refused(scope):
     """At B0 = 0 and layer scope the copy of A and B is the adapter; elsewhere they are not what training gave."""
     reduce_intruder_dimension = pytest.importorskip("peft.tuners.lora.intruders").reduce_intruder_dimension
-    for trained in (True, False):
+    for trained, accelerated in ((True, False), (True, True), (False, False)):
         model = linearized(trained=trained)
         linlora.set_scope(model, scope)
+        if accelerated:
+            linlora.accelerate(model)  # which converts layers added later, and leaves the others linearized
         names = set(model.state_dict())
         if trained or scope == "model":
             with pytest.raises(ValueError, match=r"reduce_intruder_dimension: it (copies lora_A|changes ΔW)"):

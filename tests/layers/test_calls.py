@@ -177,13 +177,13 @@ def test_a_dropout_of_another_kind_runs(scope):
         torch.testing.assert_close(later(X), oracle(X))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
 @pytest.mark.parametrize("scope", SCOPES)
 def test_a_dropout_of_everything_leaves_the_base(scope):
     model = made(mlp(lora_dropout=1.0), scope).train()
     with model.disable_adapter():
         expected = model(X)
-    torch.testing.assert_close(model(X), expected)
+    with pytest.warns(UserWarning, match="layer '0': the dropout of its parts is 1, so all of them are called"):
+        torch.testing.assert_close(model(X), expected)
 
 
 def test_dropout_follows_its_own_mode_as_in_peft():
@@ -237,7 +237,7 @@ def test_offloaded_models_run_as_in_peft_or_are_refused():
     accelerate = pytest.importorskip("accelerate")
     oracle = mlp()
     model = accelerate.cpu_offload(mlp(), torch.device("cpu"))
-    with pytest.raises(ValueError, match=r"layer '0': lora_A of .* is on the meta device.*remove_hook"):
+    with pytest.raises(ValueError, match=r"the weight of lora_A\['default'\] is on the meta device.*remove_hook"):
         linlora.linearize(model)
     linlora.accelerate(model)
     torch.testing.assert_close(model(X), oracle(X))

@@ -10,7 +10,7 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 import linlora
-from linlora.layers import adapters, conversion, folding, layer_merging, linearize, model_scope, report, weights
+from linlora.layers import adapters, conversion, layer_merging, linearize, model_scope, report, weights
 from linlora.layers.lora_linear import ConvertedLoraLinear
 from linlora.merging import model as merging
 from linlora.stream import head
@@ -65,8 +65,8 @@ STEPS = {
         None,
         lambda made: linlora.linearize(made, point=point()),
         [
-            (linearize, "convert_layer"), (linearize, "_linearize_adapter"), (folding, "accept_folded_factors"),
-            (linearize, "restore_on_error"), (linearize, "guard_saving"), (linearize, "report"),
+            (linearize, "convert_layer"), (linearize, "_linearize_adapter"), (linearize, "guard_saving"),
+            (linearize, "accept_rows"), (linearize, "guard_merging"), (linearize, "report"),
             (task_vector, "assign"), (conversion, "follow_class"),
         ],
     ),
@@ -88,8 +88,8 @@ STEPS = {
         "model",
         linlora.delinearize,
         [
-            (linearize, "leave_model_scope"), (linearize, "_delinearize_layer"), (folding, "refuse_folded_factors"),
-            (linearize, "convert_back"), (linearize, "unguard_saving"), (linearize, "leave_to_class"),
+            (linearize, "leave_model_scope"), (linearize, "_delinearize_layer"), (linearize, "convert_back"),
+            (linearize, "unguard_saving"), (linearize, "refuse_rows"), (linearize, "unguard_merging"),
         ],
     ),
     "apply": ("layer", lambda made: linlora.apply(made, vector()), [(task_vector, "assign")]),
