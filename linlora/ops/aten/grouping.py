@@ -13,8 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MIN_BLOCK = 32
-"""Rows an example from which it is a block as it stands; shorter ones are gathered, one pass over x and one over y."""
+MIN_BLOCK = 16
+"""Rows an example from which it is a block as it stands; shorter ones are gathered, one pass over x and one over y.
+
+At 16 rows a copy of a factor of rank 16 is as large as its block, and gathering falls away (32x16 rows, 768x768, 8
+tasks mixed before: 1.07 -> 1.03 times one adapter); at 8 rows gathering wins (1.07, and 1.15 in blocks)."""
 
 
 @dataclass(frozen=True)

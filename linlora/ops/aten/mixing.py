@@ -6,6 +6,8 @@ backward, the skill's gradient from the task.
 
 from __future__ import annotations
 
+from math import isfinite
+
 import torch
 from torch import Tensor
 
@@ -64,11 +66,12 @@ def _mix(inventory: Tensor, mixture: Tensor) -> Tensor:
 def selected(weights: Tensor, values: Tensor, selects: Tensor | None = None) -> Tensor:
     """Σ_j w_ij v_j over the j with w_ij ≠ 0, or those that `selects` says: (Q, I, c) of weights (Q, I, J), v (Q, J, c).
 
-    Where everything is finite that is the product itself, which a CPU looks at. Elsewhere nothing waits to look: the
-    product of the finite values, with NaN where a selected weight meets another one.
+    Where everything is finite that is the product itself, which a CPU looks at by a sum: it is finite only where all
+    of them are. Elsewhere nothing waits to look: the product of the finite values, with NaN where a selected weight
+    meets another one.
     """
     product = torch.bmm(weights, values)
-    if readable(product) and bool(product.isfinite().all()):
+    if readable(product) and isfinite(product.sum(dtype=torch.promote_types(product.dtype, torch.float32)).item()):
         return product
     selects = weights != 0 if selects is None else selects
     finite = values.isfinite()
