@@ -30,7 +30,7 @@ _STREAM_OPS: tuple[StreamOp, ...] = ("linear", "layer_norm", "rms_norm", "activa
 def cases(multiprocessors: int) -> list[Case]:
     """Ragged and aligned, few rows and many, both forms, all ops, both kinds of dtype."""
     wide = 256 * -(-multiprocessors // 16)  # with 2048 rows, a 128 × 256 tile for every multiprocessor
-    shapes = ((1, 64, 64), (37, 72, 136), (300, 256, 512), (2048, 128, wide), (2048, wide, 128))
+    shapes = ((1, 64, 64), (5, 1024, 64), (37, 72, 136), (300, 256, 512), (2048, 128, wide), (2048, wide, 128))
     forms: tuple[tuple[Op, Form], ...] = (
         ("linearized_lora_linear", "short"),
         ("linearized_lora_linear", "pair"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from linlora.kernels.configs import Config, select, select_by_size
+from linlora.kernels.configs import Config, select, select_by_size, split
 from linlora.kernels.device import device_traits
 from linlora.kernels.neighbours import neighbours
 
@@ -34,8 +34,11 @@ def configurations(call: Call, device: torch.device) -> dict[str, Config]:
             architecture=architecture, multiprocessors=multiprocessors,
             descriptors=inputs * itemsize % 16 == outputs * itemsize % 16 == 0,
         )  # fmt: skip
-    near = neighbours(row, itemsize, architecture)
-    return {"triton": row} | {f"triton {change}": config for change, config in near.items()}
+    near = {"": row} | neighbours(row, itemsize, architecture)
+    if call.op in LAYER_OPS:
+        of = {"m": rows, "n": outputs, "k": inputs, "itemsize": itemsize, "multiprocessors": multiprocessors}
+        near = {change: split(config, **of) for change, config in near.items()}
+    return {f"triton {change}".strip(): config for change, config in near.items()}
 
 
 def provider_of(name: str) -> Provider:

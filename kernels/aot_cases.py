@@ -7,7 +7,7 @@ from tensors on the meta device), and enter them in `OPS`. Nothing else here or 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -98,10 +98,10 @@ def _meta(dtype: torch.dtype, *shape: int) -> Tensor:
 def lora_cases(row: Row, architecture: int) -> Iterator[Case]:
     """The variant with the most registers, the backward's strides, other dtypes.
 
-    Words: pair, short, adjoint, dropout, fp32-factors, untangled. A row is compiled at its rank and, where that takes
-    more than one block of ranks, at a single full block, which is a kernel without the loop over blocks. These ranks
-    stand for the smaller ones (of which some spill a little: see `configs`), the pair form for the short one (less of
-    everything) except on the rows of large shapes, and bf16 for fp16 except there.
+    Words: pair, short, adjoint, dropout, fp32-factors, untangled, split (K among two programs). A row is compiled at
+    its rank and, where that takes more than one block of ranks, at a single full block, which is a kernel without the
+    loop over blocks. These ranks stand for the smaller ones (of which some spill a little: see `configs`), the pair
+    form for the short one (less of everything) except on the rows of large shapes, and bf16 for fp16 except there.
     """
     dtype, dropout = _dtype(row), " dropout" if row.dropout else ""
     one_block = min(row.size, row.config.block_r)
@@ -109,6 +109,8 @@ def lora_cases(row: Row, architecture: int) -> Iterator[Case]:
     for rank in sorted(ranks):
         yield Case(architecture, row, rank, dtype, "pair fp32-factors" + dropout)
         yield Case(architecture, row, rank, dtype, "pair adjoint" + dropout)
+    if row.shape == "small":
+        yield Case(architecture, row, row.size, dtype, "pair fp32-factors split" + dropout)
     if row.shape == "large":
         yield Case(architecture, row, min(ranks), "float16", "short")
         if row.op == "lora_linear":
@@ -129,6 +131,7 @@ def _is_served(rank: int, by: Row, architecture: int) -> bool:
 
 def lora_launch(case: Case) -> Launch:
     config, variant, dtype, rank = case.row.config, case.variant.split(), getattr(torch, case.dtype), case.size
+    config = replace(config, splits=2) if "split" in variant else config
     adjoint, pair = "adjoint" in variant, "pair" in variant
     factor_dtype = torch.float32 if "fp32-factors" in variant else dtype
 

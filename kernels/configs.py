@@ -26,7 +26,7 @@ of shared memory that the smallest of those (sm_86, sm_89, sm_120) offer.
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -46,10 +46,12 @@ class Config:
     group_m: int = 8  # rows of tiles that walk the columns together
     # persistent programs ("flags") or programs to aim at ("split", grouped_shrink); 0 follows the multiprocessors
     programs: int = 0
+    splits: int = 1  # of K: programs of "recompute" that share a tile, see `split`
 
     def __str__(self) -> str:
         tile = f"{self.block_m}x{self.block_n}x{self.block_k}x{self.block_r}"
-        return f"{tile} w{self.num_warps} s{self.num_stages} g{self.group_m}"
+        splits = f" k{self.splits}" if self.splits > 1 else ""
+        return f"{tile} w{self.num_warps} s{self.num_stages} g{self.group_m}{splits}"
 
 
 @dataclass(frozen=True)
@@ -223,6 +225,24 @@ def select(
     """
     shape = shape_class(m, n, itemsize, multiprocessors)
     return _first(op, (shape, "medium", "any"), rank, itemsize, architecture, dropout, descriptors)
+
+
+@functools.cache
+def split(config: Config, *, m: int, n: int, k: int, itemsize: int, multiprocessors: int) -> Config:
+    """The configuration of a "small" shape with K split among several programs a tile, where multiprocessors have none.
+
+    Such a shape is bound by reading W, which takes more bytes in flight than half of the multiprocessors can have
+    (bench/NOTES.md). A power of two up to 8, of at least four steps of K each. Others stay as they are.
+
+    >>> row = select("lora_linear", m=8, n=4096, rank=16, itemsize=2, architecture=90, multiprocessors=132)
+    >>> split(row, m=8, n=4096, k=4096, itemsize=2, multiprocessors=132).splits
+    2
+    """
+    tiles = -(-n // config.block_n)
+    if shape_class(m, n, itemsize, multiprocessors) != "small" or m * tiles == 0:
+        return config
+    most = min(8, multiprocessors // tiles, -(-k // config.block_k) // 4)
+    return replace(config, splits=2 ** (most.bit_length() - 1)) if most > 1 else config
 
 
 @functools.cache

@@ -9,12 +9,13 @@ import torch
 import triton
 from torch import Tensor
 
-from .configs import Config, select
+from .configs import Config, select, split
+from .counters import counters
 from .device import bind_context, device_traits
 from .dropout import dropout_argument
 from .neighbours import changed
 from .problem import LoraLinear, Result
-from .tiles import matrix, scaling_argument
+from .tiles import Matrix, matrix, scaling_argument
 
 
 class Launch(NamedTuple):
@@ -85,9 +86,25 @@ def chosen(
 
 
 def configuration(problem: LoraLinear, descriptors: bool = False, change: str = "") -> Config:
-    """What `chosen` gives for a LoRA layer. `descriptors` says whether tensor descriptors can read it."""
-    n, dropout = problem.weight.shape[0], problem.dropout_p > 0.0
-    return chosen(problem.op, problem.x, n, problem.rank, dropout, descriptors, change)
+    """What `chosen` gives for a LoRA layer, with K split. `descriptors` says whether tensor descriptors can read it."""
+    x, (n, k), dropout = problem.x, problem.weight.shape, problem.dropout_p > 0.0
+    config = chosen(problem.op, x, n, problem.rank, dropout, descriptors, change)
+    multiprocessors = device_traits(x.device).multiprocessors
+    return split(config, m=x.shape[0], n=n, k=k, itemsize=x.element_size(), multiprocessors=multiprocessors)
+
+
+def split_arguments(problem: LoraLinear, tiles: int, config: Config) -> dict[str, Any]:
+    """The arguments by which programs share a tile: a counter a tile, and partial sums in fp32 of y, of y_t where there
+    are two streams, of u and of c, side by side."""
+    if config.splits == 1:
+        return {"parts": None, "p_counters": None, "SPLITS": 1}
+    m, n, streams = problem.x.shape[0], problem.weight.shape[0], 2 if problem.two_streams else 1
+    parts = problem.x.new_empty(config.splits, m, streams * n + 2 * problem.rank, dtype=torch.float32)
+    return {
+        "parts": Matrix(parts, *parts.shape[1:], *parts.stride()[1:]),
+        "p_counters": counters(problem.x.device, tiles),
+        "SPLITS": config.splits,
+    }
 
 
 def layer_arguments(problem: LoraLinear, result: Result, config: Config) -> dict[str, Any]:

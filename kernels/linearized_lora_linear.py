@@ -26,6 +26,10 @@ computes u and c once instead, where the tensors' alignment allows.
    BLOCK_M │  x  │ …   ·  Wᵀ, S0ᵀ, dSᵀ  │    y     │    │ u │  │ c │       y += s c E0ᵀ
            └─────┴───                   └──────────┘    └───┘  └───┘       y += s u dEᵀ
 
+With few rows several programs share a tile (`configs.split`): each computes all of the above over a part of K, bias in
+the first alone, and stores partial sums of y, u and c in fp32. The last one, by a counter of the tile that it sets back
+to 0, adds them in the order of the parts: the same bits whoever is last.
+
 Kept for backward: x, and u, c in x's dtype (M·r each).
 Floor: 2MNK + 4Mr(K + N) FLOPs; MK + NK + MN + 2r(K + N) + 2Mr elements, each moved once.
 Measured: not yet run on a GPU; verified in the interpreter and by ahead-of-time compilation.
@@ -41,18 +45,22 @@ from . import repeated
 from .checks import check_served
 from .configs import Config
 from .dropout import drop
-from .launch import Launch, configuration, layer_arguments
+from .launch import Launch, configuration, layer_arguments, split_arguments
 from .packing import empty
 from .problem import LoraLinear, Result
 from .tiles import (
     accumulate_shrink,
     add_masked,
     bias_tile,
+    columns_of_split,
     dot,
     grouped_tile,
     load_tile,
     load_transposed,
     low_rank_update,
+    part_of,
+    store_low_sum,
+    store_sum,
     store_tile,
 )
 
@@ -74,6 +82,8 @@ def rank_block(
     c,
     scaling,
     dropout,
+    first_k,
+    end_k,
     MASK_UPDATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -89,7 +99,7 @@ def rank_block(
     o_r = r + tl.arange(0, BLOCK_R)
     b_u = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     b_v = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(0, x.columns, BLOCK_K):
+    for k in range(first_k, end_k, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         b_x = load_tile(x, o_m, o_k)
         if weight is not None:
@@ -122,6 +132,8 @@ def linearized_lora_linear_kernel(
     y,
     u,
     c,
+    parts,
+    p_counters,
     scaling,
     dropout,
     MASK_UPDATE: tl.constexpr,
@@ -132,13 +144,23 @@ def linearized_lora_linear_kernel(
     BLOCK_R: tl.constexpr,
     ONE_RANK_BLOCK: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    n_row_tiles = tl.cdiv(x.rows, BLOCK_M)
-    i_m, i_n = grouped_tile(tl.program_id(0), n_row_tiles, tl.num_programs(0) // n_row_tiles, GROUP_M)
+    n_row_tiles, n_tiles = tl.cdiv(x.rows, BLOCK_M), tl.num_programs(0) // SPLITS
+    i_tile, i_split = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
+    i_m, i_n = grouped_tile(i_tile, n_row_tiles, n_tiles // n_row_tiles, GROUP_M)
+    first_k, end_k = columns_of_split(x.columns, i_split, SPLITS, BLOCK_K)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
     b_y = bias_tile(p_bias, o_n, weight.rows, BLOCK_M, BLOCK_N)
+    u_or_part, c_or_part = u, c
+    if SPLITS > 1:
+        b_y = tl.where(i_split == 0, b_y, 0.0)
+        if u is not None:
+            u_or_part = part_of(parts, i_split, y.columns, u)
+        if c is not None:
+            c_or_part = part_of(parts, i_split, y.columns + d_expand.columns, c)
     # These come first and keep their invariants to themselves: addresses that are hoisted, or shared with the loop
     # over W, would hold registers through all of it, and spill.
     if not ONE_RANK_BLOCK:
@@ -156,10 +178,12 @@ def linearized_lora_linear_kernel(
                 d_shrink,
                 expand,
                 d_expand,
-                u,
-                c,
+                u_or_part,
+                c_or_part,
                 scaling,
                 dropout,
+                first_k,
+                end_k,
                 MASK_UPDATE,
                 PRECISION,
                 BLOCK_M,
@@ -179,17 +203,29 @@ def linearized_lora_linear_kernel(
         d_shrink,
         expand,
         d_expand,
-        u,
-        c,
+        u_or_part,
+        c_or_part,
         scaling,
         dropout,
+        first_k,
+        end_k,
         MASK_UPDATE,
         PRECISION,
         BLOCK_M,
         BLOCK_K,
         BLOCK_R,
     )
-    store_tile(y, b_y, o_m, o_n)
+    if SPLITS == 1:
+        store_tile(y, b_y, o_m, o_n)
+    else:
+        store_tile(part_of(parts, i_split, 0, y), b_y, o_m, o_n)
+        tl.debug_barrier()  # every thread has stored before one of them counts
+        if tl.atomic_add(p_counters + i_tile, 1, sem="acq_rel") == SPLITS - 1:  # the last program of the tile
+            store_sum(y, parts, 0, o_m, o_n, SPLITS)
+            if i_n == 0:
+                store_low_sum(u, parts, y.columns, o_m, BLOCK_R, SPLITS)
+                store_low_sum(c, parts, y.columns + d_expand.columns, o_m, BLOCK_R, SPLITS)
+            tl.atomic_xchg(p_counters + i_tile, 0, sem="relaxed")
 
 
 def host(
@@ -217,10 +253,10 @@ def host(
 def launch(problem: LoraLinear, result: Result, config: Config) -> Launch:
     """The launch of the recompute design, which fills the result."""
     row_tiles = triton.cdiv(problem.x.shape[0], config.block_m)
-    column_tiles = triton.cdiv(problem.weight.shape[0], config.block_n)
+    tiles = row_tiles * max(1, triton.cdiv(problem.weight.shape[0], config.block_n))
     return Launch(
         kernel=linearized_lora_linear_kernel,
-        grid=(row_tiles * max(1, column_tiles),),
-        arguments=layer_arguments(problem, result, config),
+        grid=(tiles * config.splits,),
+        arguments=layer_arguments(problem, result, config) | split_arguments(problem, tiles, config),
         config=config,
     )

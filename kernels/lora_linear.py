@@ -27,6 +27,8 @@ once at every rank.
    BLOCK_M │ x_t │ …   ·  Wᵀ, S0ᵀ      │   y_t    │       │ c │         y_t += s c E0ᵀ + s u dEᵀ
            └─────┴───                  └──────────┘       └───┘
 
+With few rows several programs share a tile, as in `linearized_lora_linear`.
+
 Kept for backward: x, x_t, and u, c in x's dtype (M·r each).
 Floor: 4MNK + 6Mr(K + N) FLOPs; 2MK + NK + 2MN + 2r(K + N) + 2Mr elements, each moved once.
 Measured: not yet run on a GPU; verified in the interpreter and by ahead-of-time compilation.
@@ -41,19 +43,23 @@ from . import repeated
 from .checks import check_served
 from .configs import Config
 from .dropout import drop
-from .launch import Launch, configuration, layer_arguments
+from .launch import Launch, configuration, layer_arguments, split_arguments
 from .packing import empty
 from .problem import LoraLinear, Result
 from .tiles import (
     accumulate_shrink,
     add_masked,
     bias_tile,
+    columns_of_split,
     dot,
     grouped_tile,
     load_tile,
     load_transposed,
     low_rank_update,
     matrix,
+    part_of,
+    store_low_sum,
+    store_sum,
     store_tile,
 )
 
@@ -77,6 +83,8 @@ def rank_block(
     c,
     scaling,
     dropout,
+    first_k,
+    end_k,
     PRIMAL: tl.constexpr,
     MASK_UPDATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -94,7 +102,7 @@ def rank_block(
     o_r = r + tl.arange(0, BLOCK_R)
     b_u = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     b_c = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
-    for k in range(0, x.columns, BLOCK_K):
+    for k in range(first_k, end_k, BLOCK_K):
         o_k = k + tl.arange(0, BLOCK_K)
         b_x = load_tile(x, o_m, o_k)
         if weight is not None:
@@ -142,6 +150,8 @@ def lora_linear_kernel(
     y_tangent,
     u,
     c,
+    parts,
+    p_counters,
     scaling,
     dropout,
     MASK_UPDATE: tl.constexpr,
@@ -152,13 +162,22 @@ def lora_linear_kernel(
     BLOCK_R: tl.constexpr,
     ONE_RANK_BLOCK: tl.constexpr,
     GROUP_M: tl.constexpr,
+    SPLITS: tl.constexpr,
 ):
-    n_row_tiles = tl.cdiv(x.rows, BLOCK_M)
-    i_m, i_n = grouped_tile(tl.program_id(0), n_row_tiles, tl.num_programs(0) // n_row_tiles, GROUP_M)
+    n_row_tiles, n_tiles = tl.cdiv(x.rows, BLOCK_M), tl.num_programs(0) // SPLITS
+    i_tile, i_split = tl.program_id(0) % n_tiles, tl.program_id(0) // n_tiles
+    i_m, i_n = grouped_tile(i_tile, n_row_tiles, n_tiles // n_row_tiles, GROUP_M)
+    first_k, end_k = columns_of_split(x.columns, i_split, SPLITS, BLOCK_K)
     o_m = i_m * BLOCK_M + tl.arange(0, BLOCK_M)
     o_n = i_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
     b_y = bias_tile(p_bias, o_n, weight.rows, BLOCK_M, BLOCK_N)
+    u_or_part, c_or_part = u, c
+    if SPLITS > 1:
+        b_y = tl.where(i_split == 0, b_y, 0.0)
+        u_or_part = part_of(parts, i_split, 2 * y_tangent.columns, u)
+        if c is not None:
+            c_or_part = part_of(parts, i_split, 2 * y_tangent.columns + u.columns, c)
     b_y_tangent = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
     # These come first and keep their invariants to themselves: addresses that are hoisted, or shared with the loop
     # over W, would hold registers through all of it, and spill.
@@ -179,10 +198,12 @@ def lora_linear_kernel(
                 d_shrink,
                 expand,
                 d_expand,
-                u,
-                c,
+                u_or_part,
+                c_or_part,
                 scaling,
                 dropout,
+                first_k,
+                end_k,
                 y is not None,
                 MASK_UPDATE,
                 PRECISION,
@@ -209,10 +230,12 @@ def lora_linear_kernel(
         d_shrink,
         expand,
         d_expand,
-        u,
-        c,
+        u_or_part,
+        c_or_part,
         scaling,
         dropout,
+        first_k,
+        end_k,
         y is not None,
         MASK_UPDATE,
         PRECISION,
@@ -220,9 +243,23 @@ def lora_linear_kernel(
         BLOCK_K,
         BLOCK_R,
     )
-    if y is not None:
-        store_tile(y, b_y, o_m, o_n)
-    store_tile(y_tangent, b_y_tangent, o_m, o_n)
+    if SPLITS == 1:
+        if y is not None:
+            store_tile(y, b_y, o_m, o_n)
+        store_tile(y_tangent, b_y_tangent, o_m, o_n)
+    else:
+        if y is not None:
+            store_tile(part_of(parts, i_split, 0, y), b_y, o_m, o_n)
+        store_tile(part_of(parts, i_split, y_tangent.columns, y_tangent), b_y_tangent, o_m, o_n)
+        tl.debug_barrier()  # every thread has stored before one of them counts
+        if tl.atomic_add(p_counters + i_tile, 1, sem="acq_rel") == SPLITS - 1:  # the last program of the tile
+            if y is not None:
+                store_sum(y, parts, 0, o_m, o_n, SPLITS)
+            store_sum(y_tangent, parts, y_tangent.columns, o_m, o_n, SPLITS)
+            if i_n == 0:
+                store_low_sum(u, parts, 2 * y_tangent.columns, o_m, BLOCK_R, SPLITS)
+                store_low_sum(c, parts, 2 * y_tangent.columns + u.columns, o_m, BLOCK_R, SPLITS)
+            tl.atomic_xchg(p_counters + i_tile, 0, sem="relaxed")
 
 
 def host(
@@ -250,14 +287,15 @@ def host(
 def launch(problem: LoraLinear, result: Result, config: Config) -> Launch:
     """The launch that fills the result."""
     row_tiles = triton.cdiv(problem.x.shape[0], config.block_m)
-    column_tiles = triton.cdiv(problem.weight.shape[0], config.block_n)
+    tiles = row_tiles * max(1, triton.cdiv(problem.weight.shape[0], config.block_n))
     return Launch(
         kernel=lora_linear_kernel,
-        grid=(row_tiles * max(1, column_tiles),),
+        grid=(tiles * config.splits,),
         arguments={
             "x_tangent": matrix(problem.x_tangent),
             "y_tangent": matrix(result.y_tangent),
             **layer_arguments(problem, result, config),
+            **split_arguments(problem, tiles, config),
         },
         config=config,
     )

@@ -22,7 +22,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .counters import counters
 from .launch import Launch, on_device
 
-SCRATCH = ("su", "sc")
+SCRATCH = ("su", "sc", "parts")
 """Arguments that are new tensors in every launch."""
 
 _MOST = 4096
@@ -108,7 +108,7 @@ class Repeated:
             argument = meta[name]
             head = argument[0] if isinstance(argument, tuple) else argument
             tensor = head.base if isinstance(head, TensorDescriptor) else head
-            if name == "p_counters":
+            if name == "p_counters" and tensor is not None:
                 self.counters, self.n_counters = i, tensor.numel()
             elif isinstance(tensor, Tensor):
                 if name in SCRATCH:

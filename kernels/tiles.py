@@ -97,6 +97,41 @@ def store_tile(a, b_tile, o_row, o_column):
 
 
 @triton.jit
+def columns_of_split(K, i_split, SPLITS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(first, end) of the columns of x that a program sums over: all of them, or whole steps, as equal as they are."""
+    if SPLITS == 1:
+        return 0, K
+    else:
+        length = tl.cdiv(tl.cdiv(K, BLOCK_K), SPLITS) * BLOCK_K
+        return i_split * length, min((i_split + 1) * length, K)
+
+
+@triton.jit
+def part_of(parts, i_part, first_column, a):
+    """The partial sums of a in parts (splits, rows, columns), given as the first of them, from a column on. They are of
+    16 rows, and of no more columns than multiprocessors have tiles: 32 bits hold their offsets."""
+    offset = i_part * parts.rows * parts.stride_row + first_column
+    return Matrix(parts.pointer + offset, a.rows, a.columns, parts.stride_row, parts.stride_column)
+
+
+@triton.jit
+def store_sum(a, parts, first_column, o_row, o_column, SPLITS: tl.constexpr):
+    """a[o_row, o_column] = the sum of the parts that programs of this launch have stored, in their order."""
+    b_sum = load_tile(part_of(parts, 0, first_column, a), o_row, o_column, PAST_L1=True)
+    for i_part in tl.static_range(1, SPLITS):
+        b_sum += load_tile(part_of(parts, i_part, first_column, a), o_row, o_column, PAST_L1=True)
+    store_tile(a, b_sum, o_row, o_column)
+
+
+@triton.jit
+def store_low_sum(a, parts, first_column, o_row, BLOCK_R: tl.constexpr, SPLITS: tl.constexpr):
+    """The same for all columns of a, which may be None."""
+    if a is not None:
+        for r in range(0, a.columns, BLOCK_R):
+            store_sum(a, parts, first_column, o_row, r + tl.arange(0, BLOCK_R), SPLITS)
+
+
+@triton.jit
 def load_vector(p_vector, o_element, SIZE):
     """vector[o_element] of a contiguous vector (SIZE,), in fp32, zero outside it."""
     return tl.load(p_vector + o_element, mask=o_element < SIZE, other=0.0).to(tl.float32)

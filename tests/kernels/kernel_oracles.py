@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from linlora.kernels.configs import Config
 from linlora.kernels.problem import LoraLinear, Result
@@ -12,6 +14,7 @@ from linlora.reference import keep_mask
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 1e-2}
 # Tiles small enough that odd little matrices have several of them in every direction.
 RECOMPUTE = Config("recompute", 16, 32, 32, 64, 4, 2, group_m=2)
+SHARED = replace(RECOMPUTE, splits=2)  # two programs a tile, each with a part of K
 FLAGS = Config("flags", 16, 32, 32, 64, 4, 2, group_m=2, programs=3)
 SPLIT = Config("split", 16, 32, 0, 32, 4, 2, programs=1)
 SPLIT_MANY = Config("split", 16, 32, 0, 32, 4, 2, programs=1000)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from linlora.kernels.configs import TABLE, select, select_by_size
+from linlora.kernels.configs import TABLE, Config, select, select_by_size, split
 from linlora.kernels.linearized_lora_linear_flags import describable
 
 from linlora import kernels
@@ -110,3 +110,16 @@ print(kernels.availability("cpu"))
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert "Triton is not installed" in done.stdout
+
+
+def test_k_is_split_where_multiprocessors_have_no_tile():
+    row = Config("recompute", 16, 64, 128, 64, num_warps=4, num_stages=3)
+
+    def splits(m, n, k, config=row, **on):
+        return split(config, m=m, n=n, k=k, **{"itemsize": 2, "multiprocessors": 132, **on}).splits
+
+    assert [splits(16, n, 4096) for n in (512, 1024, 2048, 4096, 8192)] == [8, 8, 4, 2, 1]
+    assert splits(16, 4096, 4096, multiprocessors=64) == 1
+    assert [splits(16, 1024, k) for k in (256, 1024, 2048)] == [1, 2, 4]  # four steps of K each
+    assert splits(17, 1024, 4096) == splits(16, 1024, 4096, itemsize=4) == 1
+    assert splits(0, 1024, 4096) == splits(16, 0, 4096) == 1

@@ -5,11 +5,14 @@ import dataclasses
 import kernel_oracles as oracle
 import pytest
 import torch
-from kernel_oracles import FLAGS, RECOMPUTE, assert_close, assert_result, dropped, layer
+from kernel_oracles import FLAGS, RECOMPUTE, SHARED, assert_close, assert_result, dropped, layer
 from linlora.kernels import counters
+from linlora.kernels.device import DeviceTraits
+from linlora.kernels.launch import configuration
 from linlora.kernels.linearized_lora_linear import host
 from linlora.kernels.packing import pack, present
 from linlora.kernels.problem import LoraLinear
+from triton.runtime.interpreter import interpreter_builder
 
 from linlora import kernels, reference
 
@@ -202,3 +205,37 @@ def test_compiles_without_a_graph_break(device, save):
 def test_the_operator_keeps_the_rules_of_custom_operators(device):
     tensors, numbers = pack(layer(5, 24, 32, 4, FP32, device, short=True))
     torch.library.opcheck(torch.ops.linlora.lora_linear, (tensors, *numbers, True, True, "num_stages+1"))
+
+
+@pytest.mark.parametrize("short", FORMS)
+@pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
+@pytest.mark.parametrize(("dtype", "rank"), [(FP32, 8), (FP16, 80), (BF16, 8)], ids=str)
+def test_programs_that_share_a_tile(device, dtype, rank, adjoint, short):
+    problem = layer(5, 40, 72, rank, dtype, device, factor_dtype=FP32, short=short)
+    check(dropped(problem, seed=7, adjoint=adjoint), SHARED)
+    check(problem, SHARED, save=False)
+
+
+@pytest.mark.parametrize("splits", [3, 8])  # the last of 8 have no step of K left
+def test_programs_share_a_tile_in_a_fixed_order(device, splits, monkeypatch):
+    """Counters are back at zero after a launch, and another order of the programs gives the same bits."""
+    config, problem = dataclasses.replace(RECOMPUTE, splits=splits), layer(5, 40, 130, 80, FP16, device)
+    first = host(problem, config=config)
+    assert_result(first, oracle.lora_linear(problem))
+    tiles = counters.counters(torch.device(device), 1)
+    assert not tiles.any()
+    builder, place = interpreter_builder, interpreter_builder.set_grid_idx
+    monkeypatch.setattr(
+        builder, "set_grid_idx", lambda x, y, z: place(builder.grid_dim[0] - 1 - x, y, z)
+    )  # the last first
+    again = host(problem, config=config)
+    assert all(torch.equal(a, b) for a, b in zip(present(first), present(again), strict=True))
+    assert not tiles.any()
+
+
+def test_few_rows_share_their_tiles_by_themselves(device, monkeypatch):
+    monkeypatch.setattr("linlora.kernels.launch.device_traits", lambda device: DeviceTraits(90, 132))
+    problem = layer(5, 72, 1024, 8, FP16, device)
+    config = configuration(problem)
+    assert (config.block_m, config.splits) == (16, 2)
+    assert_result(host(problem), oracle.lora_linear(problem))

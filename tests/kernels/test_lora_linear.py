@@ -3,7 +3,7 @@
 import kernel_oracles as oracle
 import pytest
 import torch
-from kernel_oracles import RECOMPUTE, assert_close, assert_result, dropped, layer
+from kernel_oracles import RECOMPUTE, SHARED, assert_close, assert_result, dropped, layer
 from linlora.kernels.lora_linear import host
 from linlora.kernels.packing import pack
 from linlora.kernels.problem import LoraLinear
@@ -18,8 +18,8 @@ def two_streams(*args, **options) -> LoraLinear:
     return layer(*args, **options, two_streams=True)
 
 
-def check(problem: LoraLinear, primal: bool = True, save: bool = True) -> None:
-    result = host(problem, primal=primal, save=save, config=RECOMPUTE)
+def check(problem: LoraLinear, primal: bool = True, save: bool = True, config=RECOMPUTE) -> None:
+    result = host(problem, primal=primal, save=save, config=config)
     assert_result(result, oracle.lora_linear(problem), save, primal)
 
 
@@ -41,6 +41,15 @@ def test_every_rank(device, rank):
 def test_several_blocks_of_ranks(device, dtype, rank, adjoint, short):
     assert rank > RECOMPUTE.block_r
     check(dropped(two_streams(20, 40, 72, rank, dtype, device, short=short), seed=7, adjoint=adjoint))
+
+
+@pytest.mark.parametrize("adjoint", [False, True], ids=["forward", "adjoint"])
+@pytest.mark.parametrize("short", FORMS)
+@pytest.mark.parametrize("rank", [8, 80])
+def test_programs_that_share_a_tile(device, rank, short, adjoint):
+    problem = dropped(two_streams(5, 40, 72, rank, FP32, device, short=short), seed=7, adjoint=adjoint)
+    check(problem, config=SHARED)
+    check(problem._replace(x_tangent=None), primal=False, config=SHARED)
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(1, 29, 17), (5, 130, 96), (37, 29, 17), (37, 130, 1)])
