@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.stream.tensor import DualTensor, bound, duals, named, primals, rebind, rule, wrap
+from linlora.stream.fallback import forward_mode
+from linlora.stream.tensor import DualTensor, bound, duals, named, primals, rule, wrap
 
 
 @rule("add", "__add__", "__radd__", "sub", "__sub__", "subtract")
@@ -56,7 +57,7 @@ def product(func: Any, args: tuple, kwargs: dict) -> Any:
     return wrap(y, y_tangent, next(duals(args)).stream)
 
 
-_TIMES = {function for name in ("mul", "__mul__", "__rmul__", "multiply") for function in named(name)}
+_TIMES = {*named("mul", "__mul__", "__rmul__", "multiply")}
 
 
 @rule("grouped_mm", "_grouped_mm")
@@ -64,7 +65,7 @@ def grouped_product(func: Any, args: tuple, kwargs: dict) -> Any:
     """The product of each group of rows, which `offs` delimits, with a matrix of its own: the experts of a mixture."""
     offs, bias, dtype = (kwargs.get(name) for name in ("offs", "bias", "out_dtype"))
     if bias is not None or len(args) != 2:
-        return DualTensor.rules[None](func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     return product(func, args, {"offs": offs, "out_dtype": dtype})
 
 
@@ -96,11 +97,14 @@ def power(func: Any, args: tuple, kwargs: dict) -> Any:
     given = dict(zip(("input", "exponent"), args, strict=False)) | kwargs
     x, n = given.get("input"), given["exponent"]
     if not isinstance(x, DualTensor) or not isinstance(n, (int, float)):
-        return DualTensor.rules[None](func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     y = func(x.primal, n)
     with torch.no_grad():
         slope = torch.zeros_like(y) if n == 0 else n * x.primal.to(y.dtype) ** (n - 1)
         return wrap(y, x.tangent * slope, x.stream)
+
+
+_backward = torch.ops.aten
 
 
 def _elementwise(jacobian: Any) -> Any:
@@ -124,43 +128,36 @@ for _name, _jacobian in {
     "log": lambda t, x, y: t / x,
     "sin": lambda t, x, y: t * x.cos(),
     "cos": lambda t, x, y: -t * x.sin(),
-    "tanh": lambda t, x, y: torch.ops.aten.tanh_backward.default(t, y.conj()),
-    "sigmoid": lambda t, x, y: torch.ops.aten.sigmoid_backward.default(t, y.conj()),
+    "tanh": lambda t, x, y: _backward.tanh_backward.default(t, y.conj()),
+    "sigmoid": lambda t, x, y: _backward.sigmoid_backward.default(t, y.conj()),
 }.items():
     rule(_name)(_elementwise(_jacobian))
 
 
-_backward = torch.ops.aten
-_ACTIVATIONS: dict[str, tuple[dict[str, Any], Any]] = {
-    "leaky_relu": ({"negative_slope": 0.01, "inplace": False},
-                   lambda t, x, a, _: _backward.leaky_relu_backward(t, x, a, False)),
-    "elu": ({"alpha": 1.0, "inplace": False}, lambda t, x, a, _: _backward.elu_backward(t, a, 1.0, 1.0, False, x)),
+_ACTIVATIONS: dict[str, tuple[dict[str, float], Any]] = {
+    "leaky_relu": ({"negative_slope": 0.01}, lambda t, x, a: _backward.leaky_relu_backward(t, x, a, False)),
+    "elu": ({"alpha": 1.0}, lambda t, x, a: _backward.elu_backward(t, a, 1.0, 1.0, False, x)),
     "softplus": ({"beta": 1.0, "threshold": 20.0}, lambda t, x, b, a: _backward.softplus_backward(t, x, b, a)),
-    "hardtanh": ({"min_val": -1.0, "max_val": 1.0, "inplace": False},
-                 lambda t, x, a, b, _: _backward.hardtanh_backward(t, x, a, b)),
-    "relu6": ({"inplace": False}, lambda t, x, _: _backward.hardtanh_backward(t, x, 0.0, 6.0)),
-    "mish": ({"inplace": False}, lambda t, x, _: _backward.mish_backward(t, x)),
-    "hardswish": ({"inplace": False}, lambda t, x, _: _backward.hardswish_backward(t, x)),
+    "hardtanh": ({"min_val": -1.0, "max_val": 1.0}, lambda t, x, a, b: _backward.hardtanh_backward(t, x, a, b)),
+    "relu6": ({}, lambda t, x: _backward.hardtanh_backward(t, x, 0.0, 6.0)),
+    "mish": ({}, lambda t, x: _backward.mish_backward(t, x)),
+    "hardswish": ({}, lambda t, x: _backward.hardswish_backward(t, x)),
     "logsigmoid": ({}, lambda t, x: t * torch.sigmoid(-x)),
-}  # fmt: skip
+}
 
 
-def _activation(defaults: dict[str, Any], jacobian: Any) -> Any:
+def _activation(defaults: dict[str, float], jacobian: Any) -> Any:
     """An elementwise Jacobian is diagonal: aten's backward, given the tangent as cotangent, is the tangent."""
-    names = ("input", *defaults)
+    arguments: dict[str, Any] = {"input": None, **defaults}
 
     def apply(func: Any, args: tuple, kwargs: dict) -> Any:
-        if not set(kwargs) <= set(names) or not isinstance(args[0], DualTensor):
-            return DualTensor.rules[None](func, args, kwargs)
-        given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-        x = given.pop("input")
-        inplace = given.get("inplace", False)
-        values = [given[name] for name in defaults if name != "inplace"]
-        y = func(x.primal, *values)
+        unknown = len(args) > len(arguments) or not kwargs.keys() <= {*arguments, "inplace"}
+        if unknown or not isinstance(args[0], DualTensor):
+            return forward_mode(func, args, kwargs)
+        x, *options = bound(arguments, args, kwargs)
+        y = func(x.primal, *options)
         with torch.no_grad():
-            y_tangent = jacobian(x.tangent, x.primal, *(given[name] for name in defaults))
-        result = wrap(y, y_tangent, x.stream)
-        return rebind(x, result, func) if inplace else result
+            return wrap(y, jacobian(x.tangent, x.primal, *options), x.stream)
 
     return apply
 
@@ -173,7 +170,7 @@ for _name, (_defaults, _jacobian) in _ACTIVATIONS.items():
 def absolute(func: Any, args: tuple, kwargs: dict) -> Any:
     (x,) = args
     if x.is_complex():
-        return DualTensor.rules[None](func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     y = func(x.primal, **kwargs)
     with torch.no_grad():
         return wrap(y, x.tangent * x.primal.sign(), x.stream)
@@ -183,37 +180,25 @@ def absolute(func: Any, args: tuple, kwargs: dict) -> Any:
 def clamp(func: Any, args: tuple, kwargs: dict) -> Any:
     """Between numbers: the tangent where they do not bind."""
     if not isinstance(args[0], DualTensor) or any(isinstance(bound, Tensor) for bound in (*args[1:], *kwargs.values())):
-        return DualTensor.rules[None](func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     x = args[0]
     y = func(x.primal, *args[1:], **kwargs)
     with torch.no_grad():
         return wrap(y, torch.where(x.primal == y, x.tangent, 0), x.stream)
 
 
-@rule("log_softmax")
-def log_softmax(func: Any, args: tuple, kwargs: dict) -> Any:
-    """y_t = x_t − sum(exp(y) ⊙ x_t)."""
-    x = args[0]
-    dim = kwargs["dim"] if "dim" in kwargs else args[1] if len(args) > 1 else None
-    if dim is None:
-        return DualTensor.rules[None](func, args, kwargs)
-    y = func(x.primal, *args[1:], **kwargs)
-    with torch.no_grad():
-        x_tangent = x.tangent.to(y.dtype)
-        return wrap(y, x_tangent - (y.exp() * x_tangent).sum(dim, keepdim=True), x.stream)
-
-
-@rule("softmax")
+@rule("softmax", "log_softmax")
 def softmax(func: Any, args: tuple, kwargs: dict) -> Any:
-    """y_t = y ⊙ (x_t − sum(y ⊙ x_t)): the Jacobian is symmetric, so aten's backward of softmax is its tangent."""
-    x = args[0]
-    y = func(x.primal, *args[1:], **kwargs)
-    dim = kwargs["dim"] if "dim" in kwargs else args[1]
+    """y_t = y ⊙ (x_t − sum(y ⊙ x_t)), symmetric: aten's backward applies it. Its logarithm: x_t − sum(exp(y) ⊙ x_t)."""
+    x, dim = args[0], kwargs["dim"] if "dim" in kwargs else args[1]
     if dim is None:
-        return DualTensor.rules[None](func, args, kwargs)
+        return forward_mode(func, args, kwargs)
+    y = func(x.primal, *args[1:], **kwargs)
     with torch.no_grad():
-        y_tangent = torch.ops.aten._softmax_backward_data.default(x.tangent.to(y.dtype), y, dim, y.dtype)
-    return wrap(y, y_tangent, x.stream)
+        y_tangent = x.tangent.to(y.dtype)
+        if "log" in func.__name__:
+            return wrap(y, y_tangent - (y.exp() * y_tangent).sum(dim, keepdim=True), x.stream)
+        return wrap(y, _backward._softmax_backward_data.default(y_tangent, y, dim, y.dtype), x.stream)
 
 
 @rule("glu")
@@ -233,13 +218,13 @@ def spread(func: Any, args: tuple, kwargs: dict) -> Any:
     """With c = x − mean: var_t = 2 sum(c ⊙ x_t) / (n − correction), and std_t = var_t / (2 std), 0 where std is 0."""
     everywhere = len(args) > 1 and isinstance(args[1], bool)  # x.var(unbiased)
     given = dict(zip(("input", "unbiased") if everywhere else _SPREAD, args, strict=False)) | kwargs
-    x, dim, keepdim = given["input"], given.get("dim", given.get("axis")), given.get("keepdim", False)
+    x, dim, keepdim = given["input"], given.get("dim"), given.get("keepdim", False)
     correction = given.get("correction")
     correction = int(given.get("unbiased", True)) if correction is None else correction
     over = [dim] if isinstance(dim, int) else list(dim or range(x.dim()))
     count = math.prod(x.shape[d] for d in over) - correction
     if x.is_complex() or count <= 0:
-        return DualTensor.rules[None](func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     y = func(x.primal, *args[1:], **{name: value for name, value in kwargs.items() if name != "input"})
     with torch.no_grad():
         centred = x.primal - x.primal.mean(over, keepdim=True)

@@ -15,6 +15,7 @@ from linlora.ops import dual
 from linlora.ops.packed_attention import by_sequence
 from linlora.stream.arithmetic import tangent
 from linlora.stream.caller import where
+from linlora.stream.fallback import forward_mode
 from linlora.stream.tensor import DualTensor, TangentError, bound, duals, primals, rule, wrap
 
 
@@ -22,7 +23,7 @@ from linlora.stream.tensor import DualTensor, TangentError, bound, duals, primal
 def attention(func: Any, args: tuple, kwargs: dict) -> Any:
     q, k, v, mask, dropout_p, causal, scale, grouped = bound(ATTENTION, args, kwargs)
     if isinstance(mask, DualTensor) or q.dim() not in (3, 4) or (q.shape[-3] != k.shape[-3] and not grouped):
-        return DualTensor.rules[None](func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     stream = next(duals((q, k, v))).stream
     seed = torch.randint(2**31, (), device=q.device) if dropout_p > 0.0 else None
     tensors = [primals(x) for x in (q, k, v)] + [tangent(x) for x in (q, k, v)]

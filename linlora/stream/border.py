@@ -13,8 +13,6 @@ apart, and the lines that call the forward are read from its bytecode, because t
 from __future__ import annotations
 
 import dis
-import sys
-from collections.abc import Iterator
 from enum import Enum
 from functools import cache
 from types import CodeType, FrameType
@@ -23,6 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from linlora.stream.caller import stack
 from linlora.stream.errors import TangentError
 
 _MARK = "linlora_stream"
@@ -54,7 +53,7 @@ def place(stream: Any) -> Place:
     """Where the code that calls this is. A user's hook is told from a forward by the line that calls it."""
     if not stream.bordered:
         return Place.NETWORK
-    for frame in _stack():
+    for frame in stack():
         if _network(_owner(frame)) is stream:
             lines = next((lines for code, lines in _FORWARD_LINES if frame.f_code is code), None)
             return Place.NETWORK if lines is None or frame.f_lineno in lines else Place.HOOK
@@ -66,7 +65,7 @@ def refuse_blocks(stream: Any) -> None:
 
     Whether the code is in one of them cannot be seen there, and what it computes in a block is a constant to F.
     """
-    frames = list(_stack())
+    frames = list(stack())
     last = max((n for n, frame in enumerate(frames) if _network(_owner(frame)) is stream), default=-1)
     for n, frame in enumerate(frames[: last + 1]):
         code = frame.f_code
@@ -92,7 +91,7 @@ def without_input_gradient(x: Tensor, stream: Any) -> Tensor:
 def inputs(stream: Any) -> list[Any]:
     """The arguments of the outermost call of the network that is running, and of a forward called past the hooks
     without the leaves that `enable_input_require_grads` makes of embeddings, which take the place of arguments."""
-    outermost = [frame for frame in _stack() if _network(_owner(frame)) is stream][-1:]
+    outermost = [frame for frame in stack() if _network(_owner(frame)) is stream][-1:]
     for frame in outermost:
         code, values = frame.f_code, frame.f_locals
         count = code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & 4) + bool(code.co_flags & 8)
@@ -101,13 +100,6 @@ def inputs(stream: Any) -> list[Any]:
             return found
         return [x for x in found if not (isinstance(x, Tensor) and x.is_leaf)]
     return []
-
-
-def _stack() -> Iterator[FrameType]:
-    frame: FrameType | None = sys._getframe(2)
-    while frame is not None:
-        yield frame
-        frame = frame.f_back
 
 
 def _network(module: Any) -> Any:

@@ -15,8 +15,7 @@ from linlora.stream.errors import TangentError
 
 def refuse_inside_function(where: str, otherwise: str = "use scope='layer'") -> None:
     """Raise where an autograd Function is calling: its backward is its own, and no tangent follows from it."""
-    frame = sys._getframe()
-    while (frame := frame.f_back) is not None:  # type: ignore[assignment]
+    for frame in stack():
         if frame.f_code is torch.autograd.Function.apply.__func__.__code__:  # type: ignore[attr-defined]
             name = frame.f_locals["cls"].__name__
             instead = f"replace it by torch functions, {remedy(otherwise)}"
@@ -75,10 +74,16 @@ def _name(frame: FrameType) -> str:
 
 def running_modules() -> Iterator[nn.Module]:
     """The modules whose methods are on the call stack, from the innermost outwards."""
-    frame = sys._getframe(1)
-    while frame is not None:
+    for frame in stack():
         if frame.f_code.co_argcount:
             owner = frame.f_locals.get(frame.f_code.co_varnames[0])
             if isinstance(owner, nn.Module):
                 yield owner
-        frame = frame.f_back  # type: ignore[assignment]
+
+
+def stack() -> Iterator[FrameType]:
+    """The frames on the call stack, from the caller of the function that asks outwards."""
+    frame: FrameType | None = sys._getframe(2)
+    while frame is not None:
+        yield frame
+        frame = frame.f_back

@@ -8,7 +8,6 @@ and its adapters and its output have no graph.
 
 from __future__ import annotations
 
-import sys
 from threading import local
 from types import FrameType
 from typing import Any, TypeVar
@@ -17,28 +16,30 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from linlora.stream.caller import stack
+
 Factors = TypeVar("Factors", bound=tuple)
 
 
 @torch.compiler.disable
 def begin(module: nn.Module, args: tuple) -> None:
     """A forward pre-hook of the whole network."""
-    calls = _calls()
+    calls = [frame for frame in stack() if frame.f_code.co_filename == _CALLER]
     # an interrupt may have left others
-    _local.entries = [entry for entry in _entries() if any(entry[0] is call for call in calls)]
+    _running.networks = [network for network in _running.networks if any(network[0] is call for call in calls)]
     recorded = recording() and torch.is_grad_enabled()
-    _entries().append((calls[0], module, recorded))
+    _running.networks.append((calls[0], module, recorded))
     torch.set_grad_enabled(True)
 
 
 @torch.compiler.disable
 def end(module: nn.Module, args: tuple, output: Any) -> Any:
     """A forward hook of the whole network, also where its forward raised."""
-    if not _entries() or _entries()[-1][1] is not module:  # another pre-hook raised
+    if not _running.networks or _running.networks[-1][1] is not module:  # another pre-hook raised
         return output
-    _, _, recorded = _entries().pop()
+    _, _, recorded = _running.networks.pop()
     # under another network's, or the same one's from the PEFT model's call, the block goes on
-    torch.set_grad_enabled(recorded or bool(_entries()))
+    torch.set_grad_enabled(recorded or bool(_running.networks))
     if recorded or not any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in tree_leaves(output)):
         return output
     return tree_map_only(Tensor, torch.detach, output)
@@ -46,7 +47,7 @@ def end(module: nn.Module, args: tuple, output: Any) -> Any:
 
 def recording() -> bool:
     """Whether gradients are asked for where the network was called."""
-    return _entries()[-1][2] if _entries() else torch.is_grad_enabled()
+    return _running.networks[-1][2] if _running.networks else torch.is_grad_enabled()
 
 
 def unrecorded(factors: Factors) -> Factors:
@@ -58,32 +59,21 @@ def unrecorded(factors: Factors) -> Factors:
 
 def in_block() -> bool:
     """Whether the code that calls this is in a torch.no_grad() block of the network itself."""
-    return bool(_entries()) and not torch.is_grad_enabled()
+    return bool(_running.networks) and not torch.is_grad_enabled()
 
 
 def past_hooks() -> bool:
     """Whether the code that calls this runs without gradients in no call of a network that `begin` knows."""
-    return not _entries() and not torch.is_grad_enabled()
+    return not _running.networks and not torch.is_grad_enabled()
 
 
-_local = local()
+class _Running(local):
+    """The networks that run in a thread, the innermost last: the frame that calls each, and whether it is recorded."""
+
+    def __init__(self) -> None:
+        self.networks: list[tuple[FrameType, nn.Module, bool]] = []
 
 
-def _entries() -> list[tuple[FrameType, nn.Module, bool]]:
-    if not hasattr(_local, "entries"):
-        _local.entries = []
-    return _local.entries
-
-
-def _calls() -> list[FrameType]:
-    """The frames in which PyTorch is calling a module, from the innermost outwards."""
-    frame: FrameType | None = sys._getframe(1)
-    found = []
-    while frame is not None:
-        if frame.f_code.co_filename == _call_impl.co_filename:
-            found.append(frame)
-        frame = frame.f_back
-    return found
-
-
-_call_impl = nn.Module._call_impl.__code__
+_running = _Running()
+_CALLER = nn.Module._call_impl.__code__.co_filename
+"""The file of PyTorch that calls modules."""

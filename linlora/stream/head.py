@@ -17,7 +17,7 @@ from torch import nn
 
 from linlora.stream import border, evaluation
 from linlora.stream.outside import refuse_loss
-from linlora.stream.sharded import follow_sharding, forget_sharding
+from linlora.stream.sharded import follow_sharding, is_boundary
 from linlora.stream.tensor import DualTensor, Stream, collapse, rebuilt
 
 
@@ -40,12 +40,11 @@ def attach(model: PeftModel, stream: Stream) -> None:
 
 
 def detach(model: PeftModel) -> None:
-    """Undo `attach`. The hooks are found by identity, so that a copy of a model lets go of them too."""
-    forget_sharding(model)
+    """Undo `attach`. The hooks are found by what they call, so that a copy of a model lets go of them too."""
     border.unmark(model)
     for module in model.modules():
         for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if hook in _HOOKS]:
+            for key in [key for key, hook in hooks.items() if hook in _HOOKS or is_boundary(hook)]:
                 del hooks[key]
                 module._forward_pre_hooks_with_kwargs.pop(key, None)
                 module._forward_hooks_always_called.pop(key, None)

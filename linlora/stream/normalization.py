@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linlora.stream.fallback import forward_mode
 from linlora.stream.tensor import DualTensor, bound, primals, rule, wrap
 
 
@@ -15,7 +16,7 @@ def group_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     """y = w ⊙ x̂ + b,  y_t = w ⊙ J x_t,  J = ∂x̂/∂x, symmetric: aten's backward applies it."""
     x, groups, weight, bias, eps = bound(_GROUP_NORM, args[:5], {k: v for k, v in kwargs.items() if k in _GROUP_NORM})
     if isinstance(weight, DualTensor) or isinstance(bias, DualTensor) or not isinstance(x, DualTensor) or not x.numel():
-        return DualTensor.rules[None](func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     y = func(x.primal, *args[1:], **kwargs)
     with torch.no_grad(), torch.autocast(y.device.type, enabled=False):
         wide = torch.promote_types(y.dtype, torch.float32)
@@ -40,7 +41,7 @@ def batch_norm(func: Any, args: tuple, kwargs: dict) -> Any:
         or any(isinstance(given.get(name), DualTensor) for name in _BATCH_NORM[1:5])
         or not isinstance(x, DualTensor)
     ):
-        return DualTensor.rules[None](func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     y = func(x.primal, *primals(args[1:]), **primals(kwargs))
     with torch.no_grad():
         slope = (variance + given.get("eps", 1e-5)).rsqrt_()

@@ -241,6 +241,4 @@ _WRITES = {
     "__setitem__", "__set__", "__iadd__", "__isub__", "__imul__", "__itruediv__", "__idiv__", "__ifloordiv__",
     "__imod__", "__ipow__", "__iand__", "__ior__", "__ixor__", "__ilshift__", "__irshift__",
 }  # fmt: skip
-_OF_THE_GRAPH = {
-    function for name in ("register_hook", "grad_fn", "is_leaf", "requires_grad") for function in named(name)
-}
+_OF_THE_GRAPH = {*named("register_hook", "grad_fn", "is_leaf", "requires_grad")}

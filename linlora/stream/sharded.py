@@ -28,15 +28,6 @@ def follow_sharding(module: nn.Module, args: tuple) -> None:
                 Boundary(block)
 
 
-def forget_sharding(model: nn.Module) -> None:
-    """Take every boundary out again."""
-    for module in model.modules():
-        for hooks in (module._forward_hooks, module._forward_pre_hooks):
-            for key in [key for key, hook in hooks.items() if _is_boundary(hook)]:
-                del hooks[key]
-                module._forward_pre_hooks_with_kwargs.pop(key, None)
-
-
 @contextmanager
 def through_wrappers(modules: list[nn.Module]) -> Iterator[None]:
     """Lead the streams through the modules of a network that DDP and FSDP2 wrap, for the time of a call.
@@ -118,8 +109,9 @@ def _joined(before: Any, after: Any) -> Any:
 
 def _boundary(module: nn.Module) -> Boundary | None:
     hooks: Any = module._forward_pre_hooks.values()
-    return next((hook.__self__ for hook in hooks if _is_boundary(hook)), None)
+    return next((hook.__self__ for hook in hooks if is_boundary(hook)), None)
 
 
-def _is_boundary(hook: Any) -> bool:
+def is_boundary(hook: Any) -> bool:
+    """Whether a hook is one of a `Boundary`."""
     return isinstance(getattr(hook, "__self__", None), Boundary)

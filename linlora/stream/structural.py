@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from linlora.stream.border import Place, place
 from linlora.stream.caller import where
+from linlora.stream.fallback import forward_mode
 from linlora.stream.tensor import (
     DualTensor,
     TangentError,
@@ -58,7 +59,7 @@ _VALUES = (
 
 
 _JOINS = ("cat", "concat", "concatenate", "stack", "hstack", "vstack", "dstack")
-DualTensor.moves = {function for name in (*_MOVES, *_JOINS, "__deepcopy__", "__iter__") for function in named(name)}
+DualTensor.moves = {*named(*_MOVES, *_JOINS, "__deepcopy__", "__iter__")}
 
 
 @rule(*_MOVES, *_SUMS)
@@ -76,7 +77,7 @@ def linear_map(func: Any, args: tuple, kwargs: dict) -> Any:
         return relate(x, wrap(y, func(tangent, *rest, **options), x.stream))
 
 
-_OF_STRIDES = {function for name in ("view", "view_as", "unflatten", "view_as_complex") for function in named(name)}
+_OF_STRIDES = {*named("view", "view_as", "unflatten", "view_as_complex")}
 
 
 @rule("view")
@@ -92,16 +93,13 @@ def selection(func: Any, args: tuple, kwargs: dict) -> Any:
     x = args[0]
     y = func(primals(x), *primals(args[1:]), **primals(kwargs))
     if isinstance(y, Tensor) or not isinstance(x, DualTensor):  # of all elements, or of two tensors
-        return DualTensor.rules[None](func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     after = 2 if func.__name__ in ("topk", "kthvalue") else 1
     dim = kwargs.get("dim", args[after] if len(args) > after else -1)
-    indices = y[1]
     with torch.no_grad():
-        if indices.dim() < x.dim():
-            y_tangent = x.tangent.gather(dim, indices.unsqueeze(dim)).squeeze(dim)
-        else:
-            y_tangent = x.tangent.gather(dim, indices)
-    return wrap(y, [y_tangent, None], x.stream)
+        if y[1].dim() < x.dim():
+            return wrap(y, [x.tangent.gather(dim, y[1].unsqueeze(dim)).squeeze(dim), None], x.stream)
+        return wrap(y, [x.tangent.gather(dim, y[1]), None], x.stream)
 
 
 @rule("type")

@@ -6,6 +6,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import product
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -115,7 +116,7 @@ class DualTensor(Tensor):
     stream: Stream
     relatives: list[weakref.ref]  # the tensors that share its memory: views of one another
     value: Tensor | None = None  # F, once it was asked for outside the network
-    reduced: bool = False  # one number made of many: at the network's output, a loss (linlora.stream.losses)
+    reduced: bool = False  # one number made of many: at the network's output, a loss (linlora.stream.outside)
     constant: ClassVar[bool] = False  # whether it is a linlora.stream.outside.Constant
     unknown = False  # whether F has no such tensor
 
@@ -177,7 +178,7 @@ class DualTensor(Tensor):
             args, kwargs = cls.mixed(func, args, kwargs)
         if kwargs.get("out") is not None:
             raise TangentError(f"{where(func)}: out= is not supported on a tensor that carries a tangent")
-        args, kwargs = _by_position(args, kwargs)
+        args, kwargs = _by_position(func, args, kwargs)
         rule = stream.rules.get(func) or cls.rules.get(func) or cls.rules[None]
         if kwargs.get("inplace"):
             result = rebind(args[0], rule(func, args, {**kwargs, "inplace": False}), func)
@@ -206,8 +207,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     """Register a rule for every torch function or Tensor method of these names."""
 
     def register(function: Rule) -> Rule:
-        found = [target for name in names for target in named(name)]
-        if not found:
+        if not (found := named(*names)):
             raise ValueError(f"no torch function is called {names}")
         DualTensor.rules.update(dict.fromkeys(found, function))
         return function
@@ -215,10 +215,10 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def named(name: str) -> list[Any]:
-    """What a model can call by a name in these namespaces; of a property, its getter."""
+def named(*names: str) -> list[Any]:
+    """What a model can call by some names in these namespaces; of a property, its getter."""
     found = []
-    for namespace in (torch, Tensor, nn.functional, torch.special, torch.fft, torch._C._nn):
+    for name, namespace in product(names, (torch, Tensor, nn.functional, torch.special, torch.fft, torch._C._nn)):
         target: Any = getattr(namespace, name, None)
         if callable(target) and not isinstance(target, type):
             found.append(target)
@@ -227,11 +227,12 @@ def named(name: str) -> list[Any]:
     return found
 
 
-def _by_position(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    """torch.add(x, other=y) as torch.add(x, y): rules find the tensors they map by position."""
-    if not kwargs or "condition" in kwargs or (_NAMES_OF_FIRST.isdisjoint(kwargs) and "other" not in kwargs):
+def _by_position(func: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    """torch.add(x, other=y) as torch.add(x, y), x.max(axis=0) as x.max(dim=0): rules know one form of a call."""
+    if not kwargs or "condition" in kwargs or _OTHER_FORMS.isdisjoint(kwargs):
         return args, kwargs
-    kwargs = dict(kwargs)
+    numpy = _NAMES_OF_NUMPY if func in DualTensor.rules else {}  # without a rule, `axis` may be the function's own name
+    kwargs = {numpy.get(name, name): value for name, value in kwargs.items()}
     for name in () if args else _NAMES_OF_FIRST & kwargs.keys():
         args = (kwargs.pop(name),)
     if len(args) == 1 and "other" in kwargs and "input" not in kwargs:
@@ -240,6 +241,8 @@ def _by_position(args: tuple, kwargs: dict) -> tuple[tuple, dict]:
 
 
 _NAMES_OF_FIRST = {"input", "tensors"}
+_NAMES_OF_NUMPY = {"axis": "dim", "keepdims": "keepdim"}
+_OTHER_FORMS = {*_NAMES_OF_FIRST, *_NAMES_OF_NUMPY, "other"}
 _OF_SHAPE = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")),
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex),
@@ -293,7 +296,7 @@ def duals(tree: Any) -> Iterator[DualTensor]:
 
 def primals(tree: Any) -> Any:
     """The arguments of a call with every DualTensor replaced by its primal."""
-    return tree.primal if isinstance(tree, DualTensor) else replace_duals(tree, _primal)
+    return tree.primal if isinstance(tree, DualTensor) else replace_duals(tree, lambda dual: dual.primal)
 
 
 def collapse(tree: Any) -> Any:
@@ -321,10 +324,6 @@ def replace_duals(tree: Any, leaf: Callable[[DualTensor], Tensor]) -> Any:
 def rebuilt(tree: Any, children: list) -> Any:
     """A tuple or list of the type of `tree`: namedtuples take fields one by one, torch.return_types a sequence."""
     return type(tree)(*children) if hasattr(tree, "_fields") else type(tree)(children)
-
-
-def _primal(dual: DualTensor) -> Tensor:
-    return dual.primal
 
 
 def _reduced(func: Any, found: list[DualTensor], result: DualTensor) -> bool:

@@ -130,6 +130,7 @@ ONE = {
     "activation used twice": lambda x: (lambda y: y * y + y)(F.silu(x)),
 }  # fmt: skip
 FALLBACK = {
+    "an argument that the rule does not know": lambda x: torch._C._nn.elu(x, 1.0, 2.0),
     "logsumexp": lambda x: x.logsumexp(-1),
     "amax": lambda x: x.amax(-1),
     "norm": lambda x: F.normalize(x, dim=-1),
@@ -216,6 +217,23 @@ def test_functions_without_a_rule_run_in_forward_mode_and_are_counted(name):
     (fallback,) = fallbacks.values()
     assert fallback.calls == 1
     assert fallback.seconds > 0
+
+
+ALONG = {
+    **{"topk": (2,), "kthvalue": (2,), "max": (), "min": (), "median": (), "nanmedian": (), "mode": (), "sort": ()},
+    **{"cummax": (), "cummin": (), "softmax": (), "log_softmax": (), "std": (), "var": (), "sum": (), "cumsum": ()},
+}
+
+
+@pytest.mark.parametrize("name", ALONG)
+def test_numpys_name_of_a_dimension_is_pytorchs(name):
+    """In a cube, in which another dimension has the same shape."""
+
+    def function(x):
+        y = getattr(x[:, :3, :3], name)(*ALONG[name], axis=0)
+        return y if isinstance(y, Tensor) else y[0]
+
+    assert not check(function).fallbacks
 
 
 @pytest.mark.parametrize("name", ["mul", "matmul", "add", "sub", "div"])
