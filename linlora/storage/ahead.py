@@ -1,4 +1,4 @@
-"""Values computed ahead, in threads, while they are asked for one after the other."""
+"""Computes values ahead, in threads, while they are asked for one after the other."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ import torch
 T = TypeVar("T")
 
 _MOST = 4
-"""Threads; each holds what it computes."""
+"""Threads; each holds the value it computes."""
 _here = threading.local()
 
 
 class Ahead(Generic[T]):
-    """A function of names, asked for in their order: the values of the next names are computed meanwhile.
+    """A function of names that computes the values of the next names while it is called with them in their order.
 
     As many threads as PyTorch may use, four at most, compute one value each, by one thread of PyTorch; results, errors
-    and their order are those of one thread. The second name that follows the one before starts them; any other order
-    computes what is asked for. The last value is kept, and those of a few names ahead.
+    and their order are those of one thread. They start when a name follows the one before; a name out of order is
+    computed alone. Kept are the last value and those of a few names ahead.
 
     >>> squares = Ahead("123", lambda name: int(name) ** 2)
     >>> [squares(name) for name in "1232"]

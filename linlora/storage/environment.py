@@ -1,4 +1,4 @@
-"""The machine and the versions that a result was made with."""
+"""Describes the machine and the versions that make a result."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _ROOT = Path(__file__).parents[2]
 def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Date, commit, machine and versions, as plain JSON values.
 
-    `load` is the number of busy processes. `gpu`, `driver` and `cuda` are there on a GPU only. A result adds what it
-    alone knows, for example `environment(device) | {"backend": explain(op, device).backend}`.
+    `load` is the number of busy processes. `gpu`, `driver` and `cuda` are there on a GPU only. A caller adds its own
+    facts: `environment(device) | {"backend": explain(op, device).backend}`.
 
     >>> environment()["device"]
     'cpu'
@@ -76,7 +76,7 @@ def _cpu() -> str:
 
 
 def _output(*command: str) -> str:
-    """The output of a command; empty when it is not there or fails."""
+    """The output of a command; empty where there is no such command, or it fails."""
     try:
         return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
     except (OSError, subprocess.SubprocessError):

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 _LARGEST_JSON = 2**26
-"""Bytes; the index of a model of 100,000 tensors has a tenth."""
+"""Bytes; the index of a model of 100,000 tensors takes a tenth."""
 
 
 class CorruptFileError(ValueError):
-    """A file is truncated, foreign or holds values that cannot be meant; the message names file and tensor."""
+    """A file is truncated or foreign, or holds values that cannot be meant; the message names file and tensor."""
 
 
 def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
@@ -30,10 +30,10 @@ def read_json(path: str | os.PathLike, kind: type = dict) -> Any:
 
 
 def parse_json(text: str | bytes, where: str, kind: type = dict) -> Any:
-    """The object in a JSON text. Raises CorruptFileError for what is no JSON object, nests too deep or repeats a key.
+    """The object in a JSON text. Raises CorruptFileError for a text that is none, nests too deep or repeats a key.
 
     Args:
-        where: what the text is of, for the message.
+        where: the origin of the text, for the message.
         kind: list, where that is expected in place of an object.
 
     >>> parse_json('{"r": 8}', "adapter_config.json")
@@ -55,12 +55,12 @@ def parse_json(text: str | bytes, where: str, kind: type = dict) -> Any:
 
 
 def without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """The keys and values of a JSON object, each key once: of two, some readers take the last, others the first."""
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        seen: set[str] = set()
-        twice = next(key for key, _ in pairs if key in seen or seen.add(key))  # type: ignore[func-returns-value]
-        raise ValueError(f"the key '{twice}' is there twice")
+    """A JSON object of its pairs. Raises ValueError for a repeated key, of which readers take the first or the last."""
+    content: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in content:
+            raise ValueError(f"the key '{key}' is there twice")
+        content[key] = value
     return content
 
 

@@ -1,4 +1,4 @@
-"""The run directory: whose settings it belongs to, and artefacts that are whole or absent."""
+"""The folder of a run: it belongs to one set of settings and one process, and its artefacts are whole or absent."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from linlora.storage import files
-from linlora.storage.files import CorruptFileError, write_text
+from linlora.storage.files import CorruptFileError, read_json, write_text
+from linlora.storage.staging import unfinished_folder
 from linlora.storage.tensor_files import load_tensors
 
 SETTINGS_FILE = "settings.json"
@@ -29,7 +29,10 @@ def open_run_directory(out: Path, fingerprint: dict[str, Any], fresh: bool, job:
     One with content whose `settings.json` does not name the job was not made by it.
     """
     settings_file = out / SETTINGS_FILE
-    before = _settings(settings_file)
+    try:
+        before = read_json(settings_file)
+    except (OSError, CorruptFileError):  # absent, or not one of ours
+        before = {}
     now = json.loads(json.dumps({"job": job, **fingerprint}))  # tuples become lists, as in the file
     different = [f"{k}: {before.get(k)} and {now.get(k)}" for k in sorted(before | now) if before.get(k) != now.get(k)]
     accept_directory(out, f"{job} run", before.get("job") == job, different, fresh)
@@ -58,53 +61,36 @@ def accept_directory(out: Path, what: str, ours: bool, different: Sequence[str],
         )
 
 
-def _settings(file: Path) -> dict[str, Any]:
-    """The content of a settings file; nothing, if it is not there or not one of ours."""
-    try:
-        return files.read_json(file)
-    except (OSError, CorruptFileError):
-        return {}
-
-
 @contextmanager
 def only_run_in(out: Path) -> Iterator[None]:
     """Keep a second process out of a run directory: two would write the same files. The lock ends with the process."""
-    lock = FileLock(out / LOCK_FILE, timeout=0)
     try:
-        lock.acquire()
+        lock = FileLock(out / LOCK_FILE, timeout=0).acquire()
     except Timeout as error:
         raise FileExistsError(f"another process is working in {out}; wait for it, or choose another --out") from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 @contextmanager
 def staged(directory: Path) -> Iterator[Path]:
     """An empty directory to fill, which takes the place of `directory` in one step when the block ends well.
 
-    So an artefact directory that exists is complete, however the run that was writing it ended.
+    An artefact directory that exists is complete, however the run that was writing it ended.
     """
-    staging = directory.with_name(f".{directory.name}.unfinished")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir(parents=True)
-    yield staging
-    shutil.rmtree(directory, ignore_errors=True)
-    staging.rename(directory)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    with unfinished_folder(directory) as staging:
+        yield staging
+        shutil.rmtree(directory, ignore_errors=True)
+        staging.chmod(0o755)
+        staging.rename(directory)
 
 
 def is_whole(directory: Path, *files: str) -> bool:
-    """Whether all files of an artefact are there and readable; what is not will be made again."""
-    return all(_is_readable(directory / file) for file in files)
-
-
-def _is_readable(file: Path) -> bool:
+    """Whether all files of an artefact are there and readable; an artefact that is not is made again."""
     try:
-        if file.suffix == ".safetensors":
-            load_tensors(file)
-        else:
-            files.read_json(file)
+        for file in files:
+            (load_tensors if file.endswith(".safetensors") else read_json)(directory / file)
     except (FileNotFoundError, CorruptFileError):
         return False
     return True
@@ -112,7 +98,3 @@ def _is_readable(file: Path) -> bool:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=2) + "\n")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    return files.read_json(path)

@@ -1,6 +1,6 @@
-"""Folders and files that are filled beside their place; what a killed run left of one is removed by the next.
+"""Folders and files that are filled beside their place; the next run removes what a killed one left.
 
-A run holds a lock on what it fills, which ends with its process. So what is there without a lock is of a dead run.
+A run locks what it fills, and the lock ends with its process: what lies there unlocked is a dead run's.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ _END = ".unfinished"
 
 @contextmanager
 def unfinished_folder(place: Path) -> Iterator[Path]:
-    """A folder to fill and rename to its place; what is not renamed is deleted at the end.
+    """A folder to fill and rename to its place; a folder that is not renamed is deleted at the end.
 
     >>> with unfinished_folder(Path("model")) as folder:
     ...     _ = (folder / "config.json").write_text("{}")
@@ -72,7 +72,7 @@ def _remove_leftovers(place: Path) -> None:
 
 
 def _lock(descriptor: int) -> bool:
-    """Lock what a descriptor is of; False where another process holds it, or there are no such locks."""
+    """Lock an open file or folder; False where another process holds the lock, or the system has none."""
     try:
         import fcntl
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from linlora.storage.files import CorruptFileError, install_file, parse_json
 from linlora.storage.staging import unfinished_file
-from linlora.storage.tensors import finite, memory, shapes
+from linlora.storage.tensors import StoredTensors, finite, memory, shapes
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -81,30 +81,32 @@ class TensorFile:
             for name, e in parsed.items()
         }
         checksum = self.metadata.pop(_HEADER_CHECKSUM, None)
-        self.has_checksum = checksum is not None
-        if self.has_checksum and checksum != _digest(
-            {n: (e.code, e.shape) for n, e in self.entries.items()}, self.metadata
-        ):
+        self.has_header_checksum = checksum is not None
+        described = {name: (entry.code, entry.shape) for name, entry in self.entries.items()}
+        if checksum is not None and checksum != _digest(described, self.metadata):
             raise CorruptFileError(f"{path}: its header does not match its checksum; the file was altered")
         try:
             self._checksums: dict[str, str] = dict(parse_json(self.metadata.pop(_CHECKSUMS, "{}"), _CHECKSUMS))
         except CorruptFileError:  # another program's
             self._checksums = {}
         self._unchecked = set(self.entries)
-        self.has_checksums = self.entries.keys() <= self._checksums.keys()
+        self.has_tensor_checksums = self.entries.keys() <= self._checksums.keys()
 
     def like(self, name: str) -> Tensor:
         """A tensor of the shape and dtype, without values (on the meta device)."""
         return torch.empty(self.entries[name].shape, dtype=self._dtype(name), device="meta")
 
+    def tensors(self) -> StoredTensors:
+        """All tensors by name, each read when it is asked for."""
+        return StoredTensors({name: self.like(name) for name in self.entries}, self.read)
+
     def read(self, name: str) -> Tensor:
         """The tensor, on the CPU. Raises CorruptFileError where it holds NaN or infinity or fails its checksum.
 
-        Both are looked at when it is read for the first time; the file that is open stays as it is.
+        The first read checks both; an open file stays as it is.
         """
-        entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=self._dtype(name))
-        self._fill(memory(tensor), entry.start, name)
+        tensor = torch.empty(self.entries[name].shape, dtype=self._dtype(name))
+        self._fill(memory(tensor), self.entries[name].start, name)
         if name in self._unchecked:
             self._check(name, tensor)
             self._unchecked.discard(name)

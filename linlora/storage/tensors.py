@@ -1,4 +1,4 @@
-"""Tensors that are made when they are asked for; shapes without values, memory, and whether all values are finite."""
+"""Mappings of tensors that are made when they are asked for; shapes without values, memory, finiteness."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 
 
 class StoredTensors(Mapping[str, Tensor]):
-    """A mapping of tensors that are made when they are asked for, each time: read from a file, or computed from those.
+    """A mapping whose tensors are read, or computed, each time they are asked for.
 
     Args:
         like: a tensor of the shape and dtype of each, on the meta device.
-        read: the tensor of a name.
+        read: returns the tensor of a name.
 
     >>> stored = StoredTensors({"w": torch.empty(2, device="meta")}, lambda name: torch.ones(2))
     >>> stored["w"].tolist(), list(stored)
@@ -49,6 +49,26 @@ def shapes(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     if isinstance(tensors, StoredTensors):
         return tensors.like
     return {name: torch.empty(t.shape, dtype=t.dtype, device="meta") for name, t in tensors.items()}
+
+
+def renamed(tensors: Mapping[str, Tensor], names: Mapping[str, str]) -> StoredTensors:
+    """Some tensors of a mapping under other names; nothing is read.
+
+    Args:
+        names: for each new name the one in the mapping.
+
+    >>> renamed({"encoder.w": torch.ones(2)}, {"w": "encoder.w"})["w"].tolist()
+    [1.0, 1.0]
+    """
+    like = shapes(tensors)
+    return StoredTensors({new: like[name] for new, name in names.items()}, lambda new: tensors[names[new]])
+
+
+def joined(*parts: Mapping[str, Tensor]) -> StoredTensors:
+    """The tensors of several mappings in one; nothing is read. Of two by one name the last counts."""
+    home = {name: part for part in parts for name in part}
+    like = {name: tensor for part in parts for name, tensor in shapes(part).items()}
+    return StoredTensors(like, lambda name: home[name][name])
 
 
 def finite(tensor: Tensor) -> bool:

@@ -1,8 +1,8 @@
-"""The adapter of a PEFT model as a task vector sees it: its layers, their factors, and values put into them."""
+"""Reads the factors of a PEFT adapter, layer by layer, and puts values into them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -44,12 +44,9 @@ def adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
         if isinstance(module, LoraLayer) and adapter in module.r
     ]
     for name, layer in layers:
-        linear = adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear)
-        why = (
-            not_vanilla_layer(layer, [adapter])
-            if linear
-            else f"it is a {type(layer).__module__}.{type(layer).__name__}"
-        )
+        why: str | None = f"it is a {type(layer).__module__}.{type(layer).__name__}"
+        if adapter in layer.lora_A and isinstance(layer.lora_A[adapter], nn.Linear):
+            why = not_vanilla_layer(layer, [adapter])
         if why is not None:
             raise ValueError(
                 f"adapter '{adapter}' has no task vector, which would lose a part of layer '{name}': {why}. A vector "
@@ -63,27 +60,29 @@ def adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
     return layers
 
 
+def state_of(layer: Any, adapter: str) -> str:
+    """The state of an adapter in a LoRA layer (linlora.layers.adapters): "plain", or linearized "short" or "pair"."""
+    return getattr(layer, "states", {}).get(adapter, "plain")
+
+
 def delta_parameters(model: PeftModel, adapter: str | None = None) -> dict[str, nn.Parameter]:
     """The parameters that hold an adapter's change, by their names in a TaskVector: '<layer>.dA', '<layer>.dB'.
 
-    Of a plain LoRA layer they are A and B themselves; where B0 = 0 a linearized layer has dB alone.
+    In a plain layer they are A and B themselves; a layer linearized at B0 = 0 has dB alone.
     """
     adapter = one_adapter(model, adapter)
     parameters = {}
     for name, layer in adapter_layers(model, adapter):
-        state = getattr(layer, "states", {}).get(adapter, "plain")
-        if state == "pair":
-            parameters[f"{name}.dA"], parameters[f"{name}.dB"] = layer.lora_dA[adapter], layer.lora_dB[adapter]
-        else:
-            if state == "plain":
-                parameters[f"{name}.dA"] = layer.lora_A[adapter].weight
-            parameters[f"{name}.dB"] = layer.lora_B[adapter].weight
+        pair = state_of(layer, adapter) == "pair"
+        if state_of(layer, adapter) != "short":
+            parameters[f"{name}.dA"] = layer.lora_dA[adapter] if pair else layer.lora_A[adapter].weight
+        parameters[f"{name}.dB"] = layer.lora_dB[adapter] if pair else layer.lora_B[adapter].weight
     return parameters
 
 
 @dataclass(frozen=True)
 class Held:
-    """The factors of an adapter in a model: the parts of its task vector, copied to the CPU."""
+    """The parts of the task vector of an adapter in a model, copied to the CPU."""
 
     deltas: dict[str, Tensor]
     point: dict[str, Tensor]
@@ -102,7 +101,7 @@ def held_by(model: PeftModel, adapter: str, start: Mapping[str, Tensor] | None) 
     scalings = {}
     scopes = set()
     for name, layer in adapter_layers(model, adapter):
-        state = getattr(layer, "states", {}).get(adapter, "plain")
+        state = state_of(layer, adapter)
         A, B = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
         scopes.add("lora" if state == "plain" else "layer" if layer.stream is None else "model")
         scalings[name] = float(layer.scaling[adapter])
@@ -125,9 +124,18 @@ def held_by(model: PeftModel, adapter: str, start: Mapping[str, Tensor] | None) 
     return Held(deltas, points, scalings, scopes.pop())
 
 
-def check_values(deltas: Mapping[str, Tensor]) -> None:
+def check_unmerged(layers: Iterable[tuple[str, Any]]) -> None:
+    """Raise a ValueError for merged adapters: PEFT would take other values out of the weights than it put in."""
+    for name, layer in layers:
+        if layer.merged_adapters:
+            raise ValueError(
+                f"layer '{name}': adapters {layer.merged_adapters} are merged; call model.unmerge_adapter()"
+            )
+
+
+def check_values(tensors: Mapping[str, Tensor]) -> None:
     """Raise a ValueError for NaN or infinity, before a model is changed."""
-    for name, tensor in deltas.items():
+    for name, tensor in tensors.items():
         if not finite(tensor):
             raise ValueError(f"the vector holds NaN or infinity in '{name}'; the model is unchanged")
 

@@ -1,4 +1,4 @@
-"""The space that vectors are fused in: that of their one starting point, or what they add to the weights, ΔW."""
+"""Brings vectors into one space to be fused in: that of their one starting point, or weight space, ΔW."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from linlora.vectors.task_vector import TaskVector
 def in_one_space(
     vectors: Sequence[TaskVector], names: Sequence[str], scope: str | None = None, base: str | None = None
 ) -> tuple[list[TaskVector], str]:
-    """Vectors that add, and a note where they were brought into weight space unasked.
+    """The vectors in a space in which they add, and a note where they were brought into weight space unasked.
 
-    Vectors of one starting point stay there. In weight space, where that is exact, they go if `scope` is "weight", if
-    one of them is there, or if plain LoRA is among vectors of several starts or kinds.
+    Vectors of one starting point stay there. They are brought into weight space, where that is exact, if `scope` is
+    "weight", if one of them is there, or if plain LoRA is among vectors of several starts or kinds.
 
     Args:
         names: of the vectors, for messages.
         base: the base model of all, where they name it differently.
 
-    Raises DifferentPointError for vectors that do not add; ValueError for one that is no change of weights.
+    Raises DifferentPointError for vectors that do not add, ValueError for one that is no change of weights.
 
     >>> import linlora
     >>> models = [linlora.testing.tiny_model("bert", seed=seed) for seed in (0, 1)]

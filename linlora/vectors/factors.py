@@ -1,4 +1,4 @@
-"""Factors A and B of the ΔW that a vector adds to a layer: their sizes, values and sums."""
+"""The factors A and B of the ΔW that a vector adds to a layer: their sizes, values and sums."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ class Size(NamedTuple):
 
 
 def stored_factors(sizes: Mapping[str, Size], factors: Callable[[str], tuple[Tensor, Tensor]]) -> StoredTensors:
-    """The tensors '<layer>.dA' and '<layer>.dB' of a weight vector, made by layer when they are asked for.
+    """The tensors '<layer>.dA' and '<layer>.dB' of a weight vector, computed by layer when they are asked for.
 
-    A and B of a layer are one computation, and asked for one after the other. Where layers are too, the next ones are
-    computed ahead (linlora.storage.ahead).
+    A and B of a layer are one computation. Asked for in their order, the next layers are computed ahead
+    (linlora.storage.ahead).
 
     Args:
-        factors: (A, B) of a layer.
+        factors: returns (A, B) of a layer.
     """
     like = {}
     for layer, size in sizes.items():
@@ -47,10 +47,10 @@ def stored_factors(sizes: Mapping[str, Size], factors: Callable[[str], tuple[Ten
 
 
 def factors_of(vector: TaskVector, layer: str) -> tuple[Tensor, Tensor]:
-    """(A', B') with ΔW = s B' A' of a layer of a vector, in float32 or wider: what replaces the layer's adapter.
+    """(A', B') with ΔW = s B' A' of a layer of a vector, in float32 or wider: the factors of an adapter in its place.
 
-    Raises ValueError for a vector of scope "model", which folds into no weight, and for one without its point or of
-    base weights that its start changed.
+    Raises ValueError for a vector of scope "model", which folds into no weight, for one without its point, and for one
+    of base weights that its start changed.
 
     >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
     >>> A, B = factors_of(TaskVector(deltas, point, "", {"q": 0.5}, "layer"), "q")
@@ -66,13 +66,12 @@ def factors_of(vector: TaskVector, layer: str) -> tuple[Tensor, Tensor]:
     A0, B0, dA, dB = _of_layer(vector, layer)
     if vector.scope == "layer":
         assert A0 is not None
-        assert dB is not None
         return stacked(A0, B0, dA, dB)
     return stacked(_sum(A0, dA), None, None, _sum(B0, dB))
 
 
 def change_of_weight(vector: TaskVector, layer: str) -> Update:
-    """The change of the ΔW that a layer starts with: s (dB A0 + B0 dA) linearized, s (B A - B0 A0) plain.
+    """The change of a layer's ΔW from its start: s (dB A0 + B0 dA) linearized, s (B A - B0 A0) plain.
 
     >>> point, deltas = {"q.A0": torch.ones(1, 2)}, {"q.dB": torch.ones(3, 1)}
     >>> update = change_of_weight(TaskVector(deltas, point, "", {"q": 0.5}, "model"), "q")
@@ -83,7 +82,6 @@ def change_of_weight(vector: TaskVector, layer: str) -> Update:
     scaling = vector.scalings[layer]
     if vector.scope in ("layer", "model"):
         assert A0 is not None
-        assert dB is not None
         parts = [(A0, dB)] if B0 is None or dA is None else [(A0, dB), (dA, B0)]
     else:
         parts = [(_sum(A0, dA), _sum(B0, dB))] + ([] if A0 is None or B0 is None else [(A0, -B0)])
@@ -91,7 +89,7 @@ def change_of_weight(vector: TaskVector, layer: str) -> Update:
 
 
 def total(updates: Sequence[Update]) -> Update:
-    """Σ ΔW: factors side by side; of those that share A, B is added, so that a vector minus itself is zero."""
+    """Σ ΔW: factors side by side; where some share A, their B are added, so that a vector minus itself is zero."""
     As: list[Tensor] = []
     Bs: list[Tensor] = []
     for update in updates:
@@ -105,7 +103,7 @@ def total(updates: Sequence[Update]) -> Update:
 
 
 def size_of(vector: TaskVector, layer: str) -> Size:
-    """The size of the factors `factors_of` makes, without reading a tensor."""
+    """The size of the factors that `factors_of` gives; no tensor is read."""
     point, deltas = shapes(vector.point or {}), shapes(vector.deltas)
     A, dB, dtype = point[f"{layer}.A0"], deltas[f"{layer}.dB"], torch.float32
     for factor in (A, dB, point.get(f"{layer}.B0", A), deltas.get(f"{layer}.dA", A)):
@@ -114,15 +112,11 @@ def size_of(vector: TaskVector, layer: str) -> Size:
     return Size(dB.shape[0], A.shape[1], A.shape[0] * (1 + pair), dtype)
 
 
-def _of_layer(vector: TaskVector, layer: str) -> list[Tensor | None]:
+def _of_layer(vector: TaskVector, layer: str) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor]:
     """A0, B0, dA, dB; None for zero."""
-    if vector.point is None:
-        raise ValueError(
-            "the vector was saved without its point (include_point=False), and its weights are those of the point and "
-            "the change; use the vector with its point"
-        )
-    names = (("point", "A0"), ("point", "B0"), ("deltas", "dA"), ("deltas", "dB"))
-    return [getattr(vector, part).get(f"{layer}.{kind}") for part, kind in names]
+    point = vector.known_point("ΔW")
+    A0, B0 = (point.get(f"{layer}.{kind}") for kind in ("A0", "B0"))
+    return A0, B0, vector.deltas.get(f"{layer}.dA"), vector.deltas[f"{layer}.dB"]
 
 
 def _sum(start: Tensor | None, delta: Tensor | None) -> Tensor:

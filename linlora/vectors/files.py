@@ -1,4 +1,4 @@
-"""Task vectors in safetensors files: tensors, scope, scalings and the hash of the point, each with a checksum."""
+"""Reads and writes task vectors as safetensors files: tensors, scope, scalings, point, checksums."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from linlora.layers.vanilla import usable_scaling
 from linlora.storage.files import CorruptFileError, parse_json
 from linlora.storage.tensor_files import TensorFile, save_tensors
-from linlora.storage.tensors import StoredTensors, shapes
+from linlora.storage.tensors import StoredTensors, joined
 from linlora.vectors.points import point_hash, some
 
 FORMAT = "linlora.task_vector"
@@ -24,7 +24,7 @@ _SCOPES = ("lora", "layer", "model", "weight")
 
 
 class Content(NamedTuple):
-    """A task vector as it lies in a file, in the order of its fields; and the metadata of the file."""
+    """The fields of a task vector, in their order, and the metadata of its file."""
 
     deltas: Mapping[str, Tensor]
     point: Mapping[str, Tensor] | None
@@ -37,11 +37,8 @@ class Content(NamedTuple):
 
 
 def write_vector(path: str | os.PathLike, content: Content) -> None:
-    """Write a vector; its metadata are beside those of its fields. A killed save leaves the previous file whole."""
+    """Write a vector, its metadata beside those of its fields. A killed save leaves the previous file whole."""
     check_scalings(content.scalings, "save")
-    parts = [content.deltas, content.point or {}]
-    home = {name: part for part in parts for name in part}
-    like = {name: tensor for part in parts for name, tensor in shapes(part).items()}
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
@@ -52,7 +49,7 @@ def write_vector(path: str | os.PathLike, content: Content) -> None:
         **({"changed_base": content.changed_base} if content.changed_base else {}),
         **content.metadata,
     }
-    save_tensors(path, StoredTensors(like, lambda name: home[name][name]), metadata)
+    save_tensors(path, joined(content.deltas, content.point or {}), metadata)
 
 
 def read_vector(path: str | os.PathLike) -> Content:
@@ -66,7 +63,7 @@ def read_vector(path: str | os.PathLike) -> Content:
         raise CorruptFileError(
             f"{path}: format version {version}, this linlora reads {', '.join(_VERSIONS)}; update linlora"
         )
-    if version != "1" and not file.has_checksum:
+    if version != "1" and not file.has_header_checksum:
         raise CorruptFileError(f"{path}: its metadata has no checksum; the file was altered")
     if missing := [key for key in ("scope", "point_hash", "scalings", "base_model") if key not in metadata]:
         raise CorruptFileError(f"{path}: its metadata has no {some(missing)}; the file was altered")
@@ -85,7 +82,7 @@ def read_vector(path: str | os.PathLike) -> Content:
         raise CorruptFileError(f"{path}: layer '{lost[0]}' has no A; the file was altered")
     hash_alone = not point and metadata["point_hash"] != point_hash({})
     at = None if hash_alone else StoredTensors(point, file.read)
-    if at is not None and not file.has_checksums and point_hash(at) != metadata["point_hash"]:
+    if at is not None and not file.has_tensor_checksums and point_hash(at) != metadata["point_hash"]:
         raise CorruptFileError(f"{path}: the linearization point does not match its hash; the file was altered")
     scalings = {layer: float(scaling) for layer, scaling in scalings.items()}
     return Content(

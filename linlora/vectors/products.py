@@ -26,7 +26,7 @@ def jvp(model: PeftModel, vector: TaskVector, inputs: Mapping[str, Any]) -> tupl
     Args:
         model: linearized at scope "model".
         vector: δ, a TaskVector of scope "model" at the model's point.
-        inputs: what the model is called with, without labels; the main output is `model(**inputs)[0]`.
+        inputs: the arguments of the model, without labels; the main output is `model(**inputs)[0]`.
 
     Raises ValueError for a model of another scope or inputs with labels, DifferentPointError for a foreign vector.
 
@@ -47,7 +47,7 @@ def jvp(model: PeftModel, vector: TaskVector, inputs: Mapping[str, Any]) -> tupl
 def vjp(model: PeftModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Callable[[Tensor], TaskVector]]:
     """(f(φ0), pullback) with pullback(g) = Jᵀ g, a TaskVector, for a cotangent g shaped like the output.
 
-    The pullback may be called again, until it is let go of. Arguments and errors as of `jvp`.
+    The pullback may be called many times; it keeps the graph of its forward pass. Arguments and errors are `jvp`'s.
 
     >>> import linlora
     >>> model, batch = linlora.testing.tiny_model("bert"), linlora.testing.tiny_batch("bert")
@@ -73,7 +73,7 @@ def vjp(model: PeftModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Callable[[
 
 
 def both_outputs(model: nn.Module, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Primal and tangent of the main output, under `Stream.returning("both")`."""
+    """Primal and tangent of the main output, inside `Stream.returning("both")`."""
     output = main_output(model, inputs)
     if isinstance(output, DualTensor):
         return output.primal, output.tangent
@@ -89,7 +89,7 @@ def main_output(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
 
 @contextmanager
 def at_point(model: nn.Module) -> Iterator[Stream]:
-    """The stream of a model of scope "model", which is in eval mode meanwhile."""
+    """The stream of a model of scope "model", which is in eval mode inside the block."""
     streams = {id(s): s for module in model.modules() if isinstance(s := vars(module).get("stream"), Stream)}
     if not streams:
         raise ValueError("the model is not linearized at model scope: call linlora.linearize(model, scope='model')")

@@ -1,4 +1,4 @@
-"""Fitting a model that is linear in its parameters, by Gauss–Newton steps on Jacobian products.
+"""Fits a model that is linear in its parameters, by Gauss–Newton steps on Jacobian products.
 
 With F(δ) = f(φ0) + J δ, the objective
 
@@ -9,10 +9,10 @@ gradient of Φ and goes on with its products with the curvature, as conjugate gr
 
     q₁ = ∇Φ,  qₖ₊₁ = Jᵀ H J qₖ,          H = ∂²ℓ/∂F²          I, or diag(p) − p pᵀ with p = softmax(F)
 
-One product is one dual forward and one backward pass, what a pass of first-order training costs, and brings J qₖ along.
+One product is one dual forward and one backward pass, the cost of a pass of first-order training, and gives J qₖ too.
 F is affine: with J q known, Φ is known on the span of all directions found so far, and a step ends at its exact minimum
-there, at no further pass. The directions are kept orthonormal. Conjugate gradient, which keeps none, loses what it has
-found to rounding, and to the next step what it found out about the last.
+there, at no further pass. The directions are kept, orthonormal, from step to step. Conjugate gradient keeps none: it
+loses them to rounding, and each step starts anew.
 """
 
 from __future__ import annotations
@@ -28,14 +28,19 @@ from torch.nn.functional import cross_entropy, one_hot
 
 from linlora.layers.temporary import displaced, trainable
 from linlora.vectors.adapters import delta_parameters
+from linlora.vectors.examples import check_examples, check_labels
 from linlora.vectors.products import at_point, both_outputs, main_output
 from linlora.vectors.task_vector import TaskVector
 
 
 @dataclass(frozen=True)
 class Solution:
-    """The solution: the vector, the mean data loss ℓ at the start and after every step, the passes over the data
-    (each one forward and one backward)."""
+    """The result of `solve`.
+
+    Attributes:
+        losses: the mean data loss ℓ at the start and after every step.
+        passes: over the data, each one forward and one backward.
+    """
 
     vector: TaskVector
     losses: tuple[float, ...]
@@ -76,8 +81,8 @@ def solve(
     >>> solution.losses[-1] < solution.losses[0]
     True
     """
-    if not ridge > 0.0:
-        raise ValueError(f"solve: ridge is positive, got {ridge}")
+    batches = list(batches)  # once: a loader that shuffles gives other rows the next time
+    check_examples("solve", batches, loss, ridge)
     problem = _Problem(model, batches, loss)
     start = TaskVector.from_model(model)
     with at_point(model) as stream, trainable(problem.parameters):
@@ -108,13 +113,8 @@ def solve(
 class _Problem:
     """The data and the passes over it. Vectors of parameters are flat; of outputs, one tensor a batch."""
 
-    def __init__(self, model: PeftModel, batches: Iterable[Mapping[str, Any]], loss: str) -> None:
-        batches = list(batches)  # once: a loader that shuffles gives other rows the next time
-        if loss not in ("squared", "logistic"):
-            raise ValueError(f"solve: unknown loss {loss!r}; choose 'squared' or 'logistic'")
-        if not batches or any("labels" not in batch for batch in batches):
-            raise ValueError("solve: batches is a non-empty sequence of inputs that have 'labels'")
-        self.model, self.squared = model, loss == "squared"
+    def __init__(self, model: PeftModel, batches: Sequence[Mapping[str, Any]], loss: str) -> None:
+        self.model, self.loss_name, self.squared = model, loss, loss == "squared"
         self.inputs = [{name: x for name, x in batch.items() if name != "labels"} for batch in batches]
         self.labels: list[Tensor] = [batch["labels"] for batch in batches]
         self.parameters = delta_parameters(model)
@@ -126,14 +126,7 @@ class _Problem:
         with displaced(self.parameters, self.unflat(delta)), torch.no_grad():
             outputs = [torch.add(*both_outputs(self.model, inputs)).double() for inputs in self.inputs]
         for F, labels in zip(outputs, self.labels, strict=True):
-            expected = F.shape if self.squared else F.shape[:1]
-            if labels.shape != expected or labels.is_floating_point() != self.squared:
-                raise ValueError(
-                    f"solve: labels of {'floats' if self.squared else 'class indices'} {tuple(expected)} are expected "
-                    f"for outputs {tuple(F.shape)}, got {labels.dtype} {tuple(labels.shape)}"
-                )
-        if not all(F.isfinite().all() for F in outputs):
-            raise ValueError("solve: the model's outputs are not finite where its adapter is now")
+            check_labels("solve", F, labels, self.loss_name)
         return outputs
 
     def loss(self, outputs: Sequence[Tensor]) -> float:

@@ -18,7 +18,15 @@ from torch import Tensor
 from linlora.layers.restoring import restoring
 from linlora.layers.vanilla import changed_base
 from linlora.storage.tensors import shapes
-from linlora.vectors.adapters import adapter_layers, assign, check_values, delta_parameters, held_by, one_adapter
+from linlora.vectors.adapters import (
+    adapter_layers,
+    assign,
+    check_unmerged,
+    check_values,
+    delta_parameters,
+    held_by,
+    one_adapter,
+)
 from linlora.vectors.files import Content, read_vector, write_vector
 from linlora.vectors.points import DifferentPointError, point_hash, point_name, some
 
@@ -74,7 +82,7 @@ class TaskVector:
         )
 
     def __init_subclass__(cls, scope: str) -> None:
-        """Vectors of this scope are of the class, whose algebra is another."""
+        """Make the class that of vectors of a scope."""
         TaskVector._spaces[scope] = cls
 
     @classmethod
@@ -92,9 +100,8 @@ class TaskVector:
         held = held_by(model, adapter, None if point is None else point.point)
         base_model = getattr(model.peft_config[adapter], "base_model_name_or_path", None)
         changed = changed_base(model.peft_config.values())
-        vector = cls(
-            held.deltas, held.point, point_hash(held.point), held.scalings, held.scope, base_model, changed
-        )  # fmt: skip
+        at = point_hash(held.point)
+        vector = cls(held.deltas, held.point, at, held.scalings, held.scope, base_model, changed)
         if point is not None and point.point != {}:
             vector.check_same_point(replace(point, scalings=held.scalings))  # a point has none of its own
         return vector
@@ -133,16 +140,25 @@ class TaskVector:
         return space(*content[:-1]).with_metadata(content.metadata)
 
     def own_metadata(self) -> dict[str, str]:
-        """Entries of a file's metadata that are of this class of vectors alone."""
+        """Entries of a file's metadata that this class of vectors alone has."""
         return {}
 
     def with_metadata(self, metadata: Mapping[str, str]) -> TaskVector:
-        """The vector with what a file says of it beside that."""
+        """The vector with those entries of a file's metadata."""
         return self
 
     def loaded(self) -> TaskVector:
         """The vector in memory: one that lies in files is read, or computed, whole."""
         return replace(self, deltas=dict(self.deltas), point=None if self.point is None else dict(self.point))
+
+    def known_point(self, action: str) -> Mapping[str, Tensor]:
+        """The point. Raises ValueError, by the name of what needs it, for a vector that was saved without."""
+        if self.point is None:
+            raise ValueError(
+                f"{action}: the vector was saved without its point (include_point=False), and ΔW is of both; use the "
+                "vector with its point"
+            )
+        return self.point
 
     def __add__(self, other: TaskVector) -> TaskVector:
         return self._combine(other, torch.add)
@@ -178,16 +194,15 @@ class TaskVector:
             raise ValueError(f"cast: unknown scope {scope!r}; choose 'layer', 'model' or 'weight'")
         if self.scope != "lora":
             return replace(self, scope=scope)
-        if self.point is None:
-            raise ValueError("cast: a vector of plain LoRA needs its point, it was saved with include_point=False")
-        if not self.point:
+        point = self.known_point("cast")
+        if not point:
             raise ValueError(
                 "cast: the vector starts from zero, where A0 = B0 = 0 and the tangent space is empty; a plain adapter "
                 "has to be read with the adapter its training started from: linlora.formats.read(folder, point=start)"
             )
-        zero = [name for name in self.scalings if f"{name}.B0" not in self.point or not self.point[f"{name}.B0"].any()]
+        zero = [name for name in self.scalings if f"{name}.B0" not in point or not point[f"{name}.B0"].any()]
         without = {f"{name}.B0" for name in zero} | {f"{name}.dA" for name in zero}
-        point = {name: tensor for name, tensor in self.point.items() if name not in without}
+        point = {name: tensor for name, tensor in point.items() if name not in without}
         deltas = {name: tensor for name, tensor in self.deltas.items() if name not in without}
         return replace(self, deltas=deltas, point=point, point_hash=point_hash(point), scope=scope)
 
@@ -207,15 +222,12 @@ class TaskVector:
 
     def move_point(self, model: PeftModel) -> None:
         """Put the active adapter of a PEFT model, not linearized yet, at this vector's linearization point."""
-        if self.point is None:
-            raise ValueError(
-                "the vector was saved without its point (include_point=False), so no model can be moved to it"
-            )
-        adapter = one_adapter(model, None)
-        layers = self._matching_layers(model, adapter)
-        for name, layer in layers:
-            assign(layer.lora_A[adapter].weight, self.point.get(f"{name}.A0", 0.0), f"{name}.A0")
-            assign(layer.lora_B[adapter].weight, self.point.get(f"{name}.B0", 0.0), f"{name}.B0")
+        point, adapter = self.known_point("move_point"), one_adapter(model, None)
+        check_values(point)
+        with restoring(model):
+            for name, layer in self._matching_layers(model, adapter):
+                assign(layer.lora_A[adapter].weight, point.get(f"{name}.A0", 0.0), f"{name}.A0")
+                assign(layer.lora_B[adapter].weight, point.get(f"{name}.B0", 0.0), f"{name}.B0")
 
     def _combine(self, other: TaskVector, operation: Callable[[Tensor, Tensor], Tensor]) -> TaskVector:
         if not isinstance(other, TaskVector):
@@ -253,9 +265,13 @@ class TaskVector:
                 "weights does, except at scope 'model': vector.cast('weight')"
             )
 
+    @property
+    def _is_plain_without_start(self) -> bool:
+        return self.scope == "lora" and self.point_hash == point_hash({})
+
     def _check_displacement(self) -> None:
         """Raise a DifferentPointError for a plain adapter without its start: A and B, whose product is what it adds."""
-        if self.scope == "lora" and self.point_hash == point_hash({}):
+        if self._is_plain_without_start:
             raise DifferentPointError(
                 "the vector is a plain adapter without its start, A and B themselves. They do not add, nor scale: what "
                 "the adapter adds is their product, the same for (-A, -B). Use that, vector.cast('weight'), or the "
@@ -275,16 +291,14 @@ class TaskVector:
 
     def put_into(self, model: PeftModel, adapter: str) -> None:
         """Set an adapter to the vector: `apply`."""
-        if self.scope == "lora" and self.point_hash == point_hash({}):
+        if self._is_plain_without_start:
             return self.cast("weight").put_into(model, adapter)
         self._matching_layers(model, adapter)
-        if self.scope == "lora" and self.point is None:
-            raise ValueError("apply: a vector of plain LoRA needs its point, it was saved with include_point=False")
+        start = self.known_point("apply") if self.scope == "lora" else {}
         current = TaskVector.from_model(model, adapter, self if self.scope == "lora" else None)
         self.check_same_point(current)
         deltas = dict(self.deltas)
         check_values(deltas)
-        start = (self.point or {}) if self.scope == "lora" else {}
         for name, parameter in delta_parameters(model, adapter).items():
             delta = deltas[name]
             assign(parameter, start[point_name(name)] + delta if point_name(name) in start else delta, name)
@@ -302,10 +316,11 @@ class TaskVector:
             )
 
     def _matching_layers(self, model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
-        layers = list(adapter_layers(model, adapter))
+        layers = adapter_layers(model, adapter)
         if set(self.scalings) != {name for name, _ in layers}:
             odd = sorted(set(self.scalings) ^ {name for name, _ in layers})
             raise DifferentPointError(f"the vector and the model's adapter '{adapter}' differ in layers: {some(odd)}")
+        check_unmerged(layers)
         self.check_base(model)
         return layers
 

@@ -1,7 +1,7 @@
-"""Weight space: what adapters add to the weights of their base model, ΔW = s B A of every layer, kept as its factors.
+"""Weight space: vectors of what adapters add to the weights of their base model, ΔW = s B A, kept as factors.
 
-A vector here is relative to the base weights and not to a starting point, so adapters of any start, rank, scaling and
-choice of layers add; a layer that one of them lacks is zero there. N×K matrices are never formed:
+They are relative to the base weights, not to a starting point. So adapters of any start, rank, scaling and choice of
+layers add; a layer that one of them lacks is zero there. N×K matrices are never formed:
 
     sum        [s₁ B₁, s₂ B₂] [A₁; A₂]                          the ranks add up
     multiple   another s
@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from linlora.layers.vanilla import refuse_changed_base
 from linlora.layers.weights import Update
 from linlora.storage.tensors import StoredTensors, shapes
-from linlora.vectors.adapters import adapter_layers, assign, check_values
+from linlora.vectors.adapters import adapter_layers, assign, check_unmerged, check_values, state_of
 from linlora.vectors.factors import Size, factors_of, size_of, stored_factors, total
 from linlora.vectors.points import DifferentPointError, point_hash
 from linlora.vectors.task_vector import TaskVector
@@ -40,8 +40,7 @@ class WeightVector(TaskVector, scope="weight"):
     any starting point. There is no point, and `scalings` holds each s.
 
     Attributes:
-        truncation_error: of the vector that was cut to a smaller rank to give this one, the part of the norm that was
-            lost; 0 where none was.
+        truncation_error: the part of the norm that was lost when the vector was cut to this rank; 0 where none was.
 
     >>> import linlora
     >>> linlora.testing.tiny_model("bert", trained=True, r=2).save_pretrained("two")
@@ -56,10 +55,10 @@ class WeightVector(TaskVector, scope="weight"):
 
     @classmethod
     def of(cls, vector: TaskVector) -> WeightVector:
-        """The change of the base weights by a vector, its point's part included; the function is the same.
+        """The change of the base weights by a vector, its point's part included: the same function.
 
-        Raises ValueError for scope "model", whose function is no change of weights, and for a vector without its point
-        or of base weights that its start changed.
+        Raises ValueError for scope "model", whose function is no change of weights, for a vector without its point, and
+        for one of base weights that its start changed.
         """
         if isinstance(vector, WeightVector):
             return vector
@@ -70,12 +69,8 @@ class WeightVector(TaskVector, scope="weight"):
                 "has one"
             )
         refuse_changed_base(vector.changed_base, "cast: the vector")
-        if vector.point is None:
-            raise ValueError(
-                "cast: the vector was saved without its point (include_point=False), and ΔW is of both; use the vector "
-                "with its point"
-            )
-        if vector.scope == "lora" and not vector.point:
+        point = vector.known_point("cast")
+        if vector.scope == "lora" and not point:
             return weight_vector(vector, vector.deltas, vector.scalings)
         sizes = {layer: size_of(vector, layer) for layer in vector.scalings}
         factors = stored_factors(sizes, lambda layer: factors_of(vector, layer))
@@ -176,6 +171,7 @@ class WeightVector(TaskVector, scope="weight"):
     def put_into(self, model: PeftModel, adapter: str) -> None:
         """Let a plain adapter add ΔW to the weights: in the first rows of A, the others zero. See `linlora.apply`."""
         layers = dict(adapter_layers(model, adapter))
+        check_unmerged(layers.items())
         if missing := [layer for layer in self.scalings if layer not in layers]:
             raise DifferentPointError(
                 f"the vector changes layer '{missing[0]}', which adapter '{adapter}' does not: an adapter whose "
@@ -183,7 +179,7 @@ class WeightVector(TaskVector, scope="weight"):
             )
         values = {}
         for name, layer in layers.items():
-            if getattr(layer, "states", {}).get(adapter, "plain") != "plain":
+            if state_of(layer, adapter) != "plain":
                 raise DifferentPointError(
                     f"adapter '{adapter}' is linearized, and a vector of scope 'weight' goes into a plain one; "
                     "linlora.delinearize(model) makes it that"
@@ -199,9 +195,8 @@ class WeightVector(TaskVector, scope="weight"):
 def weight_vector(
     like: TaskVector, deltas: Mapping[str, Tensor], scalings: Mapping[str, float], base_model: str | None = None
 ) -> WeightVector:
-    """The vector of some factors, of the base model of another vector if no other is named."""
-    base_model = base_model or like.base_model
-    return WeightVector(deltas, {}, point_hash({}), dict(scalings), "weight", base_model)
+    """The vector of some factors, of the base model of another vector if none is named."""
+    return WeightVector(deltas, {}, point_hash({}), dict(scalings), "weight", base_model or like.base_model)
 
 
 def common_base(*vectors: TaskVector) -> str | None:

@@ -155,6 +155,38 @@ def test_a_vector_from_zero_needs_no_point_in_its_file_and_sets_the_factors(tmp_
         loaded.cast("layer")
 
 
+CHANGES = {
+    "apply ΔW": lambda model, vector: linlora.apply(model, 2.0 * vector.cast("weight")),
+    "apply": linlora.apply,
+    "move_point": lambda model, vector: vector.move_point(model),
+}
+
+
+@pytest.mark.parametrize("prepare", [lambda model: None, linlora.accelerate], ids=["PEFT", "accelerated"])
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+def test_a_merged_adapter_is_not_changed(change, prepare):
+    model = tiny_model("bert", trained=True)
+    prepare(model)
+    vector, before = TaskVector.from_model(model), dict(tiny_model("bert", trained=True).named_parameters())
+    model.merge_adapter()
+    with pytest.raises(ValueError, match=r"\['default'\] are merged; call model.unmerge_adapter"):
+        change(model, vector)
+    model.unmerge_adapter()
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, before[name])
+
+
+@pytest.mark.parametrize("odd", [torch.ones(1, 1), torch.full((4, 32), torch.nan)], ids=["shape", "NaN"])
+def test_a_point_that_does_not_fit_leaves_the_model_as_it_was(odd):
+    model = tiny_model("bert", trained=True)
+    vector = TaskVector.from_model(model)
+    point = {name: 2.0 * tensor for name, tensor in vector.point.items()} | {"bert.pooler.dense.A0": odd}
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"bert\.pooler\.dense\.A0"):
+        replace(vector, point=point).move_point(model)
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
+
+
 class TestRefusals:
     def test_different_points(self):
         u = VECTORS[0]
@@ -334,7 +366,7 @@ class TestFiles:
 
     def test_checksums_of_another_program_are_none(self, path):
         save_file(load_file(path), path, {"checksums": "sha256 of something"})
-        assert not TensorFile(path).has_checksums
+        assert not TensorFile(path).has_tensor_checksums
 
     def test_a_vector_left_in_its_file_reads_what_was_there_when_it_was_opened(self, path):
         stored = TaskVector.open(path)

@@ -173,6 +173,23 @@ def test_a_vector_merges_into_a_model_in_memory(architecture, tmp_path):
     torch.testing.assert_close(logits(back, architecture), logits(base, architecture), rtol=1e-4, atol=1e-5)
 
 
+def test_a_merge_that_stops_halfway_says_what_the_weights_are(monkeypatch):
+    from linlora.merging import model as merging
+
+    calls, fold = [], merging.fold
+
+    def stops(weight, update):
+        calls.append(weight)
+        if len(calls) == 3:
+            raise MemoryError
+        fold(weight, update)
+
+    monkeypatch.setattr(merging, "fold", stops)
+    vector = TaskVector.from_model(tiny_model("bert", trained=True)).cast("weight")
+    with pytest.raises(RuntimeError, match=r"stopped at layer '.*'.* load the base model again"):
+        linlora.merge(tiny_base("bert"), vector)
+
+
 @pytest.mark.parametrize("prepare", [lambda model: None, linlora.accelerate], ids=["PEFT", "accelerated"])
 def test_a_vector_goes_into_an_adapter_of_its_rank_or_more(prepare, tmp_path):
     source = tiny_model("bert", trained=True, r=3, lora_alpha=5, target_modules=["query"])
