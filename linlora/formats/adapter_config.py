@@ -1,4 +1,4 @@
-"""`adapter_config.json` of a LoRA adapter, from any version of PEFT or another program: checked before it is used."""
+"""Reads and checks `adapter_config.json` of a LoRA adapter, from any version of PEFT or another program."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from linlora.layers.vanilla import REMEDY, not_vanilla_config, refuse_changed_ba
 from linlora.storage.files import CorruptFileError, read_json
 
 CONFIG_FILE = "adapter_config.json"
-_DEFAULT_RANK, _DEFAULT_ALPHA = 8, 8  # LoraConfig's, for configs that leave them out
+_DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "rank_pattern": {}, "alpha_pattern": {}}  # LoraConfig's
 
 
 def read_config(folder: Path) -> dict[str, Any]:
     """The configuration of a vanilla LoRA adapter of its base model's own weights.
 
-    Raises CorruptFileError for one that is missing, broken or foreign, ValueError for one of another kind of adapter.
+    Raises CorruptFileError for one that is missing, broken, or of another kind of adapter, ValueError for one whose
+    start changed the base weights.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
@@ -41,64 +42,56 @@ def read_config(folder: Path) -> dict[str, Any]:
 def scalings(deltas: Mapping[str, Tensor], config: Mapping[str, Any], folder: Path) -> dict[str, float]:
     """alpha / r of every layer, alpha / sqrt(r) for rsLoRA, by the patterns of the config."""
     path = folder / CONFIG_FILE
-    ranks = Patterns(config.get("rank_pattern") or {}, f"{path}: rank_pattern")
-    alphas = Patterns(config.get("alpha_pattern") or {}, f"{path}: alpha_pattern")
-    r, lora_alpha = _or(config.get("r"), _DEFAULT_RANK), _or(config.get("lora_alpha"), _DEFAULT_ALPHA)
+    config = _DEFAULTS | {key: value for key, value in config.items() if value is not None}
+    ranks = Patterns(config["rank_pattern"], f"{path}: rank_pattern")
+    alphas = Patterns(config["alpha_pattern"], f"{path}: alpha_pattern")
     found = {}
     for name in deltas:
         layer, _, kind = name.rpartition(".")
         if kind != "dB":
             continue
         rank = int(deltas[name].shape[1])
-        if (said := ranks.get(layer, r)) != rank:
+        if (said := ranks.get(layer, config["r"])) != rank:
             raise CorruptFileError(
                 f"{folder}: {CONFIG_FILE} gives layer '{layer}' the rank {said}, its tensors have rank {rank}; the two "
                 "files are of different adapters"
             )
-        found[layer] = alphas.get(layer, lora_alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        divisor = math.sqrt(rank) if config.get("use_rslora") else rank
+        found[layer] = alphas.get(layer, config["lora_alpha"]) / divisor
         if not usable_scaling(found[layer]):
             raise CorruptFileError(f"{path}: layer '{layer}' has the scaling {found[layer]}, which cannot be meant")
     return found
 
 
-def _or(value: Any, default: Any) -> Any:
-    return default if value is None else value
+Test = Callable[[Any], bool]
 
 
 def _rank(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _names(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(name, str) for name in value)
+def _of_type(*types: type) -> Test:
+    return lambda value: isinstance(value, types)
 
 
-def _table(of: Callable[[Any], bool]) -> Callable[[Any], bool]:
+def _table(of: Test) -> Test:
     return lambda value: isinstance(value, dict) and all(map(of, value.values()))
 
 
-def _bool(value: Any) -> bool:
-    return isinstance(value, bool)
+def _list(of: Test) -> Test:
+    return lambda value: isinstance(value, list) and all(map(of, value))
 
 
-def _text(value: Any) -> bool:
-    return isinstance(value, str)
-
-
-def _indices(value: Any) -> bool:
-    return isinstance(value, (list, dict))
-
-
-_MEANT: dict[str, tuple[Callable[[Any], bool], str]] = {
+_MEANT: dict[str, tuple[Test, str]] = {
     "r": (_rank, "a rank of 1 or more"),
     "lora_alpha": (usable_scaling, "a number of ordinary size"),
     "rank_pattern": (_table(_rank), "a table of ranks of 1 or more"),
     "alpha_pattern": (_table(usable_scaling), "a table of numbers of ordinary size"),
-    "use_rslora": (_bool, "true or false"),
-    "fan_in_fan_out": (_bool, "true or false"),
+    "use_rslora": (_of_type(bool), "true or false"),
+    "fan_in_fan_out": (_of_type(bool), "true or false"),
     "bias": (lambda value: value in ("none", "all", "lora_only"), "none, all or lora_only"),
-    "modules_to_save": (_names, "a list of names"),
-    "trainable_token_indices": (_indices, "a list or a table of indices"),
-    "base_model_name_or_path": (_text, "a name"),
-    "task_type": (_text, "a name"),
+    "modules_to_save": (_list(_of_type(str)), "a list of names"),
+    "trainable_token_indices": (_of_type(list, dict), "a list or a table of indices"),
+    "base_model_name_or_path": (_of_type(str), "a name"),
+    "task_type": (_of_type(str), "a name"),
 }

@@ -1,7 +1,7 @@
 """The folder of a base model: which of its files may be read, and which go with a merged model.
 
-A folder may be of anyone's making. Nothing outside of it is read, whatever its index or its links say; the hub's cache
-alone, whose folders are links to its own blobs, is followed.
+Anyone may have made the folder. Nothing outside of it is read, whatever its index or its links say, but for the hub's
+cache, whose folders are links to its own blobs.
 """
 
 from __future__ import annotations
@@ -11,13 +11,11 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from linlora.formats.adapter_config import CONFIG_FILE as ADAPTER_CONFIG_FILE
-from linlora.formats.l_lora import LINEARIZED_FILE
-from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE
+from linlora.formats.opening import ADAPTER_FILES
 from linlora.storage.files import CorruptFileError, read_json
 
 _WEIGHTS = (".safetensors", ".bin", ".h5", ".msgpack", ".onnx", ".gguf", ".pt", ".pth", ".ckpt", ".ot")
 _OF_A_MODULE = (".safetensors", ".bin")
-_ADAPTER = (ADAPTER_CONFIG_FILE, TENSOR_FILE, PICKLE_FILE, LINEARIZED_FILE, "task_vector.safetensors")
 _MODULES_FILE, _INDEX = "modules.json", ".index.json"
 
 
@@ -45,8 +43,8 @@ def shard(folder: Path, name: str) -> Path:
 def beside_the_weights(folder: Path, weights: Iterable[str]) -> tuple[list[Path], list[Path]]:
     """Split the files of a base into those copied beside a merged model and those left out; hidden ones are neither.
 
-    Configuration, tokenizer and the weights of further modules in folders of their own go with it. Weights in other
-    formats and of other models do not, as they would be of the model before; nor do adapters, which are of that too.
+    Copied are configuration, tokenizer, and the weights of further modules in folders of their own. Left out are
+    adapters and weights in other formats: they belong to the model before the merge; and weights of other models.
 
     Args:
         weights: the files that are written anew, the index among them.
@@ -72,7 +70,7 @@ def beside_the_weights(folder: Path, weights: Iterable[str]) -> tuple[list[Path]
 
 def _goes_along(folder: Path, path: Path, further: set[Path]) -> bool:
     home = folder / path.parent
-    if path.name in _ADAPTER and (home / ADAPTER_CONFIG_FILE).is_file():
+    if path.name in (ADAPTER_CONFIG_FILE, *ADAPTER_FILES) and (home / ADAPTER_CONFIG_FILE).is_file():
         return False
     if not (path.suffix in _WEIGHTS or path.name.endswith(_INDEX)):
         return True

@@ -25,7 +25,7 @@ _EMBEDDING = re.compile(r"(embed\w*|wte|shared)\.weight$")
 
 
 class WrongBaseError(ValueError):
-    """An adapter has layers that the base model has not, or of another size; the message names them."""
+    """An adapter has layers that the base model lacks, or has in another size; the message names them."""
 
 
 class Placed(NamedTuple):
@@ -38,8 +38,8 @@ class Placed(NamedTuple):
 class Checkpoint:
     """A folder of safetensors weights, opened.
 
-    Raises FileNotFoundError for what is no such folder, CorruptFileError for one that is damaged, ValueError for
-    weights that are quantized or pickled.
+    Raises FileNotFoundError for a folder without a model, CorruptFileError for a damaged one, ValueError for weights
+    that are quantized or pickled.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -74,10 +74,10 @@ class Checkpoint:
 
     @cached_property
     def tied(self) -> list[list[str]]:
-        """Keys whose weights the model shares, in groups; those of them that are in no file are tied when it is loaded.
+        """Groups of keys whose weights the model shares; loading ties the keys that are in no file.
 
-        Of a model that transformers does not know, an embedding and the output embedding count as tied, unless its
-        configuration says that they are not, or both are there.
+        In a model that transformers does not know, the embedding and the output embedding count as tied, unless its
+        configuration says that they are not, or both are in the files.
         """
         if self.skeleton is not None:
             return tied_in_files(self.skeleton)
@@ -119,10 +119,10 @@ class Checkpoint:
         return {name: Placed(keys[f"{name}.weight"], transposed) for name in layers}
 
     def keys(self, names: list[str]) -> dict[str, str]:
-        """The key of each parameter of the model; a key that is not in the checkpoint where there is none.
+        """The key of each parameter of the model; where the checkpoint has none, a key that is not in it.
 
-        Names are those of the files; or become them as transformers converts them; or with a prefix added or removed,
-        the same for all, as where the adapter is of a part of the model or the checkpoint is.
+        A name is the key; or transformers converts it to the key; or a prefix, the same for all, is added or removed,
+        where adapter or checkpoint is of a part of the model.
         """
         found = {name: name for name in names}
         if any(name not in self.home for name in names):
@@ -147,7 +147,13 @@ class Checkpoint:
             weight_map = self.index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
                 raise CorruptFileError(f"{self.folder / INDEX_FILE}: the list of shards (weight_map) is missing")
-            return [shard(self.folder, name).name for name in sorted(set(map(str, weight_map.values())))]
+            names = [shard(self.folder, name).name for name in sorted(set(map(str, weight_map.values())))]
+            if (self.folder / SINGLE_FILE).is_file() and SINGLE_FILE not in names:
+                raise CorruptFileError(
+                    f"{self.folder}: {SINGLE_FILE} and the shards of {INDEX_FILE} are two models, one saved over the "
+                    "other; transformers loads the first. Remove the files that are not meant"
+                )
+            return names
         if (self.folder / SINGLE_FILE).is_file():
             return [inside(self.folder, self.folder / SINGLE_FILE).name]
         if list(self.folder.glob("pytorch_model*.bin")):

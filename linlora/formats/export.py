@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,18 +12,17 @@ from torch import Tensor
 from linlora import formats
 from linlora.formats import Stored
 from linlora.formats.adapter_config import CONFIG_FILE
+from linlora.formats.adapter_folder import adapter_folder
 from linlora.formats.checkpoint import Checkpoint
-from linlora.formats.model_config import FOLDER, copy_model_config, write_model_config
+from linlora.formats.model_config import copy_model_config, write_model_config
 from linlora.formats.opening import TASK_VECTOR_FILE
 from linlora.formats.peft_adapter import TENSOR_FILE
 from linlora.layers.folding import folded_configs, folded_state_dict, with_sizes
 from linlora.layers.lora_linear import converted_layers
 from linlora.layers.sharding import writes
 from linlora.layers.vanilla import changed_base, refuse_changed_base
-from linlora.storage.files import install_file
-from linlora.storage.staging import unfinished_folder
 from linlora.storage.tensor_files import save_tensors
-from linlora.storage.tensors import StoredTensors, shapes
+from linlora.storage.tensors import StoredTensors, joined, renamed, shapes
 from linlora.vectors.adapters import one_adapter
 from linlora.vectors.factors import factors_of
 from linlora.vectors.points import DifferentPointError
@@ -48,9 +44,10 @@ def export(
     rank r where B0 = 0 and 2r elsewhere; `task_vector.safetensors` holds (dA, dB) and the linearization point, for
     `TaskVector.load`; `model_config/config.json` the class names of a head. A plain LoRA adapter of a model has no
     linearization point, so no vector is written for it: save `TaskVector.from_model(model, point=start)` beside it.
-    Each file is replaced in one step.
+    Each file is replaced in one step; files of an adapter that was in the directory and would be read in place of the
+    new ones are removed.
 
-    Of a model sharded by FSDP2 every process has to call this, and rank 0 writes; under DDP let rank 0 call it.
+    With a model sharded by FSDP2 every process has to call this, and rank 0 writes; under DDP let rank 0 call it.
 
     Args:
         base: for a task vector, what the adapter is of: the hub id or folder of the base model, or the folder of an
@@ -89,7 +86,7 @@ def export(
     state_dict = folded_state_dict(source)
     if not writes(source):
         return
-    with _staging(directory) as staging:
+    with adapter_folder(directory) as staging:
         with folded_configs(source):
             type(source).save_pretrained(source, str(staging), selected_adapters=[adapter], state_dict=state_dict)
         if getattr(source.peft_config[adapter], "modules_to_save", None):
@@ -113,17 +110,17 @@ def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.P
         if Path(base).is_dir():
             placed = Checkpoint(Path(base)).place(stored.layer_sizes())
             config["fan_in_fan_out"] = any(place.transposed for place in placed.values())
-    like, read, sizes = _stored_factors(vector)
-    for name, tensor in shapes(extras).items():
+    factors, sizes = _stored_factors(vector)
+    names = {}
+    for name in extras:
         layer, _, parameter = name.rpartition(".")
         there = f"{layer}.base_layer.{parameter}" if layer in sizes else name  # the bias of an adapted layer
-        like[f"base_model.model.{there}"] = tensor
-        read[f"base_model.model.{there}"] = functools.partial(extras.__getitem__, name)
-    tensors = StoredTensors(like, lambda name: read[name]())
+        names[f"base_model.model.{there}"] = name
     kept = {key: config[key] for key in _KEPT if config.get(key)}
     lora = LoraConfig(target_modules=list(sizes), inference_mode=True, base_model_name_or_path=base_model, **kept)
-    with _staging(directory) as staging:
+    with adapter_folder(directory) as staging:
         with_sizes(lora, sizes).save_pretrained(str(staging))
+        tensors = joined(factors, renamed(extras, names))
         save_tensors(staging / TENSOR_FILE, tensors, {"format": "pt", **vector.own_metadata()})
         if vector.point:
             vector.save(staging / TASK_VECTOR_FILE)
@@ -146,54 +143,30 @@ def _check_adapter_of_base(stored: Stored, like: Stored) -> None:
             )
 
 
-Read = dict[str, Callable[[], Tensor]]
-
-
-def _stored_factors(vector: TaskVector) -> tuple[dict[str, Tensor], Read, dict[str, tuple[int, float]]]:
-    """The shapes of an adapter's tensors, what makes each, and (rank, alpha) of every layer.
+def _stored_factors(vector: TaskVector) -> tuple[StoredTensors, dict[str, tuple[int, float]]]:
+    """The factors of an adapter by their names in its file, and (rank, alpha) of every layer.
 
     In weight space the factors are the vector's, which may lie in files: one layer is in memory at a time.
     """
-    like: dict[str, Tensor] = {}
-    read: Read = {}
+    made: dict[str, Tensor] = {}
+    names: dict[str, str] = {}
     sizes = {}
+    like = shapes(vector.deltas)
     for layer, scaling in vector.scalings.items():
         a, b = (f"base_model.model.{layer}.lora_{kind}.weight" for kind in "AB")
         if vector.scope == "weight" and scaling > 0.0:
-            stored = shapes(vector.deltas)
-            for name, own in ((a, f"{layer}.dA"), (b, f"{layer}.dB")):
-                like[name], read[name] = stored[own], functools.partial(vector.deltas.__getitem__, own)
-            rank = len(stored[f"{layer}.dA"])
+            names[a], names[b] = f"{layer}.dA", f"{layer}.dB"
+            rank = len(like[f"{layer}.dA"])
         else:
-            A, B = (_narrowed(factor, vector.deltas[f"{layer}.dB"].dtype) for factor in factors_of(vector, layer))
+            A, B = (_narrowed(factor, like[f"{layer}.dB"].dtype) for factor in factors_of(vector, layer))
             if scaling <= 0.0:  # of a multiple; servers expect an alpha above 0
                 B, scaling = scaling * B, 1.0
-            like |= shapes({a: A, b: B})
-            read[a], read[b], rank = functools.partial(_same, A), functools.partial(_same, B), len(A)
+            made[a], made[b], rank = A, B, len(A)
         sizes[layer] = (rank, scaling * rank)
-    return like, read, sizes
-
-
-def _same(tensor: Tensor) -> Tensor:
-    return tensor
+    return joined(made, renamed(vector.deltas, names)), sizes
 
 
 def _narrowed(factor: Tensor, dtype: torch.dtype) -> Tensor:
     """A factor in the vector's own dtype, if that holds it exactly."""
     narrow = factor.to(dtype)
     return narrow if torch.equal(narrow.to(factor.dtype), factor) else factor
-
-
-@contextmanager
-def _staging(directory: str | os.PathLike) -> Iterator[Path]:
-    """A folder to write to, whose files then go to the directory, each in one step; an error leaves that as it was."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with unfinished_folder(directory / "export") as staging:
-        yield staging
-        if not (staging / TASK_VECTOR_FILE).exists():
-            (directory / TASK_VECTOR_FILE).unlink(missing_ok=True)  # of the adapter that was there
-        for file in sorted(path for path in staging.rglob("*") if path.is_file()):
-            place = directory / (FOLDER if file.parent.name == FOLDER else "")  # PEFT's own folders are left out
-            place.mkdir(exist_ok=True)
-            install_file(file, place / file.name)

@@ -47,13 +47,12 @@ def open_l_lora(folder: Path) -> Stored:
                 raise CorruptFileError(f"{path}: '{key}' is neither a trained factor nor one of a starting point")
         deltas: dict[str, Tensor] = {}
         point: dict[str, Tensor] = {}
-        for layer in trained.keys() | starts.keys():
+        for layer in sorted(trained.keys() | starts.keys()):
             if len(trained[layer]) != 2 or len(starts[layer]) != 2:
                 raise CorruptFileError(
                     f"{path}: layer '{layer}' has {len(trained[layer])} trained factors and {len(starts[layer])} of "
                     "its starting point; A, B, A0 and B0 are expected"
                 )
-        for layer in sorted(trained):
             A, B = (file.read(trained[layer][kind]) for kind in "AB")
             A0, B0 = (file.read(key) for _, key in sorted(starts[layer].items()))
             if A.shape != A0.shape or B.shape != B0.shape or A.dim() != 2 or A.shape[0] != B.shape[1]:

@@ -1,6 +1,6 @@
-"""`model_config/config.json` beside an adapter with a head: the class of its model and the names of the classes.
+"""Reads and writes `model_config/config.json` beside an adapter with a head: the class of its model, its class names.
 
-A folder of its own, because transformers takes an adapter's folder that holds a `config.json` for a whole model:
+It has a folder of its own, because transformers takes an adapter's folder with a `config.json` for a whole model:
 
     config = AutoConfig.from_pretrained(adapter, subfolder="model_config")
     base = AutoModelForSequenceClassification.from_pretrained(base_model, config=config)
@@ -22,7 +22,7 @@ _OF_THE_HEAD = ("architectures", "id2label", "label2id", "problem_type")
 
 
 def write_model_config(model: nn.Module, folder: Path) -> None:
-    """Write the configuration of a transformers model; of any other model there is none."""
+    """Write the configuration of a transformers model; any other model has none."""
     config: Any = getattr(model, "config", None)
     if hasattr(config, "save_pretrained"):
         config.architectures = [type(model).__name__]
@@ -30,7 +30,7 @@ def write_model_config(model: nn.Module, folder: Path) -> None:
 
 
 def copy_model_config(source: Path, folder: Path) -> None:
-    """Take the configuration of an adapter's folder over into another."""
+    """Copy the configuration of an adapter's folder into another."""
     if (source / FOLDER / "config.json").is_file():
         (folder / FOLDER).mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source / FOLDER / "config.json", folder / FOLDER / "config.json")

@@ -7,21 +7,23 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from linlora.formats.adapter_config import CONFIG_FILE, read_config
+from linlora.formats.adapter_config import CONFIG_FILE, read_config, scalings
 from linlora.formats.l_lora import LINEARIZED_FILE, open_l_lora
-from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE, open_peft_adapter, parameters, split
+from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE, open_peft_adapter, split
 from linlora.formats.stored import Stored
 from linlora.storage.files import CorruptFileError
 from linlora.storage.tensor_files import TensorFile
-from linlora.storage.tensors import shapes
+from linlora.vectors.factors import factors_of
 from linlora.vectors.files import FORMAT
 from linlora.vectors.points import DifferentPointError, point_hash, point_name
 from linlora.vectors.task_vector import TaskVector
 
 TASK_VECTOR_FILE = "task_vector.safetensors"
-_ADAPTER_FILES = (TASK_VECTOR_FILE, LINEARIZED_FILE, TENSOR_FILE, PICKLE_FILE)
+ADAPTER_FILES = (TASK_VECTOR_FILE, LINEARIZED_FILE, TENSOR_FILE, PICKLE_FILE)
+"""The files that hold an adapter; of several in a folder the first is read."""
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 
 
@@ -31,8 +33,8 @@ def read(path: str | os.PathLike, point: TaskVector | str | os.PathLike | None =
     Args:
         path: a task vector, or the folder of a PEFT adapter, an L-LoRA checkpoint or `linlora.export`.
         point: for a plain LoRA adapter, the adapter its training started from (a vector of scope "lora", or a path):
-            then the vector is the change from there, of scope "lora". Without it, it is what the adapter adds to the
-            weights, of scope "weight".
+            then the vector is the change from there, of scope "lora". Without it the vector is what the adapter adds
+            to the weights, of scope "weight".
 
     Raises FileNotFoundError; CorruptFileError for what is truncated, altered, foreign or not finite, by its name.
 
@@ -89,29 +91,55 @@ def from_start(vector: TaskVector, start: TaskVector | str | os.PathLike) -> Tas
 
 
 def _at(vector: TaskVector, name: str) -> Tensor:
-    """A factor where the vector ends."""
+    """The factor that a vector ends at."""
     delta, start = vector.deltas[name], point_name(name)
     return vector.point[start] + delta if vector.point and start in vector.point else delta
 
 
 def _open_folder(folder: Path) -> Stored:
     if (folder / TASK_VECTOR_FILE).is_file():
-        config = read_config(folder) if (folder / CONFIG_FILE).is_file() else {}
-        vector = TaskVector.open(folder / TASK_VECTOR_FILE)
-        return Stored(folder, "linlora adapter (task vector beside a PEFT adapter)", vector, _extras(folder), config)
+        return _open_export(folder)
     if (folder / LINEARIZED_FILE).is_file():
         return open_l_lora(folder)
     if (folder / TENSOR_FILE).is_file() or (folder / PICKLE_FILE).is_file():
         return open_peft_adapter(folder)
     if any((folder / name).is_file() for name in _MODEL_FILES):
         raise CorruptFileError(f"{folder}: a whole model, not an adapter of one; a base model goes to --base")
-    inside = sorted(
-        str(child)
-        for child in folder.iterdir()
-        if child.is_dir() and any((child / n).is_file() for n in _ADAPTER_FILES)
-    )
+    inside = sorted({str(path.parent) for path in folder.glob("*/*") if path.name in ADAPTER_FILES and path.is_file()})
     hint = f"; there are adapters in {', '.join(inside[:3])}" if inside else ""
-    raise FileNotFoundError(f"{folder}: no adapter in this folder (none of {', '.join(_ADAPTER_FILES)}){hint}")
+    raise FileNotFoundError(f"{folder}: no adapter in this folder (none of {', '.join(ADAPTER_FILES)}){hint}")
+
+
+def _open_export(folder: Path) -> Stored:
+    """A task vector, and the PEFT adapter beside it: its configuration, and the trained parameters it holds."""
+    vector = TaskVector.open(folder / TASK_VECTOR_FILE)
+    config = read_config(folder) if (folder / CONFIG_FILE).is_file() else {}
+    extras: Mapping[str, Tensor] = {}
+    if (folder / TENSOR_FILE).is_file():
+        factors, extras = split(TensorFile(folder / TENSOR_FILE).tensors(), folder)
+        has_factors = vector.scope != "model" and vector.point is not None and vector.changed_base is None
+        if config and has_factors and not _are_factors_of(vector, factors, scalings(factors.like, config, folder)):
+            raise CorruptFileError(
+                f"{folder}: {TASK_VECTOR_FILE} and {TENSOR_FILE} are of different adapters: one was saved over the "
+                "other's folder. Remove the file that is not meant"
+            )
+    return Stored(folder, "linlora adapter (task vector beside a PEFT adapter)", vector, extras, config)
+
+
+def _are_factors_of(vector: TaskVector, factors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> bool:
+    """Whether A and s B of every layer are those of a vector, up to rounding."""
+    if vector.scalings.keys() != scaling.keys():
+        return False
+    for layer in scaling:
+        for kind, mine, s in zip(("dA", "dB"), factors_of(vector, layer), (1.0, vector.scalings[layer]), strict=True):
+            its = factors[f"{layer}.{kind}"].to(mine.dtype) * (scaling[layer] if kind == "dB" else 1.0)
+            rounding = 4.0 * torch.finfo(torch.float32).eps * (s * mine).norm()
+            if vector.scope == "lora":  # A - A0 was rounded in its dtype
+                delta = vector.deltas[f"{layer}.{kind}"]
+                rounding += torch.finfo(delta.dtype).eps * (s * delta.float()).norm()
+            if mine.shape != its.shape or not (s * mine - its).norm() <= rounding:
+                return False
+    return True
 
 
 def _open_file(path: Path) -> Stored:
@@ -132,12 +160,3 @@ def _open_file(path: Path) -> Stored:
     raise CorruptFileError(
         f"{path}: not a task vector; a safetensors file {kind}with {len(names)} tensors ({', '.join(names[:3])}, ...)"
     )
-
-
-def _extras(folder: Path) -> Mapping[str, Tensor]:
-    """Tensors of the PEFT adapter beside a task vector that the vector does not hold."""
-    if not (folder / TENSOR_FILE).is_file():
-        return {}
-    file = TensorFile(folder / TENSOR_FILE)
-    like = {name: file.like(name) for name in file.entries}
-    return parameters(split(like, folder)[1], shapes(like), file.read)

@@ -1,7 +1,7 @@
 """`rank_pattern` and `alpha_pattern` of an adapter, matched as PEFT matches them, whoever wrote them.
 
-They are regular expressions, and one can be made to take longer than anyone waits. So literal names, which is what
-nearly all are, are looked up; those that repeat nothing are matched by `re`; the others by `regex`, which has a limit.
+They are regular expressions, and one can be made to take longer than anyone waits. Literal names, which nearly all are,
+are looked up; expressions that repeat nothing are matched by `re`; the others by `regex`, which has a time limit.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ V = TypeVar("V")
 
 
 class Patterns(Generic[V]):
-    """The values of a pattern table, by layer. Raises CorruptFileError for what is no expression, or an endless one.
+    """The values of a pattern table, by layer. Raises CorruptFileError for a key that is no expression, or endless.
 
     >>> patterns = Patterns({"^encoder.q": 4, "q|v": 16}, "adapter_config.json: rank_pattern")
     >>> [patterns.get(layer, 8) for layer in ("encoder.q", "decoder.encoder.q", "encoder.qv")]

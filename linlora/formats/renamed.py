@@ -1,4 +1,4 @@
-"""A base model without its weights: names that transformers spells otherwise in files, and weights it shares."""
+"""Builds a base model without its weights, for the names its parameters have in files and the weights it shares."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from linlora.layers.sharing import shared_names
 from linlora.storage.files import CorruptFileError, read_json
 
 _MOST = 10_000
-"""Layers, experts and the like; to build more modules takes longer than anyone waits."""
+"""The largest number of layers or experts that is built; more take longer than anyone waits."""
 _COUNTS = re.compile("layer|expert|block|stage|depth")
 
 
@@ -49,7 +49,7 @@ def skeleton(folder: Path) -> nn.Module | None:
 def names_in_files(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     """The name in a checkpoint of each parameter of a model, as this version of transformers would save it.
 
-    A parameter that is saved in another form than a tensor of its own (several in one) is left out.
+    Parameters that are saved several in one tensor are left out.
 
     >>> import linlora
     >>> model = linlora.testing.tiny_base("vit")
@@ -57,31 +57,25 @@ def names_in_files(model: nn.Module, names: Sequence[str]) -> dict[str, str]:
     >>> len(names_in_files(model, names)) == len(names)
     True
     """
-    found = {}
-    for name in names:
-        name_in_file = _name_in_file(model, name)
-        if name_in_file is not None:
-            found[name] = name_in_file
-    return found
+    found = {name: _name_in_file(model, name) for name in names}
+    return {name: in_file for name, in_file in found.items() if in_file is not None}
 
 
 def tied_in_files(model: nn.Module) -> list[list[str]]:
-    """The parameters that a model shares between modules, in groups, by their names in a checkpoint.
+    """Groups of names, as in a checkpoint, of the parameters that a model shares between modules.
 
     >>> import linlora
     >>> tied_in_files(linlora.testing.tiny_base("llama", tie_word_embeddings=True))
     [['lm_head.weight', 'model.embed_tokens.weight']]
     """
-    groups = shared_names(model)
-    return [sorted(names_in_files(model, group).get(name, name) for name in group) for group in groups]
+    return [sorted(names_in_files(model, group).get(name, name) for name in group) for group in shared_names(model)]
 
 
 def _too_many(config: Any, name: str = "") -> str | None:
-    """The name of a number of layers or the like in a configuration that is beyond all models."""
-    if isinstance(config, dict):
-        return next((found for key, value in config.items() if (found := _too_many(value, key)) is not None), None)
-    if isinstance(config, list):
-        return next((found for value in config if (found := _too_many(value, name)) is not None), None)
+    """The name of a number of layers or the like, somewhere in a configuration, that is beyond all models."""
+    if isinstance(config, (dict, list)):
+        parts = config.items() if isinstance(config, dict) else ((name, value) for value in config)
+        return next((found for key, value in parts if (found := _too_many(value, key)) is not None), None)
     return name if isinstance(config, (int, float)) and config > _MOST and _COUNTS.search(name) else None
 
 

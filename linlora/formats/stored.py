@@ -1,4 +1,4 @@
-"""An adapter in a file or folder."""
+"""`Stored`: an adapter in a file or folder, opened."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Stored:
 
     Attributes:
         path: of the file or folder.
-        kind: what it is, in words.
+        kind: the format, in words.
         vector: its task vector; the tensors stay in the file until they are asked for.
-        extras: what was trained beside the adapter and is no part of the vector, a head for instance: the values of
-            parameters of the base model, by their names there.
-        config: what `adapter_config.json` says; empty where there is none.
-        notes: what a reader should know.
+        extras: parameters of the base model that were trained beside the adapter, a head for instance, by their names
+            there; no part of the vector.
+        config: the content of `adapter_config.json`; empty where there is none.
+        notes: warnings for a reader.
     """
 
     path: Path
@@ -36,14 +36,9 @@ class Stored:
 
     def layer_sizes(self) -> dict[str, tuple[int, int]]:
         """(N, K) of every layer. Raises ValueError where the vector was saved without its point."""
-        like = {**shapes(self.vector.point or {}), **shapes(self.vector.deltas)}
+        like = {**shapes(self.vector.known_point(str(self.path))), **shapes(self.vector.deltas)}
         sizes = {}
         for layer in self.vector.scalings:
-            down = next((like[name] for name in (f"{layer}.A0", f"{layer}.dA") if name in like), None)
-            if down is None:
-                raise ValueError(
-                    f"{self.path}: the vector was saved without its point (include_point=False), and ΔW is of both; "
-                    "use the vector with its point"
-                )
+            down = like[f"{layer}.A0"] if f"{layer}.A0" in like else like[f"{layer}.dA"]
             sizes[layer] = (like[f"{layer}.dB"].shape[0], down.shape[1])
         return sizes

@@ -1,7 +1,7 @@
-"""Adapters merged into a base model from file to file: the model is never built, a block of rows is in memory.
+"""Merges adapters into a base model from file to file: no model is built, one block of rows is in memory.
 
-The shards of the base are gone through in the order of their bytes (linlora.merging.shards), by a plan of what becomes
-of each tensor (linlora.merging.plan). The folder appears under its name when it is whole.
+A plan (linlora.merging.plan) says what becomes of each tensor; the shards are written by it in the order of their bytes
+(linlora.merging.shards). The folder appears under its name when it is whole.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ def merge_files(
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> Merged:
-    """Write the model that a base and adapters make together, as a folder that transformers loads.
+    """Write a base model with adapters merged into it, as a folder that transformers loads.
 
     Args:
         base: folder of a model, safetensors in one file or in shards, as transformers writes them.
-        adapters: files or folders of any format of `linlora.formats`; their ΔW are summed. What was trained beside an
-            adapter (a head) replaces the base's, or is added to it: where the adapter's `model_config` says of which
-            class of model it is, the merged model is of that class and has its class names.
-        out: the folder to write; it must not exist, or be empty.
-        progress: goes through the names of the shards.
-        weights: what each ΔW is multiplied by, 1 if left out.
-        method, options: of `linlora.fuse`, which makes one vector in weight space of them, layer by layer, instead of
-            the sum.
+        adapters: files or folders of any format of `linlora.formats`; their ΔW are summed. A head trained beside an
+            adapter replaces the base's, or is added: the merged model is then of the class, and has the class names,
+            that the adapter's `model_config` gives.
+        out: the folder to write; it is new or empty.
+        progress: iterates over the names of the shards.
+        weights: factors of the ΔW, 1 if left out.
+        method, options: of `linlora.fuse`, which fuses the adapters in weight space, layer by layer, instead of
+            summing them.
 
     Raises, and writes nothing: FileExistsError; WrongBaseError where base and adapter do not fit; ValueError for no
     adapter, a quantized base, a vector of scope "model", one without its point, weights that overflow;
@@ -91,12 +91,12 @@ def merge_files(
         for path in beside:
             (staging / path).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(checkpoint.folder / path, staging / path)
-        plan.describe(checkpoint, staging)
+        plan.describe(staging)
         # a block keeps one thread busy for a millisecond, and the other core is the writing thread's
         with one_thread(), Queue() as flushing, Queue(3) as writing:
             for name in progress(list(checkpoint.files)):
                 file = checkpoint.files[name]
-                if plan.grows(file, name):
+                if plan.additions(file):
                     save_shard(file, plan, staging / name)
                 else:
                     write_shard(file, plan, staging / name, writing, flushing)
@@ -105,7 +105,7 @@ def merge_files(
     nbytes = sum(e.stop - e.start for file in checkpoint.files.values() for e in file.entries.values())
     return Merged(
         folder,
-        len(plan.folds),
+        len(plan.changes),
         len(plan.replacements),
         len(plan.added.keys() | checkpoint.home.keys()),
         nbytes,
@@ -116,7 +116,7 @@ def merge_files(
 def _fused(
     adapters: Sequence[formats.Stored], weights: Sequence[float] | None, method: str | None, options: Mapping[str, Any]
 ) -> tuple[list[formats.Stored], DenseTies | None]:
-    """Adapters as one, whose layers are computed when they are asked for; for TIES all of them, and the rule."""
+    """The adapters as one, whose layers are computed when they are asked for; for TIES all of them, and the rule."""
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise ValueError(f"merge: {len(weights)} weights for {len(adapters)} adapters; one each is needed")

@@ -1,10 +1,10 @@
-"""Adapters, or a task vector, merged into the weights of a model in memory."""
+"""Merges adapters, or a task vector, into the weights of a model in memory."""
 
 from __future__ import annotations
 
 import torch
 from peft import PeftModel
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from linlora.layers.linearize import accelerate
@@ -18,6 +18,9 @@ from linlora.storage.tensors import finite
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
 
+Fold = tuple[str, Tensor, Update]
+"""A layer's name, its weight, and what is added to it."""
+
 
 def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None = None) -> nn.Module:
     """Fold the active (or the named) adapters into the base weights and return the plain transformers model.
@@ -25,8 +28,8 @@ def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None 
     Or fold a task vector, as what it adds to the weights, into a plain model: merge(base, vector).
 
     W + ΔW is summed in fp32 and rounded to W's dtype once. In place, like PEFT's `merge_and_unload`: the PeftModel is
-    used up. Raises ValueError, leaving the model whole, when an adapter holds NaN or does not exist, and for a weight
-    that another module shares (a tied embedding).
+    used up. Raises ValueError, leaving the model whole, for an adapter that holds NaN or does not exist, and for a
+    weight that another module shares (a tied embedding).
 
     >>> import linlora
     >>> model = linlora.testing.tiny_model("bert")
@@ -52,7 +55,7 @@ def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None 
     refuse_shared(model, adapted_layers(model, adapters or model.active_adapters), "merge", REMEDY)
     with uninterrupted(), restoring(model):
         accelerate(model)  # plain layers merge by the same fp32 rule; linearized ones stay as they are
-        folds = []
+        folds: list[Fold] = []
         for name, layer in converted_layers(model):
             names = [adapter for adapter in adapters or layer.active_adapters if adapter in layer.lora_A]
             for adapter in names:
@@ -66,14 +69,7 @@ def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None 
             layer.merged_adapters.extend(adapters or layer.active_adapters)  # PEFT leaves them to the loop below
         tuner = model.base_model
         merged = type(tuner).merge_and_unload(tuner, adapter_names=adapters)
-        for name, weight, update in folds:  # last, because nothing undoes it
-            try:
-                fold(weight, update)
-            except Exception as error:
-                raise RuntimeError(
-                    f"merge: stopped at layer '{name}', when others had been folded; the weights are neither those of "
-                    "the base nor merged, load the base model again"
-                ) from error
+        _fold(folds)
         return merged
 
 
@@ -99,19 +95,31 @@ def _merge_vector(model: nn.Module, vector: WeightVector) -> nn.Module:
                 f"{tuple(weight.shape)}: not the base model the vector is of"
             )
     refuse_shared(model, vector.scalings, "merge", "Untie the weights of the model first, or export the vector")
+    folds: list[Fold] = []
     with uninterrupted():
-        for checking in (True, False):
-            for name in vector.scalings:
-                weight, update = modules[name].weight.data, vector.update(name)
-                if not finite(update.A) or not finite(update.B):
-                    raise ValueError(
-                        f"merge: layer '{name}' of the vector holds NaN or infinity; the model is unchanged"
-                    )
-                wide = torch.promote_types(update.A.dtype, weight.dtype)
-                A, B = (factor.to(weight.device, wide) for factor in (update.A, update.B))
-                try:
-                    for step in (check_sum, rehearse) if checking else (fold,):
-                        step(weight, Update(A, B, isinstance(modules[name], Conv1D)))
-                except OverflowError as error:
-                    raise ValueError(f"merge: layer '{name}': {error}; the model is unchanged") from error
+        for name in vector.scalings:
+            weight, update = modules[name].weight.data, vector.update(name)
+            if not finite(update.A) or not finite(update.B):
+                raise ValueError(f"merge: layer '{name}' of the vector holds NaN or infinity; the model is unchanged")
+            wide = torch.promote_types(update.A.dtype, weight.dtype)
+            A, B = (factor.to(weight.device, wide) for factor in (update.A, update.B))
+            folds.append((name, weight, Update(A, B, isinstance(modules[name], Conv1D))))
+            try:
+                check_sum(*folds[-1][1:])
+                rehearse(*folds[-1][1:])
+            except OverflowError as error:
+                raise ValueError(f"merge: layer '{name}': {error}; the model is unchanged") from error
+        _fold(folds)
     return model
+
+
+def _fold(folds: list[Fold]) -> None:
+    """Fold the updates of all layers: the last step of a merge, because nothing undoes it."""
+    for name, weight, update in folds:
+        try:
+            fold(weight, update)
+        except Exception as error:
+            raise RuntimeError(
+                f"merge: stopped at layer '{name}', when others had been folded; the weights are neither those of "
+                "the base nor merged, load the base model again"
+            ) from error

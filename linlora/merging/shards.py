@@ -1,7 +1,7 @@
-"""The shards of a merged model, written in the order of their bytes.
+"""Writes the shards of a merged model in the order of their bytes.
 
-Blocks of rows go to a second thread, which writes them; a third flushes them to the disk. Everything between two
-changed tensors is copied by the kernel.
+A second thread writes blocks of rows, a third flushes them to the disk; the kernel copies what lies between
+two changed tensors.
 """
 
 from __future__ import annotations
@@ -21,16 +21,15 @@ from linlora.storage.tensor_files import TensorFile, save_tensors, write
 from linlora.storage.tensors import StoredTensors, memory
 
 _FLUSH = 2**27
-"""Bytes after which what is written goes to the disk, beside the work; all of it at the end would be waited for."""
+"""Bytes after which written ones are flushed to the disk, beside the work; flushed at the end, all are waited for."""
 
 
 def write_shard(file: TensorFile, plan: Plan, path: Path, writing: Queue, flushing: Queue) -> None:
-    """The shard with its adapted tensors changed: the same header, the same places."""
-    changed = plan.folds.keys() | plan.replacements.keys()
+    """Write a shard with some tensors changed: the same header, the same places."""
     out = open(path, "wb", buffering=0)  # noqa: SIM115  (closed by the flushing thread)
     done = 0
     for name, entry in sorted(file.entries.items(), key=lambda item: item[1].start):
-        if name in changed:
+        if name in plan.changed:
             writing.put(file.copy, done, entry.start, out.fileno())
             for block in plan.merged(file, name):
                 writing.put(write, out, memory(block))
@@ -43,18 +42,16 @@ def write_shard(file: TensorFile, plan: Plan, path: Path, writing: Queue, flushi
 
 
 def save_shard(file: TensorFile, plan: Plan, path: Path) -> None:
-    """The shard with other tensors in it than it had: all of it is written, one tensor at a time."""
-    like = {name: file.like(name) for name in file.entries}
-    like |= {name: tensor for name, tensor in plan.added.items() if name in like or path.name == plan.last}
-    changed = plan.folds.keys() | plan.replacements.keys()
+    """Write a shard that gets tensors it has no place for: all of it anew, one tensor at a time."""
+    like = file.tensors().like | plan.additions(file)
     tensors = StoredTensors(
-        like, lambda name: torch.cat(list(plan.merged(file, name))) if name in changed else file.read(name)
+        like, lambda name: torch.cat(list(plan.merged(file, name))) if name in plan.changed else file.read(name)
     )
     save_tensors(path, tensors, {"format": "pt", **file.metadata})
 
 
 class Queue:
-    """Jobs for another thread, in their order, `limit` at most waiting; what one raises, `put` or the end raises."""
+    """Jobs for another thread, in their order, at most `limit` waiting. `put` or the end raises a job's error."""
 
     def __init__(self, limit: int | None = None) -> None:
         self.limit = limit

@@ -98,6 +98,42 @@ def test_a_linlora_folder_is_its_task_vector(tmp_path, trained):
     assert (formats.read(tmp_path / "task_vector.safetensors") - stored.vector).norm() == 0.0
 
 
+def test_a_folder_whose_adapter_was_saved_over_is_of_no_vector(tmp_path):
+    model = tiny_model("bert", trained=True)
+    linlora.linearize(model)
+    linlora.export(model, tmp_path)
+    stock = PeftModel.from_pretrained(tiny_base("bert"), tmp_path, is_trainable=True)
+    stock.save_pretrained(tmp_path)
+    assert formats.read(tmp_path).scope == "layer"  # the same adapter still
+    stock.base_model.model.bert.pooler.dense.lora_B["default"].weight.data[0, 0] += 1e-3
+    stock.save_pretrained(tmp_path)
+    with pytest.raises(linlora.CorruptFileError, match="of different adapters"):
+        formats.open(tmp_path)
+
+
+def test_a_vector_saved_beside_the_plain_adapter_it_ends_at_is_read(tmp_path):
+    for dtype in (torch.float32, torch.bfloat16):
+        model = tiny_model("bert", trained=True)
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(dtype)
+        start = TaskVector.from_model(model)
+        randomize(model, 8)
+        model.save_pretrained(tmp_path)
+        TaskVector.from_model(model, point=start).save(tmp_path / "task_vector.safetensors")
+        assert formats.read(tmp_path).scope == "lora"
+
+
+def test_one_parameter_by_two_names_has_one_value(adapter):
+    path = adapter[0] / "adapter_model.safetensors"
+    names = [f"base_model.model.classifier.{part}bias" for part in ("", "modules_to_save.")]
+    save_file(load_file(path) | {name: torch.ones(3) for name in names}, path)
+    assert list(formats.open(adapter[0]).extras) == ["classifier.bias"]
+    save_file(load_file(path) | {names[0]: torch.zeros(3)}, path)
+    with pytest.raises(linlora.CorruptFileError, match="one parameter with two values"):
+        formats.open(adapter[0])
+
+
 class Linearized(nn.Module):
     """What the L-LoRA checkpoints were made of: a layer, a copy of its parameters, and a jvp between them."""
 
@@ -184,3 +220,25 @@ def test_what_stock_peft_loads_is_what_was_read(adapter):
     torch.testing.assert_close(logits(stock), expected)
     names = {name.rpartition(".")[0] for name in formats.read(folder).deltas}
     assert names == set(TaskVector.from_model(stock).scalings)
+
+
+@pytest.mark.parametrize("there", ["linlora adapter", "L-LoRA checkpoint"])
+def test_an_adapter_written_over_another_is_the_one_that_is_read(tmp_path, there):
+    folder = tmp_path / "adapter"
+    if there == "L-LoRA checkpoint":
+        published_l_lora(folder, trained=True)
+    else:
+        model = tiny_model("bert", modules_to_save=["classifier"])
+        linlora.linearize(model)
+        linlora.export(model, folder)
+    assert there in formats.open(folder).kind
+    routed = linlora.routing.route(tiny_base("bert"), 2, rank=4, target_modules=["query"])
+    randomize(routed, 3)
+    linlora.routing.export_task(routed, folder, task_id=1)
+    assert formats.open(folder).kind == "PEFT LoRA adapter"
+    assert not (folder / "model_config" / "config.json").exists()
+    vector, layer = formats.read(folder), routed.routed_layers[0]
+    _, B = layer.adapter(linlora.routing.task_weights(routed, 1)[layer.layer_name])
+    assert torch.equal(vector.deltas[f"{layer.layer_name}.dB"], B)
+    linlora.export(vector, folder)
+    assert formats.read(folder).scope == "weight"

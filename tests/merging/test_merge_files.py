@@ -392,3 +392,31 @@ def test_a_vocabulary_that_grew_is_not_taken_for_a_head(tmp_path):
     linlora.export(model, tmp_path / "adapter")
     with pytest.raises(WrongBaseError, match="to replace"):
         merge_files(base, [tmp_path / "adapter"], tmp_path / "out")
+
+
+def test_a_base_folder_of_two_models_is_refused(tmp_path):
+    base = save_base(tmp_path)
+    tiny_base("bert").save_pretrained(base, max_shard_size="20KB")  # leaves model.safetensors, which transformers loads
+    tiny_model("bert", trained=True).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(linlora.CorruptFileError, match=r"model\.safetensors and the shards .* are two models"):
+        merge_files(base, [tmp_path / "adapter"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_head_of_another_size_in_an_early_shard_is_written_once(tmp_path):
+    base = save_base(tmp_path)
+    tensors = everything(base)
+    head = {name: tensor for name, tensor in tensors.items() if name.startswith("classifier")}
+    shards = {"a.safetensors": head, "b.safetensors": {n: t for n, t in tensors.items() if n not in head}}
+    (base / "model.safetensors").unlink()
+    for file, content in shards.items():
+        save_file(content, base / file, {"format": "pt"})
+    weight_map = {name: file for file, content in shards.items() for name in content}
+    (base / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    model = get_peft_model(
+        tiny_base("bert", num_labels=5), LoraConfig(target_modules=["query"], modules_to_save=["classifier"])
+    )
+    linlora.export(model, tmp_path / "adapter")
+    merge_files(base, [tmp_path / "adapter"], tmp_path / "out")
+    assert {file: set(load_file(tmp_path / "out" / file)) for file in shards} == {f: set(c) for f, c in shards.items()}
+    assert BertForSequenceClassification.from_pretrained(tmp_path / "out").classifier.weight.shape[0] == 5
