@@ -1,16 +1,17 @@
-"""One task of a routed model as one adapter: exact LoRA factors, a merged model, a PEFT model."""
+"""Makes one adapter of a task of a routed model: exact LoRA factors, a merged model, a PEFT model."""
 
 from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from linlora.formats.adapter_folder import adapter_folder
+from linlora.formats.peft_adapter import TENSOR_FILE
 from linlora.layers.calls import LINEAR, beyond_product, is_product
 from linlora.layers.folding import with_sizes
 from linlora.layers.linearize import linearize
@@ -18,15 +19,13 @@ from linlora.layers.restoring import restoring
 from linlora.layers.sharing import refuse_shared
 from linlora.routing.model import RoutedModel
 from linlora.routing.scope import scope_of
-from linlora.storage.files import install_file
-from linlora.storage.staging import unfinished_folder
 from linlora.storage.tensor_files import save_tensors
 from linlora.vectors.adapters import delta_parameters
 
 
 @torch.no_grad()
 def task_weights(model: RoutedModel, task_id: int | None) -> dict[str, Tensor]:
-    """The weights (Q, S) of a task in every layer, by layer name, as they are in use (not in training); None: 1 / S.
+    """The weights (Q, S) of a task in every layer, by layer name, as in eval mode; for None 1 / S.
 
     Raises ValueError for a task the model does not know, and where weights depend on the input.
 
@@ -68,10 +67,10 @@ def task_weights(model: RoutedModel, task_id: int | None) -> dict[str, Tensor]:
 
 
 def export_task(model: RoutedModel, directory: str | os.PathLike, task_id: int | None) -> None:
-    """Write one task as a LoRA adapter that stock PEFT loads and computes the same function with; None: the mean.
+    """Write one task (None: the mean of the skills) as a LoRA adapter, which has the same function in stock PEFT.
 
-    The factors are those of the mixture, of rank r, or of rank 2r where the model is linearized at B0 ≠ 0. Modules in
-    modules_to_save go with them. Each file is replaced in one step.
+    The factors are those of the mixture, of rank r, or 2r where the model is linearized at B0 ≠ 0; the modules in
+    modules_to_save are written too. Files are replaced as by `linlora.export`.
 
     Raises ValueError for a task the model does not know, weights that depend on the input, parameters of the base model
     that train, and at model scope, where no LoRA adapter has the function.
@@ -88,26 +87,22 @@ def export_task(model: RoutedModel, directory: str | os.PathLike, task_id: int |
     weights = task_weights(model, task_id)
     tensors: dict[str, Tensor] = {}
     for layer in model.routed_layers:
-        A, B = layer.adapter(weights[layer.layer_name])
-        prefix = f"base_model.model.{layer.layer_name}"
-        tensors[f"{prefix}.lora_A.weight"], tensors[f"{prefix}.lora_B.weight"] = A, B
+        a, b = (f"base_model.model.{layer.layer_name}.lora_{kind}.weight" for kind in "AB")
+        tensors[a], tensors[b] = layer.adapter(weights[layer.layer_name])
     for name in model.modules_to_save:
         for key, tensor in model.model.get_submodule(name).state_dict().items():
             tensors[f"base_model.model.{name}.{key}"] = tensor
     config = _config(model, doubled=True)
     config.inference_mode = True
     config.base_model_name_or_path = getattr(model.model, "name_or_path", None)
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    with unfinished_folder(directory / "export") as staging:
+    with adapter_folder(directory) as staging:
         config.save_pretrained(staging)
-        install_file(staging / "adapter_config.json", directory / "adapter_config.json")
-    save_tensors(directory / "adapter_model.safetensors", tensors, {"format": "pt"})
+        save_tensors(staging / TENSOR_FILE, tensors, {"format": "pt"})
 
 
 @torch.no_grad()
 def merge_task(model: RoutedModel, task_id: int | None) -> nn.Module:
-    """Fold one task (None: the mean of the skills) into the base weights and return the base model, as if trained.
+    """Fold one task (None: the mean of the skills) into the base weights and return the base model.
 
     W + ΔW is summed in fp32 and rounded once. In place: the routed model is used up. Raises as `export_task`, for NaN,
     and for a weight that another module shares (a tied embedding), leaving the model whole.
@@ -140,8 +135,8 @@ def merge_task(model: RoutedModel, task_id: int | None) -> nn.Module:
 def collapse(model: RoutedModel, task_id: int | None = None) -> PeftModel:
     """The mean of the inventory (MHR-μ), or one task, as a PEFT LoRA model that trains on: the same function.
 
-    A plain model becomes a plain PEFT model of rank r. A linearized one becomes a PEFT model linearized at the same
-    point and scope, displaced by the mixture of the offsets. In place: the routed model is used up.
+    A plain model becomes a plain PEFT model of rank r; a linearized one a PEFT model linearized at the same point and
+    scope, displaced by the mixture of the offsets. In place: the routed model is used up.
 
     >>> import linlora
     >>> routed = linlora.routing.route(linlora.testing.tiny_base("bert"), 2, rank=4, target_modules=["query"])
@@ -163,28 +158,26 @@ def collapse(model: RoutedModel, task_id: int | None = None) -> PeftModel:
             if scope is not None:
                 linearize(peft_model, scope)
                 for key, parameter in delta_parameters(peft_model).items():
-                    name, _, delta = key.rpartition(".")
-                    dA, dB = mixed[name]
-                    value = dA if delta == "dA" else dB
+                    name, _, kind = key.rpartition(".")
+                    value = mixed[name][kind == "dB"]
                     assert value is not None
                     parameter.copy_(value)
         return peft_model.train(model.training)
 
 
 def _config(model: RoutedModel, doubled: bool) -> LoraConfig:
-    """The LoraConfig of one adapter; with the doubled rank of a layer linearized at B0 ≠ 0, if asked."""
+    """The LoraConfig of one adapter; `doubled` doubles the rank of layers linearized at B0 ≠ 0."""
     sizes = {}
     for layer in model.routed_layers:
         rank = layer.sizes.rank * (2 if doubled and layer.state == "pair" else 1)
         sizes[layer.layer_name] = (rank, layer.sizes.scaling * rank)
-    conv = any(isinstance(layer.base_layer, Conv1D) for layer in model.routed_layers)
     ends = tuple(f".{name}" for name in sizes)
     ambiguous = any(name.endswith(ends) and name not in sizes for name, _ in model.model.named_modules())
     config = LoraConfig(
         # PEFT takes a name for all that end like it, a regular expression for what it matches in full.
         target_modules="|".join(map(re.escape, sizes)) if ambiguous else list(sizes),
         modules_to_save=list(model.modules_to_save) or None,
-        fan_in_fan_out=conv,
+        fan_in_fan_out=any(isinstance(layer.base_layer, Conv1D) for layer in model.routed_layers),
         lora_dropout=model.routed_layers[0].sizes.dropout,
     )
     return with_sizes(config, sizes)
@@ -200,7 +193,7 @@ def _check_folds(model: RoutedModel, action: str) -> None:
 
 
 def _check_products(model: RoutedModel) -> None:
-    """Hooks stay with the layer that is merged into; a forward of its own may make something else of its weight."""
+    """Refuse base layers whose own forward may use the weight otherwise; hooks stay with the layer."""
     for layer in model.routed_layers:
         base = layer.base_layer
         if type(base) not in LINEAR or (not is_product(base) and "hooks" not in beyond_product(base)):

@@ -1,8 +1,8 @@
-"""The routing of a batch: from task ids, or weights of the caller's, to the mixed factors of every layer.
+"""Routes a batch: from task ids, or weights of the caller's, to the mixed factors of every layer.
 
-Weights that depend on the task alone are worked out once for every task that occurs, and the factors of those tasks are
-mixed for all layers at once (`linlora.ops.mix_inventories`; adapters trained apart are put side by side,
-`linlora.routing.side_by_side`). Where examples of one task differ, by noise in training, each layer mixes by the
+Weights that depend on the task alone are computed once for every task that occurs, and the factors of those tasks are
+mixed for all layers at once (`linlora.ops.mix_inventories`); adapters trained apart are put side by side
+(`linlora.routing.side_by_side`). Where examples of one task differ, by noise in training, each layer mixes by the
 example instead.
 """
 
@@ -95,13 +95,18 @@ def _rows(weights: Tensor | tuple[Tensor, Tensor], ids: Tensor) -> Tensor:
 def _mix(
     layers: Sequence[RoutedLoraLinear], weights: Mapping[int, Tensor | tuple[Tensor, Tensor]], most: int = 1
 ) -> dict[str, Factors]:
-    """The mixed factors of the layers whose selector has weights here, by layer name: one call a device, and one a
-    layer whose skills are adapters trained apart, of which a row has as many as `most`."""
+    """The mixed factors, by layer name, of the layers whose selector has weights here.
+
+    One call a device mixes; a layer whose skills are adapters trained apart, at most `most` of them a row, has its own.
+    """
     factors: dict[str, Factors] = {}
-    mixed = [layer for layer in layers if id(layer.selector) in weights and not layer.selector.apart]
-    for layer in (layer for layer in layers if id(layer.selector) in weights and layer.selector.apart):
+    mixed = []
+    for layer in (layer for layer in layers if id(layer.selector) in weights):
+        if not layer.selector.apart:
+            mixed.append(layer)
+            continue
         assert layer.lora_A is not None  # apart: not linearized, and in one head
-        of_layer = _pair(weights[id(layer.selector)], layer.weight.device)[0]
+        of_layer, _ = _pair(weights[id(layer.selector)], layer.weight.device)
         factors[layer.layer_name] = Factors(*side_by_side(layer.lora_A, layer.lora_B, of_layer, most))
     for device in {layer.weight.device for layer in mixed}:
         here = [layer for layer in mixed if layer.weight.device == device]

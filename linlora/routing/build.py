@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from linlora.routing.granularity import selector_of
 from linlora.routing.model import RoutedModel
-from linlora.routing.routed_layer import LayerSizes, RoutedLayer
+from linlora.routing.routed_layer import LayerSizes, RoutedLayer, check_linear
 from linlora.routing.selectors import Selector, Sizes
 from linlora.routing.structure import Inventory
 from linlora.routing.variants import VARIANTS
@@ -42,7 +42,7 @@ def route(
     Args:
         model: a transformers or torch model; its parameters are frozen, its layers wrapped, no weight is copied.
         n_tasks: T. Task ids are 0 … T − 1.
-        variant: how the weights of the skills come about (`linlora.routing.selectors`):
+        variant: the source of the skills' weights (`linlora.routing.selectors`):
             "poly"     learned per task: Poly with one head, MHR with more (arXiv 2211.03831);
             "private"  a skill for every task;      "shared"   one skill for all tasks;
             "uniform"  the mean of the skills (μ);  "adamix"   a random skill in training, the mean after;
@@ -58,15 +58,14 @@ def route(
         granularity: "layer", "block" or "model": which layers share a selector.
         options: the selector's: of "poly" sampling, l2_norm, shared_skill, logit_dropout; of "gate" hidden, start.
 
-    Returns: a RoutedModel, to be called with task_ids. `print(routed.report())` says what was done.
+    Returns: a RoutedModel, to be called with task_ids; `print(routed.report())` lists its layers and selectors.
 
     Raises ValueError for targets that match nothing (it lists the linear layers), a Q that does not divide a layer
     (it names it), unknown variants and granularities; TypeError for unknown options and a layer that is not linear.
 
-    The rows of a layer belong to tasks by their order, so its inputs have to have the examples first, (examples, ...,
-    K), each as often as the others. Sizes that cannot be those are refused in the forward; a layer that sees time
-    first (XLNet's) or chosen tokens (experts of a mixture) cannot be told where its sizes happen to divide: leave it
-    out of target_modules.
+    The order of a layer's rows tells their tasks: its inputs have the examples first, (examples, ..., K), each equally
+    often. The forward refuses other sizes. It cannot tell a layer that sees time first (XLNet's) or chosen tokens
+    (experts of a mixture) where the sizes happen to divide: leave such layers out of target_modules.
 
     >>> import torch, linlora
     >>> base, batch = linlora.testing.tiny_base("bert"), linlora.testing.tiny_batch("bert")
@@ -99,7 +98,7 @@ def route(
     inventories: dict[str, Inventory] = {}
     selectors: dict[str, Selector] = {}
     for name, layer in _targets(model, target_modules, exclude_modules, saved):
-        inputs = layer.nx if isinstance(layer, Conv1D) else layer.in_features
+        _, inputs = check_linear(name, layer)
         of = selector_of(name, granularity)
         if selector is not None and of not in selectors:
             selectors[of] = selector(Sizes(n_tasks, n_skills, n_heads, inputs), **options)
@@ -142,11 +141,7 @@ def _targets(
         target_modules = [
             name for name, module in model.named_modules() if type(module) in LINEAR and module is not output
         ]
-    config = LoraConfig(
-        target_modules=target_modules if isinstance(target_modules, str) else list(target_modules),
-        exclude_modules=exclude_modules if exclude_modules is None or isinstance(exclude_modules, str)
-        else list(exclude_modules),
-    )  # fmt: skip
+    config = LoraConfig(target_modules=_as_peft_takes(target_modules), exclude_modules=_as_peft_takes(exclude_modules))
     inside = tuple(f"{name}." for name in saved)
     found = [
         (name, module)
@@ -165,6 +160,10 @@ def _targets(
                 "routed, so leave it out of target_modules or name it in exclude_modules"
             )
     return found
+
+
+def _as_peft_takes(names: Sequence[str] | str | None) -> list[str] | str | None:
+    return names if names is None or isinstance(names, str) else list(names)
 
 
 def _modules_to_save(model: nn.Module, names: Sequence[str]) -> list[str]:

@@ -1,7 +1,7 @@
 """Reads and writes a routed model as one safetensors file, which is whole or absent.
 
-Its metadata describe layers, selectors and modules_to_save, so that `RoutedModel.from_pretrained` needs the base model
-alone; its tensors are the model's state dict.
+Its metadata describe layers, selectors and modules_to_save, so `RoutedModel.from_pretrained` needs no more than the
+base model; its tensors are the model's state dict.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from linlora.routing.routed_layer import LayerSizes
 from linlora.routing.scope import scope_of, set_scope
 from linlora.routing.selectors import Selector
-from linlora.routing.structure import RoutedStructure
+from linlora.routing.structure import Inventory, RoutedStructure
 from linlora.routing.variants import make_selector
 from linlora.storage.files import CorruptFileError, parse_json
 from linlora.storage.tensor_files import load_tensors, save_tensors
@@ -30,9 +31,10 @@ FORMAT_VERSION = "1"
 
 @dataclass(frozen=True)
 class Saved:
-    """The content of a file. layers: (name, sizes, selector, state)."""
+    """The content of a file; `states` are those of the layers, in their order."""
 
-    layers: list[tuple[str, dict[str, Any], str | None, str]]
+    inventories: dict[str, Inventory]
+    states: list[str]
     selectors: dict[str, Selector]
     modules_to_save: list[str]
     scope: str | None
@@ -71,10 +73,11 @@ def read(directory: str | os.PathLike, variants: Sequence[type[Selector]] = ()) 
         )
     saved = parse_json(metadata.get("description", ""), f"{path}: its description")
     try:
-        selectors = {name: make_selector(described, variants) for name, described in saved["selectors"].items()}
-        layers = [(name, sizes, selector, state) for name, sizes, selector, state in saved["layers"]]
         return Saved(
-            layers, selectors, saved["modules_to_save"], saved["scope"], set(saved["trainable"]), tensors
+            {name: Inventory(LayerSizes(**sizes), selector) for name, sizes, selector, _ in saved["layers"]},
+            [state for _, _, _, state in saved["layers"]],
+            {name: make_selector(described, variants) for name, described in saved["selectors"].items()},
+            saved["modules_to_save"], saved["scope"], set(saved["trainable"]), tensors,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{path}: its description is not of a routed model ({error}); it was altered") from error
@@ -83,7 +86,7 @@ def read(directory: str | os.PathLike, variants: Sequence[type[Selector]] = ()) 
 def check_base(model: nn.Module, saved: Saved, directory: str | os.PathLike) -> None:
     """Raise a ValueError unless the base model has the layers of the file."""
     names = {name for name, _ in model.named_modules()}
-    missing = [name for name in (*(layer[0] for layer in saved.layers), *saved.modules_to_save) if name not in names]
+    missing = [name for name in (*saved.inventories, *saved.modules_to_save) if name not in names]
     if missing:
         raise ValueError(
             f"{Path(directory) / FILE}: {type(model).__name__} has no module '{missing[0]}' ({len(missing)} of its "
@@ -92,8 +95,8 @@ def check_base(model: nn.Module, saved: Saved, directory: str | os.PathLike) -> 
 
 
 def restore(model: RoutedStructure, saved: Saved, directory: str | os.PathLike) -> None:
-    """Bring a model just made from the description of a file to the state of the file."""
-    for layer, (_, _, _, state) in zip(model.layers, saved.layers, strict=True):
+    """Bring a model made from the description of a file to the state of the file."""
+    for layer, state in zip(model.layers, saved.states, strict=True):
         if state != "plain":
             cast(Any, layer).allocate_point(state)
     for name, parameter in model.named_parameters():

@@ -1,8 +1,7 @@
-"""The routing of the batch that is running, where the layers of a routed model find it.
+"""Holds the routing of the batch that is running, for the layers of a routed model to read.
 
-A routed model makes the `Routing` of a batch before its base model runs, and the layers read it. It ends with the
-forward pass. Non-reentrant activation checkpointing runs a part of it again, later: `Context.checkpoint_contexts`
-hands that part the routing it had.
+A routed model makes the `Routing` of a batch before its base model runs; it ends with the forward pass. Non-reentrant
+activation checkpointing runs a part of the pass again, later: `Context.checkpoint_contexts` gives it the same routing.
 """
 
 from __future__ import annotations
@@ -35,8 +34,8 @@ class Routing:
         places: the group of every example, (E,), or of every token, (E, length); one zero where all rows are a group.
         n_groups: T.
         factors: the factors of every group, by layer name.
-        weights: for layers that mix by the example, not by the group: (E, Q, S), by layer name. A layer that is in
-            neither asks its gate.
+        weights: for layers that mix by the example, not by the group: (E, Q, S), by layer name. A layer in neither
+            asks its gate.
     """
 
     places: Tensor
@@ -46,7 +45,7 @@ class Routing:
     _groups: dict[tuple[int, torch.device], Groups] = field(default_factory=dict, repr=False)
 
     def groups(self, lead: tuple[int, ...], device: torch.device) -> Groups:
-        """The groups of a layer's rows, whose leading dimensions are `lead`; made once for all layers of as many."""
+        """The groups of a layer's rows, whose leading dimensions are `lead`; made once for each number of rows."""
         key = math.prod(lead), device
         if key not in self._groups:
             self._groups[key] = Groups(self.places.flatten().to(device), self.n_groups, key[0])
@@ -68,7 +67,7 @@ class Context(threading.local):
 
     @contextmanager
     def running(self, routing: Routing | None) -> Iterator[None]:
-        """Let the layers find `routing` meanwhile."""
+        """Route the layers by `routing` inside the block."""
         previous, self.routing = self.routing, routing
         try:
             yield
@@ -77,7 +76,7 @@ class Context(threading.local):
 
     @contextmanager
     def off(self) -> Iterator[None]:
-        """Let the layers be their frozen base layers meanwhile."""
+        """Run the frozen base layers alone inside the block."""
         previous, self.disabled = self.disabled, True
         try:
             yield
@@ -85,12 +84,12 @@ class Context(threading.local):
             self.disabled = previous
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """The `context_fn` of torch.utils.checkpoint: recomputation is under the routing of its forward pass."""
+        """The `context_fn` of torch.utils.checkpoint: a part is recomputed with the routing of its forward pass."""
         return nullcontext(), _Again(self)
 
 
 class _Again:
-    """The routing of now, to be entered later, as often as a part is recomputed."""
+    """Enters the routing of its making again, as often as a part is recomputed."""
 
     def __init__(self, context: Context) -> None:
         self.context, self.routing, self.disabled = context, context.routing, context.disabled

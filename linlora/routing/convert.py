@@ -1,4 +1,4 @@
-"""PEFT's Poly models as routed models."""
+"""Converts PEFT's Poly models to routed models."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def convert(model: PeftModel, linearized: bool = False) -> RoutedModel:
             does so at model scope.)
 
     Raises TypeError for another model, ValueError for several adapters, heads that do not divide a layer, and hooks on
-    a Poly layer, which would be lost; the model is as it was then.
+    a Poly layer, which would be lost. An error leaves the model as it was.
 
     >>> import linlora, peft
     >>> config = peft.PolyConfig(n_tasks=3, n_skills=2, n_splits=4, target_modules=["query", "value"])
@@ -63,10 +63,11 @@ def convert(model: PeftModel, linearized: bool = False) -> RoutedModel:
     asks = {id(parameter): parameter.requires_grad for parameter in model.parameters()}
     inventories, selectors = {}, {}
     for name, layer in layers.items():
-        selectors[name] = _selector(layer, adapter)
-        rank = layer.r[adapter]
-        sizes = LayerSizes(layer.n_skills[adapter], layer.n_splits[adapter], rank, 1.0 / rank)
-        inventories[name] = Inventory(sizes, name)
+        skills, heads, rank = layer.n_skills[adapter], layer.n_splits[adapter], layer.r[adapter]
+        inventories[name] = Inventory(LayerSizes(skills, heads, rank, 1.0 / rank), name)
+        sizes = Sizes(layer.n_tasks[adapter], skills, heads, layer.in_features)
+        selectors[name] = Poly(sizes, sampling="relaxed_bernoulli")  # PEFT always samples in training
+        selectors[name].logits = layer.poly_router[adapter].module_logits
     wrapped = [name for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)]
     with restoring(model):
         base = model.base_model.unload()
@@ -79,12 +80,3 @@ def convert(model: PeftModel, linearized: bool = False) -> RoutedModel:
         if linearized:
             routed.linearize("layer")
         return routed
-
-
-def _selector(layer: PeftPolyLinear, adapter: str) -> Poly:
-    """The layer's selector, with the logits PEFT trains. PEFT always samples in training."""
-    inputs = layer.in_features
-    sizes = Sizes(layer.n_tasks[adapter], layer.n_skills[adapter], layer.n_splits[adapter], inputs)
-    selector = Poly(sizes, sampling="relaxed_bernoulli")
-    selector.logits = layer.poly_router[adapter].module_logits
-    return selector

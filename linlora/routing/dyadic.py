@@ -1,4 +1,4 @@
-"""MoDE: one shared down projection, and for each of its rank slots a choice of rank-one up projections by the token."""
+"""MoDE: one shared down projection; each of its rank slots chooses among rank-one up projections by the token."""
 
 from __future__ import annotations
 

@@ -9,10 +9,10 @@ from linlora.routing.selectors import Poly, Uniform
 
 
 def mhr_z(model: RoutedModel, n_tasks: int = 1) -> RoutedReport:
-    """Freeze everything and give `n_tasks` new tasks, whose ids follow those of the others, logits that train: MHR-z.
+    """Freeze everything and add `n_tasks` new tasks, whose logits train and whose ids follow the others': MHR-z.
 
-    In place. The tasks so far route as before. (arXiv 2211.03831 trains them with a learning rate of 0.1.) Linearized
-    at model scope, `linlora.routing.fit_routing` finds weights for a new task without a learning rate.
+    In place. The tasks so far route as before. (arXiv 2211.03831 trains the logits with a learning rate of 0.1.) At
+    model scope `linlora.routing.fit_routing` finds weights for a new task without a learning rate.
 
     Raises ValueError unless every selector of the model is a Poly.
 
@@ -40,10 +40,10 @@ def mhr_z(model: RoutedModel, n_tasks: int = 1) -> RoutedReport:
 
 
 def mhr_mu(model: RoutedModel) -> RoutedReport:
-    """Let every row take the mean of the skills, all copies of which train, and no selector: MHR-μ, kept.
+    """Route every row to the mean of the skills, whose copies all train, and no selector: MHR-μ, the copies kept.
 
-    In place. `linlora.routing.collapse` makes one adapter of the mean instead, S times smaller; trained by the same
-    gradients they differ in what an optimizer makes of them (arXiv 2211.03831 keeps the copies).
+    In place. `linlora.routing.collapse` makes one adapter of the mean instead, S times smaller. The gradients are the
+    same; an optimizer updates copies and adapter differently (arXiv 2211.03831 keeps the copies).
 
     >>> import linlora
     >>> routed = linlora.routing.route(linlora.testing.tiny_base("bert"), 3, n_skills=4, target_modules=["query"])

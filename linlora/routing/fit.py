@@ -1,12 +1,12 @@
-"""Few-shot weights for a new task by convex optimization: MHR-z in the tangent space.
+"""Fits the weights of a new task to a few examples by convex optimization: MHR-z in the tangent space.
 
 Linearized at model scope, the network is affine in the weights of its skills, over all layers and heads at once:
 
     F(w) = f(φ0) + J w,        column (layer, q, s) of J the derivative along skill s in head q of the layer
 
-J is small: a few examples times a few outputs, by all weights. With weights of its own for every example, one backward
-pass of the primal gives the rows of J of one output for all examples, so J takes one forward pass and a backward pass
-an output. What remains is a convex problem in memory, with one solution and no learning rate.
+J is small: a few examples times a few outputs, by all weights. With own weights for every example, one backward pass
+gives the rows of J of one output for all examples, so J takes one forward pass and a backward pass an output. The rest
+is a convex problem in memory, with one solution and no learning rate.
 """
 
 from __future__ import annotations
@@ -23,13 +23,19 @@ from linlora.routing.adapters import task_weights
 from linlora.routing.model import RoutedModel
 from linlora.routing.scope import scope_of
 from linlora.routing.selectors import Selector, Table
+from linlora.vectors.examples import check_examples, check_labels
 from linlora.vectors.products import at_point, main_output
 
 
 @dataclass(frozen=True)
 class RoutingSolution:
-    """The result of `fit_routing`: the weights (Q, S) of every selector, by its name; the mean data loss with uniform
-    weights and with these; the backward passes over the data it took, beside one forward pass."""
+    """The result of `fit_routing`.
+
+    Attributes:
+        weights: (Q, S) of every selector, by its name.
+        loss_before, loss: the mean data loss with uniform weights, and with these.
+        passes: backward passes over the data, after one forward pass.
+    """
 
     weights: dict[str, Tensor]
     loss_before: float
@@ -73,15 +79,26 @@ def fit_routing(
     >>> solution.loss < solution.loss_before, add_task(routed, solution.weights)
     (True, 3)
     """
-    _check(model, batches, loss, ridge)
+    if scope_of(model) != "model":
+        raise ValueError(
+            "fit_routing: the network is affine in the weights of its skills at model scope alone: call "
+            "linlora.linearize(model, scope='model')"
+        )
+    check_examples("fit_routing", batches, loss, ridge)
+    if any("task_ids" in batch for batch in batches):
+        raise ValueError("fit_routing: the batches are of one new task, leave their task_ids out")
     pieces = [_affine(model, {n: x for n, x in batch.items() if n != "labels"}) for batch in batches]
     origin, J = (torch.cat(parts) for parts in zip(*pieces, strict=True))  # (n, outputs), (n, outputs, weights)
-    labels = _labels(batches, origin, loss).to(origin.device)
+    labels = torch.cat([batch["labels"] for batch in batches]).to(origin.device)
+    labels = labels.flatten(1) if loss == "squared" else labels
+    check_labels("fit_routing", origin, labels, loss)
+    if not J.isfinite().all():
+        raise ValueError("fit_routing: the derivatives along the skills are not finite")
     shapes = {name: (s.sizes.n_heads, s.sizes.n_skills) for name, s in model.selector_by_name.items()}
 
     def data_loss(w: Tensor) -> Tensor:
         F = origin + J @ w
-        return cross_entropy(F, labels) if loss == "logistic" else 0.5 * (F - labels).square().sum() / len(F)
+        return cross_entropy(F, labels.long()) if loss == "logistic" else 0.5 * (F - labels).square().sum() / len(F)
 
     start = torch.cat([origin.new_full((heads * skills,), 1.0 / skills) for heads, skills in shapes.values()])
     if simplex:
@@ -121,7 +138,7 @@ def add_task(model: RoutedModel, weights: Mapping[str, Tensor]) -> int:
 
 
 def _affine(model: RoutedModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """F(0) (n, outputs) and J (n, outputs, weights) of a batch, in float64."""
+    """f(φ0) (n, outputs) and J (n, outputs, weights) of a batch, in float64."""
     own = model.selector_by_name
     main = next(x for x in inputs.values() if isinstance(x, Tensor))
     tables = {name: Table(replace(selector.sizes, n_tasks=len(main))) for name, selector in own.items()}
@@ -130,17 +147,10 @@ def _affine(model: RoutedModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Tens
         with at_point(model) as stream, torch.enable_grad(), stream.returning("primal"):
             each = torch.arange(len(main), device=main.device)
             F = main_output(model, {**inputs, "task_ids": each}).flatten(1)
+            sums = F.sum(0).unbind()
         leaves = [table.table for table in tables.values()]
-        rows = [
-            torch.cat(
-                [
-                    gradient.flatten(1)
-                    for gradient in torch.autograd.grad(F[:, output].sum(), leaves, retain_graph=True)
-                ],
-                dim=1,
-            )
-            for output in range(F.shape[1])
-        ]
+        gradients = (torch.autograd.grad(output, leaves, retain_graph=True) for output in sums)
+        rows = [torch.cat([gradient.flatten(1) for gradient in of_output], dim=1) for of_output in gradients]
     finally:
         model.set_selectors(own)
     return F.detach().double(), torch.stack(rows, 1).double()
@@ -197,33 +207,3 @@ def project_to_simplex(w: Tensor) -> Tensor:
     excess = (descending.cumsum(-1) - 1.0) / torch.arange(1, w.shape[-1] + 1, dtype=w.dtype, device=w.device)
     last = (descending > excess).sum(-1, keepdim=True) - 1
     return (w - excess.gather(-1, last)).clamp(min=0.0)
-
-
-def _check(model: RoutedModel, batches: Sequence[Mapping[str, Any]], loss: str, ridge: float) -> None:
-    if scope_of(model) != "model":
-        raise ValueError(
-            "fit_routing: the network is affine in the weights of its skills at model scope alone: call "
-            "linlora.linearize(model, scope='model')"
-        )
-    if loss not in ("squared", "logistic"):
-        raise ValueError(f"fit_routing: unknown loss {loss!r}; choose 'squared' or 'logistic'")
-    if not len(batches) or any("labels" not in batch for batch in batches):
-        raise ValueError("fit_routing: batches is a non-empty sequence of inputs that have 'labels'")
-    if any("task_ids" in batch for batch in batches):
-        raise ValueError("fit_routing: the batches are of one new task, leave their task_ids out")
-    if ridge <= 0.0:
-        raise ValueError(f"fit_routing: ridge is positive, got {ridge}")
-
-
-def _labels(batches: Sequence[Mapping[str, Any]], F: Tensor, loss: str) -> Tensor:
-    labels = torch.cat([batch["labels"] for batch in batches])
-    if loss == "squared":
-        labels = labels.flatten(1)
-    expected = F.shape if loss == "squared" else F.shape[:1]
-    if labels.shape != expected or labels.is_floating_point() != (loss == "squared"):
-        kind = "floats" if loss == "squared" else "class indices"
-        raise ValueError(
-            f"fit_routing: {loss} loss takes {kind} {tuple(expected)} for these outputs, got {labels.dtype} "
-            f"{tuple(labels.shape)}"
-        )
-    return labels if loss == "squared" else labels.long()

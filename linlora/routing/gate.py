@@ -17,9 +17,8 @@ class Gate(Selector):
         λ = b + V h                 hidden = 0
         λ = b + V ReLU(U h + c)     hidden > 0
 
-    Its tokens are those the layer sees: padding counts, and a step of cached generation sees the last one alone.
-
-    b is `start` at first (their 0.3) and V zero, so that training begins at task arithmetic.
+    h is over the tokens the layer sees: padding counts, and a step of cached generation sees the last one alone. At
+    first b is `start` (0.3 in the paper) and V zero, so that training begins at task arithmetic.
 
     >>> import torch
     >>> gate = Gate(Sizes(n_tasks=0, n_skills=2, n_heads=1, in_features=8), hidden=4)

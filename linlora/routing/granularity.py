@@ -1,4 +1,4 @@
-"""Selectors for a layer, a block or the model: the name of the one that a layer reads."""
+"""Names the selector that a layer reads: its own, its block's or the model's."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ GRANULARITIES = ("layer", "block", "model")
 def selector_of(layer_name: str, granularity: str) -> str:
     """The name of the selector of a layer: its own, that of its transformer block, or that of the model ('').
 
-    A block is what the first number in a name counts. A layer outside of all blocks has a selector of its own.
+    The first number in a name counts the blocks. A layer outside of all blocks has a selector of its own.
 
     >>> selector_of("encoder.block.3.layer.0.SelfAttention.q", "block")
     'encoder.block.3'

@@ -1,4 +1,4 @@
-"""An inventory of S skills in Q heads, A (Q, S, K/Q, r) and B (Q, S, r, N/Q): its average, and its linearization."""
+"""Inventories of S skills in Q heads, A (Q, S, K/Q, r) and B (Q, S, r, N/Q): average, center, and one skill of them."""
 
 from __future__ import annotations
 

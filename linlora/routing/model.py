@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import inspect
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, NoReturn, cast
 
 import torch
@@ -18,36 +18,21 @@ from linlora.routing import scope as scopes
 from linlora.routing.batch import route_tasks, route_weights
 from linlora.routing.context import Routing
 from linlora.routing.report import RoutedReport, report
-from linlora.routing.routed_layer import LayerSizes
 from linlora.routing.selectors import Selector
-from linlora.routing.structure import Inventory, RoutedStructure
+from linlora.routing.structure import RoutedStructure
 
 
 class RoutedModel(RoutedStructure):
     """A model with inventories of skills in its linear layers. Made by `linlora.routing.route`, `convert` and others.
 
-    It takes the place of the base model, whose attributes it has, and is called as that is, with `task_ids=` or
-    `mixture=` in addition. Its state dict is what was added and what trains, not the frozen base.
+    It takes the place of the base model: it has its attributes, and is called as it is, with `task_ids=` or `mixture=`
+    in addition. Its state dict holds what was added and what trains, not the frozen base.
 
-    The HF Trainer finds the labels that are called so; others, as of question answering, it is told:
+    The HF Trainer finds `labels`; other names, as of question answering, are told to it:
     TrainingArguments(label_names=["start_positions", "end_positions"]).
 
-    Args:
-        model: the base model; its layers are replaced, in place, and its parameters frozen.
-        layers: the inventory of every layer that gets one, by the layer's name.
-        selectors: the selectors, by name.
-        modules_to_save: names of modules trained as a whole, as in PEFT: a classification head.
+    The arguments are those of `linlora.routing.structure.RoutedStructure`.
     """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, Inventory],
-        selectors: Mapping[str, Selector],
-        modules_to_save: Sequence[str] = (),
-    ) -> None:
-        super().__init__(model, layers, selectors, modules_to_save)
-        self.forward = _SignedForward(self)  # type: ignore[method-assign]
 
     # -- running --------------------------------------------------------------------------------------------------
 
@@ -107,17 +92,15 @@ class RoutedModel(RoutedStructure):
         candidates = [*args[:1], *(kwargs.get(name) for name in names), encoded[0] if encoded else None]
         return next((len(x) for x in candidates if isinstance(x, Tensor) and x.dim() > 0), None)
 
-    @contextmanager
-    def disable_adapter(self) -> Iterator[None]:
+    def disable_adapter(self) -> AbstractContextManager[None]:
         """Compute the base model's function inside the block; task ids are not needed there."""
-        with self.context.off():
-            yield
+        return self.context.off()
 
     # -- as a model -----------------------------------------------------------------------------------------------
 
     @property
     def base_model(self) -> RoutedModel:
-        """Itself, which takes the task ids, as `base_model` does in PEFT."""
+        """This model: in PEFT `base_model` takes the task ids."""
         return self
 
     def get_base_model(self) -> nn.Module:
@@ -153,7 +136,7 @@ class RoutedModel(RoutedStructure):
     # -- checkpointing of activations -----------------------------------------------------------------------------
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
-        """The `context_fn` for torch.utils.checkpoint: recompute with the routing of the forward pass."""
+        """The `context_fn` for torch.utils.checkpoint, which recomputes with the routing of the forward pass."""
         return self.context.checkpoint_contexts()
 
     def gradient_checkpointing_enable(
@@ -219,34 +202,10 @@ class RoutedModel(RoutedStructure):
         base model it does not fit.
         """
         saved = checkpoint.read(directory, variants)
-        layers = {name: Inventory(LayerSizes(**sizes), selector) for name, sizes, selector, _ in saved.layers}
         checkpoint.check_base(model, saved, directory)
         with restoring(model) as undo:
             for name in saved.modules_to_save:
                 undo(model.get_submodule(name).load_state_dict, copy.deepcopy(model.get_submodule(name).state_dict()))
-            routed = cls(model, layers, saved.selectors, saved.modules_to_save)
+            routed = cls(model, saved.inventories, saved.selectors, saved.modules_to_save)
             checkpoint.restore(routed, saved, directory)
             return routed
-
-
-class _SignedForward:
-    """`forward` of one routed model, with the signature of its base model's and `task_ids` and `mixture`.
-
-    The HF Trainer reads there which columns of a data set the model takes.
-    """
-
-    def __init__(self, model: RoutedModel) -> None:
-        self.model = model
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return type(self.model).forward(self.model, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        base: Callable = self.model.model.forward
-        parameters = [p for p in inspect.signature(base).parameters.values() if p.name not in ("task_ids", "mixture")]
-        own = [
-            inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None) for name in ("task_ids", "mixture")
-        ]
-        at = len(parameters) - sum(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-        return inspect.Signature([*parameters[:at], *own, *parameters[at:]])

@@ -1,4 +1,4 @@
-"""Checkpoints of the code that was released with multi-head routing (github.com/microsoft/mttl)."""
+"""Reads checkpoints of the code that was released with multi-head routing (github.com/microsoft/mttl)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from linlora.formats.pickles import load_content
 from linlora.layers.restoring import restoring
 from linlora.routing.inventory import in_words
 from linlora.routing.model import RoutedModel
@@ -18,6 +19,7 @@ from linlora.routing.routed_layer import LayerSizes
 from linlora.routing.selectors import Poly, Private, Selector, Sizes
 from linlora.routing.structure import Inventory
 from linlora.storage.files import CorruptFileError
+from linlora.storage.tensors import finite
 
 Layout = Literal["camera_ready", "skills_first"]
 _FACTOR = re.compile(r"^(?P<layer>.+?)\.(?:experts\.)?lora_a$")
@@ -72,8 +74,7 @@ def from_original(
         name = path if path in modules else path.removeprefix("model.")
         if name not in modules:
             raise ValueError(f"from_original: '{path}' is no layer of {type(model).__name__}; pass the base model")
-        A, B = _factors(state, path, layout)
-        factors[name] = A, B
+        A, B = factors[name] = _factors(state, path, layout)
         heads, skills, inputs, rank = A.shape
         logits = state.get(f"{path}.selector.module_logits")
         key = name if logits is None else shared.setdefault(logits.data_ptr(), name)  # one tensor: layers that share it
@@ -96,15 +97,13 @@ def from_original(
 
 
 def _read(path: Path) -> Mapping[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(f"{path}: no such file")
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
+        content = load_content(path)
+    except CorruptFileError as error:
         raise CorruptFileError(
-            f"{path}: torch.load(weights_only=True) does not read it ({type(error).__name__}: "
-            f"{str(error).splitlines()[0]}). A Lightning checkpoint may hold objects beside its tensors: if you trust "
-            "it, pass torch.load(path, weights_only=False)['state_dict'] instead of the path"
+            f"{path}: torch.load(weights_only=True) does not read it ({error}). A Lightning checkpoint may hold "
+            "objects beside its tensors: if you trust it, pass torch.load(path, weights_only=False)['state_dict'] "
+            "instead of the path"
         ) from error
     state = content.get("state_dict", content) if isinstance(content, Mapping) else content
     if not isinstance(state, Mapping):
@@ -119,6 +118,8 @@ def _factors(state: Mapping[str, Tensor], path: str, layout: str) -> tuple[Tenso
     if B is None or A.dim() != 4 or B.dim() != 4:
         got = f"{tuple(A.shape)}, {None if B is None else tuple(B.shape)}"
         raise ValueError(f"from_original: '{path}' needs lora_a and lora_b of four dimensions, got {got}")
+    if not finite(A) or not finite(B):
+        raise ValueError(f"from_original: a factor of '{path}' holds NaN or infinity; the run that wrote it diverged")
     if layout == "skills_first":
         A, B = A.transpose(0, 1), B.permute(2, 0, 1, 3)
     if A.shape[:2] != B.shape[:2] or A.shape[3] != B.shape[2]:
@@ -134,6 +135,8 @@ def _selector(
 ) -> Selector:
     if logits is None:
         return Private(Sizes(skills, skills, heads, inputs), **options)
+    if not finite(logits):
+        raise ValueError(f"from_original: the logits of '{name}' hold NaN or infinity; the run that wrote it diverged")
     if logits.dim() != 2 or logits.shape[1] != heads * skills:
         raise ValueError(
             f"from_original: the logits of '{name}' are {tuple(logits.shape)}, expected (tasks, {heads * skills}) for "

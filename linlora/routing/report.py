@@ -21,13 +21,15 @@ if TYPE_CHECKING:
     from linlora.stream.fallback import Fallback
 
 
+_STATES = {"plain": "", "short": ", B0 = 0: B alone trains", "pair": ", B0 != 0: offsets from the mean train"}
+
+
 @dataclass(frozen=True)
 class RoutedReport:
     """The parts of a routed model; `print(report)` is the readable form.
 
     Attributes:
-        layers: a line for every kind of layer, with their number.
-        selectors: likewise.
+        layers, selectors: the kinds, each a line of text, with their numbers.
         trainable: numbers of trained parameters: "skills", "selectors", "modules_to_save".
         scope: "layer" or "model" of a linearized model, None of a plain one.
     """
@@ -85,15 +87,12 @@ def report(model: RoutedStructure) -> RoutedReport:
 
 
 def _kind(layer: RoutedLayer) -> str:
-    family = layer.layer_name.rsplit(".", 1)[-1]
-    state = ""
-    if isinstance(layer, RoutedLoraLinear) and layer.state != "plain":
-        state = ", B0 = 0: B alone trains" if layer.state == "short" else ", B0 != 0: offsets from the mean train"
-    skills = in_words(layer.sizes.n_skills, layer.sizes.n_heads)
-    if not isinstance(layer, RoutedLoraLinear):
-        skills = f"{layer.sizes.n_skills} experts a rank slot"
-    sizes = f"rank {layer.sizes.rank}, {skills}"
-    return f"{family:16s} {layer.in_features} -> {layer.out_features}, {sizes}, scaling {layer.sizes.scaling:g}{state}"
+    name, sizes = layer.layer_name.rsplit(".", 1)[-1], layer.sizes
+    skills, state = f"{sizes.n_skills} experts a rank slot", ""
+    if isinstance(layer, RoutedLoraLinear):
+        skills, state = in_words(sizes.n_skills, sizes.n_heads), _STATES[layer.state]
+    features = f"{layer.in_features} -> {layer.out_features}"
+    return f"{name:16s} {features}, rank {sizes.rank}, {skills}, scaling {sizes.scaling:g}{state}"
 
 
 def _count(parameters: Iterable[nn.Parameter]) -> int:

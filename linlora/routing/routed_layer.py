@@ -1,6 +1,6 @@
-"""A frozen linear layer that is routed: its sizes, its checks, and when its base layer is called.
+"""The base of routed layers: the sizes of an inventory, the checks, the calls of the frozen layer.
 
-The op reads the weight of the base layer. Where a call of it is more than that product (hooks, a forward of its own:
+The op reads the weight of the base layer. Where its call is more than that product (hooks, a forward of its own:
 `linlora.layers.calls`), it is called, with a warning, and the update is added.
 """
 
@@ -53,7 +53,7 @@ class RoutedLayer(nn.Module):
 
     Attributes:
         layer_name: its name in the base model. base_layer: the nn.Linear or Conv1D it replaces.
-        context: where it finds how the running batch is routed.
+        context: holds the routing of the running batch.
         stream: at model scope, the stream of the model.
     """
 
@@ -62,7 +62,7 @@ class RoutedLayer(nn.Module):
 
     def __init__(self, name: str, base_layer: nn.Module, context: Context, sizes: LayerSizes) -> None:
         super().__init__()
-        check_linear(name, base_layer)
+        self.out_features, self.in_features = check_linear(name, base_layer)
         self.layer_name, self.base_layer, self.context, self.stream = name, base_layer, context, None
         self.sizes = sizes
 
@@ -74,14 +74,6 @@ class RoutedLayer(nn.Module):
     @property
     def bias(self) -> Tensor | None:
         return self.base_layer.bias
-
-    @property
-    def in_features(self) -> int:
-        return self._matrix.shape[1]
-
-    @property
-    def out_features(self) -> int:
-        return self._matrix.shape[0]
 
     @property
     def _matrix(self) -> Tensor:

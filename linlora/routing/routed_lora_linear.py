@@ -1,6 +1,6 @@
-"""The layer: a frozen linear layer with an inventory of skills, of which every row takes its own mixture.
+"""The routed layer: a frozen linear layer with an inventory of skills, of which every row takes its own mixture.
 
-The state of a layer decides what is passed to the op, as in `linlora.layers.adapters`:
+Its state decides the arguments of the op, as in `linlora.layers.adapters`:
 
     plain       A, B                   y = x Wᵀ + b + s (x A_z) B_z
     short       A0, B                  linearized at B0 = 0: y = x Wᵀ + b + s (x A0ᵀ) B_z
@@ -38,7 +38,7 @@ class RoutedLoraLinear(RoutedLayer):
     Attributes:
         lora_A, lora_B: the inventory. lora_A is None in state "short", where it has no effect.
         A0 (r, K), B0 (N, r): the linearization point; None where there is none.
-        selector: what decides the weights of its skills. It may be shared by layers, and belongs to the model.
+        selector: decides the weights of the skills. Layers may share it; it belongs to the model.
     """
 
     selector: Selector
@@ -65,7 +65,7 @@ class RoutedLoraLinear(RoutedLayer):
         self.register_buffer("B0", None)
 
     def set_selector(self, selector: Selector) -> None:
-        """Route by this selector. It is a submodule of the model, not of every layer that reads it."""
+        """Route by a selector, which is a submodule of the model, not of the layers that read it."""
         object.__setattr__(self, "selector", selector.to(self.weight.device, self.factor_dtype))
 
     @property
@@ -84,22 +84,18 @@ class RoutedLoraLinear(RoutedLayer):
             groups = routing.groups(self._lead(x, routing.places), x.device)
             return grouped_lora_linear(
                 *layer, *factors, groups, self.sizes.scaling, A0=self.A0, B0=self.B0, dropout_p=p
-            )  # fmt: skip
+            )
         weights = routing.weights.get(self.layer_name)
         if weights is None:
-            weights = self._gated(x)
+            gated = self.selector.weights(x)  # of a wrong shape are refused by the op
+            assert isinstance(gated, Tensor)  # only weights of no task come in pairs
+            weights = gated
         else:
             copies = self._lead(x, weights[..., 0, 0])[0] // max(weights.shape[0], 1)
             weights = weights.to(x.device).repeat_interleave(copies, 0)
         return routed_lora_linear(
             *layer, self.lora_A, self.lora_B, weights, self.sizes.scaling, A0=self.A0, B0=self.B0, dropout_p=p
         )  # fmt: skip
-
-    def _gated(self, x: Tensor) -> Tensor:
-        """The weights that a selector gives for the input; one of a wrong shape is refused by the op."""
-        weights = self.selector.weights(x)
-        assert isinstance(weights, Tensor)  # only weights of no task come in pairs
-        return weights
 
     @torch.compiler.disable
     def _both_streams(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None, p: float) -> Tensor:
@@ -145,7 +141,7 @@ class RoutedLoraLinear(RoutedLayer):
             self.A0, self.lora_A = around.A0, None
 
     def allocate_point(self, state: State) -> None:
-        """Be linearized at a point of zeros, for the point and the offsets of a file to be put in."""
+        """Linearize at a point of zeros; a caller fills in point and offsets."""
         self.A0 = self.lora_B.new_zeros(self.sizes.rank, self.in_features)
         if state == "short":
             self.lora_A = None
@@ -153,7 +149,7 @@ class RoutedLoraLinear(RoutedLayer):
             self.B0 = self.lora_B.new_zeros(self.out_features, self.sizes.rank)
 
     def delinearize(self) -> None:
-        """Be plain again, in place, with the skills (A0 + A, B0 + B)."""
+        """Make the layer plain again, in place, with the skills (A0 + A, B0 + B)."""
         if self.A0 is None:
             return
         B0 = self.lora_B.new_zeros(self.out_features, self.sizes.rank) if self.B0 is None else self.B0
@@ -172,12 +168,12 @@ class RoutedLoraLinear(RoutedLayer):
 
     @torch.no_grad()
     def mixed(self, weights: Tensor) -> tuple[Tensor | None, Tensor]:
-        """One mixture (Q, S) of the skills in PEFT's layout, (r, K) and (N, r); linearized, of their offsets."""
+        """One mixture (Q, S) of the skills (linearized, of their offsets) in PEFT's layout, (r, K) and (N, r)."""
         (A_z,), (B_z,) = mix_inventories([self.lora_A], [self.lora_B], [weights.unsqueeze(0).to(self.lora_B)])
         return None if A_z is None else A_z[0].t().contiguous(), B_z[0].t().contiguous()
 
     def adapter(self, weights: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer with one mixture (Q, S) for all rows, as exact LoRA factors: (r, K), (N, r), or of rank 2r."""
+        """The exact LoRA factors of the layer with one mixture (Q, S) for all rows: (r, K), (N, r), or of rank 2r."""
         A_z, B_z = self.mixed(weights)
         if self.B0 is not None:
             assert self.A0 is not None

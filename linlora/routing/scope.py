@@ -1,10 +1,10 @@
-"""Linearized routing: a routed model at the mean of its inventories, at the scope of a layer or of the whole model.
+"""Linearizes a routed model at the mean of its inventories, at the scope of a layer or of the whole model.
 
 With the offsets dA_s, dB_s of the skills from their mean (A0, B0), a layer is linear in its weights w, and uniform
-weights give exactly the mean adapter. At model scope the whole network is: F(w) = f(φ0) + J Σ_s w_s δ_s.
+weights give exactly the mean adapter. At model scope the whole network is linear: F(w) = f(φ0) + J Σ_s w_s δ_s.
 
-Uniform routing computes what it did before; of other weights the linearized model is the first order around the mean.
-Where all B are zero, as in a fresh inventory, nothing changes.
+Uniform routing computes the same before and after; other weights, the first order around the mean. Nothing changes
+where all B are zero, as in a fresh inventory.
 """
 
 from __future__ import annotations
@@ -40,8 +40,8 @@ def linearize(model: RoutedStructure, scope: str) -> None:
 
 
 def set_scope(model: RoutedStructure, scope: str) -> None:
-    """Let a linearized routed model be that of the other scope: the same inventories, another function."""
-    if model.layers and not any(layer.state != "plain" for layer in model.routed_layers):
+    """Put a linearized routed model at a scope: the same inventories, another function."""
+    if scope_of(model) is None:
         raise ValueError("set_scope: the model is not linearized; call linlora.linearize(model, scope)")
     _check(model, scope)
     leave(model)
@@ -50,7 +50,7 @@ def set_scope(model: RoutedStructure, scope: str) -> None:
 
 
 def leave(model: RoutedStructure) -> None:
-    """Let the model carry one stream of activations again."""
+    """Carry one stream of activations again."""
     leave_model_scope(model)
     model.whole_modules = ()
 

@@ -1,8 +1,7 @@
 """Selectors: they give every row of a batch the weights (Q, S) that mix the skills of a layer.
 
-A selector is anything that yields weights per row. Those here yield them by the row's task (or alike for every row), so
-that the factors of a task are mixed once for all its rows and all layers; one that looks at the input is in
-`linlora.routing.gate`.
+Those here weight a row by its task, or all rows alike, so the factors of a task are mixed once for all its rows and all
+layers; `linlora.routing.gate` weights by the input.
 
     variant      weights of task t                                          trains
     poly         σ(Z_t) / Σ_s σ(Z_t), Q heads (arXiv 2202.13914, 2211.03831)   Z
@@ -61,11 +60,11 @@ class Selector(nn.Module):
         return False
 
     def weights(self, rows: Tensor) -> Tensor | tuple[Tensor, Tensor]:
-        """The weights of some rows.
+        """The weights of some rows, by what decides them (`reads`).
 
-        Where they depend on the task, of R rows of the tasks (R,): (R, Q, S). Where they depend on nothing, likewise,
-        or a pair of them, for A and for B. Where they depend on the input (..., K): (examples, Q, S), or
-        (examples, length, Q, S) for every token.
+        "task"       of the tasks (R,) of R rows: (R, Q, S)
+        "nothing"    likewise, or a pair of them, for A and for B
+        "input"      of the input (..., K): (examples, Q, S), or (examples, length, Q, S) for every token
         """
         raise NotImplementedError
 
@@ -188,8 +187,8 @@ class Private(Selector):
 
     Args:
         sizes: T = S and Q.
-        apart: the skills are adapters trained apart, of no common start, and in one head. Of such not the factors add
-            up in a mixture, but the updates (`linlora.routing.side_by_side`).
+        apart: the skills are adapters trained apart, in one head. A mixture adds their updates, not their factors
+            (`linlora.routing.side_by_side`).
 
     >>> import torch
     >>> Private(Sizes(n_tasks=3, n_skills=3, n_heads=1, in_features=8)).weights(torch.tensor([2])).tolist()

@@ -1,6 +1,6 @@
-"""Mixtures of adapters that were trained apart: of no common start, so that their factors do not add.
+"""Mixes adapters that were trained apart: they have no common start, so their updates add, and their factors do not.
 
-What adds is their updates. A group of rows gets the factors of its adapters side by side, with its weights in B:
+A group of rows gets the factors of its adapters side by side, with its weights in B:
 
     Σ_s w_s B_s A_s = [w_1 B_1, w_2 B_2, …] [A_1; A_2; …]        rank n r, n the adapters of the largest mixture
 

@@ -1,4 +1,4 @@
-"""The structure of a routed model: its layers, their inventories and selectors, and what its state dict holds."""
+"""The structure of a routed model: its layers, their inventories and selectors, the content of its state dict."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from linlora.routing.dyadic import DyadicLoraLinear
 from linlora.routing.routed_layer import LayerSizes, RoutedLayer
 from linlora.routing.routed_lora_linear import RoutedLoraLinear
 from linlora.routing.selectors import Selector
+from linlora.routing.signature import SignedForward
 
 
 class Inventory(NamedTuple):
@@ -23,7 +24,14 @@ class Inventory(NamedTuple):
 
 
 class RoutedStructure(nn.Module):
-    """The parts of a `RoutedModel`, which has its arguments: layers with inventories, selectors, whole modules."""
+    """The parts of a `RoutedModel`: layers with inventories, selectors, modules trained as a whole.
+
+    Args:
+        model: the base model; its layers are replaced, in place, and its parameters frozen.
+        layers: the inventory of every layer that gets one, by the layer's name.
+        selectors: the selectors, by name.
+        modules_to_save: names of modules trained as a whole, as in PEFT: a classification head.
+    """
 
     def __init__(
         self,
@@ -33,43 +41,33 @@ class RoutedStructure(nn.Module):
         modules_to_save: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        with restoring(model):
-            self._put_into(model, layers, selectors, modules_to_save)
-
-    def _put_into(
-        self,
-        model: nn.Module,
-        layers: Mapping[str, Inventory],
-        selectors: Mapping[str, Selector],
-        modules_to_save: Sequence[str],
-    ) -> None:
-        self.model = model
-        self.context = Context()
+        self.model, self.context = model, Context()
+        self.forward = SignedForward(self)
         self.inventories, self.modules_to_save = dict(layers), tuple(modules_to_save)
         self.selector_names = tuple(selectors)
         self.selectors = nn.ModuleList(selectors.values())
-        made: list[RoutedLayer] = []
-        for name, (sizes, selector) in layers.items():
-            base_layer = model.get_submodule(name)
-            if selector is None:
-                made.append(DyadicLoraLinear(name, base_layer, self.context, sizes))
-            else:
-                made.append(RoutedLoraLinear(name, base_layer, self.context, selectors[selector], sizes))
-        model.requires_grad_(False)
-        for layer in made:
-            name, _, attribute = layer.layer_name.rpartition(".")
-            parent = model.get_submodule(name)
-            setattr(parent, attribute, layer.train(model.training))
-            if isinstance(parent, nn.TransformerEncoderLayer):
-                # In eval mode it computes with the weights of its layers without calling them, unless they have hooks.
-                layer.register_forward_pre_hook(_be_called)
-        self.layers: tuple[RoutedLayer, ...] = tuple(made)
-        for name in modules_to_save:
-            model.get_submodule(name).requires_grad_(True)
-        self.train(model.training)
         self.whole_modules: tuple[str, ...] = ()
-        self.register_state_dict_post_hook(_drop_base)
-        self.register_load_state_dict_post_hook(_ignore_base)
+        with restoring(model):
+            self.layers = tuple(self._made(name, *inventory) for name, inventory in layers.items())
+            model.requires_grad_(False)
+            for layer in self.layers:
+                name, _, attribute = layer.layer_name.rpartition(".")
+                parent = model.get_submodule(name)
+                setattr(parent, attribute, layer.train(model.training))
+                if isinstance(parent, nn.TransformerEncoderLayer):
+                    # In eval mode it reads the weights of its layers without calling them, unless they have hooks.
+                    layer.register_forward_pre_hook(_be_called)
+            for name in modules_to_save:
+                model.get_submodule(name).requires_grad_(True)
+            self.train(model.training)
+            self.register_state_dict_post_hook(_drop_base)
+            self.register_load_state_dict_post_hook(_ignore_base)
+
+    def _made(self, name: str, sizes: LayerSizes, selector: str | None) -> RoutedLayer:
+        base_layer = self.model.get_submodule(name)
+        if selector is None:
+            return DyadicLoraLinear(name, base_layer, self.context, sizes)
+        return RoutedLoraLinear(name, base_layer, self.context, self.selector_by_name[selector], sizes)
 
     @property
     def routed_layers(self) -> tuple[RoutedLoraLinear, ...]:

@@ -14,7 +14,7 @@ VARIANTS: dict[str, type[Selector]] = {
 
 
 def make_selector(described: Mapping[str, Any], variants: Sequence[type[Selector]] = ()) -> Selector:
-    """The selector of a `Selector.description`; `variants` are classes beside linlora's own.
+    """Make the selector of a `Selector.description`; `variants` are classes beside linlora's own.
 
     >>> make_selector(Uniform(Sizes(n_tasks=1, n_skills=4, n_heads=1, in_features=8)).description())
     Uniform(4 skills in 1 head)

@@ -1,4 +1,4 @@
-"""Task vectors as the skills of a routed model: every request of a batch with its own vector, or mixture of vectors."""
+"""Makes task vectors the skills of a routed model: each request of a batch runs with its own vector, or mixture."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def from_vectors(
         routed(**batch, task_ids=ids)        example i runs with vector ids[i]
         routed(**batch, mixture=weights)     example i runs with Σ_s weights[i, s] · vector s, weights (examples, n)
 
-    Linearized vectors mix exactly: a row is what the model with the summed vector applied computes. So do plain
-    adapters, which were read without the point their training started from and may differ in rank, scaling and layers:
-    a row is what the model with Σ_s weights[i, s] ΔW_s merged computes, and an adapter of weight 0 has no part in it.
-    Of vectors of scope "lora" with a point the factors A and B are mixed separately, as in Poly, so that weights that
-    sum to one give a LoRA adapter; vector.cast("weight") makes a plain adapter of one.
+    Linearized vectors mix exactly: a row is that of the model with the summed vector applied. So do plain adapters,
+    read without the point their training started from, whatever their ranks, scalings and layers: a row is that of the
+    model with Σ_s weights[i, s] ΔW_s merged, and an adapter of weight 0 has no part in it. Vectors of scope "lora" with
+    a point mix A and B separately, as Poly does, so weights that sum to one give a LoRA adapter; vector.cast("weight")
+    makes a plain adapter of one.
 
     Args:
-        model: the PEFT model the vectors are of; its own adapter is taken off and the PEFT model used up.
+        model: the PEFT model of the vectors; its own adapter is taken off and the PEFT model used up.
         vectors: TaskVectors of one point and scope.
-        variant: of the selector that routes by task id, "private", or that decides by itself: "gate" weights the
-            vectors per input (WEMoE), "table" and "poly" learn weights for n tasks.
+        variant: of the selector. "private" routes by task id; "gate" weights the vectors per input (WEMoE), "table" and
+            "poly" learn weights for n tasks.
         options: the selector's.
 
     Raises DifferentPointError for vectors of different points, ValueError for none, for a vector without its point, for
-    layers the model lacks or has in another size, hooks on its LoRA layers, and for plain adapters another variant.
-    The model is as it was then.
+    layers the model lacks or has in another size, hooks on its LoRA layers, and another variant of plain adapters. An
+    error leaves the model as it was.
 
     >>> import torch, linlora
     >>> model, batch = linlora.testing.tiny_model("bert"), linlora.testing.tiny_batch("bert")
@@ -128,9 +128,7 @@ def _layers(vectors: Sequence[TaskVector]) -> tuple[dict[str, _Skills], str | No
         return {name: _apart(plain, name) for name in names}, None
     for vector in vectors[1:]:
         first.check_same_point(vector)
-    point = next((vector.point for vector in vectors if vector.point is not None), None)
-    if point is None:
-        raise ValueError("from_vectors: the vectors were saved without their point (include_point=False)")
+    point = next((v for v in vectors if v.point is not None), first).known_point("from_vectors")
     layers = {}
     for name, scaling in first.scalings.items():
         A0, B0 = point.get(f"{name}.A0"), point.get(f"{name}.B0")

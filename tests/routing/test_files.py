@@ -336,3 +336,21 @@ def test_original_checkpoints_that_do_not_fit(tmp_path):
         linlora.CorruptFileError, match=r"broken.ckpt: torch.load\(weights_only=True\) does not read it"
     ):
         routing.from_original(tiny_base("t5"), tmp_path / "broken.ckpt", alpha=1.0)
+
+
+def test_an_original_checkpoint_that_was_altered_or_diverged_is_refused(tmp_path):
+    state, _ = original_state("camera_ready")
+    path, name = tmp_path / "mhr.pt", next(name for name in state if name.endswith("lora_a"))
+    torch.save(state, path)
+    raw = bytearray(path.read_bytes())
+    raw[raw.find(state[name].numpy().tobytes()) + 3] ^= 0x40
+    path.write_bytes(raw)
+    with pytest.raises(linlora.CorruptFileError, match="was altered"):
+        routing.from_original(tiny_base("t5"), path, alpha=1.0)
+    path.write_bytes(b"")
+    with pytest.raises(linlora.CorruptFileError, match=r"mhr\.pt"):
+        routing.from_original(tiny_base("t5"), path, alpha=1.0)
+    for name in state:
+        diverged = state | {name: torch.full_like(state[name], torch.nan)}
+        with pytest.raises(ValueError, match="NaN or infinity"):
+            routing.from_original(tiny_base("t5"), diverged, alpha=1.0)

@@ -294,6 +294,22 @@ def test_a_network_whose_output_is_a_tensor_is_fitted():
     assert float(loss) == pytest.approx(solution.loss)
 
 
+@pytest.mark.parametrize("values", [float("inf"), float("nan")])
+def test_outputs_that_are_not_finite_are_not_fitted(batch, values):
+    routed = linearized("model")
+    with torch.no_grad():
+        routed.model.get_submodule("classifier").bias.fill_(values)
+    with pytest.raises(ValueError, match="fit_routing: the model's outputs are not finite"):
+        routing.fit_routing(routed, [{**batch, "labels": torch.zeros(5, dtype=torch.long)}])
+
+
+@pytest.mark.parametrize("label", [-100, 3])
+def test_class_indices_that_no_output_has_are_refused(batch, label):
+    labels = torch.tensor([0, 1, 2, 0, label])
+    with pytest.raises(ValueError, match="fit_routing: class indices are 0 to 2, got"):
+        routing.fit_routing(linearized("model"), [{**batch, "labels": labels}])
+
+
 def test_what_cannot_be_fitted_is_refused(batch):
     examples = [{**batch, "labels": torch.zeros(5, dtype=torch.long)}]
     with pytest.raises(ValueError, match="affine in the weights of its skills at model scope alone"):
