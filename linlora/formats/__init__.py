@@ -1,4 +1,4 @@
-"""Adapters in files, whoever wrote them, as task vectors.
+"""Reads adapters in files, whoever wrote them, as task vectors.
 
     a task vector           `TaskVector.save`                      (dA, dB), the point, scope, scaling
     a linlora folder        `linlora.export`                       a task vector beside the PEFT adapter it is

@@ -42,5 +42,5 @@ def in_base_model(key: str) -> str:
 
 
 def unused(key: str) -> bool:
-    """Whether a key is a copy PEFT keeps beside a trained module, and not the trained one."""
+    """Whether a key names the original that PEFT keeps beside a trained module."""
     return ".original_module." in key

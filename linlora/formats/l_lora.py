@@ -1,13 +1,13 @@
-"""L-LoRA checkpoints as the library that followed arXiv 2310.04742 publishes them.
+"""Reads L-LoRA checkpoints as the library that followed arXiv 2310.04742 publishes them.
 
-`linearized_adapter_model.safetensors` beside `adapter_config.json`, made of modules that wrap a LoRA layer and keep a
-copy of its parameters at the start; only what trains is written:
+`linearized_adapter_model.safetensors` beside `adapter_config.json` is of modules that wrap a LoRA layer and keep a copy
+of its parameters at the start. It holds those that train:
 
     {layer}.model.lora_A.default.weight      A            {layer}.params0_values.{i}      A0
     {layer}.model.lora_B.default.weight      B            {layer}.params0_values.{j}      B0        i < j
 
-i and j count all parameters of the layer (weight, bias, A, B), so they are 1, 2 or 2, 3. Each layer is linearized by
-itself at (A0, B0): a vector of scope "layer". Where B0 = 0 the change of A has no effect, and is left out.
+i and j count all parameters of the layer (weight, bias, A, B): they are 1, 2 or 2, 3. Each layer is linearized by
+itself at (A0, B0): a vector of scope "layer". Where B0 = 0 the change of A has no effect and is left out.
 """
 
 from __future__ import annotations

@@ -18,8 +18,8 @@ from linlora.storage.tensors import finite
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
 
-Fold = tuple[str, Tensor, Update]
-"""A layer's name, its weight, and what is added to it."""
+Pending = tuple[str, Tensor, Update]
+"""The name of a layer, its weight, and the update that is to be folded into it."""
 
 
 def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None = None) -> nn.Module:
@@ -55,7 +55,7 @@ def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None 
     refuse_shared(model, adapted_layers(model, adapters or model.active_adapters), "merge", REMEDY)
     with uninterrupted(), restoring(model):
         accelerate(model)  # plain layers merge by the same fp32 rule; linearized ones stay as they are
-        folds: list[Fold] = []
+        folds: list[Pending] = []
         for name, layer in converted_layers(model):
             names = [adapter for adapter in adapters or layer.active_adapters if adapter in layer.lora_A]
             for adapter in names:
@@ -86,6 +86,11 @@ def _merge_vector(model: nn.Module, vector: WeightVector) -> nn.Module:
             what = "no such layer" if layer is None else f"a {type(layer).__name__} there, no linear layer"
             raise ValueError(f"merge: the vector is of a layer '{name}', and the model has {what}")
         weight = layer.weight
+        if not isinstance(weight, nn.Parameter):
+            raise ValueError(
+                f"merge: the weight of layer '{name}' is computed from other parameters (weight norm, for one), "
+                "and ΔW would be lost; remove the parametrization first"
+            )
         shape = size[:2][::-1] if isinstance(layer, Conv1D) else size[:2]
         if not weight.is_floating_point() or weight.element_size() == 1 or weight.is_meta:
             raise ValueError(f"merge: layer '{name}' is {weight.dtype} on {weight.device}, in which ΔW would be lost")
@@ -95,7 +100,7 @@ def _merge_vector(model: nn.Module, vector: WeightVector) -> nn.Module:
                 f"{tuple(weight.shape)}: not the base model the vector is of"
             )
     refuse_shared(model, vector.scalings, "merge", "Untie the weights of the model first, or export the vector")
-    folds: list[Fold] = []
+    folds: list[Pending] = []
     with uninterrupted():
         for name in vector.scalings:
             weight, update = modules[name].weight.data, vector.update(name)
@@ -113,7 +118,7 @@ def _merge_vector(model: nn.Module, vector: WeightVector) -> nn.Module:
     return model
 
 
-def _fold(folds: list[Fold]) -> None:
+def _fold(folds: list[Pending]) -> None:
     """Fold the updates of all layers: the last step of a merge, because nothing undoes it."""
     for name, weight, update in folds:
         try:

@@ -1,8 +1,8 @@
 """Reads and writes safetensors files, one tensor at a time, and keeps none.
 
-Files written here carry a CRC-32 of every tensor in their metadata, so that a value altered on the way is found by the
-name of its tensor, and a SHA-256 of the header, those and all other metadata included: nothing in the file is without
-a checksum. They find accidents; who alters a file on purpose can alter its checksums too.
+The metadata of a file written here hold a CRC-32 of every tensor, so that an altered value is found by the name of its
+tensor, and a SHA-256 of the header with all metadata: nothing in the file is without a checksum. Checksums find
+accidents; whoever alters a file on purpose can alter them too.
 """
 
 from __future__ import annotations
@@ -50,8 +50,7 @@ class Entry:
 class TensorFile:
     """A safetensors file, opened: its names, shapes and metadata are known, a tensor is read when it is asked for.
 
-    The file stays open, so that one that is replaced meanwhile is read as it was. Values go to buffers of their own:
-    nothing stays mapped.
+    The file stays open, so one that is replaced meanwhile is read as it was. Values are copied: nothing stays mapped.
 
     Raises FileNotFoundError, and CorruptFileError for a file that is truncated or no safetensors file.
 

@@ -94,7 +94,7 @@ def held_by(model: PeftModel, adapter: str, start: Mapping[str, Tensor] | None) 
     """Read the factors of an adapter.
 
     Args:
-        start: for a plain adapter the point its training started from; without one it is where the adapter is now.
+        start: for a plain adapter the point its training started from, the adapter's values of now if left out.
     """
     deltas: dict[str, Tensor] = {}
     points: dict[str, Tensor] = {}
@@ -141,7 +141,7 @@ def check_values(tensors: Mapping[str, Tensor]) -> None:
 
 
 def assign(parameter: Tensor, value: Tensor | float, name: str) -> None:
-    """Set a parameter, whole or sharded. Raises ValueError, by a name, for a value of another shape."""
+    """Set a parameter, whole or sharded. Raises a ValueError that gives its name for a value of another shape."""
     if isinstance(value, Tensor) and value.shape != parameter.shape:
         raise ValueError(
             f"'{name}' is {tuple(value.shape)} in the vector and {tuple(parameter.shape)} in the model: "

@@ -111,7 +111,7 @@ def solve(
 
 
 class _Problem:
-    """The data and the passes over it. Vectors of parameters are flat; of outputs, one tensor a batch."""
+    """The data and the passes over it. Vectors of parameters are flat, vectors of outputs one tensor a batch."""
 
     def __init__(self, model: PeftModel, batches: Sequence[Mapping[str, Any]], loss: str) -> None:
         self.model, self.loss_name, self.squared = model, loss, loss == "squared"

@@ -1,7 +1,7 @@
-"""Task vectors: what training changed, (dA, dB) of every layer, together with the point it was changed from.
+"""Task vectors: the change (dA, dB) of every layer by training, together with the point it started from.
 
-Vectors of one linearization point form a vector space: add, subtract, scale, take norms and cosines. Vectors of
-different points do not, and mixing them is an error. What they add to the weights does (linlora.vectors.weight_vector).
+Vectors of one linearization point form a vector space: add, subtract, scale, take norms and cosines. To mix vectors of
+different points is an error; as changes of the weights they mix (linlora.vectors.weight_vector).
 """
 
 from __future__ import annotations
@@ -120,14 +120,14 @@ class TaskVector:
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TaskVector:
-        """Read what `save` wrote; refuses truncated, foreign, NaN-carrying and altered files by name."""
+        """Read a file of `save`; truncated, foreign, altered and NaN-carrying ones are refused by name."""
         return cls.open(path).loaded()
 
     @classmethod
     def open(cls, path: str | os.PathLike) -> TaskVector:
-        """The vector `load` reads, left in its file: a tensor is read, and checked, whenever it is asked for.
+        """The vector that `load` reads, left in its file: a tensor is read, and checked, whenever it is asked for.
 
-        `linlora.fuse` of a list of such vectors is one itself, and to `save` that one streams through the files.
+        `linlora.fuse` of such vectors gives another one; to save that streams through the files.
 
         >>> import linlora
         >>> model = linlora.testing.tiny_model("bert")
@@ -182,11 +182,13 @@ class TaskVector:
         return self if isinstance(other, int) and other == 0 else NotImplemented
 
     def cast(self, scope: str) -> TaskVector:
-        """The same displacement from the same point as a vector of scope "layer" or "model": another function of it.
+        """The vector at another scope.
+
+        To "layer" or "model": the same displacement from the same point, another function. A vector of plain LoRA
+        training (scope "lora") becomes one of the tangent space at its start: post-hoc linearization,
+        `f(φ0) + J (φ - φ0)`. Where B0 = 0 its dA has no effect there and is dropped.
 
         To "weight": the same function, as the ΔW it adds to the base weights (`WeightVector`), its point's included.
-        A vector of plain LoRA training (scope "lora") becomes one of the tangent space at the point it started from:
-        post-hoc linearization, `f(φ0) + J (φ - φ0)`. Where B0 = 0 its dA has no effect there and is dropped.
         """
         if scope == "weight":
             return self._spaces[scope].of(self)
@@ -270,7 +272,7 @@ class TaskVector:
         return self.scope == "lora" and self.point_hash == point_hash({})
 
     def _check_displacement(self) -> None:
-        """Raise a DifferentPointError for a plain adapter without its start: A and B, whose product is what it adds."""
+        """Raise a DifferentPointError for a plain adapter without its start, which is A and B themselves."""
         if self._is_plain_without_start:
             raise DifferentPointError(
                 "the vector is a plain adapter without its start, A and B themselves. They do not add, nor scale: what "
@@ -304,7 +306,7 @@ class TaskVector:
             assign(parameter, start[point_name(name)] + delta if point_name(name) in start else delta, name)
 
     def check_base(self, model: PeftModel) -> None:
-        """Raise a DifferentPointError where a start changed the base weights of the model, or of the vector, alone."""
+        """Raise a DifferentPointError where the start of the model or of the vector alone changed the base weights."""
         its = changed_base(model.peft_config.values())
         if its != self.changed_base:
             mine, others = (

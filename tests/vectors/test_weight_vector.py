@@ -173,6 +173,19 @@ def test_a_vector_merges_into_a_model_in_memory(architecture, tmp_path):
     torch.testing.assert_close(logits(back, architecture), logits(base, architecture), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "norm", [torch.nn.utils.parametrizations.weight_norm, torch.nn.utils.parametrizations.orthogonal]
+)
+def test_a_vector_does_not_merge_into_a_weight_that_is_computed(norm):
+    base = tiny_base("bert")
+    norm(base.bert.pooler.dense)
+    vector = TaskVector.from_model(tiny_model("bert", trained=True)).cast("weight")
+    before = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    with pytest.raises(ValueError, match=r"'bert\.pooler\.dense' is computed from other parameters"):
+        linlora.merge(base, vector)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in base.state_dict().items())
+
+
 def test_a_merge_that_stops_halfway_says_what_the_weights_are(monkeypatch):
     from linlora.merging import model as merging
 
