@@ -47,6 +47,7 @@ class Plan:
     Attributes:
         changes: by key, what the adapters add to a weight.
         replacements: by key, the adapter beside which a tensor was trained as a whole, and its name there.
+        changed: the keys of both.
         added: the tensors, without values, that the base lacks or has of another shape.
     """
 
@@ -76,12 +77,8 @@ class Plan:
                     f"'{key}' was trained as a whole beside {own}, and {other} changes it; merge one of the adapters, "
                     "or train both alike"
                 )
+        self.changed = self.changes.keys() | self.replacements.keys()
         self._refuse_tied()
-
-    @property
-    def changed(self) -> set[str]:
-        """The keys of the tensors that `merged` makes."""
-        return self.changes.keys() | self.replacements.keys()
 
     def _replace(self, adapter: formats.Stored) -> None:
         checkpoint = self.checkpoint

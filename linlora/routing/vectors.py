@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from linlora.layers.calls import is_called_plainly
-from linlora.layers.lora_linear import converted_layers
+from linlora.layers.finding import check_unmerged
 from linlora.layers.model_scope import leave_model_scope
+from linlora.layers.peft_names import base_name
 from linlora.layers.restoring import restoring
 from linlora.routing.inventory import skill
 from linlora.routing.model import RoutedModel
@@ -73,9 +74,7 @@ def from_vectors(
         raise TypeError(f"from_vectors takes the PeftModel the vectors are of, got {type(model).__name__}")
     if variant not in VARIANTS:
         raise ValueError(f"unknown variant {variant!r}: choose one of {', '.join(sorted(VARIANTS))}")
-    for name, converted in converted_layers(model):
-        if converted.merged_adapters:
-            raise ValueError(f"layer '{name}': {converted.merged_adapters} are merged; call model.unmerge_adapter()")
+    check_unmerged((base_name(name), m) for name, m in model.named_modules() if isinstance(m, BaseTunerLayer))
     layers, scope = _layers(vectors)
     if scope is None:
         if variant != "private":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,15 @@ def adapter_layers(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
         raise ValueError(f"adapter '{adapter}' has no task vector: {why}. PEFT's save_pretrained keeps this adapter")
     if not layers:
         raise ValueError(f"the model has no LoRA layer with an adapter '{adapter}'")
+    return layers
+
+
+def layers_to_change(model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
+    """`adapter_layers`; raises ValueError also for merged ones, out of which PEFT would take what it did not put in."""
+    from linlora.layers.finding import check_unmerged
+
+    layers = adapter_layers(model, adapter)
+    check_unmerged(layers)
     return layers
 
 
@@ -122,15 +131,6 @@ def held_by(model: PeftModel, adapter: str, start: Mapping[str, Tensor] | None) 
     if len(scopes) != 1:
         raise ValueError(f"adapter '{adapter}' is linearized in some layers and plain in others: linearize the model")
     return Held(deltas, points, scalings, scopes.pop())
-
-
-def check_unmerged(layers: Iterable[tuple[str, Any]]) -> None:
-    """Raise a ValueError for merged adapters: PEFT would take other values out of the weights than it put in."""
-    for name, layer in layers:
-        if layer.merged_adapters:
-            raise ValueError(
-                f"layer '{name}': adapters {layer.merged_adapters} are merged; call model.unmerge_adapter()"
-            )
 
 
 def check_values(tensors: Mapping[str, Tensor]) -> None:

@@ -18,15 +18,7 @@ from torch import Tensor
 from linlora.layers.restoring import restoring
 from linlora.layers.vanilla import changed_base
 from linlora.storage.tensors import shapes
-from linlora.vectors.adapters import (
-    adapter_layers,
-    assign,
-    check_unmerged,
-    check_values,
-    delta_parameters,
-    held_by,
-    one_adapter,
-)
+from linlora.vectors.adapters import assign, check_values, delta_parameters, held_by, layers_to_change, one_adapter
 from linlora.vectors.files import Content, read_vector, write_vector
 from linlora.vectors.points import DifferentPointError, point_hash, point_name, some
 
@@ -318,11 +310,10 @@ class TaskVector:
             )
 
     def _matching_layers(self, model: PeftModel, adapter: str) -> list[tuple[str, Any]]:
-        layers = adapter_layers(model, adapter)
+        layers = layers_to_change(model, adapter)
         if set(self.scalings) != {name for name, _ in layers}:
             odd = sorted(set(self.scalings) ^ {name for name, _ in layers})
             raise DifferentPointError(f"the vector and the model's adapter '{adapter}' differ in layers: {some(odd)}")
-        check_unmerged(layers)
         self.check_base(model)
         return layers
 

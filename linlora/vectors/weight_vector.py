@@ -23,7 +23,7 @@ from torch.nn.functional import pad
 from linlora.layers.vanilla import refuse_changed_base
 from linlora.layers.weights import Update
 from linlora.storage.tensors import StoredTensors, shapes
-from linlora.vectors.adapters import adapter_layers, assign, check_unmerged, check_values, state_of
+from linlora.vectors.adapters import assign, check_values, layers_to_change, state_of
 from linlora.vectors.factors import Size, factors_of, size_of, stored_factors, total
 from linlora.vectors.points import DifferentPointError, point_hash
 from linlora.vectors.task_vector import TaskVector
@@ -170,8 +170,7 @@ class WeightVector(TaskVector, scope="weight"):
 
     def put_into(self, model: PeftModel, adapter: str) -> None:
         """Let a plain adapter add ΔW to the weights: in the first rows of A, the others zero. See `linlora.apply`."""
-        layers = dict(adapter_layers(model, adapter))
-        check_unmerged(layers.items())
+        layers = dict(layers_to_change(model, adapter))
         if missing := [layer for layer in self.scalings if layer not in layers]:
             raise DifferentPointError(
                 f"the vector changes layer '{missing[0]}', which adapter '{adapter}' does not: an adapter whose "

@@ -132,9 +132,11 @@ def test_vectors_that_do_not_go_together():
         routing.from_vectors(model, vectors, variant="best")
     with pytest.raises(TypeError, match="takes the PeftModel"):
         routing.from_vectors(torch.nn.Linear(2, 2), vectors)
-    model.merge_adapter()
-    with pytest.raises(ValueError, match="are merged"):
-        routing.from_vectors(model, vectors)
+    for scope in ("layer", "lora"):  # PEFT unloads a merged layer as it is
+        model, vectors = model_with_vectors(scope)
+        model.merge_adapter()
+        with pytest.raises(ValueError, match="are merged"):
+            routing.from_vectors(model, vectors)
 
 
 # -- plain adapters trained apart -------------------------------------------------------------------------------------
