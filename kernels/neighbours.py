@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from .configs import SHARED_LIMIT, Config
 
@@ -45,7 +46,8 @@ def changed(config: Config, change: str, itemsize: int, architecture: int) -> Co
     """
     if not change:
         return config
-    new = replace(config, **{field: of(getattr(config, field)) for field, of in CHANGES[change].items()})
+    fields: dict[str, Any] = {field: of(getattr(config, field)) for field, of in CHANGES[change].items()}
+    new = replace(config, **fields)
     is_one = all(_LIMITS[field][0] <= getattr(new, field) <= _LIMITS[field][1] for field in CHANGES[change])
     has_room = _shared_bytes(new, itemsize) <= SHARED_LIMIT[architecture] and _accumulators(new) <= _ACCUMULATORS
     return new if is_one and has_room and all(_has_effect(config, field) for field in CHANGES[change]) else config

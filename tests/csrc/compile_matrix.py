@@ -2,9 +2,10 @@
 
     python tests/csrc/compile_matrix.py 12.6 12.8 13.2      or `make compile-matrix`
 
-Of CUDA 13 PyPI has nvcc as a whole: the library is built. Of CUDA 12 it has the assembler alone, which assembles the
-PTX that the nvcc of this machine makes: that shows that instructions, registers and schedule are right there, not
-that headers and front end are. Exits with 1 where one fails. Minutes of work for each; no test runs it.
+Of CUDA 13 PyPI has nvcc as a whole: the library is built. Of CUDA 12, up to 12.9, `nvidia-cuda-nvcc-cu12` holds ptxas
+and libnvvm without a front end (`nvcc`, `cudafe++`, `cicc`), and `nvidia-cuda-nvcc` begins with 13.0. So there ptxas
+assembles the PTX that the nvcc of this machine makes: that shows that instructions, registers and schedule are right
+there, not that headers and front end are. Exits with 1 where one fails. Minutes of work for each; no test runs it.
 """
 
 import os
