@@ -78,7 +78,7 @@ def serve_rows(tuner: nn.Module, *args: Any, **kwargs: Any) -> Iterator[None]:
 
 
 def _encoder_of(model: Any) -> set[nn.Module]:
-    """The modules that beam search runs once for all beams, as PEFT finds them: an encoder that is not the model."""
+    """The modules of an encoder, which beam search runs once for all beams; found as PEFT finds them."""
     encoder = model.get_encoder() if hasattr(model, "get_encoder") else None
     return set() if encoder is None or encoder is model else set(encoder.modules())
 

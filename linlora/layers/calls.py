@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from itertools import chain
 from types import MethodType
 from typing import Any
 
@@ -28,6 +29,7 @@ from transformers.pytorch_utils import Conv1D
 LINEAR = (nn.Linear, NonDynamicallyQuantizableLinear, Conv1D)
 PATCHED = "the forward of PEFT's LoRA layer was replaced (peft.tuners.lora.layer.Linear.forward)"
 _PEFT_FORWARD = PeftLoraLinear.forward
+_HOOKS_OF_ALL = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
 _FORWARDS: dict[type, Any] = {kind: kind.forward for kind in (*LINEAR, nn.Dropout, nn.Identity)}
 
 
@@ -45,9 +47,8 @@ def is_product(part: nn.Module) -> bool:
 
 
 def is_called_plainly(module: nn.Module) -> bool:
-    """`is_product`, of a class this file does not know: whether a call is the forward of the class alone."""
-    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    return not hooks and has_forward_of_class(module)
+    """`is_product` for a class this file does not know: whether a call is the forward of the class alone."""
+    return not _has_hooks(module) and has_forward_of_class(module)
 
 
 def has_forward_of_class(module: nn.Module) -> bool:
@@ -60,7 +61,7 @@ def has_forward_of_class(module: nn.Module) -> bool:
 
 def beyond_product(part: nn.Module) -> str:
     """The reason to call a part instead of reading its weight, as the predicate of a sentence."""
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+    if _has_hooks(part):
         return "has hooks"
     if type(part) not in _FORWARDS:
         return f"is a {type(part).__name__}"
@@ -72,12 +73,14 @@ def beyond_product(part: nn.Module) -> str:
 
 def hooks_of_all_modules() -> bool:
     """Whether global module hooks wait for every call. Those of torch's ModuleTracker (FlopCounterMode) note names."""
-    if not (_global_forward_hooks or _global_forward_pre_hooks or _global_backward_hooks or _global_backward_pre_hooks):
+    if not any(_HOOKS_OF_ALL):
         return False
-    hooks = (_global_forward_hooks, _global_forward_pre_hooks, _global_backward_hooks, _global_backward_pre_hooks)
-    return not all(
-        isinstance(getattr(hook, "__self__", None), ModuleTracker) for each in hooks for hook in each.values()
-    )
+    hooks = chain.from_iterable(each.values() for each in _HOOKS_OF_ALL)
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
+
+
+def _has_hooks(part: nn.Module) -> bool:
+    return bool(part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks)
 
 
 def follow_class(layer: nn.Module) -> None:

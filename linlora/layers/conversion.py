@@ -43,8 +43,7 @@ def convert_back(layer: ConvertedLoraLinear) -> None:
 
 
 def unsupported(layer: Any) -> str | None:
-    """Why a PEFT LoRA layer cannot be converted, or None. The class is matched exactly: a subclass may have any
-    forward."""
+    """Why a PEFT LoRA layer cannot be converted, or None. Only exact classes can: subclasses may compute anything."""
     if isinstance(layer, ConvertedLoraLinear):
         return None
     if type(layer) is not PeftLoraLinear and not quantized(layer):

@@ -13,7 +13,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from numbers import Real
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ Mixture = tuple[tuple[str, float], ...]
 """Adapters in the order of their names, each with its weight, which is not 0."""
 
 
-class Rows(Sequence[Mixture]):
+class Rows:
     """The mixtures of the rows of a batch.
 
     Attributes:
@@ -66,13 +66,8 @@ class Rows(Sequence[Mixture]):
         mixtures = [_mixture(row, entry) for row, entry in enumerate(entries)]
         return cls(mixtures, (name for entry in entries if isinstance(entry, Mapping) for name in entry))
 
-    @overload
-    def __getitem__(self, row: int) -> Mixture: ...
-    @overload
-    def __getitem__(self, row: slice) -> tuple[Mixture, ...]: ...
-    def __getitem__(self, row: Any) -> Any:
-        places = self.places[row]
-        return self.distinct[places] if isinstance(places, int) else tuple(self.distinct[place] for place in places)
+    def __iter__(self) -> Iterator[Mixture]:
+        return (self.distinct[place] for place in self.places)
 
     def __len__(self) -> int:
         return len(self.places)

@@ -132,7 +132,7 @@ def check_sum(weight: Tensor, update: Update) -> None:
 
 
 def folded(block: Tensor, update: Update, rows: slice) -> Tensor:
-    """round(W + ΔW) of some rows of a stored weight, which may lie elsewhere than in memory; `block` is left alone.
+    """Returns round(W + ΔW) for some rows of a weight, which need not be in memory as a whole; `block` is left alone.
 
     Raises OverflowError where the sum is not finite in the dtype of W.
 
@@ -191,10 +191,8 @@ def unfold(weight: Tensor, kept: Fold) -> None:
         )
     for rows, (positions, values) in zip(blocks(weight.shape), kept.lost, strict=True):
         before = values
-        if positions is not None:
-            before = _sum(
-                weight[rows].to(device), kept.update, rows, -1.0
-            )  # where it was folded: rounding is a device's
+        if positions is not None:  # on the device of the fold, because devices round differently
+            before = _sum(weight[rows].to(device), kept.update, rows, -1.0)
             before.view(-1)[positions.long()] = values
         weight[rows] = before.to(weight.device)
     if _digest(weight) != kept.unfolded:

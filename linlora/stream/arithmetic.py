@@ -203,7 +203,7 @@ def softmax(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @rule("glu")
 def glu(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Of the halves a and b: (a σ(b))_t = a_t σ(b) + a σ'(b) b_t, in float32 or wider."""
+    """(a σ(b))_t = a_t σ(b) + a σ'(b) b_t with a and b the halves of x, in float32 or wider."""
     x, dim = bound({"input": None, "dim": -1}, args, kwargs)
     y = func(x.primal, dim)
     with torch.no_grad():

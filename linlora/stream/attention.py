@@ -92,7 +92,7 @@ DualTensor.rules.update({_PACKED: packed, torch.ops.torch_attn._varlen_attn: pac
 
 @rule("multi_head_attention_forward")
 def multi_head(func: Any, args: tuple, kwargs: dict) -> Any:
-    """Of nn.MultiheadAttention: what it is written in, function by function; torch would hand it over as one."""
+    """Run nn.MultiheadAttention function by function; PyTorch hands it over as one."""
     return _OPENED(*args, **kwargs)
 
 

@@ -50,7 +50,7 @@ def inside(stream: Any) -> bool:
 
 
 def place(stream: Any) -> Place:
-    """Where the code that calls this is. A user's hook is told from a forward by the line that calls it."""
+    """The place of the code that calls this. A user's hook is told from a forward by the line that calls it."""
     if not stream.bordered:
         return Place.NETWORK
     for frame in stack():

@@ -41,7 +41,7 @@ def function_name(func: Any) -> str:
 
 
 def remedy(otherwise: str = "use scope='layer'") -> str:
-    """What helps where a function cannot be followed, at the end of a message; `otherwise` is that of a stream."""
+    """The end of a message about a function that cannot be followed; `otherwise` is the advice of a stream."""
     if "expert" in module_name().lower():
         return (
             "or load the model with experts_implementation='batched_mm' (or 'eager'), whose functions are followed; "

@@ -55,9 +55,9 @@ class Fallback:
 
 
 def forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:
-    """What a function does beside its result happens once: in the first of its two passes, for the primal.
+    """Run a function twice: as it is, for the primal, and in forward mode, for the tangent.
 
-    The second, for the tangents, repeats its random numbers, and is given copies of the arguments it would write.
+    Side effects happen in the first run. The second repeats its random numbers, on copies of what it would write.
     """
     flat, structure = tree_flatten((args, kwargs))
     first = next(duals(flat))
@@ -144,7 +144,7 @@ def _is_statistic(func: Any, leaf: Any) -> bool:
 
 
 def _versions(flat: list[Any]) -> list[int]:
-    """How often each tensor was written, as autograd counts."""
+    """Autograd's count of the writes into each tensor."""
     tensors = [primals(leaf) for leaf in flat if isinstance(leaf, Tensor)]
     return [tensor._version for tensor in tensors if not tensor.is_inference()]
 

@@ -1,4 +1,4 @@
-"""Where a stream ends: at the model's outputs, and before the modules that are trained beside the adapter.
+"""The ends of a stream: the model's outputs, and the inputs of modules that are trained beside the adapter.
 
 There a DualTensor becomes F = f + J δ, a plain tensor, so that what comes after sees the linearized function: the loss
 outside the model, or a classification head that PEFT trains as a whole (`modules_to_save`). What leaves the network by

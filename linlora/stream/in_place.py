@@ -46,19 +46,10 @@ def _in_place(functional_form: Any) -> Rule:
     return apply
 
 
-def _functional_forms() -> dict[str, Any]:
-    """Of each in-place method or function of torch, the one that returns its result instead."""
-    forms = {}
-    for namespace in (torch, Tensor):
-        for name in dir(namespace):
-            form = getattr(namespace, name[:-1], None)
-            if name.endswith("_") and not name.startswith("_") and callable(form):
-                forms[name] = form
-    return forms
-
-
-for _name, _form in _functional_forms().items():
-    rule(_name)(_in_place(_form))
+for _namespace, _name in ((namespace, name) for namespace in (torch, Tensor) for name in dir(namespace)):
+    _form = getattr(_namespace, _name[:-1], None)
+    if _name.endswith("_") and not _name.startswith("_") and callable(_form):
+        rule(_name)(_in_place(_form))
 for _name, _form in _OPERATORS.items():
     if hasattr(Tensor, _name):
         rule(_name)(_in_place(getattr(Tensor, _form)))

@@ -1,4 +1,4 @@
-"""What a tensor of the stream is to code that is no part of the network: F = f + J δ, a plain tensor.
+"""Tensors of the stream outside of the network: each is F = f + J δ, a plain tensor.
 
 Outside, every function, conversion, copy and save acts on F, wherever the tensor was found: in an output of any type,
 the result of a method, an attribute of a module, a list that a hook filled. Functions that only move elements keep both
@@ -38,7 +38,7 @@ from linlora.stream.tensor import (
 
 
 class Constant(DualTensor):
-    """What the network takes for a constant, `primal`, and what that is to whoever takes it out: `value`, of F.
+    """A constant of the network, `primal`, with the `value` of F that it has outside.
 
     `value` is None where there is no such tensor: where F's indices, say, have another shape than those of f.
     """
@@ -99,7 +99,7 @@ def _f(dual: DualTensor) -> Tensor:
 
 
 def _settle(dual: DualTensor, func: Any) -> None:
-    """What is written outside is F from then on, in the network too."""
+    """Make a tensor that is written outside F from then on, in the network too."""
     others = [relative() for relative in dual.relatives]
     if any(other is not None and other is not dual for other in others):
         raise TangentError(

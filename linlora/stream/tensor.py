@@ -21,7 +21,7 @@ Rule = Callable[[Any, tuple, dict], Any]
 
 
 class Stream:
-    """What the tensors of one linearized model share.
+    """State that the tensors of one linearized model share.
 
     Attributes:
         fallbacks: the functions that ran without a rule (linlora.stream.fallback).
@@ -216,7 +216,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def named(*names: str) -> list[Any]:
-    """What a model can call by some names in these namespaces; of a property, its getter."""
+    """The functions of these names that a model can call, and the getters of properties."""
     found = []
     for name, namespace in product(names, (torch, Tensor, nn.functional, torch.special, torch.fft, torch._C._nn)):
         target: Any = getattr(namespace, name, None)
@@ -247,7 +247,7 @@ _OF_SHAPE = {
     *(getattr(Tensor, name).__get__ for name in ("shape", "dtype", "device", "ndim")),
     *(Tensor.dim, Tensor.size, Tensor.numel, Tensor.__len__, Tensor.is_floating_point, Tensor.is_complex),
 }
-"""What a DualTensor knows of itself, wherever it is asked."""
+"""Questions that a DualTensor answers by itself, without a rule."""
 
 
 def bound(defaults: dict[str, Any], args: tuple, kwargs: dict) -> list[Any]:
