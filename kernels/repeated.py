@@ -3,7 +3,7 @@
 A step launches the same kernels for the same layers over and over. The first launch of a problem goes the whole way:
 checks, configuration, arguments, Triton's binder. A later one whose tensors differ in their addresses alone allocates
 the results, puts addresses in their places and calls the compiled kernel. That takes 33 instead of 120 us of the host
-for the flags kernel in pair form, 21 instead of 85 for that of few rows (CPU time, on the stub driver of the tests).
+for the flags kernel in pair form, 24 instead of 85 for that of few rows (CPU time, on the stub driver of the tests).
 
 The places are found by building the launch a second time, from stand-ins on the meta device: an argument that is the
 stand-in of a tensor takes the address of that tensor.
