@@ -175,7 +175,8 @@ class _LoraLinear(torch.autograd.Function):
             problem = aten.kept_factors(problem)
         if constant_tangent:
             needs = _needs(x=needs.x, d_shrink=needs.d_shrink, d_expand=needs.d_expand)
-        result = backend.lora_linear(_matrices(problem), save=needs.d_expand or needs.expand)
+        rows = _matrices(problem)
+        result = backend.lora_linear(rows, save=needs.d_expand or needs.expand)
         saves_u = needs.d_expand or (needs.expand and problem.two_streams)
         ctx.save_for_backward(
             problem.x if needs.weight or needs.shrink or needs.d_shrink else None,
@@ -184,7 +185,7 @@ class _LoraLinear(torch.autograd.Function):
             *problem[3:7],
             problem.seed,
             result.u if saves_u else None,
-            result.c if needs.expand else None,
+            aten.c_of(rows, result.c) if needs.expand else None,
         )
         ctx.numbers, ctx.dtype = (problem.scaling, problem.dropout_p, problem.two_streams), dtype
         ctx.backend, ctx.needs, ctx.constant_tangent, ctx.x_shape = backend, needs, constant_tangent, problem.x.shape
@@ -249,6 +250,8 @@ def _gradients(
         )
     elif needs.shrink or needs.d_shrink:
         u_adjoint, c_adjoint = aten.low_rank(aten.in_one_dtype(adjoint), with_c=needs.shrink)
+    if problem.is_pair and needs.shrink:
+        c_adjoint = aten.c_of(adjoint, c_adjoint)
     of_A0 = c_adjoint if problem.is_pair else u_adjoint
     p, q = _chosen(u, needs.d_expand, c, needs.expand), _chosen(u_adjoint, needs.d_shrink, of_A0, needs.shrink)
     d_expand, d_shrink = _products(backend, problem, dtype, p, adjoint.x, q, problem.x)

@@ -64,8 +64,23 @@ def test_any_subset_of_the_inputs_can_ask_for_gradients(check, problem, backend,
     check(op, backend, problem(), DTYPE[backend], wrt=wrt)
 
 
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2], ids=["", "dropout"])
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("wrt", [("x", "dA", "dB"), ("x", "A0", "B0")], ids="+".join)
+def test_rows_that_do_not_fold_take_the_pair_form_side_by_side(check, problem, monkeypatch, op, dropout_p, wrt):
+    taken, side_by_side = [], aten.lora._side_by_side
+    monkeypatch.setattr(aten.lora, "_side_by_side", lambda *arguments: taken.append(1) or side_by_side(*arguments))
+    case = problem(shape=(40,), n=48, k=64, rank=2, tangent=op == "lora_linear", dropout_p=dropout_p)
+    check(op, "torch", case, torch.float64, wrt=wrt)
+    assert taken
+
+
 @pytest.mark.parametrize("form", ["short", "pair"])
-@pytest.mark.parametrize("wrt", [("x",), ("x", "dB"), ()], ids=["dx", "dx+dB", "no-gradient"])
+@pytest.mark.parametrize(
+    "wrt",
+    [("x",), ("x", "dB"), ("dA", "dB"), ("x", "dA", "dB"), ("x", "A0"), ("x", "B0"), ("weight", "A0", "B0", "dB"), ()],
+    ids="+".join,
+)
 def test_many_rows_fold_the_update_into_a_transient_weight(check, problem, form, wrt):
     case = problem(shape=(64,), form=form)
     assert aten.folding_pays(case.x, case.weight)

@@ -20,15 +20,20 @@ _REDUCTION_BLOCKS = 8
 
 
 def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True) -> Result:
-    """The result of one stream or two, for x (..., K). Two streams have u and c without `save` too."""
+    """The result of one stream or two, for x (..., K). Two streams have u and c without `save` too.
+
+    A call folded into the weight makes no c: `c_of` does, where a gradient of S0 or E0 asks for it.
+    """
     if problem.dropout_p > 0.0 and not problem.masks_update:
         problem = with_mask(problem)
     problem = in_one_dtype(problem)
     x, weight, two = problem.x, problem.weight, problem.two_streams
-    if not (save or two) and problem.dropout_p == 0.0 and folding_pays(x, weight):
-        return Result(linear(x, _folded(problem), problem.bias))
-    if problem.is_pair and on_gpu(x) and x.dim() == 2 and not _recorded():
-        return _side_by_side(problem, primal)
+    in_place = x.dim() == 2 and not _recorded()
+    if not two and problem.dropout_p == 0.0 and (in_place or not save) and folding_pays(x, weight):
+        u = linear(x, problem.shrink) if save else None
+        return Result(linear(x, _folded(problem), problem.bias), None, u)
+    if problem.is_pair and in_place and _joining_pays(x, problem.rank):
+        return _side_by_side(problem, save, primal)
     u, c = low_rank(problem)
     if not two:
         y = _updated(linear(x, weight, problem.bias), problem, u, problem.d_expand, c)
@@ -43,8 +48,13 @@ def _frozen_tangent(problem: LoraLinear) -> Tensor:
     return x.new_zeros(*x.shape[:-1], weight.shape[0]) if x_tangent is None else linear(x_tangent, weight)
 
 
-def _side_by_side(problem: LoraLinear, primal: bool) -> Result:
-    """The pair form on a GPU, with [c u] and [E0 dE] as one: x is read once, and y written once more, not twice.
+def _joining_pays(x: Tensor, rank: int) -> bool:
+    """Whether laying factors side by side is less than the pass over x and y that it saves."""
+    return on_gpu(x) or x.shape[0] >= 16 * rank
+
+
+def _side_by_side(problem: LoraLinear, save: bool, primal: bool) -> Result:
+    """The pair form with [c u] and [E0 dE] as one: x is read once, and y written once more, not twice.
 
     The adjoint has them the other way round, so that both find the factors as `kept_factors` has laid them out.
     """
@@ -57,11 +67,17 @@ def _side_by_side(problem: LoraLinear, primal: bool) -> Result:
     u, c = (low[:, :r], low[:, r:]) if adjoint else (low[:, r:], low[:, :r])
     if not two:
         c.add_(u)
-        return Result(_updated(linear(x, problem.weight, problem.bias), problem, low, expand, None), None, u, c)
+        both = _updated(linear(x, problem.weight, problem.bias), problem, low, expand, None)
+        return Result(both, None, *_apart(u, c)) if save else Result(both)
     if low_tangent is not None:
         c.addmm_(low_tangent, problem.shrink.t())
     y = _updated(linear(x, problem.weight, problem.bias), problem, u, problem.expand, None) if primal else None
-    return Result(y, _updated(_frozen_tangent(problem), problem, low, expand, None), u, c)
+    return Result(y, _updated(_frozen_tangent(problem), problem, low, expand, None), *_apart(u, c))
+
+
+def _apart(u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
+    """u and c each in memory of its own on a CPU: who saves one of them does not hold both."""
+    return (u, c) if on_gpu(u) else (u.contiguous(), c.contiguous())
 
 
 def _joined(first: Any, second: Any, dim: int) -> Tensor:
@@ -89,6 +105,11 @@ def low_rank(problem: LoraLinear, with_c: bool = True) -> tuple[Tensor, Tensor |
     return u, c if low_tangent is None else _added(c, low_tangent, shrink)
 
 
+def c_of(problem: LoraLinear, c: Tensor | None) -> Tensor | None:
+    """The c of a result, or made where it was folded."""
+    return low_rank(in_one_dtype(problem))[1] if c is None else c
+
+
 def _low_inputs(problem: LoraLinear) -> tuple[Tensor, Tensor | None]:
     """x' and x_t'."""
     x, x_tangent, p, seed = problem.x, problem.x_tangent, problem.dropout_p, problem.seed
@@ -98,7 +119,7 @@ def _low_inputs(problem: LoraLinear) -> tuple[Tensor, Tensor | None]:
 
 
 def folding_pays(x: Tensor, weight: Tensor) -> bool:
-    """Whether x (W + ΔW)ᵀ beats adding a low-rank update to x Wᵀ, when u and c are not wanted.
+    """Whether x (W + ΔW)ᵀ beats adding a low-rank update to x Wᵀ, u wanted or not.
 
     Forming W + ΔW takes 2r NK FLOPs, the update 2r M(N + K). It is worth a transient buffer of W's size where that is
     at most a third of x and y together, on a CPU (a GPU would rather not write it), and exact enough from fp32 on.
@@ -108,11 +129,12 @@ def folding_pays(x: Tensor, weight: Tensor) -> bool:
 
 
 def _folded(problem: LoraLinear) -> Tensor:
-    """W + s [ (E0 + dE) S0 + E0 dS ] of one stream."""
-    folded = _add_product(problem.weight, problem.d_expand, problem.shrink, problem.scaling)
-    if problem.expand is None or problem.d_shrink is None:
-        return folded
-    return _add_product(folded, problem.expand, problem.shrink + problem.d_shrink, problem.scaling)
+    """W + s [ (E0 + dE) S0 + E0 dS ] of one stream, in one product: [dE E0] by [S0; S0 + dS]."""
+    shrink, expand = problem.shrink, problem.d_expand
+    if problem.expand is not None and problem.d_shrink is not None:
+        shrink = torch.cat((shrink, shrink + problem.d_shrink))
+        expand = torch.cat((expand, problem.expand), 1)
+    return _add_product(problem.weight, expand, shrink, problem.scaling)
 
 
 def _add_product(weight: Tensor, expand: Tensor, shrink: Tensor, scaling: float) -> Tensor:
