@@ -56,7 +56,7 @@ def compress_then_merge(
         merged = Sides.of(_largest(C, keep) for C in cores).mean(rounding=_ROUNDING)
         return Factored(core.U, P @ U @ (scaling * merged), Q @ V, core.V)
 
-    return fused_layers(weight_vectors(vectors), merge, out_rank=rank)
+    return fused_layers(weight_vectors(vectors), merge, most=rank)
 
 
 def tucker(parts: Sequence[Pair], rank: int, rounds: int) -> Pair:

@@ -58,6 +58,7 @@ def fused_layers(
     out_rank: OutRank = "exact",
     energy: float | None = None,
     weights: Weights | None = None,
+    most: float = math.inf,
 ) -> WeightVector:
     """The vector a method makes of vectors in weight space, each times its weight, layer by layer.
 
@@ -66,9 +67,13 @@ def fused_layers(
 
     Args:
         out_rank, energy: see `Cut`.
+        most: the largest rank that `merge` gives, where the sum of the ranks is larger.
     """
     cut = Cut(out_rank, energy)
-    sizes = {name: size._replace(dtype=_wide(size.dtype)) for name, size in fused_sizes(vectors).items()}
+    sizes = {
+        name: size._replace(rank=int(min(size.rank, most)), dtype=_wide(size.dtype))
+        for name, size in fused_sizes(vectors).items()
+    }
 
     def merged(name: str) -> Update | Factored:
         return merge(layer(vectors, name, weights))
