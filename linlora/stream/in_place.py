@@ -25,16 +25,6 @@ from linlora.stream.tensor import (
     wrap,
 )
 
-_OPERATORS = {
-    "__iadd__": "__add__", "__isub__": "__sub__", "__imul__": "__mul__", "__itruediv__": "__truediv__",
-    "__ipow__": "__pow__", "__idiv__": "__truediv__",
-}  # fmt: skip
-
-
-_FILLS = (
-    "zero_", "normal_", "uniform_", "exponential_", "cauchy_", "geometric_", "log_normal_", "random_",
-)  # fmt: skip
-
 
 def _in_place(functional_form: Any) -> Rule:
     def apply(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -50,9 +40,11 @@ for _namespace, _name in ((namespace, name) for namespace in (torch, Tensor) for
     _form = getattr(_namespace, _name[:-1], None)
     if _name.endswith("_") and not _name.startswith("_") and callable(_form):
         rule(_name)(_in_place(_form))
-for _name, _form in _OPERATORS.items():
-    if hasattr(Tensor, _name):
-        rule(_name)(_in_place(getattr(Tensor, _form)))
+for _form, *_names in (
+    (Tensor.__add__, "__iadd__"), (Tensor.__sub__, "__isub__"), (Tensor.__mul__, "__imul__"),
+    (Tensor.__truediv__, "__itruediv__", "__idiv__"), (Tensor.__pow__, "__ipow__"),
+):  # fmt: skip
+    rule(*_names)(_in_place(_form))
 
 
 @rule("copy_", "fill_")
@@ -80,7 +72,7 @@ def set_item(func: Any, args: tuple, kwargs: dict) -> None:
     _in_place(written)(func, args, kwargs)
 
 
-@rule(*_FILLS)
+@rule("zero_", "normal_", "uniform_", "exponential_", "cauchy_", "geometric_", "log_normal_", "random_")
 def fill(func: Any, args: tuple, kwargs: dict) -> Any:
     """Values that do not depend on those before: a constant."""
     return rebind(args[0], func(torch.empty_like(args[0].primal), *args[1:], **kwargs), func)
