@@ -29,7 +29,8 @@ def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True) -> 
     problem = in_one_dtype(problem)
     x, weight, two = problem.x, problem.weight, problem.two_streams
     in_place = x.dim() == 2 and not _recorded()
-    if not two and problem.dropout_p == 0.0 and (in_place or not save) and folding_pays(x, weight):
+    folds = not save or (in_place and not problem.masks_update)  # backward, beside y and dx, W + ΔW would be the peak
+    if not two and problem.dropout_p == 0.0 and folds and folding_pays(x, weight):
         u = linear(x, problem.shrink) if save else None
         return Result(linear(x, _folded(problem), problem.bias), None, u)
     if problem.is_pair and in_place and _joining_pays(x, problem.rank):
