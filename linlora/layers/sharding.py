@@ -1,4 +1,4 @@
-"""Parameters whose values lie elsewhere: sharded by FSDP2 (DTensors), offloaded or not loaded yet (the meta device).
+"""Parameters whose values lie elsewhere: sharded by FSDP2 (DTensors), offloaded, not loaded yet, or computed by a call.
 
 A gather is a collective: every process of the mesh has to take part, whoever writes the file in the end.
 """
