@@ -49,7 +49,7 @@ class Options:
     adamerging_steps: int = 50
     adamerging_batch: int = 16
     # λ of the methods of ΔW, whose results have a size of their own
-    weights_scalings: tuple[float, ...] = (0.3, 0.5, 0.7, 0.9, 1.1, 1.5, 2.0)
+    weights_scalings: tuple[float, ...] = (0.1, 0.2, 0.3, 0.5, 0.7, 1.0, 1.5, 2.0)
     regmean_shrink: tuple[float, ...] = (0.95,)
     regmean_examples: int = 256  # of each task, unlabeled, as published
     # LoRA-Soups: labeled examples of each task, gone through so often

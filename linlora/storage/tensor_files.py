@@ -22,6 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from linlora.storage.ahead import one_thread
 from linlora.storage.files import CorruptFileError, install_file, parse_json
 from linlora.storage.staging import unfinished_file
 from linlora.storage.tensors import StoredTensors, finite, memory, shapes
@@ -146,7 +147,9 @@ class TensorFile:
     def _check(self, name: str, tensor: Tensor) -> None:
         if name in self._checksums and f"{zlib.crc32(memory(tensor)):08x}" != self._checksums[name]:
             raise CorruptFileError(f"{self.path}: tensor '{name}' does not match its checksum; the file was altered")
-        if not finite(tensor):
+        with one_thread():
+            diverged = not finite(tensor)
+        if diverged:
             raise CorruptFileError(
                 f"{self.path}: tensor '{name}' holds NaN or infinity; the run that wrote it diverged"
             )
