@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from .packing import Output, packable
-from .problem import DTYPES, check_dropout, check_number, refuse
+from .problem import DTYPES, check_dropout, check_number, refuse, shapes
+
+_FLOATS = "float32, float16, bfloat16 (or float64 on the torch backend)"
 
 
 class AttentionResult(NamedTuple):
@@ -49,11 +51,11 @@ class Attention(NamedTuple):
 
     @property
     def has_tangents(self) -> bool:
-        return any(tangent is not None for tangent in self.tangents)
+        return self.q_tangent is not None or self.k_tangent is not None or self.v_tangent is not None
 
     def primal(self) -> Attention:
         """Attention without its tangents."""
-        return self._replace(q_tangent=None, k_tangent=None, v_tangent=None)
+        return Attention(*self[:3], None, None, None, *self[6:])
 
     def outputs(self) -> AttentionResult:
         """What a backend that keeps the softmax's lse returns."""
@@ -63,39 +65,48 @@ class Attention(NamedTuple):
     def check(self) -> Attention:
         """Itself. Raises a ValueError that names the argument, what it is and what it has to be; dtypes of q, k and v
         may differ here, for autocast."""
-        q, k, v, *tangents, mask, _, scale, dropout_p, seed = self
+        q, k, v, q_tangent, k_tangent, v_tangent, mask, _, scale, dropout_p, seed = self
+        device = q.device
         check_number("attention", "scale", scale)
         check_dropout("attention", dropout_p)
         if dropout_p > 0.0 and seed is None:
             _refuse("dropout needs a seed: pass seed=torch.randint(2**31, (), device=x.device)")
-        floats = "float32, float16, bfloat16 (or float64 on the torch backend)"
-        for name, tensor in zip(self._fields[:6], self[:6], strict=True):
-            if tensor is not None and tensor.dtype not in DTYPES:
-                _refuse(f"{name} is {tensor.dtype}: use {floats}")
-        if mask is not None and mask.dtype not in (torch.bool, *DTYPES):
-            _refuse(f"the mask is {mask.dtype}: use bool, True where a query sees a key, or scores to add, {floats}")
-        names = ("k", "v", "q_tangent", "k_tangent", "v_tangent", "the mask")
-        for name, tensor in zip(names, self[1:7], strict=True):
-            if tensor is not None and tensor.device != q.device:
-                _refuse(f"{name} is on {tensor.device}, q on {q.device}: move the model or the input")
-        shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
+        for i, tensor in enumerate(self[:6]):
+            if tensor is None:
+                continue
+            if tensor.dtype not in DTYPES:
+                _refuse(f"{self._fields[i]} is {tensor.dtype}: use {_FLOATS}")
+            if tensor.device != device:
+                _refuse_place(self._fields[i], tensor, device)
         if q.dim() != 4 or k.dim() != 4 or v.dim() != 4:
-            _refuse(f"(batch, heads, length, head size) is expected, got {shapes}")
-        if k.shape[:3] != v.shape[:3] or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
-            _refuse(f"these do not fit together: {shapes}")
-        if k.shape[1] == 0 or q.shape[1] % k.shape[1]:
-            _refuse(f"the heads of q are a multiple of those of k and v, got {shapes}")
-        for name, x, tangent in zip("qkv", (q, k, v), tangents, strict=True):
+            _refuse(f"(batch, heads, length, head size) is expected, got {shapes(q=q, k=k, v=v)}")
+        (batch, heads, queries, width), (k_batch, kv_heads, keys, k_width), (*v_rows, _) = q.shape, k.shape, v.shape
+        if [k_batch, kv_heads, keys] != v_rows or batch != k_batch or width != k_width:
+            _refuse(f"these do not fit together: {shapes(q=q, k=k, v=v)}")
+        if kv_heads == 0 or heads % kv_heads:
+            _refuse(f"the heads of q are a multiple of those of k and v, got {shapes(q=q, k=k, v=v)}")
+        for name, x, tangent in (("q", q, q_tangent), ("k", k, k_tangent), ("v", v, v_tangent)):
             if tangent is not None and tangent.shape != x.shape:
                 _refuse(f"{name}_tangent is {tuple(tangent.shape)}, {name} is {tuple(x.shape)}")
         if mask is not None:
-            scores = (*q.shape[:3], k.shape[2])
-            sides = zip(reversed(mask.shape), reversed(scores), strict=False)
-            if mask.dim() > 4 or any(side not in (1, wanted) for side, wanted in sides):
-                _refuse(f"mask {tuple(mask.shape)} does not broadcast to the scores {scores}")
-            if mask.requires_grad and torch.is_grad_enabled():
-                _refuse("the mask asks for a gradient, which this op does not give; freeze what makes it")
+            _check_mask(mask, (batch, heads, queries, keys), device)
         return self
+
+
+def _check_mask(mask: Tensor, scores: tuple[int, int, int, int], device: torch.device) -> None:
+    if mask.dtype is not torch.bool and mask.dtype not in DTYPES:
+        _refuse(f"the mask is {mask.dtype}: use bool, True where a query sees a key, or scores to add, {_FLOATS}")
+    if mask.device != device:
+        _refuse_place("the mask", mask, device)
+    sides = zip(reversed(mask.shape), reversed(scores), strict=False)
+    if mask.dim() > 4 or any(side not in (1, wanted) for side, wanted in sides):
+        _refuse(f"mask {tuple(mask.shape)} does not broadcast to the scores {scores}")
+    if mask.requires_grad and torch.is_grad_enabled():
+        _refuse("the mask asks for a gradient, which this op does not give; freeze what makes it")
+
+
+def _refuse_place(name: str, tensor: Tensor, device: torch.device) -> NoReturn:
+    _refuse(f"{name} is on {tensor.device}, q on {device}: move the model or the input")
 
 
 def _refuse(message: str) -> NoReturn:

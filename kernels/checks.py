@@ -56,18 +56,6 @@ def check_grouped(problem: GroupedLoraLinear) -> int:
     return rank
 
 
-def check_grouped_gradients(problem: GroupedGradients) -> None:
-    """Both pairs agree, and the kernel serves their dtype, ranks and device."""
-    p, g, q, x = problem[:4]
-    _check_gradient("p", p, "g", g)
-    _check_gradient("q", q, "x", x)
-    if g is None and x is None:
-        raise ValueError("grouped_gradients has nothing to do: pass p and g, or q and x, or all four")
-    if p is not None and q is not None and p.shape[1] != q.shape[1]:
-        raise ValueError(f"p and q are of one rank, got {p.shape[1]} and {q.shape[1]}")
-    check_mask(problem.dropout_p, problem.seed, problem.wide)
-
-
 def check_linear(x: Tensor, x_tangent: Tensor | None, weight: Tensor, bias: Tensor | None) -> None:
     """x and x_tangent (M, K), weight (N, K) and bias (N,) agree."""
     check_activation("x", x)
@@ -119,26 +107,14 @@ def check_elementwise(kind: str, **tensors: Tensor | None) -> None:
             _check_like(name, tensor, tuple(first.shape), first, factor=False)
 
 
-def check_factor_gradients(problem: FactorGradients) -> None:
-    """Both pairs agree, and the kernel serves their dtype, ranks and device."""
+def check_gradients(problem: FactorGradients | GroupedGradients) -> None:
+    """Both pairs agree, and the kernels serve their dtype, ranks and device."""
     problem.check()
     check_activation("x" if problem.g is None else "g", problem.wide)
     for name, low in (("p", problem.p), ("q", problem.q)):
         if low is not None and not 1 <= low.shape[1] <= MAX_GRADIENT_RANK:
             raise ValueError(f"{name} is (M, R) with R in 1..{MAX_GRADIENT_RANK}, got {tuple(low.shape)}")
     check_mask(problem.dropout_p, problem.seed, problem.wide)
-
-
-def _check_gradient(name: str, low: Tensor | None, other_name: str, wide: Tensor | None) -> None:
-    """One product of `factor_gradients`: low (M, R) and wide (M, columns), or neither."""
-    if (low is None) != (wide is None):
-        raise ValueError(f"{name} and {other_name} come together: pass both or neither")
-    if low is None or wide is None:
-        return
-    check_activation(other_name, wide)
-    if low.ndim != 2 or not 1 <= low.shape[1] <= MAX_GRADIENT_RANK:
-        raise ValueError(f"{name} is (M, R) with R in 1..{MAX_GRADIENT_RANK}, got {tuple(low.shape)}")
-    _check_like(name, low, (wide.shape[0], low.shape[1]), wide, factor=False)
 
 
 def check_attention(problem: Attention) -> None:

@@ -28,7 +28,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .checks import check_factor_gradients
+from .checks import check_gradients
 from .configs import Config, select
 from .counters import counters
 from .device import device_traits
@@ -155,7 +155,7 @@ def host(problem: FactorGradients, config: Config | None = None) -> Gradients:
 
     `config` overrides what `configs.select` picks. Raises ValueError for problems that the kernel does not serve.
     """
-    check_factor_gradients(problem)
+    check_gradients(problem)
     wide = problem.wide
     gradients = empty(problem.outputs(), wide)
     if all(gradient is None or gradient.numel() == 0 for gradient in gradients):

@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .checks import check_grouped_gradients
+from .checks import check_gradients
 from .configs import Config
 from .dropout import drop, dropout_argument
 from .grouped_problem import GroupedGradients
@@ -103,7 +103,7 @@ def grouped_gradients(problem: GroupedGradients, config: Config | None = None) -
 
     `config` overrides what `configs.select` picks. Raises ValueError for shapes, dtypes and devices that do not fit.
     """
-    check_grouped_gradients(problem)
+    check_gradients(problem)
     gradients = empty(problem.outputs(), problem.wide)
     if any(gradient is not None and gradient.numel() for gradient in gradients):
         wide = problem.wide

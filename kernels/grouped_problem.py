@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .packing import Output, packable
-from .problem import Gradients, LoraLinear, Result, check_factors, check_layer, refuse, shapes
+from .problem import Gradients, LoraLinear, Result, check_factors, check_layer, check_products, refuse, shapes
 
 
 @packable
@@ -101,10 +101,9 @@ class GroupedLoraLinear(NamedTuple):
 
     def check(self) -> GroupedLoraLinear:
         """Itself, with mixed factors. Raises a ValueError that names the argument, what it is and has to be."""
-        op, (x, weight), A, B, groups = "grouped_lora_linear", self[:2], self.d_shrink, self.d_expand, self.groups
+        op, x, A, B, groups = "grouped_lora_linear", self.x, self.d_shrink, self.d_expand, self.groups
         assert B is not None
-        check_layer(op, self)
-        n, k = weight.shape
+        n, k = check_layer(op, self)
         if B.dim() != 3 or (A is not None and A.dim() != 3):
             refuse(op, f"mixed factors A (T, K, r) and B (T, r, N) are expected, got {shapes(A=A, B=B)}")
         rank, count = B.shape[1], groups.n_groups
@@ -165,6 +164,14 @@ class GroupedGradients(NamedTuple):
             None if p is None or g is None else Output((self.n_groups, p.shape[1], g.shape[1]), self.dtype),
             None if q is None or x is None else Output((self.n_groups, x.shape[1], q.shape[1]), self.dtype),
         )
+
+    def check(self) -> GroupedGradients:
+        """Itself, `place`d as Triton's kernels place rows. Raises a ValueError for pairs that do not agree."""
+        p, g, q, x = self[:4]
+        check_products("grouped_gradients", p, g, q, x)
+        if p is not None and q is not None and p.shape[1] != q.shape[1]:
+            refuse("grouped_gradients", f"p and q are of one rank, got {p.shape[1]} and {q.shape[1]}")
+        return self
 
 
 def _t(factor: Tensor | None) -> Tensor | None:

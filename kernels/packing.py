@@ -44,9 +44,9 @@ def pack(problem: tuple) -> tuple[list[Any], list[Any]]:
 def unpack(kind: type[AnyProblem], tensors: Sequence[Tensor | None], numbers: Sequence[Any]) -> AnyProblem:
     """The problem that was packed."""
     fields: list[Any] = [None] * (len(tensors) + len(numbers))
-    for places, values in zip(_PLACES[kind], (tensors, numbers), strict=True):
-        for i, value in zip(places, values, strict=True):
-            fields[i] = value
+    of_tensors, of_numbers = _PLACES[kind]
+    for i, value in zip((*of_tensors, *of_numbers), (*tensors, *numbers), strict=True):
+        fields[i] = value
     return kind(*fields)
 
 

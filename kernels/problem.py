@@ -133,16 +133,17 @@ class LoraLinear(NamedTuple):
 
     def check(self) -> LoraLinear:
         """Itself. Raises a ValueError that names the argument, what it is and what it has to be."""
-        op, (x, weight, _, A0, B0, dA, dB) = self.op, self[:7]
-        check_layer(op, self)
+        op, x, A0, B0, dA, dB = self.op, self.x, *self[3:7]
+        n, k = check_layer(op, self)
         if A0.dim() != 2:
             refuse(op, f"A0 (r, K) is expected, got {shapes(A0=A0)}")
-        if B0 is None:
-            dA = None  # without effect
-        elif dA is None:
+        shrink, expand = (A0.shape[0], k), (n, A0.shape[0])
+        if B0 is None:  # and dA is without effect
+            check_factors(op, x, ("A0", A0, shrink), ("dB", dB, expand))
+            return self
+        if dA is None:
             refuse(op, "dA is missing: with a B0 the tangent needs both dA (r, K) and dB (N, r); zeros will do")
-        (n, k), r = weight.shape, A0.shape[0]
-        check_factors(op, x, ("A0", A0, (r, k)), ("B0", B0, (n, r)), ("dA", dA, (r, k)), ("dB", dB, (n, r)))
+        check_factors(op, x, ("A0", A0, shrink), ("B0", B0, expand), ("dA", dA, shrink), ("dB", dB, expand))
         return self
 
 
@@ -187,27 +188,32 @@ class FactorGradients(NamedTuple):
 
     def check(self) -> FactorGradients:
         """Itself. Raises a ValueError for pairs that are not whole or do not agree."""
-        p, g, q, x = self[:4]
-        for low, wide, names in ((p, g, ("p", "g")), (q, x, ("q", "x"))):
-            if (low is None) != (wide is None):
-                raise ValueError(f"{names[0]} and {names[1]} come together: pass both or neither")
-            if low is not None and wide is not None:
-                if wide.dim() != 2 or low.dim() != 2 or low.shape[0] != wide.shape[0]:
-                    got = shapes(**{names[0]: low, names[1]: wide})
-                    raise ValueError(f"{names[0]} (M, R) and {names[1]} (M, columns) share their rows, got {got}")
-                if (low.dtype, low.device) != (wide.dtype, wide.device):
-                    got = f"{low.dtype} {low.device} and {wide.dtype} {wide.device}"
-                    raise ValueError(f"{names[0]} and {names[1]} are of one dtype on one device, got {got}")
-        if g is None and x is None:
-            raise ValueError("factor_gradients has nothing to do: pass p and g, or q and x, or all four")
-        if g is not None and x is not None and (g.shape[0], g.dtype, g.device) != (x.shape[0], x.dtype, x.device):
-            got = f"{tuple(g.shape)} {g.dtype} and {tuple(x.shape)} {x.dtype}"
-            raise ValueError(f"g and x share rows, dtype and device, got {got}")
+        check_products("factor_gradients", *self[:4])
         return self
 
 
-def check_layer(op: str, problem: Any) -> None:
-    """Raise a ValueError unless what the problems of all layers have fits: the frozen layer, its streams, its dropout.
+def check_products(op: str, p: Tensor | None, g: Tensor | None, q: Tensor | None, x: Tensor | None) -> None:
+    """Raise a ValueError unless p comes with g, or q with x, or all four, and they share rows, dtype and device."""
+    for low, wide, names in ((p, g, ("p", "g")), (q, x, ("q", "x"))):
+        if (low is None) != (wide is None):
+            refuse(op, f"{names[0]} and {names[1]} come together: pass both or neither")
+        if low is not None and wide is not None:
+            if wide.dim() != 2 or low.dim() != 2 or low.shape[0] != wide.shape[0]:
+                got = shapes(**{names[0]: low, names[1]: wide})
+                refuse(op, f"{names[0]} (M, R) and {names[1]} (M, columns) share their rows, got {got}")
+            if (low.dtype, low.device) != (wide.dtype, wide.device):
+                got = f"{low.dtype} {low.device} and {wide.dtype} {wide.device}"
+                refuse(op, f"{names[0]} and {names[1]} are of one dtype on one device, got {got}")
+    if g is None and x is None:
+        refuse(op, "there is nothing to do: pass p and g, or q and x, or all four")
+    if g is not None and x is not None and (g.shape[0], g.dtype, g.device) != (x.shape[0], x.dtype, x.device):
+        got = f"{tuple(g.shape)} {g.dtype} and {tuple(x.shape)} {x.dtype}"
+        refuse(op, f"g and x share rows, dtype and device, got {got}")
+
+
+def check_layer(op: str, problem: Any) -> torch.Size:
+    """(N, K). Raises a ValueError unless what the problems of all layers have fits: the frozen layer, its streams, its
+    dropout.
 
     Under autocast weights and factors may be of any dtype: they are cast to that of x.
     """
@@ -216,7 +222,7 @@ def check_layer(op: str, problem: Any) -> None:
     check_number(op, "scaling", problem.scaling)
     if x.dim() == 0 or weight.dim() != 2:
         refuse(op, f"x (..., K) and weight (N, K) are expected, got {shapes(x=x, weight=weight)}")
-    n, k = weight.shape
+    n, k = features = weight.shape
     if x.shape[-1] != k:
         got = f"{shapes(x=x)} has {x.shape[-1]} features in its last dimension"
         refuse(op, f"{got}, {shapes(weight=weight)} takes {k}")
@@ -235,6 +241,7 @@ def check_layer(op: str, problem: Any) -> None:
     if x_tangent is not None and x_tangent.device != device:
         _refuse_place(op, "x_tangent", x_tangent, device)
     check_dropout(op, problem.dropout_p)
+    return features
 
 
 def check_factors(op: str, x: Tensor, *factors: tuple[str, Tensor | None, tuple[int, ...] | None]) -> None:
@@ -247,8 +254,9 @@ def check_factors(op: str, x: Tensor, *factors: tuple[str, Tensor | None, tuple[
             wanted = ", ".join(f"{name} {shape}" for name, factor, shape in factors if factor is not None)
             got = shapes(**{name: factor for name, factor, _ in factors})
             refuse(op, f"factors {wanted} are expected, got {got}")
-        if factor.dtype != dtype and factor.dtype is not torch.float32 and not autocast_enabled(x):
-            refuse(op, f"{name} is {factor.dtype}: float32 or x's dtype ({dtype}) is expected")
+        of_factor = factor.dtype
+        if of_factor != dtype and of_factor is not torch.float32 and not autocast_enabled(x):
+            refuse(op, f"{name} is {of_factor}: float32 or x's dtype ({dtype}) is expected")
         if factor.device != device:
             _refuse_place(op, name, factor, device)
 

@@ -17,7 +17,6 @@ At model scope, where the tangent is a constant, the backward through o is all t
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -28,6 +27,7 @@ from linlora import reference
 from linlora.kernels.attention_problem import Attention, AttentionResult
 from linlora.kernels.packing import pack, unpack
 from linlora.ops import aten, backends
+from linlora.ops.aten.attention import cast
 from linlora.ops.aten.attention_adjoint import attention_dual_backward
 from linlora.ops.checks import autocast_enabled, autocast_input
 from linlora.ops.composed import backward_backend
@@ -87,9 +87,11 @@ def prepared(problem: Attention) -> Attention:
     q, k, v = (autocast_input(x) for x in problem[:3])
     if not q.dtype == k.dtype == v.dtype:
         raise ValueError(f"attention: one dtype is expected, got q {q.dtype}, k {k.dtype}, v {v.dtype}")
-    q_tangent, k_tangent, v_tangent = (None if t is None else t.to(q.dtype) for t in problem.tangents)
+    q_tangent, k_tangent, v_tangent = (None if t is None else cast(t, q.dtype) for t in problem.tangents)
     scale = max(q.shape[-1], 1) ** -0.5 if problem.scale is None else problem.scale
-    return problem._replace(q=q, k=k, v=v, q_tangent=q_tangent, k_tangent=k_tangent, v_tangent=v_tangent, scale=scale)
+    return Attention(
+        q, k, v, q_tangent, k_tangent, v_tangent, problem.mask, problem.causal, scale, problem.dropout_p, problem.seed
+    )
 
 
 def run(problem: Attention, constant_tangent: bool = False) -> tuple[Tensor, Tensor]:
@@ -98,17 +100,27 @@ def run(problem: Attention, constant_tangent: bool = False) -> tuple[Tensor, Ten
     backend = backends.select(problem.q.device, "attention", (length, width, batch * heads), problem.q.dtype)
     if 0 in (problem.q.numel(), problem.k.numel(), problem.v.numel()):
         backend = aten  # there is nothing to launch
-    outputs = _Attention.apply(backend, constant_tangent, *problem)
-    return outputs if problem.has_tangents else (outputs, torch.zeros_like(outputs))
+    if torch.is_grad_enabled():
+        outputs = _Attention.apply(backend, constant_tangent, *problem)
+        o, o_tangent = outputs if problem.has_tangents else (outputs, None)
+    else:
+        o, o_tangent, _ = _computed(backend, problem)
+    return o, torch.zeros_like(o) if o_tangent is None else o_tangent
+
+
+def _computed(backend: ModuleType, problem: Attention) -> AttentionResult:
+    """The result in its own precision: autocast has cast the inputs."""
+    if not autocast_enabled(problem.q):
+        return backend.attention(problem)
+    with torch.autocast(problem.q.device.type, enabled=False):
+        return backend.attention(problem)
 
 
 class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, backend: ModuleType, constant_tangent: bool, *fields: Any) -> Any:
         problem = Attention(*fields)
-        q = problem.q
-        with torch.autocast(q.device.type, enabled=False) if autocast_enabled(q) else nullcontext():
-            result = backend.attention(problem)  # in its own precision: autocast has cast the inputs
+        result = _computed(backend, problem)
         tensors, ctx.numbers = pack(problem.primal() if constant_tangent else problem)
         ctx.save_for_backward(*tensors, result.o, result.lse)
         ctx.backend = backend

@@ -136,8 +136,8 @@ def run(problem: LoraLinear, constant_tangent: bool = False) -> Any:
     problem = composed.with_dropout(backend, problem)
     if transformed or composed.preferred(backend, problem.x, problem.weight, problem.rank, problem.dropout_p):
         if not constant_tangent:
-            y, y_tangent, *_ = aten.lora_linear(_frozen_like_x(problem))
-            return (y, y_tangent) if problem.two_streams else y
+            result = aten.lora_linear(_frozen_like_x(problem))
+            return result[:2] if problem.two_streams else result.y
         backend = aten
     if not torch.is_grad_enabled():
         return _shaped(backend.lora_linear(_matrices(problem), save=False), problem)

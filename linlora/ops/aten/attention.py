@@ -15,7 +15,7 @@ fused attention does the same, and runs once more in backward.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,43 +28,45 @@ from linlora.reference import keep_mask
 
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_HALF = (torch.float16, torch.bfloat16)
 _ROWS = 256
 _ELEMENTS = {"cpu": 2**17, "cuda": 2**26}  # of a block of S: in the cache of a CPU; enough to fill a GPU
 
 
 def attention(problem: Attention) -> AttentionResult:
-    """o and, where an input has a tangent, o_t; lse, logsumexp(S), where the backward asks for it."""
+    """o and, where an input has a tangent, o_t; lse, logsumexp(S), where a backward may ask for it."""
     dtype, serves = problem.q.dtype, _serves(problem)
     if serves and not problem.has_tangents:
         o, lse = _flash(*_adjacent(problem), 0.0, problem.causal, scale=problem.scale)
         return AttentionResult(o, None, lse)
     if not problem.has_tangents and _is_fused(problem):
         return AttentionResult(_fused(problem))
+    keeps_lse = serves and any(x.requires_grad for x in problem[:3])
     problem = computed(problem)
     q, v = problem.q, problem.v
     batch, heads, length, _ = q.shape
     o = q.new_empty(batch, length, heads, v.shape[-1]).transpose(1, 2)  # as networks flatten it, without a copy
     o_tangent = torch.empty_like(o) if problem.has_tangents else None
-    lse = q.new_empty(q.shape[:-1]) if serves else None
+    lse = q.new_empty(q.shape[:-1]) if keeps_lse else None
     for rows, keys in blocks(problem):
         _fill(problem, AttentionResult(o, o_tangent, lse), rows, keys)
-    return AttentionResult(o.to(dtype), None if o_tangent is None else o_tangent.to(dtype), lse)
+    return AttentionResult(cast(o, dtype), None if o_tangent is None else cast(o_tangent, dtype), lse)
 
 
 def _fill(problem: Attention, result: AttentionResult, rows: Block, keys: Block) -> None:
     """A block of the result. Each of its tiles is freed before the next is made, which then lies in the cache."""
     v, v_tangent = problem.v, problem.v_tangent
     P, keep = probabilities(problem, rows, keys, result.lse), kept_mask(problem, rows, keys)
-    kept = times(P, keep).to(v.dtype)
-    _write(result.o[rows], kept, v[keys])
+    kept = cast(times(P, keep), v.dtype)
+    _write(rows.of(result.o), kept, keys.of(v))
     if result.o_tangent is None:
         return
     if v_tangent is not None:
-        _write(result.o_tangent[rows], kept, v_tangent[keys])
+        _write(rows.of(result.o_tangent), kept, keys.of(v_tangent))
     S_tangent = product_tangent(problem, rows, keys)
     if S_tangent is not None:
-        dP = times(jacobian(P, S_tangent.to(P.dtype)), keep).to(v.dtype)
-        _write(result.o_tangent[rows], dP, v[keys], beta=0 if v_tangent is None else 1)
+        dP = cast(times(jacobian(P, cast(S_tangent, P.dtype)), keep), v.dtype)
+        _write(rows.of(result.o_tangent), dP, keys.of(v), beta=0 if v_tangent is None else 1)
 
 
 def _serves(problem: Attention) -> bool:
@@ -139,11 +141,11 @@ def attention_backward(problem: Attention, g: Tensor, result: AttentionResult) -
     dq, dk, dv = (g.new_zeros(x.shape) for x in (q, k, v))
     for rows, keys in blocks(problem):
         P, keep = probabilities(problem, rows, keys), kept_mask(problem, rows, keys)
-        dv[keys] += times(P, keep).to(g.dtype).mT @ g[rows]
-        dP = times((g[rows] @ v[keys].mT).to(P.dtype), keep)
+        keys.of(dv).add_(times(P, keep).to(g.dtype).mT @ rows.of(g))
+        dP = times((rows.of(g) @ keys.of(v).mT).to(P.dtype), keep)
         dS = jacobian(P, dP).to(q.dtype)
-        dq[rows] = dS @ k[keys]
-        dk[keys] += dS.mT @ q[rows]
+        rows.of(dq).copy_(dS @ keys.of(k))
+        keys.of(dk).add_(dS.mT @ rows.of(q))
     dq, dk = dq.mul_(scale), dk.mul_(scale)
     return dq.to(dtype), sum_groups(dk, kv_heads).to(dtype), sum_groups(dv, kv_heads).to(dtype)
 
@@ -153,12 +155,17 @@ def computed(problem: Attention) -> Attention:
     heads = problem.q.shape[1]
     streams: list[Any] = [x if x is None else _rows(every_head(x, heads)) for x in wide(*problem[:6])]
     q, k, v, q_tangent, k_tangent, v_tangent = streams
-    return problem._replace(q=q, k=k, v=v, q_tangent=q_tangent, k_tangent=k_tangent, v_tangent=v_tangent)
+    return Attention(q, k, v, q_tangent, k_tangent, v_tangent, *problem[6:])
 
 
 def wide(*tensors: Tensor | None) -> list:
     """Half precision as float32 on a CPU, whose products would round S and P; a GPU's tensor cores keep theirs."""
-    return [t if t is None or t.is_cuda else t.to(torch.promote_types(t.dtype, torch.float32)) for t in tensors]
+    return [t.float() if t is not None and t.dtype in _HALF and not t.is_cuda else t for t in tensors]
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype; where it has it, at the price of a comparison."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def every_head(x: Tensor, heads: int) -> Tensor:
@@ -170,35 +177,50 @@ def sum_groups(dx: Tensor, kv_heads: int) -> Tensor:
     return dx if dx.shape[1] == kv_heads else dx.unflatten(1, (kv_heads, -1)).sum(2)
 
 
-Block = tuple[slice, slice, slice]
+class Block(NamedTuple):
+    """A part of tensors (B, H, S, ...) that is computed at once."""
+
+    examples: slice
+    heads: slice
+    places: slice
+    is_whole: bool  # small calls are one block, and slicing costs more than computing there
+
+    def of(self, x: Tensor) -> Tensor:
+        """The block of a tensor."""
+        return x if self.is_whole else x[self[:3]]
 
 
 def blocks(problem: Attention) -> Iterator[tuple[Block, Block]]:
-    """Slices (batch, heads, rows) and (batch, heads, keys) of q and k, with at most _ELEMENTS scores, but at least a
-    row. The keys that causality hides from every row of a block are left out."""
+    """Blocks of q and of k, with at most _ELEMENTS scores, but at least a row. The keys that causality hides from every
+    row of a block are left out."""
     batch, heads, rows, _ = problem.q.shape
     keys = problem.k.shape[2]
     row_step = max(min(rows, _ROWS), 1)
     at_a_time = max(_ELEMENTS.get(problem.q.device.type, 2**20) // max(row_step * keys, 1), 1)
     head_step, batch_step = min(at_a_time, max(heads, 1)), max(at_a_time // max(heads, 1), 1)
+    has_all_rows = batch_step >= batch and head_step >= heads and row_step >= rows
     for b in range(0, batch, batch_step):
         for h in range(0, heads, head_step):
             for r in range(0, rows, row_step):
                 matrices = slice(b, min(b + batch_step, batch)), slice(h, min(h + head_step, heads))
                 end = min(r + row_step, rows)
-                yield (*matrices, slice(r, end)), (*matrices, slice(0, min(end, keys) if problem.causal else keys))
+                seen = min(end, keys) if problem.causal else keys
+                yield (
+                    Block(*matrices, slice(r, end), has_all_rows),
+                    Block(*matrices, slice(0, seen), has_all_rows and seen == keys),
+                )
 
 
 def scores(problem: Attention, rows: Block, keys: Block) -> Tensor:
     """S of a block, in float32 or wider; -inf where a query does not see a key."""
-    S, mask = scaled_product(problem.q[rows], problem.k[keys].mT, problem.scale), problem.mask
-    S = S.to(torch.promote_types(S.dtype, torch.float32))
+    S, mask = scaled_product(rows.of(problem.q), keys.of(problem.k).mT, problem.scale), problem.mask
+    S = cast(S, torch.promote_types(S.dtype, torch.float32))
     if mask is not None:
         mask = _slice_mask(mask, rows)[..., : S.shape[-1]]
         S = S.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else S.add_(mask)
     if problem.causal:
-        row = torch.arange(rows[2].start, rows[2].stop, device=S.device)
-        S = S.masked_fill_(torch.arange(S.shape[-1], device=S.device) > row.unsqueeze(1), -torch.inf)
+        hidden = torch.ones(S.shape[-2:], dtype=torch.bool, device=S.device).triu_(rows.places.start + 1)
+        S = S.masked_fill_(hidden, -torch.inf)
     return S
 
 
@@ -215,7 +237,7 @@ def probabilities(problem: Attention, rows: Block, keys: Block, lse: Tensor | No
     S = scores(problem, rows, keys)
     P = softmax(problem, S)
     if lse is not None:
-        lse[rows] = S.amax(-1) - P.amax(-1).log_()
+        rows.of(lse).copy_(S.amax(-1) - P.amax(-1).log_())
     return P
 
 
@@ -227,14 +249,14 @@ def jacobian(P: Tensor, S: Tensor) -> Tensor:
 def _slice_mask(mask: Tensor, rows: Block) -> Tensor:
     """The block's part of a mask that broadcasts: dimensions of size one stay."""
     mask = mask[(None,) * (4 - mask.dim())]
-    return mask[tuple(s if size > 1 else slice(None) for s, size in zip(rows, mask.shape[:3], strict=True))]
+    return mask[tuple(s if size > 1 else slice(None) for s, size in zip(rows[:3], mask.shape[:3], strict=True))]
 
 
 def product_tangent(problem: Attention, rows: Block, keys: Block) -> Tensor | None:
     """scale (q_t kᵀ + q k_tᵀ) of a block; None where neither has a tangent."""
     q, k, _, q_tangent, k_tangent = problem[:5]
-    y = None if q_tangent is None else scaled_product(q_tangent[rows], k[keys].mT, problem.scale)
-    return y if k_tangent is None else scaled_product(q[rows], k_tangent[keys].mT, problem.scale, plus=y)
+    y = None if q_tangent is None else scaled_product(rows.of(q_tangent), keys.of(k).mT, problem.scale)
+    return y if k_tangent is None else scaled_product(rows.of(q), keys.of(k_tangent).mT, problem.scale, plus=y)
 
 
 def kept_mask(problem: Attention, rows: Block, keys: Block) -> Tensor | None:
@@ -243,8 +265,8 @@ def kept_mask(problem: Attention, rows: Block, keys: Block) -> Tensor | None:
         return None
     _, heads, length, _ = problem.q.shape
     examples, of_heads = (torch.arange(n.start, n.stop, dtype=torch.int32) for n in rows[:2])
-    starts = (examples[:, None] * heads + of_heads) * length + rows[2].start
-    count, columns = rows[2].stop - rows[2].start, keys[2].stop
+    starts = (examples[:, None] * heads + of_heads) * length + rows.places.start
+    count, columns = rows.places.stop - rows.places.start, keys.places.stop
     keep = keep_mask(count, columns, problem.dropout_p, problem.seed, starts[..., None].to(problem.q.device))
     return keep.to(torch.promote_types(problem.q.dtype, torch.float32)).mul_(1.0 / (1.0 - problem.dropout_p))
 

@@ -47,29 +47,29 @@ def attention_dual_backward(
     (dq, dk, dv), (dq_tangent, dk_tangent, dv_tangent) = of_primals, of_tangents
     for rows, keys in blocks(problem):
         P, keep = probabilities(problem, rows, keys), kept_mask(problem, rows, keys)
-        R = times((g_tangent[rows] @ v[keys].mT).to(P.dtype), keep)
+        R = times((rows.of(g_tangent) @ keys.of(v).mT).to(P.dtype), keep)
         dS, kept = jacobian(P, R), times(P, keep).to(v.dtype)
-        dv_tangent[keys] += kept.mT @ g_tangent[rows]
-        dq_tangent[rows] = dS.to(q.dtype) @ k[keys]
-        dk_tangent[keys] += dS.to(q.dtype).mT @ q[rows]
+        keys.of(dv_tangent).add_(kept.mT @ rows.of(g_tangent))
+        rows.of(dq_tangent).copy_(dS.to(q.dtype) @ keys.of(k))
+        keys.of(dk_tangent).add_(dS.to(q.dtype).mT @ rows.of(q))
         dS_tangent = torch.zeros_like(dS)
         if g is not None:
-            dv[keys] += kept.mT @ g[rows]
-            dS_tangent += jacobian(P, times((g[rows] @ v[keys].mT).to(P.dtype), keep))
+            keys.of(dv).add_(kept.mT @ rows.of(g))
+            dS_tangent += jacobian(P, times((rows.of(g) @ keys.of(v).mT).to(P.dtype), keep))
         if v_tangent is not None:
-            dS_tangent += jacobian(P, times((g_tangent[rows] @ v_tangent[keys].mT).to(P.dtype), keep))
+            dS_tangent += jacobian(P, times((rows.of(g_tangent) @ keys.of(v_tangent).mT).to(P.dtype), keep))
         S_tangent = product_tangent(problem, rows, keys)
         if S_tangent is not None:
             P_tangent = jacobian(P, S_tangent.to(P.dtype))
-            dv[keys] += times(P_tangent, keep).to(v.dtype).mT @ g_tangent[rows]
+            keys.of(dv).add_(times(P_tangent, keep).to(v.dtype).mT @ rows.of(g_tangent))
             dS_tangent += P_tangent * (R - (P * R).sum(-1, keepdim=True)) - P * (P_tangent * R).sum(-1, keepdim=True)
         dS, dS_tangent = dS.to(q.dtype), dS_tangent.to(q.dtype)
-        dq[rows] = dS_tangent @ k[keys]
-        dk[keys] += dS_tangent.mT @ q[rows]
+        rows.of(dq).copy_(dS_tangent @ keys.of(k))
+        keys.of(dk).add_(dS_tangent.mT @ rows.of(q))
         if k_tangent is not None:
-            dq[rows] += dS @ k_tangent[keys]
+            rows.of(dq).add_(dS @ keys.of(k_tangent))
         if q_tangent is not None:
-            dk[keys] += dS.mT @ q_tangent[rows]
+            keys.of(dk).add_(dS.mT @ rows.of(q_tangent))
     gradients = [
         (problem.scale * of_q, problem.scale * sum_groups(of_k, kv_heads), sum_groups(of_v, kv_heads))
         for of_q, of_k, of_v in (of_primals, of_tangents)

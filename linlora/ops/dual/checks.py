@@ -23,11 +23,13 @@ def check_constants(op: str, **tangents: Tensor | None) -> None:
             )
 
 
-def backend_of(op: str, *tensors: Tensor) -> ModuleType:
+def backend_of(op: str, x: Tensor, *parameters: Tensor) -> ModuleType:
     """The backend that runs an op on these tensors: `torch` where one is empty, for there is nothing to launch."""
-    x, rest = tensors[0], tensors[1:]
-    if any(tensor.numel() == 0 for tensor in tensors):
+    device, empty = x.device, x.numel() == 0
+    for parameter in parameters:
+        empty = empty or parameter.numel() == 0
+    if empty:
         return aten
     features = x.shape[-1]
-    outputs = rest[0].shape[0] if op == "linear" else features
-    return backends.select(x.device, op, (x.numel() // features, features, outputs), x.dtype)
+    outputs = parameters[0].shape[0] if op == "linear" else features
+    return backends.select(device, op, (x.numel() // features, features, outputs), x.dtype)
