@@ -32,11 +32,8 @@ What they stand on, from the bottom:
     aot_cases   the variants of every op that it compiles
     hub         writes the layout of Hugging Face's `kernels`
 
-To add a kernel: write its formula in `linlora.reference`; add one file here with its problem (in the manner of
-`problem`), the `@triton.jit` kernel, `launch(problem, result, config)`, which fills a `Launch`, and `host(problem)`,
-which checks, allocates and runs it; give it rows in `configs.TABLE` and an entry in `aot_cases.OPS`; one line in
-`library` makes it an operator for torch.compile; test it in `tests/kernels` against the formula in float64. The tests
-run on CPU in the Triton interpreter (TRITON_INTERPRET=1), and `python -m linlora.kernels.aot` needs no GPU either.
+CONTRIBUTING.md says how an op is added. Tests run on CPU in the Triton interpreter (TRITON_INTERPRET=1), and
+`python -m linlora.kernels.aot` needs no GPU either.
 
 Importing this package needs neither a GPU nor Triton; `availability` says whether the kernels can run, and why not.
 """

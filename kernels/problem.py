@@ -13,9 +13,8 @@ and a tuple spreads; `ctx.needs_input_grad` and the gradients that backward retu
 is the custom operator that torch.compile sees (`library.operator`): `pack` and `unpack` make of any problem one list of
 optional tensors and a few numbers (`packing`).
 
-Another op in the same manner: a NamedTuple of its arguments here or beside its kernel, in the order of its public
-function, with `check` and `outputs` (and `adjoint`, where the backward is the op again); a host function
-`host(problem, **options)` that returns a NamedTuple of tensors or None; `library.operator(name, Problem, host)`.
+Another op has its problem in `<op>_problem`, in the same manner: CONTRIBUTING.md says how. Files of problems import no
+Triton. Results are NamedTuples of tensors or None.
 
 The order of arguments is that of `linlora.functional`, everywhere: (x, weight, bias, A0, B0, dA, dB, scaling). Inside,
 the factors are named by what they do, because forward and backward are the same problem:

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from linlora.kernels import aot_cases
 from linlora.kernels.configs import TABLE, Config, select, select_by_size, split
 from linlora.kernels.linearized_lora_linear_flags import describable
 
@@ -123,3 +124,7 @@ def test_k_is_split_where_multiprocessors_have_no_tile():
     assert [splits(16, 1024, k) for k in (256, 1024, 2048)] == [1, 2, 4]  # four steps of K each
     assert splits(17, 1024, 4096) == splits(16, 1024, 4096, itemsize=4) == 1
     assert splits(0, 1024, 4096) == splits(16, 0, 4096) == 1
+
+
+def test_every_row_is_of_an_op_that_is_compiled_ahead():
+    assert {row.op for row in TABLE} == set(aot_cases.OPS)

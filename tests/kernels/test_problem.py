@@ -1,5 +1,8 @@
 """The problem of a LoRA layer: its adjoint, its outputs, its packing; every backend keeps to it."""
 
+import ast
+from pathlib import Path
+
 import pytest
 import torch
 from kernel_oracles import layer
@@ -68,3 +71,24 @@ def test_the_schema_of_an_operator_is_its_problem():
     assert schema(FactorGradients, {}) == (
         "(Tensor?[] tensors, float scaling, ScalarType dtype, float dropout_p) -> Tensor[]"
     )
+
+
+def test_what_linlora_reads_of_the_kernels_needs_no_triton():
+    root = Path(kernels.__file__).parent
+    imports = {path: list(ast.walk(ast.parse(path.read_text()))) for path in root.glob("*.py")}
+    linlora = root.parent / "linlora"
+    asked = {
+        node.module.rpartition(".")[2]
+        for path in [*(linlora / "ops").rglob("*.py"), *(linlora / "layers").rglob("*.py")]
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("linlora.kernels.")
+    }
+    assert {"problem", "attention_problem", "norm_problem"} <= asked
+    while asked:
+        path = root / f"{asked.pop()}.py"
+        for node in imports.pop(path, ()):
+            if isinstance(node, ast.Import):
+                assert not any(name.name.startswith("triton") for name in node.names), f"{path.name} imports Triton"
+            elif isinstance(node, ast.ImportFrom):
+                assert not (node.module or "").startswith("triton"), f"{path.name} imports Triton"
+                asked |= {node.module} if node.level and node.module else set()

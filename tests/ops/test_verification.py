@@ -39,6 +39,14 @@ def test_every_nth_call_is_compared(monkeypatch):
             backend.lora_linear(layer())
 
 
+def test_every_op_but_those_of_routing_is_compared():
+    backend = Verified("triton", kernels, 1)
+    apart = [op for op in backends.OPS if op not in ("linearized_lora_linear", "layer_norm", "rms_norm")]
+    ops = {*apart, "norm", "norm_backward", "attention_backward", "gated_activation_backward"} - {"routed_lora_linear"}
+    assert all(getattr(backend, op) is not getattr(kernels, op) for op in ops)
+    assert all(getattr(backend, op) is getattr(kernels, op) for op in ("grouped_lora_linear", "place", "group_rows"))
+
+
 def test_neighbours_are_compared_too():
     backend = Verified("triton num_stages+1", Neighbour("num_stages+1"), 1)
     assert backend.lora_linear(layer()).y.shape == (5, 6)
