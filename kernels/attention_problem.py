@@ -55,7 +55,8 @@ class Attention(NamedTuple):
 
     def primal(self) -> Attention:
         """Attention without its tangents."""
-        return Attention(*self[:3], None, None, None, *self[6:])
+        q, k, v = self[:3]
+        return Attention(q, k, v, None, None, None, self.mask, self.causal, self.scale, self.dropout_p, self.seed)
 
     def outputs(self) -> AttentionResult:
         """What a backend that keeps the softmax's lse returns."""
