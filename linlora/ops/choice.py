@@ -7,7 +7,8 @@ It is kept three times, because it is asked for from three places:
     torch's own         the threads in which autograd runs backward on a GPU; torch hands them what the thread that
     thread state        called backward() had, so that a layer recomputed there chooses as it did in its forward
 
-Tasks that overlap in one thread with different choices are told apart by eager code only.
+Tasks that overlap in one thread with different choices are told apart by eager code only: the other two have the
+choice of the block that was opened last, of those that are still open in the thread.
 """
 
 from __future__ import annotations
@@ -33,6 +34,14 @@ class _Choice:
 class _OfThread(threading.local):
     name: str | None = None
 
+    def __init__(self) -> None:
+        self.open: list[_Choice] = []  # by the blocks that are open, which tasks may close in any order
+        self.handed: _Choice | None = None  # what the thread was handed before the first of them
+
+    def publish(self) -> None:
+        self.name = self.open[-1].name if self.open else None
+        torch._C._stash_obj_in_tls(_HANDED_ON, self.open[-1] if self.open else self.handed)
+
 
 _of_context: ContextVar[_Choice | None] = ContextVar("linlora_backend", default=None)
 _of_thread = _OfThread()
@@ -42,17 +51,19 @@ _HANDED_ON = "linlora_backend"
 @contextmanager
 def made(name: str) -> Iterator[None]:
     """Ask for a backend inside the block, in this thread or task alone."""
-    previous, of_thread = _of_context.get(), _of_thread.name
-    choice = _Choice(name)
+    previous, choice = _of_context.get(), _Choice(name)
+    opened = _of_thread.open
+    if not opened:
+        _of_thread.handed = _handed()
     _of_context.set(choice)
-    _of_thread.name = name
-    torch._C._stash_obj_in_tls(_HANDED_ON, choice)
+    opened.append(choice)
+    _of_thread.publish()
     try:
         yield
     finally:
         _of_context.set(previous)
-        _of_thread.name = of_thread
-        torch._C._stash_obj_in_tls(_HANDED_ON, previous)
+        opened.remove(choice)
+        _of_thread.publish()
 
 
 def name() -> str | None:
@@ -71,8 +82,12 @@ def obstacles() -> dict[torch.device, str | None]:
 
 def _current() -> _Choice | None:
     choice = _of_context.get()
-    if choice is None and torch._C._is_key_in_tls(_HANDED_ON):
-        handed = torch._C._get_obj_in_tls(_HANDED_ON)
+    if choice is None:
+        handed = _handed()
         if handed is not None and handed.thread != threading.get_ident():
             return handed
     return choice
+
+
+def _handed() -> _Choice | None:
+    return torch._C._get_obj_in_tls(_HANDED_ON) if torch._C._is_key_in_tls(_HANDED_ON) else None

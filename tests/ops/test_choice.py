@@ -53,6 +53,9 @@ def test_overlapping_blocks_of_asyncio_tasks_are_told_apart():
 
     assert asyncio.run(overlap()) == ["torch", None, "triton", None, None]
     assert choice.name() is None
+    chosen = torch.compile(lambda x: x + (choice.name() is not None), backend="eager", fullgraph=True)
+    assert chosen(torch.zeros(1)) == 0  # nor has compiled code a choice, or a backward's thread
+    assert choice._handed() is None
 
 
 def test_a_thread_of_autograd_has_what_torch_hands_it():
@@ -65,11 +68,14 @@ def test_a_thread_of_autograd_has_what_torch_hands_it():
             seen.append(choice.name())
             torch._C._stash_obj_in_tls(choice._HANDED_ON, handed)
             seen.append(choice.name())
+            with linlora.use_backend("triton"):
+                seen.append(choice.name())
+            seen.append(choice.name())
 
         thread = threading.Thread(target=worker)
         thread.start()
         thread.join()
-    assert seen == [None, "torch"]
+    assert seen == [None, "torch", "triton", "torch"]
 
 
 @pytest.mark.parametrize("backends", [("torch", "triton", "torch"), ("triton", "torch", "triton")])
