@@ -6,6 +6,7 @@ job computes does not depend on how many processes there are. The processes are 
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import threading
@@ -24,7 +25,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from linlora.storage.run_directory import is_whole
 
 Workers = int | str
-"""How many processes of this machine, or a Dask cluster: "dask://HOST:PORT"."""
+"""How many processes of this machine, or a Dask cluster, whose workers need one thread each: "dask://HOST:PORT"."""
 
 
 @dataclass(frozen=True)
@@ -89,29 +90,40 @@ def run_jobs(
         around: what each job runs in, in whatever process.
         alone: jobs to do in this process in the end, when the workers are gone.
     """
-    again: set[Path] = set()
-    every = sum(map(len, phases)) + len(alone)
-    total = every
+    missing = _missing([*phases, alone])
+    made = sum(map(len, missing))
     with _progress(console or Console(quiet=True)) as progress:
-        bar = progress.add_task("starting", total=total)
+        bar = progress.add_task("starting", total=made)
 
-        def run_phase(parallel: Parallel, phase: Sequence[Job]) -> int:
-            missing = [job for job in phase if again & set(job.after) or not is_whole(job.folder, *job.files)]
-            progress.update(bar, total=total - len(phase) + len(missing))  # what is found is no speed
-            for job in parallel(delayed(_do)(job, around, os.getpid()) for job in missing):
-                again.add(job.folder)
+        def do(parallel: Parallel, jobs: Sequence[Job]) -> None:
+            for job in parallel(delayed(_do)(job, around, os.getpid()) for job in jobs):
                 progress.update(bar, advance=1, description=job.title)
                 if not progress.console.is_terminal:  # a log file shows the bar only when it is done
                     progress.console.print(job.title, highlight=False)
-            return len(phase) - len(missing)
 
         with _parallel(workers) as parallel:
-            for phase in phases:
-                total -= run_phase(parallel, phase)
+            for jobs in missing[:-1]:
+                do(parallel, jobs)
         with _parallel(1) as parallel:
-            total -= run_phase(parallel, alone)
+            do(parallel, missing[-1])
         progress.update(bar, description="done")
-    return Done(made=total, found=every - total)
+    return Done(made, found=sum(map(len, phases)) + len(alone) - made)
+
+
+def _missing(phases: Sequence[Sequence[Job]]) -> list[list[Job]]:
+    """The jobs to do, by phase: those whose files are not whole, and those that read what is done again.
+
+    Their files are deleted, or the run that goes on after an interruption would take them for results of this one.
+    """
+    missing: list[list[Job]] = []
+    again: set[Path] = set()
+    for phase in phases:
+        missing.append([job for job in phase if again & set(job.after) or not is_whole(job.folder, *job.files)])
+        again |= {job.folder for job in missing[-1]}
+    for job in itertools.chain(*missing):
+        for file in job.files:
+            (job.folder / file).unlink(missing_ok=True)
+    return missing
 
 
 def _progress(console: Console) -> Progress:
@@ -141,10 +153,13 @@ def _parallel(workers: Workers) -> Iterator[Parallel]:
         get_reusable_executor().shutdown(wait=True)
 
 
+_one_job = threading.Lock()  # a process has one seed and one number of threads; a worker of a cluster runs several
+
+
 def _do(job: Job, around: Callable[[], AbstractContextManager[Any]], main: int) -> Job:
     if os.getpid() != main:
         _work_for(main)
-    with around():
+    with _one_job, around():
         job.function()
     return job
 

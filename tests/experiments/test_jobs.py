@@ -12,6 +12,7 @@ import subprocess
 import sys
 
 import pytest
+from distributed import LocalCluster
 from rich.console import Console
 
 from linlora.experiments.jobs import Job, run_jobs
@@ -63,11 +64,61 @@ def test_a_job_is_done_once_and_again_if_what_it_reads_is_new(tmp_path, console)
     assert wrote(console)[4:] == ["wrote a", "wrote c"]
 
 
+def test_a_job_that_was_to_be_done_again_is_not_found_done_after_an_interruption(tmp_path, console):
+    def phases(text):
+        return [[job(tmp_path, "a", text=text)], [job(tmp_path, "b", after=["a"], text=text)]]
+
+    run_jobs(phases('{"run": 1}'), 1, console=console)
+    (tmp_path / "a" / "found.json").write_text("{")
+    interrupted = [[job(tmp_path, "a", text='{"run": 2}')], [job(tmp_path, "b", after=["a"], text="fail")]]
+    with pytest.raises(KeyError):
+        run_jobs(interrupted, 1, console=console)
+    run_jobs(phases('{"run": 3}'), 1, console=console)
+    assert [json.loads((tmp_path / name / "found.json").read_text())["run"] for name in "ab"] == [2, 3]
+
+
 def test_workers_do_what_this_process_does_and_their_errors_arrive(tmp_path, console):
     run_jobs([[job(tmp_path, name, text=json.dumps({"is": name})) for name in "abc"]], 2, console=console)
     assert [json.loads((tmp_path / name / "found.json").read_text())["is"] for name in "abc"] == ["a", "b", "c"]
     with pytest.raises(KeyError, match="colour"):
         run_jobs([[job(tmp_path, "d", text="fail")]], 2, console=console)
+
+
+def draw(folder, seed):
+    """Random numbers of a seed, drawn slowly: another thread's job would draw of them too."""
+    import time
+
+    import torch
+
+    torch.manual_seed(seed)
+    drawn = []
+    for _ in range(20):
+        time.sleep(0.01)
+        drawn.append(torch.rand(()).item())
+    folder.mkdir()
+    (folder / "found.json").write_text(json.dumps({"drawn": drawn}))
+
+
+def draws(place):
+    return [
+        Job(f"drew {seed}", place / str(seed), ("found.json",), functools.partial(draw, place / str(seed), seed))
+        for seed in range(8)
+    ]
+
+
+def test_a_cluster_of_two_workers_does_what_this_process_does_and_its_errors_arrive(tmp_path, console):
+    for place in ("here", "there"):
+        (tmp_path / place).mkdir()
+    run_jobs([draws(tmp_path / "here")], 1, console=console)
+    with LocalCluster(n_workers=2, threads_per_worker=2, dashboard_address=None, scheduler_port=0) as cluster:
+        workers = cluster.scheduler_address.replace("tcp://", "dask://")
+        assert run_jobs([draws(tmp_path / "there")], workers, console=console).made == 8
+        with pytest.raises(KeyError, match="colour"):
+            run_jobs([[job(tmp_path, "d", text="fail")]], workers, console=console)
+    for seed in map(str, range(8)):
+        assert (tmp_path / "here" / seed / "found.json").read_text() == (
+            tmp_path / "there" / seed / "found.json"
+        ).read_text()
 
 
 def test_a_worker_trains_the_same_adapter(tmp_path, finished, miniature, console):
