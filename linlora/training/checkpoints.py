@@ -23,10 +23,14 @@ def config_of(settings: Settings) -> Any:
 
 
 def tokenizer_of(settings: Settings) -> Any:
-    """The tokenizer of a checkpoint; its end of text pads where it has no padding of its own."""
+    """The tokenizer of a checkpoint; it pads behind, with the end of text where it has no padding of its own.
+
+    In front, padding would move the texts of a model with absolute positions by the length of others in their batch.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = _read(settings, AutoTokenizer, "a tokenizer")
+    tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"model '{settings.model}': its tokenizer has neither a padding nor an end-of-text token")

@@ -19,7 +19,7 @@ from linlora.training.checkpoints import (
 from linlora.training.labels import check_labels, classes_of, is_number
 from linlora.training.positions import positions, token_counts
 from linlora.training.settings import Settings
-from linlora.training.task import Row, Task, images_of
+from linlora.training.task import Row, Task, images_of, listed
 
 
 class Classification(Task):
@@ -46,6 +46,8 @@ class Classification(Task):
         check_labels(train, data.label)
         self.answer = "numbers" if is_number(train, data.label) and not settings.class_names else "classes"
         self.classes = None if self.answer == "numbers" else classes_of(train, data.label, settings.class_names)
+        if self.classes is not None and settings.head == "frozen":
+            self.classes = self.classes.ordered_as(self._head_names)
         if settings.head == "trained" and data.text:
             self.task_type = "SEQ_CLS"
 
@@ -105,8 +107,15 @@ class Classification(Task):
         return [list(of_column) for of_column in zip(*of_rows, strict=True)]
 
     def labels_in_words(self) -> str:
-        more = ", predicted by one output; for classes write them without a fraction, or set class_names"
-        return super().labels_in_words() + ("" if self.classes is not None else more)
+        words = super().labels_in_words()
+        if self.classes is None:
+            return f"{words}, predicted by one output; for classes write them without a fraction, or set class_names"
+        return words + (f"; the head has {listed(self._head_names)}" if self.settings.head == "frozen" else "")
+
+    @property
+    def _head_names(self) -> list[str]:
+        """The classes of the checkpoint's own head, LABEL_0, LABEL_1, ... where nobody named them."""
+        return [name for _, name in sorted(self.config.id2label.items())]
 
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
         return model(**inputs).logits

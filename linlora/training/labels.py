@@ -43,10 +43,40 @@ class Classes:
             f"column '{self.column}' holds {value!r}, which is none of the classes of the train split: {values}"
         )
 
+    def ordered_as(self, names: Sequence[str]) -> Classes:
+        """The same classes in the order of other names for them, which differ by case and "_" alone; else as they are.
+
+        >>> Classes(("negative", "positive"), (0, 1), "label").ordered_as(["POSITIVE", "NEGATIVE"]).values
+        (1, 0)
+        """
+        places = {_plain(name): place for place, name in enumerate(self.names)}
+        order = [places.get(_plain(name), -1) for name in names]
+        if sorted(order) != list(range(len(self.names))):
+            return self
+        return Classes(tuple(self.names[i] for i in order), tuple(self.values[i] for i in order), self.column)
+
     @functools.cached_property
     def _indices(self) -> dict[Any, int]:
         written = {str(value): i for i, value in enumerate(self.values)}
         return {**written, **{value: i for i, value in enumerate(self.values)}}
+
+
+def _plain(name: str) -> str:
+    return name.casefold().replace("_", " ")
+
+
+def numbered_as(train: Any, rows: Any, column: str) -> Any:
+    """The rows of a split, their named classes numbered as in the train split: each file numbers its own."""
+    from datasets import ClassLabel
+
+    wanted, own = train.features[column], rows.features[column]
+    if not (isinstance(wanted, ClassLabel) and isinstance(own, ClassLabel)) or own.names == wanted.names:
+        return rows
+    known = Classes(tuple(wanted.names), tuple(wanted.names), column)
+    withheld = {-1: -1, None: None}
+    numbers = withheld | {i: known.index(own.int2str(i)) for i in distinct(rows, column) if i not in withheld}
+    labels = [numbers[label] for label in rows[column]]
+    return rows.remove_columns(column).add_column(column, labels).cast_column(column, wanted)
 
 
 def check_labels(rows: Any, column: str) -> None:

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from linlora.training.data import SPLITS, has_test, load_split, notes_on_lines, source_of
-from linlora.training.labels import Classes, check_labels, distinct, number_of
+from linlora.training.labels import Classes, check_labels, distinct, number_of, numbered_as
 from linlora.training.metrics import METRICS, class_scores, number_scores, text_scores
 from linlora.training.settings import Settings
 
@@ -52,7 +53,11 @@ class Task(ABC):
     def rows(self, split: str) -> Any:
         """The rows of a split, a `datasets.Dataset`, with the columns that are read."""
         if split not in self._splits:
-            self._splits[split] = load_split(self.settings.data, split, self.columns)
+            rows = load_split(self.settings.data, split, self.columns)
+            if split != "train":
+                with self._named(split):
+                    rows = numbered_as(self.rows("train"), rows, self.settings.data.label)
+            self._splits[split] = rows
         return self._splits[split]
 
     def check(self, split: str) -> None:
@@ -61,11 +66,17 @@ class Task(ABC):
             return
         rows, column = self.rows(split), self.settings.data.label
         labels = rows.select_columns([column])
-        try:
+        with self._named(split):
             check_labels(labels, column)
             for value in distinct(labels, column):
                 self.expected({column: value})
             self.notes[split] = [*notes_on_lines(self.settings.data, split, rows), *self.check_lengths(rows)]
+
+    @contextmanager
+    def _named(self, split: str) -> Iterator[None]:
+        """Name the split and its place in an error of its rows."""
+        try:
+            yield
         except ValueError as error:
             raise ValueError(f"the {split} split, {source_of(self.settings.data, split)}: {error}") from None
 

@@ -52,6 +52,10 @@ class TextToText(Task):
     def base_model(self) -> nn.Module:
         model, new = load_model(self.settings, self._auto)
         refuse_new(self.settings, new)
+        model.generation_config = transformers.GenerationConfig(  # greedy: no penalty or least length of the checkpoint
+            eos_token_id=model.generation_config.eos_token_id,
+            decoder_start_token_id=getattr(self.config, "decoder_start_token_id", None),
+        )
         return model
 
     def prompt(self, row: Row) -> str:

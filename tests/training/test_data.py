@@ -3,9 +3,10 @@
 import json
 
 import pytest
+import transformers
 from datasets import ClassLabel, Dataset
 
-from linlora.training import Data
+from linlora.training import Data, load_task
 from linlora.training.data import has_test, load_split
 from linlora.training.labels import classes_of, is_number
 
@@ -129,6 +130,39 @@ def test_names_that_are_given_stand_for_the_classes_in_their_order():
     assert (given.index("yes"), given.names) == (0, ("yes", "no"))
     with pytest.raises(ValueError, match="3 names were given for the 2 classes"):
         classes_of(column([5, 6]), "label", ["a", "b", "c"])
+
+
+def test_named_classes_are_numbered_as_in_the_train_split(settings, tmp_path):
+    """Files number them each in its own way, by the names that they hold."""
+    texts = {"good": ["a", "b", "c"], "bad": ["b", "c"], "poor": ["c", "b", "a"]}
+    for path, names in texts.items():
+        rows = Dataset.from_dict({"text": names, "label": range(len(names))})
+        rows.cast_column("label", ClassLabel(names=names)).to_parquet(tmp_path / f"{path}.parquet")
+    files = {split: str(tmp_path / f"{name}.parquet") for split, name in zip(SPLITS, texts, strict=True)}
+    for kind, changes in (("text", {}), ("causal", {"answers": (), "prompt": "{text}"})):
+        task = load_task(settings(kind, data=Data(**files, text=("text",)), **changes))
+        for split, names in zip(SPLITS, texts.values(), strict=True):
+            task.check(split)
+            assert [task.classes.names[task.expected(row)] for row in task.rows(split)] == names
+    task = load_task(settings("text", data=Data(**files | {"train": files["validation"]}, text=("text",))))
+    with pytest.raises(ValueError, match=r"the test split, .*poor.parquet: column 'label' holds 'a', which is none of"):
+        task.check("test")
+
+
+@pytest.mark.parametrize("order", [["NEGATIVE", "POSITIVE"], ["POSITIVE", "NEGATIVE"], ["LABEL_0", "LABEL_1"]])
+def test_a_frozen_head_is_asked_for_classes_in_its_own_order(settings, checkpoints, tmp_path, review_files, order):
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        checkpoints["bert"], id2label=dict(enumerate(order)), num_labels=2, ignore_mismatched_sizes=True
+    )
+    base.save_pretrained(tmp_path / "head")
+    transformers.AutoTokenizer.from_pretrained(checkpoints["bert"]).save_pretrained(tmp_path / "head")
+    data = Data(review_files, text=("text",))
+    options = {"model": str(tmp_path / "head"), "head": "frozen", "class_names": ("negative", "positive")}
+    task = load_task(settings("text", data=data, **options))
+    named = order[0] != "LABEL_0"
+    for label, name in enumerate(("NEGATIVE", "POSITIVE")):
+        assert task.expected({"label": label}) == (order.index(name) if named else label)
+    assert f"the head has '{order[0]}', '{order[1]}'" in task.labels_in_words()
 
 
 def test_labels_that_make_no_sense_are_refused():

@@ -1,5 +1,6 @@
 """Scores of vectors, alone and fused, on the tasks of a suite."""
 
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -69,6 +70,36 @@ def test_an_answer_ends_where_it_was_trained_to_end_whatever_ends_the_checkpoint
     monkeypatch.setattr(base, "generate", lambda **options: asked.append(options) or generate(**options))
     assert len(task.predict(model, task.inputs([{"text": "good", "label": 0}]))) == 1
     assert asked[0]["eos_token_id"] == sorted({task.tokenizer.eos_token_id} | set([own] if own == 5 else own or []))
+
+
+@pytest.mark.parametrize("kind", ["causal", "seq2seq"])
+def test_answers_are_greedy_whatever_a_checkpoint_says_of_decoding(settings, checkpoints, tmp_path, kind):
+    plain = load_task(settings(kind, max_new_tokens=6))
+    own = transformers.GenerationConfig.from_pretrained(plain.settings.model)
+    own.update(repetition_penalty=50.0, min_new_tokens=6, no_repeat_ngram_size=1, do_sample=True, top_k=5)
+    shutil.copytree(plain.settings.model, tmp_path / "odd")
+    own.save_pretrained(tmp_path / "odd")
+    odd = load_task(settings(kind, model=str(tmp_path / "odd"), max_new_tokens=6))
+    rows, read = [plain.rows("train")[i] for i in range(4)], []
+    for task in (plain, odd):
+        task.read = lambda text: text
+        read.append(task.predict(adapt(task).model.eval(), task.inputs(rows)))
+    assert read[0] == read[1]
+
+
+def test_texts_are_classified_alike_in_every_batch(settings, checkpoints, tmp_path):
+    """A tokenizer that pads in front would move the positions of the shorter ones."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints["bert"], padding_side="left")
+    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5, "pad_token_id": 0}
+    model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(vocab_size=64, **sizes))
+    for part in (tokenizer, model):
+        part.save_pretrained(tmp_path / "left")
+    task = load_task(settings("text", model=str(tmp_path / "left"), lora={"target_modules": ["c_attn"]}))
+    model = task.base_model()
+    rows = [{"text": text, "label": 0} for text in ("a good film", "bad", "good and good and good")]
+    with torch.no_grad():
+        one_by_one = [task.logits(model, task.inputs([row])) for row in rows]
+        torch.testing.assert_close(task.logits(model, task.inputs(rows)), torch.cat(one_by_one), rtol=1e-4, atol=1e-4)
 
 
 def test_prototypes_are_the_normalised_means_of_the_texts(settings, checkpoints):
