@@ -73,7 +73,7 @@ def tune(model: nn.Module, batch: Any, *, seconds: float | None = None) -> Tunin
     Returns: every call's entry; `str()` of it is a table. In torch.distributed rank 0 measures and the others wait for
     what it finds.
 
-    Raises TuneError where there is no GPU.
+    Raises TuneError where there is no GPU; what rank 0 raises, the others raise as a TuneError.
 
     >>> import linlora, torch
     >>> linlora.tune(torch.nn.Linear(2, 2), torch.ones(1, 2))
@@ -87,8 +87,16 @@ def tune(model: nn.Module, batch: Any, *, seconds: float | None = None) -> Tunin
     group = torch.distributed if torch.distributed.is_available() and torch.distributed.is_initialized() else None
     if group is None:
         return measure_all(calls, device, seconds)
-    made: list[Any] = [measure_all(calls, device, seconds) if group.get_rank() == 0 else None]
+    made: list[Any] = [None]
+    if group.get_rank() == 0:
+        try:
+            made = [measure_all(calls, device, seconds)]
+        except Exception as error:  # the others wait for it: what they are told is why there is nothing
+            group.broadcast_object_list([TuneError(f"rank 0: {error}")], src=0)
+            raise
     group.broadcast_object_list(made, src=0)
+    if isinstance(made[0], TuneError):
+        raise made[0]
     if group.get_rank() != 0:
         evidence.add(made[0].entries, keep=False)
         backends.decide_again()
@@ -116,7 +124,7 @@ def measure_all(
 ) -> Tuning:
     """Measure the calls that this machine has not measured, or `fresh` all of them, one process at a time. Every entry
     is kept as soon as it is made."""
-    calls, end = list(calls), time.monotonic() + (seconds or float("inf"))
+    calls, end = list(calls), time.monotonic() + (float("inf") if seconds is None else seconds)
     with _alone(device):
         for done, call in enumerate(calls):
             if time.monotonic() > end:

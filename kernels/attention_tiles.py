@@ -161,7 +161,7 @@ def shared_arguments(problem: Attention, config: Config) -> dict[str, Any]:
         "MASK_ROWS": mask_rows,
         "n_heads": q.shape[1],
         "heads_per_key_head": q.shape[1] // k.shape[1],
-        "scale": problem.scale,
+        "scale": float(problem.scale),
         "dropout": dropout_argument(problem.dropout_p, problem.seed),
         "CAUSAL": problem.causal,
         "WHOLE": size <= config.block_k,

@@ -203,7 +203,7 @@ def launch(problem: FactorGradients, gradients: Gradients, config: Config) -> La
             "n_g_tiles": g_tiles,
             "n_splits": splits,
             "rows_per_split": rows_per_split,
-            "scaling": problem.scaling,
+            "scaling": float(problem.scaling),
             "dropout": dropout_argument(problem.dropout_p, problem.seed),
             "PRECISION": dot_precision(wide.dtype),
             "BLOCK_M": config.block_m,

@@ -129,7 +129,7 @@ def launch(problem: GroupedGradients, gradients: Gradients, config: Config) -> L
             "d_shrink": stack(gradients.d_shrink),
             "segments": problem.groups,
             "n_g_tiles": g_tiles,
-            "scaling": problem.scaling,
+            "scaling": float(problem.scaling),
             "dropout": dropout_argument(problem.dropout_p, problem.seed),
             "PRECISION": dot_precision(problem.wide.dtype),
             "BLOCK_M": config.block_m,

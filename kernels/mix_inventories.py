@@ -293,8 +293,8 @@ def plan_of(layers: tuple[Layer, ...], block: int, device: torch.device) -> Plan
             partials += blocks * layer.tasks * layer.skills
     flat = [number for program in programs for number in program]
     return Plan(
-        torch.tensor(sizes, dtype=torch.int32).to(device),
-        torch.tensor([*flat, *places], dtype=torch.int32).to(device),
+        torch.tensor(sizes, dtype=torch.int32, device=device),
+        torch.tensor([*flat, *places], dtype=torch.int32, device=device),
         len(programs),
         len(places),
         partials,

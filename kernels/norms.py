@@ -212,7 +212,7 @@ def launch(problem: Norm, result: NormResult, config: Config) -> Launch:
             "y_tangent": matrix(result.y_tangent),
             "p_mean": result.mean,
             "p_rstd": result.rstd,
-            "eps": problem.eps,
+            "eps": float(problem.eps),
             **_blocks(x, config),
         },
         config=config,

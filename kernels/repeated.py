@@ -110,6 +110,7 @@ class Repeated:
             tensor = head.base if isinstance(head, TensorDescriptor) else head
             if name == "p_counters" and tensor is not None:
                 self.counters, self.n_counters = i, tensor.numel()
+                self.arguments[i] = None  # keeps no tensor of this launch: it may lie in the memory of a graph
             elif isinstance(tensor, Tensor):
                 if name in SCRATCH:
                     self.scratch.append((tuple(tensor.shape), tensor.dtype))
@@ -119,7 +120,7 @@ class Repeated:
                     self.described.append(_Described(i, of, head, {}))
                 else:
                     self.places.append(_Place(i, of, argument[1:] if isinstance(argument, tuple) else None))
-                self.arguments[i] = None  # keeps no tensor of this launch
+                self.arguments[i] = None
 
     def run(self, problem: Any) -> Any:
         """The result of a problem that has the key of this launch."""

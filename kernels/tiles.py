@@ -42,12 +42,13 @@ class Scaling(NamedTuple):
     factor: Any  # a power of two, 1 for s up to 1: exact
 
 
-def scaling_argument(scaling: float) -> Scaling:
-    """The kernels' scaling argument.
+def scaling_argument(scaling: Any) -> Scaling:
+    """The kernels' scaling argument, of any number.
 
     >>> scaling_argument(24.0)
     Scaling(low=0.75, factor=32.0)
     """
+    scaling = float(scaling)
     if abs(scaling) <= 1.0:
         return Scaling(scaling, 1.0)
     mantissa, exponent = math.frexp(scaling)

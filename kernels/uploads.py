@@ -16,7 +16,7 @@ def upload(numbers: Any, dtype: torch.dtype, device: torch.device) -> Tensor:
     On a GPU it is copied from pinned memory: a copy from other memory waits, which ends the capture of a CUDA graph. A
     graph reads the host's copy again at every replay, so one that is made under capture is kept for good.
     """
-    host = torch.tensor(numbers, dtype=dtype)
+    host = torch.tensor(numbers, dtype=dtype, device="cpu")  # whatever the default device is
     if device.type != "cuda":
         return host.to(device)
     host = host.pin_memory()

@@ -33,6 +33,14 @@ def seen(argument):
     return argument.data_ptr() if hasattr(argument, "data_ptr") else argument
 
 
+def tensors_in(kept):
+    """The tensors with memory that an object holds, however deep."""
+    if isinstance(kept, dict | list | tuple):
+        return [found for part in (kept.values() if isinstance(kept, dict) else kept) for found in tensors_in(part)]
+    kept = kept.base if isinstance(kept, TensorDescriptor) else kept
+    return [kept] if isinstance(kept, torch.Tensor) and not kept.is_meta else []
+
+
 def clones(problem):
     """The problem with other tensors of the same strides."""
     copies = [x.clone(memory_format=torch.preserve_format) if isinstance(x, torch.Tensor) else x for x in problem]
@@ -60,6 +68,7 @@ def test_a_kept_launch_passes_the_arguments_of_a_new_one(device, name, design, s
     result = empty(first.outputs(save or design == "two streams"), first.x)
     launch, compiled = build(first, result, config), Recorded()
     kept = repeated.Repeated(launch, compiled, first, result, build)
+    assert not tensors_in(vars(kept)), "memory of the first call, which may be that of a CUDA graph, is kept"
     for problem in (second, first, clones(second)):
         made = kept.run(problem)
         assert [None if x is None else (x.shape, x.dtype) for x in made] == [

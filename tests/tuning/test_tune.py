@@ -120,8 +120,9 @@ def test_what_was_measured_is_not_measured_again(gpu, few, monkeypatch):
     assert measured == [CALL, LAYER]
 
 
-def test_out_of_time_the_rest_is_left(gpu, few):
-    done = invoke("--seconds", "1e-9")
+@pytest.mark.parametrize("seconds", ["1e-9", "0"])
+def test_out_of_time_the_rest_is_left(gpu, few, seconds):
+    done = invoke("--seconds", seconds)
     assert done.exit_code == 0
     assert "2 of 2 calls are left" in done.output
 
@@ -232,6 +233,25 @@ def test_a_model_is_tuned_on_the_calls_it_makes_and_runs_on_what_is_chosen(gpu, 
     assert set(backends._decided.values()) <= {"triton"}
     model(**batch)
     assert set(backends._decided.values()) == {"triton"}
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_what_keeps_rank_0_from_measuring_is_told_to_those_who_wait(gpu, monkeypatch, rank):
+    def broken(*_):
+        raise tuning.TuneError("the triton kernel broke the GPU's context")
+
+    told = [tuning.TuneError("rank 0: the triton kernel broke the GPU's context")]
+    sent = []
+    monkeypatch.setattr(tuning, "measure_all", broken)
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.get_rank", lambda: rank)
+    monkeypatch.setattr(
+        "torch.distributed.broadcast_object_list",
+        lambda made, src: sent.extend(made) if rank == 0 else made.__setitem__(0, told[0]),
+    )
+    with pytest.raises(tuning.TuneError, match="broke the GPU's context"):
+        linlora.tune(torch.nn.Linear(2, 2), torch.ones(1, 2))
+    assert rank == 1 or list(map(str, sent)) == list(map(str, told))
 
 
 def test_a_file_of_bench_results_enters_the_packages_table(gpu, tmp_path, monkeypatch):
