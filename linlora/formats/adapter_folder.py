@@ -20,7 +20,6 @@ def adapter_folder(directory: str | os.PathLike) -> Iterator[Path]:
     Files that would be read in place of the new ones are removed there. An error leaves the directory as it was.
     """
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
     with unfinished_folder(directory / "export") as staging:
         yield staging
         first = next(place for place, name in enumerate(ADAPTER_FILES) if (staging / name).exists())

@@ -84,7 +84,6 @@ def merge_files(
     if weights is not None or method is not None:
         changes, dense = _fused(stored, weights, method, options or {})
     plan = Plan(checkpoint, stored, changes, dense)
-    out.parent.mkdir(parents=True, exist_ok=True)
     beside, left_out = beside_the_weights(checkpoint.folder, {*checkpoint.files, INDEX_FILE})
     beside += [Path(INDEX_FILE)] if checkpoint.index is not None else []
     with unfinished_folder(out) as staging:
@@ -100,7 +99,6 @@ def merge_files(
                     save_shard(file, plan, staging / name)
                 else:
                     write_shard(file, plan, staging / name, writing, flushing)
-        os.chmod(staging, 0o755)
         os.replace(staging, out)
     nbytes = sum(e.stop - e.start for file in checkpoint.files.values() for e in file.entries.values())
     return Merged(

@@ -6,7 +6,6 @@ A plan refuses adapters that do not fit when it is made, before a file is writte
 from __future__ import annotations
 
 import functools
-import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -22,7 +21,7 @@ from linlora.fusion.dense import DenseTies
 from linlora.fusion.layerwise import order_of_values
 from linlora.layers.sharing import group_of
 from linlora.layers.weights import Update, blocks, folded
-from linlora.storage.files import write_text
+from linlora.storage.files import write_json
 from linlora.storage.tensor_files import TensorFile
 from linlora.storage.tensors import finite, shapes
 from linlora.vectors.factors import factors_of
@@ -137,12 +136,12 @@ class Plan:
     def describe(self, folder: Path) -> None:
         """Name the class of the head and its classes in the configuration, and the added tensors in the index."""
         if self.head and self.checkpoint.config:
-            write_text(folder / CONFIG_FILE, json.dumps(self.checkpoint.config | self.head, indent=2) + "\n")
+            write_json(folder / CONFIG_FILE, self.checkpoint.config | self.head)
         if (new := self.added.keys() - self.checkpoint.home.keys()) and self.checkpoint.index is not None:
             index = dict(self.checkpoint.index)
             index["weight_map"] = index["weight_map"] | dict.fromkeys(sorted(new), self.last)
             index["metadata"] = {k: v for k, v in index.get("metadata", {}).items() if k != "total_size"}  # another now
-            write_text(folder / INDEX_FILE, json.dumps(index, indent=2) + "\n")
+            write_json(folder / INDEX_FILE, index)
 
     def merged(self, file: TensorFile, key: str) -> Iterator[Tensor]:
         """The tensor of a key in the merged model, in blocks of rows."""

@@ -55,39 +55,34 @@ class Ahead(Generic[T]):
             for future in self._coming.values():
                 future.cancel()
             self._coming.clear()
-        with one_thread():
-            return self._make(name)
+        return self._made(name)
 
     def _next(self, name: str, threads: int) -> T:
         with self._lock:
-            self._pool = self._pool or ThreadPoolExecutor(threads, initializer=_start)
+            self._pool = self._pool or ThreadPoolExecutor(threads, initializer=setattr, initargs=(_here, "ahead", True))
             following: str | None = name
             for _ in range(threads + 1):
                 if following is not None and following not in self._coming:
-                    self._coming[following] = self._pool.submit(self._make, following)
+                    self._coming[following] = self._pool.submit(self._made, following)
                 following = self._after.get(following or "")
             future = self._coming.pop(name)
-            pool = self._pool
             if name not in self._after:  # the last one
+                self._pool.shutdown(wait=False)
                 self._pool = None
-        given = torch.get_num_threads()
-        try:
-            return future.result()
-        finally:
-            torch.set_num_threads(given)  # for threads to come, which get what the last one said
-            if name not in self._after:
-                pool.shutdown(wait=False)
+        return future.result()
 
-
-def _start() -> None:
-    _here.ahead = True
-    torch.get_num_threads()  # the first call of a thread takes the number that all others have
-    torch.set_num_threads(1)
+    def _made(self, name: str) -> T:
+        with one_thread():
+            return self._make(name)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread of PyTorch's, for work in small pieces: two would wait for each other, long where others run too."""
+    """One thread of PyTorch's, for work in small pieces: two would wait for each other, long where others run too.
+
+    The number of threads is each thread's own; one that starts takes what was set last, by whomever. Who sets it to one
+    here sets it back, so that after all of them threads start with the number from before.
+    """
     threads = torch.get_num_threads()
     if threads == 1:
         yield

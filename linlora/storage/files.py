@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from linlora.storage.staging import unfinished_file
 
 _LARGEST_JSON = 2**26
 """Bytes; the index of a model of 100,000 tensors takes a tenth."""
@@ -69,23 +70,20 @@ def write_text(path: str | os.PathLike, text: str) -> None:
     write_bytes(path, text.encode())
 
 
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write a JSON file beside its place and rename it there."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
 def write_bytes(path: str | os.PathLike, content: bytes) -> None:
     """Write a file beside its place and rename it there."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("wb", dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-        try:
-            file.write(content)
-            file.flush()
-            install_file(file.name, path)
-        except BaseException:
-            Path(file.name).unlink(missing_ok=True)
-            raise
+    with unfinished_file(Path(path)) as (_, temporary):
+        temporary.write_bytes(content)
+        install_file(temporary, path)
 
 
 def install_file(temporary: str | os.PathLike, path: str | os.PathLike) -> None:
     """Flush a finished file to disk and rename it to its place in one step."""
     with open(temporary, "rb") as file:
         os.fsync(file.fileno())
-    os.chmod(temporary, 0o644)
     os.replace(temporary, path)

@@ -11,7 +11,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from linlora.storage.files import CorruptFileError, read_json, write_text
+from linlora.storage.files import CorruptFileError, read_json, write_json
 from linlora.storage.staging import unfinished_folder
 from linlora.storage.tensor_files import load_tensors
 
@@ -36,7 +36,7 @@ def open_run_directory(out: Path, fingerprint: dict[str, Any], fresh: bool, job:
     now = json.loads(json.dumps({"job": job, **fingerprint}))  # tuples become lists, as in the file
     different = [f"{k}: {before.get(k)} and {now.get(k)}" for k in sorted(before | now) if before.get(k) != now.get(k)]
     accept_directory(out, f"{job} run", before.get("job") == job, different, fresh)
-    write_text(settings_file, json.dumps(now, indent=2))
+    write_json(settings_file, now)
 
 
 def accept_directory(out: Path, what: str, ours: bool, different: Sequence[str], fresh: bool) -> None:
@@ -78,11 +78,9 @@ def staged(directory: Path) -> Iterator[Path]:
 
     An artefact directory that exists is complete, however the run that was writing it ended.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
     with unfinished_folder(directory) as staging:
         yield staging
         shutil.rmtree(directory, ignore_errors=True)
-        staging.chmod(0o755)
         staging.rename(directory)
 
 
@@ -94,7 +92,3 @@ def is_whole(directory: Path, *files: str) -> bool:
     except (FileNotFoundError, CorruptFileError):
         return False
     return True
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    write_text(path, json.dumps(content, indent=2) + "\n")

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import re
+import secrets
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import FileIO
@@ -27,8 +27,8 @@ def unfinished_folder(place: Path) -> Iterator[Path]:
     >>> [path.name for path in Path(".").glob("*mod*")]
     ['model']
     """
-    _remove_leftovers(place)
-    folder = Path(tempfile.mkdtemp(dir=place.parent, prefix=f".{place.name}.", suffix=_END))
+    folder = _beside(place)
+    folder.mkdir()
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         _lock(descriptor)
@@ -41,17 +41,21 @@ def unfinished_folder(place: Path) -> Iterator[Path]:
 @contextmanager
 def unfinished_file(place: Path) -> Iterator[tuple[FileIO, Path]]:
     """A file, opened without a buffer, to fill and rename to its place; one that is not renamed is deleted."""
-    _remove_leftovers(place)
-    descriptor, name = tempfile.mkstemp(dir=place.parent, prefix=f".{place.name}.", suffix=_END)
+    path = _beside(place)
     try:
-        with open(descriptor, "wb", buffering=0) as file:
-            _lock(descriptor)
-            yield file, Path(name)
+        with open(path, "xb", buffering=0) as file:
+            _lock(file.fileno())
+            yield file, path
     finally:
-        Path(name).unlink(missing_ok=True)
+        path.unlink(missing_ok=True)
 
 
-def _remove_leftovers(place: Path) -> None:
+def _beside(place: Path) -> Path:
+    """A new name beside a place, whose folder is made; what dead runs left there is removed.
+
+    What is created by that name has the permissions that the user gives to new files.
+    """
+    place.parent.mkdir(parents=True, exist_ok=True)
     left = re.compile(rf"\.{re.escape(place.name)}\.[a-z0-9_]{{8}}{re.escape(_END)}")
     for path in place.parent.iterdir():
         if left.fullmatch(path.name) is None:
@@ -69,6 +73,7 @@ def _remove_leftovers(place: Path) -> None:
                 path.unlink(missing_ok=True)
         finally:
             os.close(descriptor)
+    return place.with_name(f".{place.name}.{secrets.token_hex(4)}{_END}")
 
 
 def _lock(descriptor: int) -> bool:

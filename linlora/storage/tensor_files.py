@@ -169,15 +169,19 @@ class TensorFile:
 
 
 def save_tensors(path: str | os.PathLike, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a safetensors file beside its place and rename it there; one tensor at a time is asked for and held."""
+    """Write a safetensors file beside its place and rename it there; one tensor at a time is asked for and held.
+
+    Raises ValueError for a tensor with NaN or infinity, which would be refused on reading; nothing is written then.
+    """
     like = dict(sorted(shapes(tensors).items(), key=lambda item: -item[1].element_size()))  # so each starts aligned
     checksums = dict.fromkeys(like, "0" * 8)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with unfinished_file(path) as (file, temporary):
+    with unfinished_file(Path(path)) as (file, temporary):
         write(file, _header(like, checksums, metadata))
         for name in like:
-            buffer = memory(tensors[name].detach().to("cpu").contiguous())
+            tensor = tensors[name].detach().to("cpu").contiguous()
+            if not finite(tensor):
+                raise ValueError(f"{path}: tensor '{name}' holds NaN or infinity; nothing was written")
+            buffer = memory(tensor)
             checksums[name] = f"{zlib.crc32(buffer):08x}"
             write(file, buffer)
         file.seek(0)

@@ -1,6 +1,11 @@
 """Values computed ahead are those of one thread, in any order of asking, and errors come where they belong."""
 
+import concurrent.futures
+import contextlib
+import itertools
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -69,3 +74,29 @@ def test_one_that_asks_another_waits_for_none_of_its_threads():
     for name in NAMES:
         assert torch.equal(outer(name), product(name) + product(NAMES[-1]))
         assert torch.equal(inner(name), product(name))
+
+
+@pytest.mark.parametrize("asked", [2, 8, len(NAMES)])
+def test_threads_that_start_later_take_the_number_from_before(asked, monkeypatch):
+    """Also where the rest is not asked for, an error ends the asking, or its own threads start late."""
+    set_number, late = torch.set_num_threads, itertools.count()
+
+    def set_late(number):
+        if threading.current_thread() is not threading.main_thread():
+            time.sleep(0.02 * next(late))
+        set_number(number)
+
+    monkeypatch.setattr(torch, "set_num_threads", set_late)
+
+    def make(name):
+        if name == "7":
+            raise ValueError(name)
+        return product(name)
+
+    ahead = Ahead(NAMES, make)
+    for name in NAMES[:asked]:
+        with contextlib.suppress(ValueError):
+            ahead(name)
+    concurrent.futures.wait(list(ahead._coming.values()))
+    with ThreadPoolExecutor(1) as later:
+        assert later.submit(torch.get_num_threads).result() == 3

@@ -1,5 +1,6 @@
 """Files are whole or absent."""
 
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 
 from linlora.storage import files, tensor_files
+from linlora.storage.run_directory import staged
 
 
 def test_text_is_replaced_in_one_step(tmp_path):
@@ -35,6 +37,30 @@ def test_text_that_finds_no_place_leaves_nothing_behind(tmp_path):
     with pytest.raises(OSError, match="folder"):
         files.write_text(tmp_path / "folder", "text")
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_would_be_refused_on_reading_is_not_written(tmp_path, value):
+    path = tmp_path / "t.safetensors"
+    tensor_files.save_tensors(path, {"t": torch.ones(2)}, {})
+    with pytest.raises(ValueError, match="tensor 'v' holds NaN or infinity; nothing was written"):
+        tensor_files.save_tensors(path, {"t": torch.zeros(2), "v": torch.tensor([1.0, value])}, {})
+    assert tensor_files.load_tensors(path)[0]["t"].tolist() == [1.0, 1.0]
+    assert [file.name for file in tmp_path.iterdir()] == [path.name]
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
+def test_files_and_folders_have_the_permissions_of_the_user_s_others(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        files.write_text(tmp_path / "text", "private")
+        tensor_files.save_tensors(tmp_path / "tensors", {"t": torch.ones(2)}, {})
+        with staged(tmp_path / "folder") as folder:
+            (folder / "file").touch()
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+    assert modes == {"text": 0o666 & ~mask, "tensors": 0o666 & ~mask, "folder": 0o777 & ~mask}
 
 
 def test_tensors_of_several_dtypes_start_aligned(tmp_path):

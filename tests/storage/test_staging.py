@@ -3,8 +3,10 @@
 import subprocess
 import sys
 
+import pytest
 import torch
 
+from linlora.storage.files import write_text
 from linlora.storage.staging import unfinished_file, unfinished_folder
 from linlora.storage.tensor_files import load_tensors, save_tensors
 
@@ -43,6 +45,15 @@ def test_what_a_killed_run_left_is_removed_but_not_what_another_one_fills(tmp_pa
         pass
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {".model.backup00.unfinished.old", ".other.abcdefgh.unfinished", ".model.notes"}
+
+
+@pytest.mark.parametrize(
+    "write", [lambda place: write_text(place, "text"), lambda place: save_tensors(place, {"w": torch.ones(2)}, {})]
+)
+def test_every_way_to_write_a_file_removes_what_a_killed_run_left_of_it(write, tmp_path):
+    (tmp_path / ".v.abcdefgh.unfinished").write_text("half")
+    write(tmp_path / "v")
+    assert [path.name for path in tmp_path.iterdir()] == ["v"]
 
 
 def test_a_link_in_the_place_of_what_was_left_is_not_followed(tmp_path):
