@@ -9,47 +9,49 @@ import torch
 from torch import Tensor
 
 from linlora.stream.fallback import forward_mode
-from linlora.stream.tensor import DualTensor, bound, duals, named, primals, rule, wrap
+from linlora.stream.tensor import ONE, TWO, DualTensor, bound, duals, named, primals, rule, wrap
 
 
 @rule("add", "__add__", "__radd__", "sub", "__sub__", "subtract")
 def add(func: Any, args: tuple, kwargs: dict) -> Any:
     """a ± alpha b."""
-    a, b = args
+    a, b, alpha = bound(TWO, args, kwargs, alpha=1)
     y = func(primals(a), primals(b), **kwargs)
     with torch.no_grad():
-        return wrap(y, _signed(func, tangent(a), tangent(b), kwargs), next(duals(args)).stream)
+        return wrap(y, _signed(func, tangent(a), tangent(b), alpha), next(duals((a, b))).stream)
 
 
 @rule("__rsub__", "rsub")
 def subtract_from(func: Any, args: tuple, kwargs: dict) -> Any:
     """b − alpha a."""
-    a, b, alpha = (*args, *kwargs.values(), 1)[:3]
+    a, b, alpha = bound(TWO, args, kwargs, alpha=1)
     return -add(torch.sub, (a if alpha == 1 else alpha * a, b), {})
 
 
-def _signed(func: Any, a: Tensor | None, b: Tensor | None, kwargs: dict) -> Tensor | None:
+def _signed(func: Any, a: Tensor | None, b: Tensor | None, alpha: Any) -> Tensor | None:
+    """a ± alpha b of tangents, None for zero."""
+    alpha = alpha if "add" in func.__name__ else -alpha
     if b is None:
         return a
     if a is None:
-        b = -b if "sub" in func.__name__ else b
-        return b * kwargs["alpha"] if "alpha" in kwargs else b
-    if not kwargs and "add" in func.__name__ and b.is_contiguous():
+        return b if alpha == 1 else alpha * b
+    if alpha == 1 and b.is_contiguous():
         return torch.add(b, a)  # laid out as b: the primal may be transposed, its tangent need not
-    return func(a, b, **kwargs)
+    return torch.add(a, b, alpha=alpha)
 
 
 @rule("mul", "__mul__", "__rmul__", "multiply", "matmul", "__matmul__", "__rmatmul__", "bmm", "mm", "mv", "outer")
 def product(func: Any, args: tuple, kwargs: dict) -> Any:
     """A bilinear function: f(a, b)_t = f(a_t, b) + f(a, b_t)."""
-    a, b = args
+    a, b = bound(TWO, args, {})
     y = func(primals(a), primals(b), **kwargs)
     a_tangent, b_tangent = tangent(a), tangent(b)
     y_tangent = None
     with torch.no_grad():
         if a_tangent is not None:
             y_tangent = func(a_tangent, primals(b), **kwargs)
-        if y_tangent is not None and b_tangent is not None and func in _TIMES and y_tangent.dtype == b_tangent.dtype:
+        fuses = func in _TIMES and not kwargs
+        if fuses and y_tangent is not None and b_tangent is not None and y_tangent.dtype == b_tangent.dtype:
             y_tangent = y_tangent.addcmul_(primals(a), b_tangent)
         elif b_tangent is not None:
             term = func(primals(a), b_tangent, **kwargs)
@@ -63,18 +65,18 @@ _TIMES = {*named("mul", "__mul__", "__rmul__", "multiply")}
 @rule("grouped_mm", "_grouped_mm")
 def grouped_product(func: Any, args: tuple, kwargs: dict) -> Any:
     """The product of each group of rows, which `offs` delimits, with a matrix of its own: the experts of a mixture."""
-    offs, bias, dtype = (kwargs.get(name) for name in ("offs", "bias", "out_dtype"))
-    if bias is not None or len(args) != 2:
+    a, b, offs, bias, dtype = bound(TWO, args, kwargs, offs=None, bias=None, out_dtype=None)
+    if bias is not None:
         return forward_mode(func, args, kwargs)
-    return product(func, args, {"offs": offs, "out_dtype": dtype})
+    return product(func, (a, b), {"offs": offs, "out_dtype": dtype})
 
 
 @rule("div", "__truediv__", "divide", "true_divide")
 def quotient(func: Any, args: tuple, kwargs: dict) -> Any:
     """(a / b)_t = a_t / b − b_t (a / b) / b."""
-    a, b = args
+    a, b, rounding_mode = bound(TWO, args, kwargs, rounding_mode=None)
     y = func(primals(a), primals(b), **kwargs)
-    if kwargs.get("rounding_mode") is not None:
+    if rounding_mode is not None:
         return y
     a_tangent, b_tangent, divisor = tangent(a), tangent(b), primals(b)
     with torch.no_grad():
@@ -88,14 +90,14 @@ def quotient(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("__rtruediv__", "__rdiv__")
 def quotient_of(func: Any, args: tuple, kwargs: dict) -> Any:
     """b / a, as torch computes it with a number b."""
-    return args[1] * args[0].reciprocal()
+    a, b = bound(TWO, args, kwargs)
+    return b * a.reciprocal()
 
 
 @rule("pow", "__pow__", "float_power")
 def power(func: Any, args: tuple, kwargs: dict) -> Any:
     """x^n with a number n; anything else is a fallback. x^0 is constant, at x = 0 too."""
-    given = dict(zip(("input", "exponent"), args, strict=False)) | kwargs
-    x, n = given.get("input"), given["exponent"]
+    x, n = bound({"input": ..., "exponent": ...}, args, kwargs)
     if not isinstance(x, DualTensor) or not isinstance(n, (int, float)):
         return forward_mode(func, args, kwargs)
     y = func(x.primal, n)
@@ -111,8 +113,8 @@ def _elementwise(jacobian: Any) -> Any:
     """The rule of a function of one tensor, from jacobian(x_t, x, y) = y_t."""
 
     def apply(func: Any, args: tuple, kwargs: dict) -> Any:
-        (x,) = args
-        y = func(x.primal, **kwargs)
+        (x,) = bound(ONE, args, kwargs)
+        y = func(x.primal)
         with torch.no_grad():
             return wrap(y, jacobian(x.tangent, x.primal, y), x.stream)
 
@@ -148,13 +150,11 @@ _ACTIVATIONS: dict[str, tuple[dict[str, float], Any]] = {
 
 def _activation(defaults: dict[str, float], jacobian: Any) -> Any:
     """An elementwise Jacobian is diagonal: aten's backward, given the tangent as cotangent, is the tangent."""
-    arguments: dict[str, Any] = {"input": None, **defaults}
 
     def apply(func: Any, args: tuple, kwargs: dict) -> Any:
-        unknown = len(args) > len(arguments) or not kwargs.keys() <= {*arguments, "inplace"}
-        if unknown or not isinstance(args[0], DualTensor):
+        x, *options = bound({**ONE, **defaults}, args, kwargs)
+        if not isinstance(x, DualTensor):
             return forward_mode(func, args, kwargs)
-        x, *options = bound(arguments, args, kwargs)
         y = func(x.primal, *options)
         with torch.no_grad():
             return wrap(y, jacobian(x.tangent, x.primal, *options), x.stream)
@@ -168,10 +168,10 @@ for _name, (_defaults, _jacobian) in _ACTIVATIONS.items():
 
 @rule("abs", "absolute", "__abs__")
 def absolute(func: Any, args: tuple, kwargs: dict) -> Any:
-    (x,) = args
+    (x,) = bound(ONE, args, kwargs)
     if x.is_complex():
         return forward_mode(func, args, kwargs)
-    y = func(x.primal, **kwargs)
+    y = func(x.primal)
     with torch.no_grad():
         return wrap(y, x.tangent * x.primal.sign(), x.stream)
 
@@ -179,9 +179,9 @@ def absolute(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("clamp", "clip", "clamp_min", "clamp_max")
 def clamp(func: Any, args: tuple, kwargs: dict) -> Any:
     """Between numbers: the tangent where they do not bind."""
-    if not isinstance(args[0], DualTensor) or any(isinstance(bound, Tensor) for bound in (*args[1:], *kwargs.values())):
+    x, *limits = bound({**ONE, "min": None, "max": None}, args, kwargs)
+    if not isinstance(x, DualTensor) or any(isinstance(limit, Tensor) for limit in limits):
         return forward_mode(func, args, kwargs)
-    x = args[0]
     y = func(x.primal, *args[1:], **kwargs)
     with torch.no_grad():
         return wrap(y, torch.where(x.primal == y, x.tangent, 0), x.stream)
@@ -190,7 +190,7 @@ def clamp(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("softmax", "log_softmax")
 def softmax(func: Any, args: tuple, kwargs: dict) -> Any:
     """y_t = y ⊙ (x_t − sum(y ⊙ x_t)), symmetric: aten's backward applies it. Its logarithm: x_t − sum(exp(y) ⊙ x_t)."""
-    x, dim = args[0], kwargs["dim"] if "dim" in kwargs else args[1]
+    x, dim, _, _ = bound({**ONE, "dim": None, "dtype": None}, args, kwargs, _stacklevel=3)
     if dim is None:
         return forward_mode(func, args, kwargs)
     y = func(x.primal, *args[1:], **kwargs)
@@ -204,7 +204,7 @@ def softmax(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("glu")
 def glu(func: Any, args: tuple, kwargs: dict) -> Any:
     """(a σ(b))_t = a_t σ(b) + a σ'(b) b_t with a and b the halves of x, in float32 or wider."""
-    x, dim = bound({"input": None, "dim": -1}, args, kwargs)
+    x, dim = bound({**ONE, "dim": -1}, args, kwargs)
     y = func(x.primal, dim)
     with torch.no_grad():
         wide = torch.promote_types(x.dtype, torch.float32)
@@ -216,16 +216,16 @@ def glu(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("var", "std", "var_mean", "std_mean")
 def spread(func: Any, args: tuple, kwargs: dict) -> Any:
     """With c = x − mean: var_t = 2 sum(c ⊙ x_t) / (n − correction), and std_t = var_t / (2 std), 0 where std is 0."""
-    everywhere = len(args) > 1 and isinstance(args[1], bool)  # x.var(unbiased)
-    given = dict(zip(("input", "unbiased") if everywhere else _SPREAD, args, strict=False)) | kwargs
-    x, dim, keepdim = given["input"], given.get("dim"), given.get("keepdim", False)
-    correction = given.get("correction")
-    correction = int(given.get("unbiased", True)) if correction is None else correction
+    if len(args) > 1 and isinstance(args[1], bool):  # x.var(unbiased)
+        kwargs = {"unbiased": args[1], **kwargs}
+        args = args[:1]
+    x, dim, unbiased, keepdim, correction = bound(_SPREAD, args, kwargs, correction=None)
+    correction = int(unbiased) if correction is None else correction
     over = [dim] if isinstance(dim, int) else list(dim or range(x.dim()))
     count = math.prod(x.shape[d] for d in over) - correction
     if x.is_complex() or count <= 0:
         return forward_mode(func, args, kwargs)
-    y = func(x.primal, *args[1:], **{name: value for name, value in kwargs.items() if name != "input"})
+    y = func(x.primal, *args[1:], **kwargs)
     with torch.no_grad():
         centred = x.primal - x.primal.mean(over, keepdim=True)
         total = (centred * x.tangent).sum(over, keepdim=keepdim) / count
@@ -238,7 +238,7 @@ def spread(func: Any, args: tuple, kwargs: dict) -> Any:
         return wrap(y, tangents, x.stream)
 
 
-_SPREAD = ("input", "dim", "unbiased", "keepdim")
+_SPREAD = {**ONE, "dim": None, "unbiased": True, "keepdim": False}
 
 
 def tangent(x: Any) -> Tensor | None:

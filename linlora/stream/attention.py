@@ -22,7 +22,8 @@ from linlora.stream.tensor import DualTensor, TangentError, bound, duals, primal
 @rule("scaled_dot_product_attention")
 def attention(func: Any, args: tuple, kwargs: dict) -> Any:
     q, k, v, mask, dropout_p, causal, scale, grouped = bound(ATTENTION, args, kwargs)
-    if isinstance(mask, DualTensor) or q.dim() not in (3, 4) or (q.shape[-3] != k.shape[-3] and not grouped):
+    repeats = q.dim() > 2 and k.dim() > 2 and q.shape[-3] != k.shape[-3] and not grouped
+    if isinstance(mask, DualTensor) or not fits(q, k, v) or repeats:
         return forward_mode(func, args, kwargs)
     stream = next(duals((q, k, v))).stream
     seed = torch.randint(2**31, (), device=q.device) if dropout_p > 0.0 else None
@@ -34,10 +35,15 @@ def attention(func: Any, args: tuple, kwargs: dict) -> Any:
     return wrap(o, o_tangent, stream)
 
 
-ATTENTION = {
-    "query": None, "key": None, "value": None, "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None,
+ATTENTION: dict[str, Any] = {
+    "query": ..., "key": ..., "value": ..., "attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None,
     "enable_gqa": False,
 }  # fmt: skip
+
+
+def fits(q: Tensor, k: Tensor, v: Tensor) -> bool:
+    """Whether the op takes tensors of these shapes, which PyTorch broadcasts."""
+    return q.dim() == k.dim() == v.dim() and q.dim() in (3, 4) and q.shape[:-3] == k.shape[:-3] == v.shape[:-3]
 
 
 def composed(func: Any, args: tuple, kwargs: dict) -> Any:
@@ -61,22 +67,19 @@ def composed(func: Any, args: tuple, kwargs: dict) -> Any:
 
 def packed(func: Any, args: tuple, kwargs: dict) -> Any:
     """torch.nn.attention.varlen.varlen_attn. Its logsumexp, which only it knows, is NaN here."""
-    given: dict[str, Any] = {argument.name: argument.default_value for argument in _PACKED._schema.arguments}
-    given.update(zip(given, args, strict=False))
-    given.update(kwargs)
-    q, k, v = given["query"], given["key"], given["value"]
-    left, right = given.get("window_size") or (-1, -1)
-    lengths = given["cu_seq_q"].diff().tolist()
-    key_lengths = lengths if given["cu_seq_k"] is None else given["cu_seq_k"].diff().tolist()
-    causal = bool(given["is_causal"]) or right == 0
-    pages = [name for name in ("seqused_k", "block_table") if given.get(name) is not None]
-    if left != -1 or right > 0 or pages or (causal and lengths != key_lengths):
+    q, k, v, starts, of_keys, _, _, causal, scale, window, _, used, pages, _ = bound(_PACKED_ATTENTION, args, kwargs)
+    left, right = window or (-1, -1)
+    lengths = starts.diff().tolist()
+    key_lengths = lengths if of_keys is None else of_keys.diff().tolist()
+    causal = causal or right == 0
+    paged = used is not None or pages is not None
+    if left != -1 or right > 0 or paged or (causal and lengths != key_lengths):
         raise TangentError(
             f"{where(func)}: windows, pages of a cache and causal attention to more keys than queries have no tangent "
             "here; call scaled_dot_product_attention with a mask"
         )
     streams: Any = (*(primals(x) for x in (q, k, v)), *(tangent(x) for x in (q, k, v)))
-    options = {"causal": causal, "scale": given["scale"]}
+    options = {"causal": causal, "scale": scale}
     o, o_tangent = by_sequence(dual.attention, streams, lengths, key_lengths, None, options)
     unknown = o.detach().new_full((o.shape[1], o.shape[0]), math.nan, dtype=torch.float32)
     return (
@@ -86,6 +89,10 @@ def packed(func: Any, args: tuple, kwargs: dict) -> Any:
     )
 
 
+_PACKED_ATTENTION: dict[str, Any] = {
+    **dict.fromkeys(("query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"), ...), "is_causal": False,
+    **dict.fromkeys(("scale", "window_size", "enable_gqa", "seqused_k", "block_table", "num_splits")),
+}  # fmt: skip
 _PACKED = torch.ops.torch_attn._varlen_attn.default
 DualTensor.rules.update({_PACKED: packed, torch.ops.torch_attn._varlen_attn: packed})
 

@@ -80,25 +80,25 @@ _rule(*fused.LOSSES, *fused.LOSSES_OF_PROBABILITIES)(forward_mode)
 @_rule("addmm")
 def addmm(func: Any, args: tuple, kwargs: dict) -> Any:
     """beta bias + alpha a b."""
-    bias, a, b = args
+    bias, a, b, beta, alpha = bound(fused.ADDMM, args, kwargs, beta=1, alpha=1)
     y = func(*primals(args), **primals(kwargs))
     with torch.no_grad():
         terms = [torch.mm(x.tangent, primals(b)) for x in (a,) if isinstance(x, DualTensor)]
         terms += [torch.mm(primals(a), x.tangent) for x in (b,) if isinstance(x, DualTensor)]
-        terms = [term * kwargs.get("alpha", 1) for term in terms] if "alpha" in kwargs else terms
-        terms += [x.tangent * kwargs.get("beta", 1) for x in (bias,) if isinstance(x, DualTensor)]
-        return wrap(y, sum(terms[1:], terms[0]), next(duals(args)).stream)
+        terms = terms if alpha == 1 else [alpha * term for term in terms]
+        terms += [beta * x.tangent for x in (bias,) if isinstance(x, DualTensor)]
+        return wrap(y, sum(terms[1:], terms[0]), next(duals((bias, a, b))).stream)
 
 
 @_rule("gelu", "silu", "relu")
 def activation(func: Any, args: tuple, kwargs: dict) -> Any:
     """As the module writes it, with aten's backward for the tangent. A kernel computes both streams in one launch."""
-    x = args[0]
-    if backend_of("activation", primals(x)) is not aten:
+    x, kind = fused.activated(func, args, kwargs)
+    if backend_of("activation", x.primal) is not aten:
         return fused.activation(func, args, kwargs)
-    y = func(x.primal, *args[1:], **kwargs)
+    y = func(x.primal, **kwargs)
     with torch.no_grad():
-        return wrap(y, JACOBIAN[fused.kind_of(func, kwargs)](x.tangent, x.primal), x.stream)
+        return wrap(y, JACOBIAN[kind](x.tangent, x.primal), x.stream)
 
 
 @_rule("layer_norm")
@@ -150,8 +150,8 @@ def any_attention(func: Any, args: tuple, kwargs: dict) -> Any:
     """The fused op, which takes no gradient of a mask; where one is asked for, or carries a tangent, its pieces."""
     q, k, v, mask, *_ = bound(attention.ATTENTION, args, kwargs)
     trains = isinstance(mask, DualTensor) or (isinstance(mask, Tensor) and mask.requires_grad)
-    fits = q.dim() == k.dim() == v.dim() and q.dim() in (3, 4) and q.shape[:-3] == k.shape[:-3] == v.shape[:-3]
-    return attention.attention(func, args, kwargs) if fits and not trains else attention.composed(func, args, kwargs)
+    rule = attention.composed if trains or not attention.fits(q, k, v) else attention.attention
+    return rule(func, args, kwargs)
 
 
 # numbers and branches of Python are the primal's, as in torch.func.jvp

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import permutations
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from linlora.ops.aten.activations import Kind
 from linlora.stream.arithmetic import product, tangent
 from linlora.stream.caller import where
 from linlora.stream.evaluation import recording
-from linlora.stream.tensor import DualTensor, TangentError, bound, collapse, duals, primals, rebind, rule, wrap
+from linlora.stream.fallback import forward_mode
+from linlora.stream.tensor import ONE, TWO, DualTensor, TangentError, bound, collapse, duals, primals, rule, wrap
 
 LOSSES = (
     "cross_entropy", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "binary_cross_entropy_with_logits",
@@ -25,9 +27,9 @@ LOSSES_OF_PROBABILITIES = ("nll_loss", "kl_div", "binary_cross_entropy", "ctc_lo
 
 @rule("linear")
 def linear(func: Any, args: tuple, kwargs: dict) -> Any:
-    x, weight, bias = bound(LINEAR, args, kwargs)
+    x, weight, bias = bound({**ONE, "weight": ..., "bias": None}, args, kwargs)
     if not isinstance(x, DualTensor) or _carry(weight, bias):
-        return _forward_mode(func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     check_frozen(func, weight, bias)
     return wrap(*dual.linear(x.primal, x.tangent, weight, bias), x.stream)
 
@@ -35,9 +37,9 @@ def linear(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("addmm")
 def addmm(func: Any, args: tuple, kwargs: dict) -> Any:
     """bias + x W, as transformers' Conv1D writes a linear layer."""
-    if kwargs or not isinstance(args[1], DualTensor) or _carry(args[0], args[2]) or args[0].dim() != 1:
-        return _forward_mode(func, args, kwargs)
-    bias, x, weight = args
+    bias, x, weight = bound(ADDMM, args, kwargs)
+    if not isinstance(x, DualTensor) or _carry(bias, weight) or bias.dim() != 1:
+        return forward_mode(func, args, kwargs)
     return linear(functional.linear, (x, weight.t(), bias), {})
 
 
@@ -45,7 +47,7 @@ def addmm(func: Any, args: tuple, kwargs: dict) -> Any:
 def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     x, shape, weight, bias, eps = bound(LAYER_NORM, args, kwargs)
     if len(shape) != 1 or not isinstance(x, DualTensor) or _carry(weight, bias):
-        return _forward_mode(func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     check_frozen(func, weight, bias)
     return wrap(*dual.layer_norm(x.primal, x.tangent, weight, bias, eps), x.stream)
 
@@ -54,7 +56,7 @@ def layer_norm(func: Any, args: tuple, kwargs: dict) -> Any:
 def rms_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     x, shape, weight, eps = bound(RMS_NORM, args, kwargs)
     if len(shape) != 1 or not isinstance(x, DualTensor) or _carry(weight):
-        return _forward_mode(func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     check_frozen(func, weight)
     return wrap(*dual.rms_norm(x.primal, x.tangent, weight, rms_eps(x.primal, eps)), x.stream)
 
@@ -109,16 +111,20 @@ class PendingActivation(DualTensor):
 
 @rule("gelu", "silu", "relu")
 def activation(func: Any, args: tuple, kwargs: dict) -> Any:
-    return PendingActivation(args[0], kind_of(func, kwargs))
+    return PendingActivation(*activated(func, args, kwargs))
 
 
-def kind_of(func: Any, kwargs: dict) -> Kind:
-    return "gelu_tanh" if kwargs.get("approximate", "none") == "tanh" else func.__name__
+def activated(func: Any, args: tuple, kwargs: dict) -> tuple[DualTensor, Kind]:
+    """The argument of an activation, and its kind."""
+    if func.__name__ != "gelu":
+        return (*bound(ONE, args, kwargs), func.__name__)
+    x, approximate = bound(ONE, args, kwargs, approximate="none")
+    return x, "gelu_tanh" if approximate == "tanh" else "gelu"
 
 
 @rule("mul", "__mul__", "__rmul__", "multiply")
 def gated(func: Any, args: tuple, kwargs: dict) -> Any:
-    for pending, up in (args, args[::-1]):
+    for pending, up in permutations(bound(TWO, args, kwargs)):
         if isinstance(pending, PendingActivation) and pending.streams is None and isinstance(up, Tensor):
             gate = pending.gate
             if up is not pending and (primals(up).shape, primals(up).dtype) == (gate.primal.shape, gate.primal.dtype):
@@ -130,16 +136,14 @@ def gated(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("dropout")
 def dropout(func: Any, args: tuple, kwargs: dict) -> Any:
     """One mask for both streams."""
-    if "train" in kwargs:  # torch.dropout's name for it
-        kwargs = {"training": kwargs["train"], **kwargs}
-    x, p, training, inplace = bound(_DROPOUT, args, kwargs)
+    kwargs = {"training" if name == "train" else name: value for name, value in kwargs.items()}  # torch.dropout's name
+    x, p, training = bound(_DROPOUT, args, kwargs)
     if not training or p == 0.0:
         return x
     y, mask = torch.native_dropout(x.primal, p, True)
     with torch.no_grad():
         y_tangent = x.tangent * mask * (1.0 / (1.0 - p) if p < 1.0 else 0.0)
-    result = wrap(y, y_tangent, x.stream)
-    return rebind(x, result, func) if inplace else result
+    return wrap(y, y_tangent, x.stream)
 
 
 @rule(*LOSSES)
@@ -156,10 +160,10 @@ def loss_of_probabilities(func: Any, args: tuple, kwargs: dict) -> Any:
     )
 
 
-LINEAR: dict[str, Any] = {"input": None, "weight": None, "bias": None}
-LAYER_NORM = {"input": None, "normalized_shape": (), "weight": None, "bias": None, "eps": 1e-5}
-RMS_NORM = {"input": None, "normalized_shape": (), "weight": None, "eps": None}
-_DROPOUT = {"input": None, "p": 0.5, "training": True, "inplace": False}
+ADDMM: dict[str, Any] = {**ONE, "mat1": ..., "mat2": ...}
+LAYER_NORM = {**ONE, "normalized_shape": ..., "weight": None, "bias": None, "eps": 1e-5}
+RMS_NORM = {**ONE, "normalized_shape": ..., "weight": None, "eps": None}
+_DROPOUT = {**ONE, "p": 0.5, "training": True}
 
 
 def rms_eps(x: Tensor, eps: float | None) -> float:
@@ -170,10 +174,6 @@ def rms_eps(x: Tensor, eps: float | None) -> float:
 def _carry(*arguments: Any) -> bool:
     """Whether one of these arguments carries a tangent."""
     return next(duals(arguments), None) is not None
-
-
-def _forward_mode(func: Any, args: tuple, kwargs: dict) -> Any:
-    return DualTensor.rules[None](func, args, kwargs)
 
 
 def check_frozen(func: Any, *parameters: Tensor | None) -> None:

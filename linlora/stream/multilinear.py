@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from linlora.stream.arithmetic import tangent
+from linlora.stream.fallback import forward_mode
 from linlora.stream.structural import linear_map
-from linlora.stream.tensor import DualTensor, duals, primals, rule, wrap
+from linlora.stream.tensor import ONE, DualTensor, bound, duals, primals, rule, wrap
 
 _LINEAR = (
     "interpolate", "upsample", "pixel_shuffle", "pixel_unshuffle", "channel_shuffle", "fold", "avg_pool1d",
@@ -25,16 +27,12 @@ rule(*_LINEAR)(linear_map)
 @rule("pad")
 def pad(func: Any, args: tuple, kwargs: dict) -> Any:
     """Around the tangent are zeros, whatever the constant around the primal."""
-    given = dict(zip(_PAD, args, strict=False)) | kwargs
-    x, widths, mode, value = (given.get(name) for name in _PAD)
+    x, widths, mode, value = bound({**ONE, "pad": ..., "mode": "constant", "value": None}, args, kwargs)
     if not isinstance(x, DualTensor):
-        return DualTensor.rules[None](func, args, kwargs)
-    y = func(primals(x), widths, mode or "constant", value)
+        return forward_mode(func, args, kwargs)
+    y = func(x.primal, widths, mode, value)
     with torch.no_grad():
-        return wrap(y, func(x.tangent, widths, mode or "constant"), x.stream)
-
-
-_PAD = ("input", "pad", "mode", "value")
+        return wrap(y, func(x.tangent, widths, mode), x.stream)
 
 
 @rule(
@@ -44,25 +42,32 @@ _PAD = ("input", "pad", "mode", "value")
 def max_pool(func: Any, args: tuple, kwargs: dict) -> Any:
     """The maxima of the primal, and the tangents where they were found."""
     name = func.__name__.removesuffix("_with_indices")
-    x, over, both = args[0], -int(name[-2]), name != func.__name__ or kwargs.get("return_indices", False)
-    y, indices = getattr(functional, name)(x.primal, *args[1:], **{**kwargs, "return_indices": True})
+    x, *options, both = bound(_ADAPTIVE_POOL if "adaptive" in name else _POOL, args, kwargs)
+    over, both = -int(name[-2]), both or name != func.__name__
+    y, indices = getattr(functional, name)(x.primal, *options, return_indices=True)
     with torch.no_grad():
         y_tangent = x.tangent.flatten(over).gather(-1, indices.flatten(over)).view(indices.shape)
     return wrap((y, indices), [y_tangent, None], x.stream) if both else wrap(y, y_tangent, x.stream)
+
+
+_POOL: dict[str, Any] = {
+    **ONE, "kernel_size": ..., "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False,
+}  # fmt: skip
+_ADAPTIVE_POOL = {**ONE, "output_size": ..., "return_indices": False}
 
 
 @rule("grid_sample")
 def grid_sample(func: Any, args: tuple, kwargs: dict) -> Any:
     """Linear in the image; in the grid PyTorch has no derivative forward."""
     moves = next(duals((args[1:], kwargs)), None) is not None
-    return DualTensor.rules[None](func, args, kwargs) if moves else linear_map(func, args, kwargs)
+    return forward_mode(func, args, kwargs) if moves else linear_map(func, args, kwargs)
 
 
 @rule("einsum")
 def einsum(func: Any, args: tuple, kwargs: dict) -> Any:
     """Linear in each operand: a term for each that carries a tangent."""
     if kwargs or not isinstance(args[0], str):
-        return DualTensor.rules[None](func, args, kwargs)
+        return forward_mode(func, args, kwargs)
     equation, operands = args[0], args[1:]
     operands = tuple(operands[0]) if len(operands) == 1 and isinstance(operands[0], (list, tuple)) else operands
     y = func(equation, *primals(operands))
@@ -76,16 +81,17 @@ def einsum(func: Any, args: tuple, kwargs: dict) -> Any:
 )  # fmt: skip
 def affine(func: Any, args: tuple, kwargs: dict) -> Any:
     """func(x, W, bias, ...), linear in x and in W, plus a bias for each output channel."""
-    names = ("input", "weight", "bias")
-    given = dict(zip(names, args, strict=False)) | {name: kwargs[name] for name in names if name in kwargs}
-    rest, options = primals(args[3:]), {name: value for name, value in kwargs.items() if name not in names}
-    x, weight, bias = given["input"], given["weight"], given.get("bias")
+    x, weight, bias = bound(AFFINE, args[:3], {name: value for name, value in kwargs.items() if name in AFFINE})
+    rest, options = primals(args[3:]), {name: value for name, value in kwargs.items() if name not in AFFINE}
     y = func(primals(x), primals(weight), primals(bias), *rest, **options)
     with torch.no_grad():
-        terms = [func(*changed, None, *rest, **options) for changed in _one_by_one((x, weight))]
-        if isinstance(bias, DualTensor):
-            terms.append(bias.tangent.view(-1, *(1,) * (primals(weight).dim() - 2)).to(y.dtype))
+        changed = list(_one_by_one((x, weight))) or [(torch.zeros_like(primals(x)), primals(weight))]
+        biases = [tangent(bias), *[None] * (len(changed) - 1)]  # added once
+        terms = [func(*pair, b, *rest, **options) for pair, b in zip(changed, biases, strict=True)]
         return wrap(y, _sum(terms), next(duals((x, weight, bias))).stream)
+
+
+AFFINE: dict[str, Any] = {**ONE, "weight": ..., "bias": None}
 
 
 def _one_by_one(operands: tuple) -> Iterator[tuple]:

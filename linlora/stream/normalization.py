@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from linlora.stream.fallback import forward_mode
-from linlora.stream.tensor import DualTensor, bound, primals, rule, wrap
+from linlora.stream.tensor import ONE, DualTensor, bound, duals, rule, wrap
 
 
 @rule("group_norm")
 def group_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     """y = w ⊙ x̂ + b,  y_t = w ⊙ J x_t,  J = ∂x̂/∂x, symmetric: aten's backward applies it."""
-    x, groups, weight, bias, eps = bound(_GROUP_NORM, args[:5], {k: v for k, v in kwargs.items() if k in _GROUP_NORM})
+    x, groups, weight, bias, eps, _ = bound(_GROUP_NORM, args, kwargs)
     if isinstance(weight, DualTensor) or isinstance(bias, DualTensor) or not isinstance(x, DualTensor) or not x.numel():
         return forward_mode(func, args, kwargs)
     y = func(x.primal, *args[1:], **kwargs)
@@ -33,23 +33,21 @@ def group_norm(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("batch_norm")
 def batch_norm(func: Any, args: tuple, kwargs: dict) -> Any:
     """With given statistics a map of each channel; in training a fallback, which updates them once."""
-    given = dict(zip(_BATCH_NORM, args, strict=False)) | kwargs
-    x, variance, weight = given.get("input"), given.get("running_var"), given.get("weight")
-    if (
-        func is not torch.nn.functional.batch_norm
-        or given.get("training", False)
-        or any(isinstance(given.get(name), DualTensor) for name in _BATCH_NORM[1:5])
-        or not isinstance(x, DualTensor)
-    ):
+    x, mean, variance, weight, bias, training, _, eps = bound(_BATCH_NORM, args, kwargs)
+    if training or not isinstance(x, DualTensor) or next(duals((mean, variance, weight, bias)), None) is not None:
         return forward_mode(func, args, kwargs)
-    y = func(x.primal, *primals(args[1:]), **primals(kwargs))
+    y = func(x.primal, *args[1:], **kwargs)
     with torch.no_grad():
-        slope = (variance + given.get("eps", 1e-5)).rsqrt_()
+        slope = (variance + eps).rsqrt_()
         return wrap(y, x.tangent * _of_channels(slope if weight is None else slope * weight, x.primal), x.stream)
 
 
-_GROUP_NORM = {"input": None, "num_groups": None, "weight": None, "bias": None, "eps": 1e-5}
-_BATCH_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training", "momentum", "eps")
+DualTensor.rules[torch.batch_norm] = forward_mode  # which has another order of arguments
+_GROUP_NORM = {**ONE, "num_groups": ..., "weight": None, "bias": None, "eps": 1e-5, "cudnn_enabled": True}
+_BATCH_NORM: dict[str, Any] = {
+    **ONE, "running_mean": ..., "running_var": ..., "weight": None, "bias": None, "training": False, "momentum": 0.1,
+    "eps": 1e-5,
+}  # fmt: skip
 
 
 def _of_channels(x: Tensor, like: Tensor) -> Tensor:

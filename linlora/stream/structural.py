@@ -14,6 +14,7 @@ from linlora.stream.border import Place, place
 from linlora.stream.caller import where
 from linlora.stream.fallback import forward_mode
 from linlora.stream.tensor import (
+    ONE,
     DualTensor,
     TangentError,
     bound,
@@ -87,15 +88,24 @@ def view(func: Any, args: tuple, kwargs: dict) -> Any:
     return constant(func, args, kwargs) if isinstance(dtype, torch.dtype) else linear_map(func, args, kwargs)
 
 
-@rule("sort", "topk", "kthvalue", "mode", "cummax", "cummin", "max", "min", "median", "nanmedian")
+_ALONG: dict[str, Any] = {**ONE, "dim": -1, "keepdim": False}
+_SELECTIONS: dict[str, dict[str, Any]] = {
+    "sort": {**ONE, "dim": -1, "descending": False, "stable": False},
+    "topk": {**ONE, "k": ..., "dim": -1, "largest": True, "sorted": True},
+    "kthvalue": {**ONE, "k": ..., "dim": -1, "keepdim": False},
+    "cummax": {**ONE, "dim": ...}, "cummin": {**ONE, "dim": ...},
+    "mode": _ALONG, "max": _ALONG, "min": _ALONG, "median": _ALONG, "nanmedian": _ALONG,
+}  # fmt: skip
+
+
+@rule(*_SELECTIONS)
 def selection(func: Any, args: tuple, kwargs: dict) -> Any:
     """(values, indices) along a dimension: the tangents of the values are those at the indices of the primal."""
-    x = args[0]
+    arguments = _SELECTIONS[func.__name__]
+    x, dim = (dict(zip(arguments, bound(arguments, args, kwargs), strict=True))[name] for name in ("input", "dim"))
     y = func(primals(x), *primals(args[1:]), **primals(kwargs))
     if isinstance(y, Tensor) or not isinstance(x, DualTensor):  # of all elements, or of two tensors
         return forward_mode(func, args, kwargs)
-    after = 2 if func.__name__ in ("topk", "kthvalue") else 1
-    dim = kwargs.get("dim", args[after] if len(args) > after else -1)
     with torch.no_grad():
         if y[1].dim() < x.dim():
             return wrap(y, [x.tangent.gather(dim, y[1].unsqueeze(dim)).squeeze(dim), None], x.stream)
@@ -175,11 +185,13 @@ def _joint(func: Any, args: tuple, kwargs: dict, is_joined: Callable[[Any], bool
 @rule("where")
 def choose(func: Any, args: tuple, kwargs: dict) -> Any:
     """where(condition, a, b); as a method, condition.where is a.where(condition, b)."""
-    names = ("input", "condition", "other") if func is Tensor.where else ("condition", "input", "other")
-    given = dict(zip(names, args, strict=False)) | kwargs
-    if len(given) == 1:
+    if len(args) + len(kwargs) == 1:
         return constant(func, args, kwargs)
-    condition, a, b = given["condition"], given["self" if "self" in given else "input"], given["other"]
+    kwargs = {"input" if name == "self" else name: value for name, value in kwargs.items()}
+    if func == Tensor.where:
+        a, condition, b = bound(dict.fromkeys(("input", "condition", "other"), ...), args, kwargs)
+    else:
+        condition, a, b = bound(dict.fromkeys(("condition", "input", "other"), ...), args, kwargs)
     y = torch.where(primals(condition), primals(a), primals(b))
     tangents = [t.tangent if isinstance(t, DualTensor) else None for t in (a, b)]
     stream = next(duals((condition, a, b))).stream
@@ -192,7 +204,7 @@ def choose(func: Any, args: tuple, kwargs: dict) -> Any:
 
 @rule("masked_fill")
 def masked_fill(func: Any, args: tuple, kwargs: dict) -> Any:
-    x, mask, value = bound(dict.fromkeys(("input", "mask", "value")), args, kwargs)
+    x, mask, value = bound(dict.fromkeys(("input", "mask", "value"), ...), args, kwargs)
     if not isinstance(x, DualTensor) or isinstance(value, DualTensor):
         return choose(torch.where, (mask, value, x), {})
     y = x.primal.masked_fill(primals(mask), value)

@@ -179,11 +179,13 @@ class DualTensor(Tensor):
         if kwargs.get("out") is not None:
             raise TangentError(f"{where(func)}: out= is not supported on a tensor that carries a tangent")
         args, kwargs = _by_position(func, args, kwargs)
-        rule = stream.rules.get(func) or cls.rules.get(func) or cls.rules[None]
+        options = {name: value for name, value in kwargs.items() if name != "inplace"}
+        try:
+            result = (stream.rules.get(func) or cls.rules.get(func) or cls.rules[None])(func, args, options)
+        except OtherCall:
+            result = cls.rules[None](func, args, options)
         if kwargs.get("inplace"):
-            result = rebind(args[0], rule(func, args, {**kwargs, "inplace": False}), func)
-        else:
-            result = rule(func, args, kwargs)
+            result = rebind(args[0], result, func)
         if isinstance(result, DualTensor):
             result.reduced = _reduced(func, found, result)
             return result
@@ -218,7 +220,10 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def named(*names: str) -> list[Any]:
     """The functions of these names that a model can call, and the getters of properties."""
     found = []
-    for name, namespace in product(names, (torch, Tensor, nn.functional, torch.special, torch.fft, torch._C._nn)):
+    namespaces = (torch, Tensor, nn.functional, torch.special, torch.fft, torch._C._nn)
+    for name, namespace in product(names, namespaces):
+        if name.startswith("__") and namespace is not Tensor:  # those of a module are of the module
+            continue
         target: Any = getattr(namespace, name, None)
         if callable(target) and not isinstance(target, type):
             found.append(target)
@@ -250,10 +255,27 @@ _OF_SHAPE = {
 """Questions that a DualTensor answers by itself, without a rule."""
 
 
-def bound(defaults: dict[str, Any], args: tuple, kwargs: dict) -> list[Any]:
-    """The arguments of a call in the order of `defaults`."""
-    given = {**defaults, **dict(zip(defaults, args, strict=False)), **kwargs}
-    return [given[name] for name in defaults]
+class OtherCall(Exception):
+    """A rule does not know the form of a call: the function runs without a rule (linlora.stream.fallback)."""
+
+
+def bound(defaults: dict[str, Any], args: tuple, kwargs: dict, **named_only: Any) -> list[Any]:
+    """The arguments of a call in the order of `defaults`, where `...` marks those without one, then those that are
+    given by name alone.
+
+    Raises OtherCall for an argument that is not among them, which another version of PyTorch may have.
+    """
+    known = {**defaults, **named_only}
+    given = {**known, **dict(zip(defaults, args, strict=False)), **kwargs}
+    values = list(given.values())
+    if len(args) > len(defaults) or len(given) > len(known) or any(value is ... for value in values):
+        raise OtherCall
+    return values
+
+
+ONE: dict[str, Any] = {"input": ...}
+TWO: dict[str, Any] = {"input": ..., "other": ...}
+"""The arguments of functions of one tensor and of two."""
 
 
 def wrap(primal: Any, tangent: Any, stream: Stream) -> Any:

@@ -39,6 +39,7 @@ NAMED |= {f"{name} over a dimension": along(name) for name in ALONG.split()}
 NAMED |= {f"F.{name}": getattr(F, name) for name in ACTIVATIONS.split()}
 NAMED |= {f"{name} with a tensor": of_two(name) for name in TWO.split()}
 OTHERS = {
+    "activations of a number": lambda x: F.relu(x.mean()) + F.gelu(x[0, 0]) * F.silu(x[0, 1]),
     "addbmm": lambda x: torch.addbmm(x @ Q, x[None], Q[None]),
     "addcdiv": lambda x: torch.addcdiv(x, P, x + 9.0, value=0.3),
     "addcmul": lambda x: torch.addcmul(P, x, x, value=0.3),

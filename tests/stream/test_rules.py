@@ -139,6 +139,7 @@ FALLBACK = {
     "layer norm with a weight that carries": lambda x: F.layer_norm(x, (6,), x[0, 0], x[1, 1]),
     "rms norm with a weight that carries": lambda x: F.rms_norm(x, (6,), x[0, 0]),
     "attention with a mask that carries": lambda x: F.scaled_dot_product_attention(x, x, x, attn_mask=x[..., :4]),
+    "attention that broadcasts": lambda x: F.scaled_dot_product_attention(x, x[None], x[None] * 2.0),
     "addmm with a bias that carries": lambda x: torch.addmm(x[0, 0], x[1], WEIGHT[:, :6].T @ WEIGHT),
     "layer norm over two dimensions": lambda x: F.layer_norm(x, (4, 6)),
 }

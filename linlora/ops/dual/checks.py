@@ -30,6 +30,6 @@ def backend_of(op: str, x: Tensor, *parameters: Tensor) -> ModuleType:
         empty = empty or parameter.numel() == 0
     if empty:
         return aten
-    features = x.shape[-1]
+    features = x.shape[-1] if x.dim() else 1
     outputs = parameters[0].shape[0] if op == "linear" else features
     return backends.select(device, op, (x.numel() // features, features, outputs), x.dtype)
