@@ -47,13 +47,15 @@ def accept_directory(out: Path, what: str, ours: bool, different: Sequence[str],
         ours: whether it holds one; any other content is never written to, nor deleted.
         different: the settings in which that run differs, in words.
 
-    Raises FileExistsError for other content, DifferentSettingsError for a run of other settings.
+    Raises FileExistsError for other content, or for a run to delete in which another process works;
+    DifferentSettingsError for a run of other settings.
     """
     empty = not out.exists() or (out.is_dir() and all(path.name == LOCK_FILE for path in out.iterdir()))
     if not ours and not empty:
         raise FileExistsError(f"{out} is not empty and not a {what}; choose another --out")
     if ours and fresh:
-        shutil.rmtree(out)
+        with only_run_in(out):
+            shutil.rmtree(out)
     elif ours and different:
         raise DifferentSettingsError(
             f"{out} holds a run of other settings (there and now: {'; '.join(different)}); choose another --out, or "

@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 
 UNANSWERED = -1
-NO_NUMBER = -1.0  # what a text without a number counts as, below every similarity score
 
 
 def normalized(text: str) -> str:

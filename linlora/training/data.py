@@ -30,8 +30,8 @@ def load_split(data: Data, split: str, columns: Iterable[str]) -> Any:
     if split == "test" and not has_test(data):
         raise ValueError("there is no test split: data.test is not set; choose the split 'validation', or set it")
     columns = tuple(dict.fromkeys(columns))
-    if split == "prototypes" and data.prototypes is None:
-        split = "train"
+    if split == "prototypes" and data.prototypes in (None, data.train):
+        split = "train"  # without the rows held out of it
     rows = _load(data, _named(data, split), columns)
     if isinstance(held_out, str) or split not in ("train", "validation"):
         return rows

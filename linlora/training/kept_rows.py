@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -17,25 +18,23 @@ _AT_ONCE = 1000
 Kept = dict[str, dict[str, Any]]
 
 
-def rows_of(task: Task) -> Kept:
-    """How many rows each split has, and a digest of them in their order."""
+def checked_rows(task: Task, folder: Path) -> Kept:
+    """How many rows each split has, and a digest of them in their order.
+
+    Raises ValueError where the run in the folder began with other rows, those of the test split aside.
+    """
     splits = [*task.splits, *(["prototypes"] if task.settings.data.prototypes else [])]
-    return {split: {"rows": len(task.rows(split)), "sha256": digest(task.rows(split))} for split in splits}
-
-
-def check_kept(task: Task, now: Kept, folder: Path) -> None:
-    """Raise a ValueError where the run in a folder began with other rows."""
+    now = {split: {"rows": len(task.rows(split)), "sha256": digest(task.rows(split))} for split in splits}
     path = folder / ROWS_FILE
-    if not path.exists():
-        return
-    then = read_json(path)
+    then = read_json(path) if path.exists() else {}
     for split, found in now.items():
-        if split in then and then[split] != found:
+        if split in then and split != "test" and then[split] != found:
             counts = f"{then[split].get('rows')} and {found['rows']} rows"
             raise ValueError(
                 f"the {split} split, {source_of(task.settings.data, split)}, has changed since the run in {folder} "
                 f"began ({counts}); put the old rows back, choose another --out, or start over with --fresh"
             )
+    return now
 
 
 def keep(now: Kept, folder: Path) -> None:
@@ -43,7 +42,7 @@ def keep(now: Kept, folder: Path) -> None:
 
 
 def digest(rows: Any) -> str:
-    """SHA-256 of the cells of a `datasets.Dataset`; of an image, its file's name and how many bytes it holds."""
+    """SHA-256 of the cells of a `datasets.Dataset`; of an image, its file's name and how many bytes it has."""
     found = hashlib.sha256(repr(sorted(rows.column_names)).encode())
     for table in rows.with_format("arrow").iter(_AT_ONCE):
         columns = [_cells(table.column(name).combine_chunks()) for name in sorted(table.column_names)]
@@ -59,5 +58,8 @@ def _cells(column: Any) -> list[Any]:
     fields = {field.name for field in column.type} if pa.types.is_struct(column.type) else set()
     if fields != {"bytes", "path"}:
         return column.to_pylist()
-    names = [None if path is None else Path(path).name for path in column.field("path").to_pylist()]
-    return list(zip(names, pc.binary_length(column.field("bytes")).to_pylist(), strict=True))
+    paths, sizes = column.field("path").to_pylist(), pc.binary_length(column.field("bytes")).to_pylist()
+    return [
+        (path and Path(path).name, os.path.getsize(path) if size is None and path and os.path.isfile(path) else size)
+        for path, size in zip(paths, sizes, strict=True)
+    ]

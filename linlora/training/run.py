@@ -36,7 +36,7 @@ from linlora.training.folder import (
     write_metrics,
 )
 from linlora.training.head import HEAD_FILE, read_head
-from linlora.training.kept_rows import check_kept, keep, rows_of
+from linlora.training.kept_rows import checked_rows, keep
 from linlora.training.kinds import checked_task, load_task
 from linlora.training.settings import Settings
 from linlora.training.similarity import Similarity
@@ -84,8 +84,7 @@ def process_group(settings: Settings) -> PartialState:
 def _train(settings: Settings, state: PartialState, console: Console, scored: Sequence[str]) -> Run:
     folder = Path(settings.out)
     task = checked_task(settings)
-    rows = rows_of(task)
-    check_kept(task, rows, folder)
+    rows = checked_rows(task, folder)
     adapted = adapt(task, kept_point(settings))
     check_optimizer(settings, adapted.model)
     console.print(_introduction(task, adapted), highlight=False, markup=False, soft_wrap=True)
@@ -149,16 +148,19 @@ def _finished(settings: Settings, state: PartialState, console: Console) -> Run:
 def _best_of_grid(settings: Settings, state: PartialState, console: Console) -> Run:
     """A run for each learning rate in a folder of its own; the one that validates best becomes the run."""
     folder, tried = Path(settings.out), {}
+    task = checked_task(settings)
+    rows = checked_rows(task, folder)
     with only_run_in(folder, state):
         if state.is_main_process:
             settings.to_yaml(folder / SETTINGS_FILE)
+            keep(rows, folder)
         for rate in settings.lr_grid:
-            out, training = str(folder / GRID_FOLDER / f"{rate:g}"), {"learning_rate": rate}
+            out, training = str(folder / GRID_FOLDER / str(rate)), {"learning_rate": rate}
             of_rate = settings.changed(lr_grid=(), out=out, training=training)
             if state.is_main_process:
                 check_folder(of_rate)
             state.wait_for_everyone()
-            console.print(f"{settings.name}: learning rate {rate:g}", highlight=False)
+            console.print(f"{settings.name}: learning rate {rate}", highlight=False)
             try:
                 found = is_finished(of_rate)
                 tried[rate] = Run.open(out) if found else _train(of_rate, state, console, ("validation",))
@@ -168,13 +170,13 @@ def _best_of_grid(settings: Settings, state: PartialState, console: Console) -> 
             raise DivergedError(f"the training of {settings.name} diverged at every learning rate of lr_grid")
         scores = {rate: run.metrics["validation"]["score"] for rate, run in tried.items()}
         best = max(scores, key=lambda rate: scores[rate])  # of equal ones the smallest
-        listed = ", ".join(f"{rate:g}: {100 * score:.1f}" for rate, score in scores.items())
-        console.print(f"{settings.name}: validation % by learning rate {listed}; {best:g} is kept", highlight=False)
+        listed = ", ".join(f"{rate}: {100 * score:.1f}" for rate, score in scores.items())
+        console.print(f"{settings.name}: validation % by learning rate {listed}; {best} is kept", highlight=False)
         if state.is_main_process:
             tried[best].copy_to(folder)
         state.wait_for_everyone()
-        metrics = {**tried[best].metrics, "lr_grid": {f"{rate:g}": score for rate, score in scores.items()}}
-        run, task = Run(folder, settings, metrics), load_task(settings)
+        metrics = {**tried[best].metrics, "lr_grid": {str(rate): score for rate, score in scores.items()}}
+        run = Run(folder, settings, metrics)
         if "test" in task.splits:
             run = Run(folder, settings, {**metrics, "test": evaluate(run.model(task), task, "test")})
         _finish(run, state, task)

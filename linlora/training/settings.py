@@ -25,6 +25,7 @@ _RESERVED = {
     "output_dir": "out",
     "seed": "seed",
     "resume_from_checkpoint": "nothing: a run continues in its folder by itself",
+    "save_only_model": "nothing: a run continues from its checkpoints, which takes the optimizer's state",
     "remove_unused_columns": "nothing: the columns that are used are named under data",
     "label_names": "data.label",
     "do_train": "nothing", "do_eval": "nothing", "do_predict": "nothing",
@@ -346,7 +347,7 @@ def _training(section: Mapping[str, Any]) -> dict[str, Any]:
 
 def _check_range(key: str, value: Any) -> None:
     """Raise a ValueError for training without a step or backwards, and for parts of a step."""
-    if key in _COUNTS and not (isinstance(value, int) and (value >= 1 or (key, value) == ("max_steps", -1))):
+    if key in _COUNTS and not (type(value) is int and (value >= 1 or (key, value) == ("max_steps", -1))):
         more = ", or -1 with num_train_epochs" if key == "max_steps" else ""
         raise ValueError(f"training.{key} is a whole number, 1 or more{more}, got {value!r}")
     if key == "learning_rate" and not (_is_real(value) and value >= 0):

@@ -124,7 +124,10 @@ class Task(ABC):
     def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
         """The inputs and labels of some rows, to train on."""
         dtype = torch.long if self.answer == "classes" else torch.float32
-        return {**self.inputs(rows), "labels": torch.tensor([self.expected(row) for row in rows], dtype=dtype)}
+        labels = torch.tensor([self.expected(row) for row in rows], dtype=dtype)
+        if self.answer == "numbers":  # the number -100 is a label, which the Trainer would not count
+            labels = torch.where(labels == IGNORED, IGNORED - 1e-5, labels)
+        return {**self.inputs(rows), "labels": labels}
 
     @abstractmethod
     def logits(self, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:

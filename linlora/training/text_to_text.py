@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import string
 from collections.abc import Mapping, Sequence
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from linlora.layers.sharding import is_sharded
-from linlora.training.answers import NO_NUMBER, match, number
+from linlora.training.answers import match, normalized, number
 from linlora.training.checkpoints import check_kind, config_of, load_model, refuse_new, tokenizer_of
 from linlora.training.labels import check_labels, classes_of, distinct, is_number
 from linlora.training.positions import positions, token_counts
@@ -42,6 +43,7 @@ class TextToText(Task):
         check_labels(train, label)
         if settings.answers or hasattr(train.features[label], "names"):
             self.answer, self.classes = "classes", classes_of(train, label, settings.answers)
+            _check_told_apart(self.classes.names)
         else:
             self.answer = "numbers" if is_number(train, label) else "text"
 
@@ -70,6 +72,11 @@ class TextToText(Task):
         if self.classes is not None:
             return self.classes.names[expected]
         return f"{expected:.1f}" if self.answer == "numbers" else expected
+
+    @functools.cached_property
+    def _no_number(self) -> float:
+        """What a text without a number counts as: less than every label."""
+        return min(distinct(self.rows("train"), self.settings.data.label)) - 1.0
 
     def labels_in_words(self) -> str:
         if self.classes is not None:
@@ -175,7 +182,7 @@ class TextToText(Task):
             return match(text, self.classes.names)
         if self.answer == "numbers":
             value = number(text)
-            return NO_NUMBER if value is None else value
+            return self._no_number if value is None else value
         return text
 
     def _tokens(self, texts: list[str]) -> dict[str, Any]:
@@ -197,6 +204,17 @@ class TextToText(Task):
             "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding, padding_side=side),
             "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side=side),
         }
+
+
+def _check_told_apart(answers: Sequence[str]) -> None:
+    """Raise a ValueError for answers that `match` does not tell apart, or never finds."""
+    read: dict[str, str] = {"": "a text without words"}
+    for answer in answers:
+        if (other := read.setdefault(normalized(answer), repr(answer))) != repr(answer):
+            raise ValueError(
+                f"answers: {answer!r} is read as {other}, since case, white space and punctuation do not count; name "
+                "other words"
+            )
 
 
 def _fields(prompt: str) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 from safetensors import SafetensorError
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerState, TrainingArguments
 from transformers.integrations import get_reporting_integration_callbacks
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, SchedulerType
 
 from linlora.training.adapted import freeze_A
 from linlora.training.evaluation import evaluate
@@ -34,7 +34,7 @@ _DEFAULTS: dict[str, Any] = {
 
 
 _SHOWN_ROWS = 256
-"""Validation rows whose score is shown while training."""
+"""Validation rows whose score is shown while training, where it decides nothing."""
 
 
 def training_arguments(settings: Settings) -> TrainingArguments:
@@ -110,8 +110,8 @@ class TaskTrainer(Trainer):
         self.add_callback(self.progress)
 
     def evaluate(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> dict[str, float]:
-        usual = "eval_strategy" not in self.task.settings.training  # then it is shown, and decides nothing
-        scores = evaluate(self.model, self.task, limit=_SHOWN_ROWS if usual else None, progress=False)
+        shown = "eval_strategy" not in self.task.settings.training and not _decides(self.args)
+        scores = evaluate(self.model, self.task, limit=_SHOWN_ROWS if shown else None, progress=False)
         scores = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
         self.log(scores)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, scores)
@@ -151,11 +151,17 @@ class TaskTrainer(Trainer):
             freeze_A(self.model)
 
 
+def _decides(arguments: TrainingArguments) -> bool:
+    """Whether training goes by its evaluations."""
+    plateau = arguments.lr_scheduler_type == SchedulerType.REDUCE_ON_PLATEAU
+    return plateau or arguments.load_best_model_at_end or arguments.save_strategy == SaveStrategy.BEST
+
+
 def _check_best_metric(task: Task, arguments: TrainingArguments) -> None:
-    """Raise a ValueError where the best checkpoint is to be chosen by a score that no evaluation gives."""
+    """Raise a ValueError where training is to go by a score that no evaluation gives."""
     name = str(arguments.metric_for_best_model).removeprefix("eval_")
     known = ("score", *METRICS[task.answer])
-    if arguments.load_best_model_at_end and name not in known:
+    if _decides(arguments) and name not in known:
         raise ValueError(f"training.metric_for_best_model is one of {', '.join(known)}, got '{name}'")
 
 

@@ -59,6 +59,12 @@ def test_prototypes_are_made_of_the_split_that_is_named(task, review_files):
     torch.testing.assert_close(task(data=data).head.prototypes, task(data=other).head.prototypes)
 
 
+def test_prototypes_of_the_train_split_know_no_row_that_is_held_out_of_it(task, review_files):
+    first, named = (Data(review_files, text=("text",), validation=0.5, prototypes=split) for split in (None, "train"))
+    assert len(task(data=named).rows("prototypes")) == 24
+    assert torch.equal(task(data=named).head.prototypes, task(data=first).head.prototypes)
+
+
 @pytest.mark.parametrize("end", ["scores", "features"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_function_is_linear_up_to_there(task, kind, end):

@@ -9,10 +9,14 @@ import peft
 import pytest
 import torch
 import transformers
+from PIL import Image
 
 import linlora
+from linlora.storage.run_directory import only_run_in
 from linlora.testing import relative_error
 from linlora.training import Data, Run, train
+from linlora.training.data import load_split
+from linlora.training.kept_rows import digest
 from linlora.training.trainer import TaskTrainer
 
 
@@ -141,6 +145,44 @@ def test_an_interrupted_run_does_not_go_on_with_other_rows(settings, tmp_path, r
         train(wanted)
     file.write_text(rows)
     assert train(wanted).metrics["continued_from"]
+
+
+def test_a_grid_does_not_go_on_with_other_rows(settings, tmp_path, review_files, monkeypatch):
+    for split in ("train", "validation", "test"):
+        shutil.copy(f"{review_files}/{split}.csv", tmp_path)
+    data = Data(str(tmp_path), text=("text",), test=False)
+    wanted = settings("text", data=data, out=str(tmp_path / "run"), lr_grid=(1e-3, 1e-2), training={"max_steps": 1})
+    module, started = sys.modules["linlora.training.run"], []
+    real = module._train
+
+    def first_only(*args):
+        started.append(args)
+        if len(started) == 2:
+            raise KeyboardInterrupt
+        return real(*args)
+
+    monkeypatch.setattr(module, "_train", first_only)
+    with pytest.raises(KeyboardInterrupt):
+        train(wanted)
+    with open(tmp_path / "validation.csv", "a") as file:
+        file.write("the film is bad,film,0,no,0.0\n")
+    with pytest.raises(ValueError, match=r"the validation split, .*, has changed since the run .* \(16 and 17 rows\)"):
+        train(wanted)
+
+
+def test_images_of_another_size_are_other_rows(image_folder, tmp_path):
+    shutil.copytree(image_folder, tmp_path / "images")
+    data = Data(str(tmp_path / "images"), image="image")
+    before = digest(load_split(data, "test", ["image", "label"]))
+    Image.new("RGB", (40, 30)).save(tmp_path / "images" / "test" / "red" / "0.png")
+    assert digest(load_split(data, "test", ["image", "label"])) != before
+
+
+def test_a_run_that_is_under_way_is_not_deleted(settings):
+    run = train(settings("causal", training={"max_steps": 1}))
+    with only_run_in(run.folder), pytest.raises(FileExistsError, match="another process is working"):
+        train(run.settings, fresh=True)
+    assert Run.open(run.folder).metrics == run.metrics
 
 
 def test_a_finished_run_is_returned_as_it_is(settings):

@@ -47,6 +47,8 @@ def test_a_file_and_its_settings_are_one_another(tmp_path):
         ({"seed": 2**32}, r"seed is a whole number, 0 or more and below 2\^32"),
         ({"lora": {"task_type": "CAUSAL_LM"}}, "lora.task_type follows from the other settings"),
         ({"training": {"max_step": 4}}, "training: unknown key 'max_step'; did you mean 'max_steps'"),
+        ({"training": {"max_steps": True}}, "training.max_steps is a whole number"),
+        ({"training": {"save_only_model": True}}, "training.save_only_model is not set here; set nothing: a run"),
         ({"training": {"output_dir": "x"}}, "training.output_dir is not set here; set out"),
         ({"training": 4}, "'training' is a section"),
         ({"kind": "tagging"}, "unknown kind 'tagging'; choose one of classification, text-to-text, zero-shot"),

@@ -108,6 +108,25 @@ def test_numbers_are_predicted_by_a_head_and_as_text(settings, review_files):
     assert set(as_text.metrics["validation"]) == {"score", "spearman", "pearson", "rows"}
 
 
+def test_a_text_without_a_number_is_below_every_label(settings, tmp_path):
+    (tmp_path / "rows.csv").write_text("text,label\n" + "good,-3.5\nbad,2.5\n" * 4)
+    data = Data(str(tmp_path / "rows.csv"), validation=2)
+    task = load_task(settings("causal", data=data, answers=()))
+    assert (task.read("-1.5"), task.read("no idea")) == (-1.5, -4.5)
+
+
+def test_the_number_100_below_zero_is_a_label_as_others_are(settings, tmp_path):
+    """Transformers' Trainer takes it for "no label" in its count, by which a sum of losses becomes a mean."""
+    scores = {}
+    for low in (-100.0, -101.0):
+        path = tmp_path / f"{-low:.0f}.csv"
+        path.write_text("text,label\n" + f"good,{low}\nbad,{low + 0.5}\n" * 8)
+        data = Data(str(path), text=("text",), validation=2)
+        wanted = settings("text", data=data, out=str(tmp_path / path.stem), training={"max_steps": 1})
+        scores[low] = train(wanted.changed(training={"logging_steps": 1, "learning_rate": 0.0})).metrics["train_loss"]
+    assert scores[-100.0] == pytest.approx(scores[-101.0], rel=0.1)
+
+
 def test_labels_with_a_fraction_say_what_they_become(settings, tmp_path, review_files):
     def said(**changes):
         task = load_task(settings("text", data=replace(settings("text").data, label="score"), **changes))

@@ -21,6 +21,26 @@ def test_evaluation_while_training_is_that_of_the_task(settings):
     assert run.metrics["validation"]["score"] == max(logged)
 
 
+DECIDING = [
+    {"load_best_model_at_end": True, "eval_steps": 2, "save_steps": 2},
+    {"save_strategy": "best"},
+    {"lr_scheduler_type": "reduce_lr_on_plateau"},
+    {"eval_strategy": "steps"},
+]
+
+
+@pytest.mark.parametrize("training", [{}, *DECIDING], ids=lambda training: next(iter(training), "nothing"))
+def test_what_decides_is_scored_on_all_rows(settings, monkeypatch, training):
+    limits = []
+    monkeypatch.setattr(
+        "linlora.training.trainer.evaluate", lambda *_, limit, **__: limits.append(limit) or {"score": 0.5, "rows": 1}
+    )
+    base = settings("text")
+    base = replace(base, training={key: value for key, value in base.training.items() if key != "eval_strategy"})
+    train(base.changed(training={"max_steps": 2, "eval_steps": 1, **training}))
+    assert set(limits) == ({None} if training else {256})
+
+
 def test_a_plateau_is_one_of_scores_that_stop_to_rise(settings):
     def mode(**training):
         plateau = {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch", **training}
@@ -49,6 +69,7 @@ def test_the_learning_rate_that_validates_best_makes_the_run(settings):
     assert (alone.vector - run.vector).norm() == 0
     assert alone.metrics["test"] == run.metrics["test"]
     assert (run.folder / "model_config" / "config.json").exists()
+    assert (run.folder / "rows.json").exists()
     assert not (run.folder / "learning_rates").exists()
     assert train(wanted).metrics == run.metrics
 
@@ -106,6 +127,8 @@ def test_labels_of_every_split_are_checked_before_the_first_step(settings, tmp_p
         ("seq2seq", {"prompt": "{sentence} ?"}, "no column 'sentence'; its columns are text, thing"),
         ("seq2seq", {"prompt": "no column"}, "name the columns of the data set in braces"),
         ("seq2seq", {"prompt": "{text"}, "prompt: "),
+        ("seq2seq", {"answers": ("Yes.", "yes")}, "answers: 'yes' is read as 'Yes.', since case, white"),
+        ("seq2seq", {"answers": ("!", "yes")}, "answers: '!' is read as a text without words"),
         ("seq2seq", {"metric": "pearson"}, "'pearson' is not one of classes"),
         ("text", {"model": "./missing"}, r"model './missing': no such folder, and no name of the Hugging"),
         ("text", {"training": {"learning_rate": "fast"}}, r"training\.learning_rate is a number, got 'fast'"),
