@@ -24,7 +24,8 @@ from linlora.experiments.fusing import fuse_control, map_control
 from linlora.experiments.jobs import Job
 from linlora.experiments.options import Options, Start
 from linlora.experiments.tasks import Tasks
-from linlora.formats.export import TASK_VECTOR_FILE, export
+from linlora.formats.export import export
+from linlora.formats.vector_folder import TASK_VECTOR_FILE, save_beside
 from linlora.storage.run_directory import staged, write_json
 from linlora.vectors.task_vector import TaskVector
 
@@ -183,4 +184,4 @@ def save_vector(vector: TaskVector, folder: Path) -> None:
     if vector.scope != "model":
         export(vector, folder)
     folder.mkdir(parents=True, exist_ok=True)
-    vector.save(folder / TASK_VECTOR_FILE)
+    save_beside(vector, folder)

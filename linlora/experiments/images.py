@@ -27,7 +27,8 @@ from linlora.experiments.environment import surroundings
 from linlora.experiments.experiment import Experiment, save_vector
 from linlora.experiments.jobs import Job
 from linlora.experiments.options import START_NOTES, Options, Start
-from linlora.formats.export import CONFIG_FILE, TASK_VECTOR_FILE
+from linlora.formats.adapter_config import CONFIG_FILE
+from linlora.formats.vector_folder import TASK_VECTOR_FILE
 from linlora.storage.run_directory import read_json, staged, write_json
 from linlora.training.adapted import freeze_A
 from linlora.vectors.task_vector import TaskVector

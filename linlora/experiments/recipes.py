@@ -23,7 +23,7 @@ from linlora.experiments.jobs import Workers
 from linlora.experiments.judges import refuse_untested
 from linlora.experiments.options import START_NOTES, Options, Start, described
 from linlora.experiments.run import run
-from linlora.formats.export import TASK_VECTOR_FILE
+from linlora.formats.vector_folder import TASK_VECTOR_FILE
 from linlora.storage.run_directory import read_json
 from linlora.training import Run, Settings, Task, load_task, read_recipe, train
 from linlora.training.adapted import read_point

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,12 +23,13 @@ def adapter_folder(directory: str | os.PathLike) -> Iterator[Path]:
     directory = Path(directory)
     with unfinished_folder(directory / "export") as staging:
         yield staging
-        first = next(place for place, name in enumerate(ADAPTER_FILES) if (staging / name).exists())
-        for name in ADAPTER_FILES[:first]:
+        written = [path for path in sorted(staging.rglob("*")) if path.is_file()]
+        names = {path.name for path in written}
+        for name in itertools.takewhile(lambda name: name not in names, ADAPTER_FILES):
             (directory / name).unlink(missing_ok=True)
         if not (staging / FOLDER).exists():
             (directory / FOLDER / "config.json").unlink(missing_ok=True)
-        for file in sorted(path for path in staging.rglob("*") if path.is_file()):
+        for file in written:
             place = directory / (FOLDER if file.parent.name == FOLDER else "")  # PEFT's own folders are left out
             place.mkdir(exist_ok=True)
             install_file(file, place / file.name)

@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -57,14 +57,14 @@ class Checkpoint:
                 f"{folder}: the weights are quantized ({method}), and ΔW would be lost in their rounding. Serve base "
                 "and adapter unmerged, or merge into the original weights and quantize the result"
             )
-        self.index = read_json(inside(folder, folder / INDEX_FILE)) if (folder / INDEX_FILE).is_file() else None
+        self.index = self._read_index()
         self.files = {name: TensorFile(folder / name) for name in self._shards()}
         self.home: dict[str, TensorFile] = {}
         for file in self.files.values():
             for key in file.entries:
                 if self.home.setdefault(key, file) is not file:
                     raise CorruptFileError(f"{folder}: '{key}' is in {self.home[key].path.name} and {file.path.name}")
-        if lost := [key for key in (self.index or {}).get("weight_map", {}) if key not in self.home]:
+        if lost := [key for key in (self.index or {"weight_map": {}})["weight_map"] if key not in self.home]:
             raise CorruptFileError(f"{folder / INDEX_FILE}: '{lost[0]}' is in none of its shards")
 
     @cached_property
@@ -142,12 +142,20 @@ class Checkpoint:
             return lambda name: longer[0].removesuffix(key) + name
         return lambda name: name.removeprefix(shorter[0]) if shorter else name
 
+    def _read_index(self) -> dict[str, Any] | None:
+        """The index; None also where a single file was saved over its shards, which are gone, and left it behind."""
+        if not (self.folder / INDEX_FILE).is_file():
+            return None
+        index = read_json(inside(self.folder, self.folder / INDEX_FILE))
+        weight_map = index.get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CorruptFileError(f"{self.folder / INDEX_FILE}: the list of shards (weight_map) is missing")
+        left_behind = not any((self.folder / str(name)).is_file() for name in weight_map.values())
+        return None if left_behind and (self.folder / SINGLE_FILE).is_file() else index
+
     def _shards(self) -> list[str]:
         if self.index is not None:
-            weight_map = self.index.get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
-                raise CorruptFileError(f"{self.folder / INDEX_FILE}: the list of shards (weight_map) is missing")
-            names = [shard(self.folder, name).name for name in sorted(set(map(str, weight_map.values())))]
+            names = [shard(self.folder, name).name for name in sorted(set(map(str, self.index["weight_map"].values())))]
             if (self.folder / SINGLE_FILE).is_file() and SINGLE_FILE not in names:
                 raise CorruptFileError(
                     f"{self.folder}: {SINGLE_FILE} and the shards of {INDEX_FILE} are two models, one saved over the "

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel
+from safetensors.torch import load_file
 from torch import Tensor
 
 from linlora import formats
@@ -15,14 +16,14 @@ from linlora.formats.adapter_config import CONFIG_FILE
 from linlora.formats.adapter_folder import adapter_folder
 from linlora.formats.checkpoint import Checkpoint
 from linlora.formats.model_config import copy_model_config, write_model_config
-from linlora.formats.opening import TASK_VECTOR_FILE
 from linlora.formats.peft_adapter import TENSOR_FILE
+from linlora.formats.vector_folder import save_beside
 from linlora.layers.folding import folded_configs, folded_state_dict, with_sizes
 from linlora.layers.lora_linear import converted_layers
 from linlora.layers.sharding import writes
 from linlora.layers.vanilla import changed_base, refuse_changed_base
 from linlora.storage.tensor_files import save_tensors
-from linlora.storage.tensors import StoredTensors, joined, renamed, shapes
+from linlora.storage.tensors import StoredTensors, finite, joined, renamed, shapes
 from linlora.vectors.adapters import one_adapter
 from linlora.vectors.factors import factors_of
 from linlora.vectors.points import DifferentPointError
@@ -53,7 +54,7 @@ def export(
         base: for a task vector, what the adapter is of: the hub id or folder of the base model, or the folder of an
             adapter of it, whose configuration (task type, head) is taken over. A folder is checked against the vector.
 
-    Raises ValueError for scope "model", which no LoRA adapter computes, and for a vector without its point;
+    Raises ValueError for scope "model", which no LoRA adapter computes, for a vector without its point, and for NaN;
     WrongBaseError for a base that the vector does not fit.
 
     >>> import linlora, peft
@@ -89,10 +90,13 @@ def export(
     with adapter_folder(directory) as staging:
         with folded_configs(source):
             type(source).save_pretrained(source, str(staging), selected_adapters=[adapter], state_dict=state_dict)
+        home = next(staging.rglob(TENSOR_FILE)).parent  # PEFT gives an adapter of another name than "default" a folder
+        if broken := [name for name, tensor in load_file(home / TENSOR_FILE).items() if not finite(tensor)]:
+            raise ValueError(f"export: adapter '{adapter}' holds NaN or infinity in '{broken[0]}'; nothing was written")
         if getattr(source.peft_config[adapter], "modules_to_save", None):
             write_model_config(source.get_base_model(), staging)
         if vector is not None:
-            vector.save(staging / TASK_VECTOR_FILE)
+            save_beside(vector, home)
 
 
 def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.PathLike | None = None) -> None:
@@ -123,7 +127,7 @@ def export_stored(stored: Stored, directory: str | os.PathLike, base: str | os.P
         tensors = joined(factors, renamed(extras, names))
         save_tensors(staging / TENSOR_FILE, tensors, {"format": "pt", **vector.own_metadata()})
         if vector.point:
-            vector.save(staging / TASK_VECTOR_FILE)
+            save_beside(vector, staging)
         copy_model_config(described, staging)
 
 

@@ -4,24 +4,21 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from linlora.formats.adapter_config import CONFIG_FILE, read_config, scalings
+from linlora.formats.adapter_config import CONFIG_FILE
 from linlora.formats.l_lora import LINEARIZED_FILE, open_l_lora
-from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE, open_peft_adapter, split
+from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE, open_peft_adapter
 from linlora.formats.stored import Stored
+from linlora.formats.vector_folder import TASK_VECTOR_FILE, open_vector_folder
 from linlora.storage.files import CorruptFileError
 from linlora.storage.tensor_files import TensorFile
-from linlora.vectors.factors import factors_of
 from linlora.vectors.files import FORMAT
 from linlora.vectors.points import DifferentPointError, point_hash, point_name
 from linlora.vectors.task_vector import TaskVector
 
-TASK_VECTOR_FILE = "task_vector.safetensors"
 ADAPTER_FILES = (TASK_VECTOR_FILE, LINEARIZED_FILE, TENSOR_FILE, PICKLE_FILE)
 """The files that hold an adapter; of several in a folder the first is read."""
 _MODEL_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
@@ -98,7 +95,7 @@ def _at(vector: TaskVector, name: str) -> Tensor:
 
 def _open_folder(folder: Path) -> Stored:
     if (folder / TASK_VECTOR_FILE).is_file():
-        return _open_export(folder)
+        return open_vector_folder(folder)
     if (folder / LINEARIZED_FILE).is_file():
         return open_l_lora(folder)
     if (folder / TENSOR_FILE).is_file() or (folder / PICKLE_FILE).is_file():
@@ -108,38 +105,6 @@ def _open_folder(folder: Path) -> Stored:
     inside = sorted({str(path.parent) for path in folder.glob("*/*") if path.name in ADAPTER_FILES and path.is_file()})
     hint = f"; there are adapters in {', '.join(inside[:3])}" if inside else ""
     raise FileNotFoundError(f"{folder}: no adapter in this folder (none of {', '.join(ADAPTER_FILES)}){hint}")
-
-
-def _open_export(folder: Path) -> Stored:
-    """A task vector, and the PEFT adapter beside it: its configuration, and the trained parameters it holds."""
-    vector = TaskVector.open(folder / TASK_VECTOR_FILE)
-    config = read_config(folder) if (folder / CONFIG_FILE).is_file() else {}
-    extras: Mapping[str, Tensor] = {}
-    if (folder / TENSOR_FILE).is_file():
-        factors, extras = split(TensorFile(folder / TENSOR_FILE).tensors(), folder)
-        has_factors = vector.scope != "model" and vector.point is not None and vector.changed_base is None
-        if config and has_factors and not _are_factors_of(vector, factors, scalings(factors.like, config, folder)):
-            raise CorruptFileError(
-                f"{folder}: {TASK_VECTOR_FILE} and {TENSOR_FILE} are of different adapters: one was saved over the "
-                "other's folder. Remove the file that is not meant"
-            )
-    return Stored(folder, "linlora adapter (task vector beside a PEFT adapter)", vector, extras, config)
-
-
-def _are_factors_of(vector: TaskVector, factors: Mapping[str, Tensor], scaling: Mapping[str, float]) -> bool:
-    """Whether A and s B of every layer are those of a vector, up to rounding."""
-    if vector.scalings.keys() != scaling.keys():
-        return False
-    for layer in scaling:
-        for kind, mine, s in zip(("dA", "dB"), factors_of(vector, layer), (1.0, vector.scalings[layer]), strict=True):
-            its = factors[f"{layer}.{kind}"].to(mine.dtype) * (scaling[layer] if kind == "dB" else 1.0)
-            rounding = 4.0 * torch.finfo(torch.float32).eps * (s * mine).norm()
-            if vector.scope == "lora":  # A - A0 was rounded in its dtype
-                delta = vector.deltas[f"{layer}.{kind}"]
-                rounding += torch.finfo(delta.dtype).eps * (s * delta.float()).norm()
-            if mine.shape != its.shape or not (s * mine - its).norm() <= rounding:
-                return False
-    return True
 
 
 def _open_file(path: Path) -> Stored:

@@ -29,7 +29,7 @@ from peft import PeftModel
 from torch import Tensor
 
 from linlora.formats import model_config
-from linlora.formats.export import TASK_VECTOR_FILE
+from linlora.formats.vector_folder import TASK_VECTOR_FILE
 from linlora.storage.files import read_json, write_text
 from linlora.storage.run_directory import LOCK_FILE, accept_directory
 from linlora.storage.run_directory import only_run_in as locked

@@ -15,8 +15,9 @@ from accelerate import PartialState
 from rich.console import Console
 
 import linlora
-from linlora.formats.export import TASK_VECTOR_FILE, export
+from linlora.formats.export import export
 from linlora.formats.model_config import write_model_config
+from linlora.formats.vector_folder import save_beside
 from linlora.layers.sharding import is_sharded, whole
 from linlora.storage.environment import environment
 from linlora.storage.tensor_files import save_tensors
@@ -225,7 +226,7 @@ def _write(model: Any, start: TaskVector, task: Task, state: PartialState) -> No
         kept = {name: tensor for name, tensor in held.items() if tensor is not None}
         metadata = {"format": "linlora.prototypes", "classes": json.dumps(list(task.classes.names))}
         save_tensors(folder / PROTOTYPES_FILE, kept, metadata)
-    vector.save(folder / TASK_VECTOR_FILE)
+    save_beside(vector, folder)
 
 
 def _introduction(task: Task, adapted: Adapted) -> str:

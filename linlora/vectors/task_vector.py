@@ -104,11 +104,8 @@ class TaskVector:
         With `include_point=False` the point is stored as its hash only: smaller, and usable with a model that is at
         that point already.
         """
-        content = Content(
-            self.deltas, self.point if include_point else None, self.point_hash, self.scalings, self.scope,
-            self.base_model, self.changed_base, self.own_metadata(),
-        )  # fmt: skip
-        write_vector(path, content)
+        content = self.content()
+        write_vector(path, content if include_point else content._replace(point=None))
 
     @classmethod
     def load(cls, path: str | os.PathLike) -> TaskVector:
@@ -130,6 +127,13 @@ class TaskVector:
         content = read_vector(path)
         space: Any = cls._spaces[content.scope] if content.scope == "weight" else cls
         return space(*content[:-1]).with_metadata(content.metadata)
+
+    def content(self) -> Content:
+        """The fields of the vector, as a file holds them."""
+        return Content(
+            self.deltas, self.point, self.point_hash, self.scalings, self.scope, self.base_model, self.changed_base,
+            self.own_metadata(),
+        )  # fmt: skip
 
     def own_metadata(self) -> dict[str, str]:
         """Entries of a file's metadata that this class of vectors alone has."""

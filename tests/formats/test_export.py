@@ -8,6 +8,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from torch import nn
 
 import linlora
+from linlora.storage.tensor_files import TensorFile
 from linlora.testing import ARCHITECTURES, randomize, tiny_base, tiny_batch, tiny_model
 
 
@@ -125,19 +126,24 @@ def test_rslora_patterns_and_mixed_starts_export_exactly(tmp_path):
     torch.testing.assert_close(stock(x), model(x), rtol=1e-4, atol=1e-5)
 
 
-def test_only_the_named_adapter_is_exported(tmp_path):
+@pytest.mark.parametrize("kind", ["linearized", "plain"])
+def test_only_the_named_adapter_is_exported(tmp_path, kind):
     model = tiny_model("bert", trained=True)
     model.add_adapter("second", LoraConfig(r=3, target_modules=["query"]))
     randomize(model, 2)
-    linlora.linearize(model)
+    if kind == "linearized":
+        linlora.linearize(model)
     model.set_adapter("second")
     linlora.export(model, tmp_path, adapter="second")
+    vector = ["task_vector.safetensors"] * (kind == "linearized")
     assert sorted(file.name for file in tmp_path.iterdir()) == [
-        "README.md", "adapter_config.json", "adapter_model.safetensors", "task_vector.safetensors",
+        "README.md", "adapter_config.json", "adapter_model.safetensors", *vector,
     ]  # fmt: skip
     stock = PeftModel.from_pretrained(tiny_base("bert"), tmp_path)
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-5)
     assert model.peft_config["second"].r == 3  # the live model is as it was
+    for name in vector:
+        assert "adapter" in TensorFile(tmp_path / name).metadata  # the digest of what lies beside it
 
 
 def test_a_plain_adapter_is_exported_without_a_vector_it_does_not_have(tmp_path):
@@ -162,6 +168,19 @@ def test_a_killed_export_leaves_the_previous_adapter_whole(tmp_path, monkeypatch
         linlora.export(model, tmp_path)
     assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
     assert model.peft_config["default"].r == 4
+
+
+@pytest.mark.parametrize("make", [linearized, lambda: tiny_model("bert", trained=True)], ids=["linearized", "plain"])
+def test_an_adapter_that_would_not_be_read_is_not_written(make, tmp_path):
+    model = make()
+    linlora.export(model, tmp_path)
+    before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
+    next(p for name, p in model.named_parameters() if "lora_A" in name).data[0, 0] = float("nan")
+    with pytest.raises(
+        ValueError, match=r"adapter 'default' holds NaN or infinity in '.*lora_A.*'; nothing was written"
+    ):
+        linlora.export(model, tmp_path)
+    assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before
 
 
 def test_merge_names_an_adapter_that_is_not_there():

@@ -11,6 +11,7 @@ from torch import nn
 
 import linlora
 from linlora import TaskVector, formats
+from linlora.formats.vector_folder import save_beside
 from linlora.testing import randomize, relative_error, tiny_base, tiny_batch, tiny_model
 
 
@@ -98,15 +99,62 @@ def test_a_linlora_folder_is_its_task_vector(tmp_path, trained):
     assert (formats.read(tmp_path / "task_vector.safetensors") - stored.vector).norm() == 0.0
 
 
-def test_a_folder_whose_adapter_was_saved_over_is_of_no_vector(tmp_path):
-    model = tiny_model("bert", trained=True)
-    linlora.linearize(model)
-    linlora.export(model, tmp_path)
-    stock = PeftModel.from_pretrained(tiny_base("bert"), tmp_path, is_trainable=True)
+def vector_beside_its_adapter(folder, scope, dtype):
+    """A folder in which a task vector lies beside the adapter that it is."""
+    model = tiny_model("bert", trained=scope != "B0=0")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    start = TaskVector.from_model(model)
+    if scope == "lora":
+        randomize(model, 8)
+        linlora.export(model, folder)
+        save_beside(TaskVector.from_model(model, point=start), folder)
+    else:
+        linlora.linearize(model)
+        randomize(model, 8, ("lora_dA", "lora_dB") if scope == "B0!=0" else ("lora_B",))
+        linlora.export(model, folder)
+
+
+def next_number(factors):
+    name = min(factors)
+    bits = factors[name].view({2: torch.int16, 4: torch.int32}[factors[name].element_size()])
+    bits[0, 0] += 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scope", ["lora", "B0=0", "B0!=0"])
+def test_a_folder_whose_adapter_was_saved_over_is_of_no_vector(tmp_path, scope, dtype):
+    """However little the two differ: by the next number of one value, or by the scaling."""
+    vector_beside_its_adapter(tmp_path, scope, dtype)
+    stock = PeftModel.from_pretrained(tiny_base("bert"), tmp_path, autocast_adapter_dtype=False)
     stock.save_pretrained(tmp_path)
-    assert formats.read(tmp_path).scope == "layer"  # the same adapter still
-    stock.base_model.model.bert.pooler.dense.lora_B["default"].weight.data[0, 0] += 1e-3
-    stock.save_pretrained(tmp_path)
+    assert formats.read(tmp_path).scope == ("lora" if scope == "lora" else "layer")  # the same adapter still
+    file = tmp_path / "adapter_model.safetensors"
+    factors = load_file(file)
+    before = {name: factor.clone() for name, factor in factors.items()}
+    next_number(factors)
+    alpha = json.loads((tmp_path / "adapter_config.json").read_text())["lora_alpha"]
+    for changed, new_alpha in ((factors, alpha), (before, alpha * (1 + 2**-50))):
+        save_file(changed, file, {"format": "pt"})
+        config(tmp_path, lora_alpha=new_alpha)
+        with pytest.raises(linlora.CorruptFileError, match="of different adapters"):
+            formats.open(tmp_path)
+    config(tmp_path, lora_alpha=alpha)
+    assert formats.read(tmp_path).scope == ("lora" if scope == "lora" else "layer")
+
+
+@pytest.mark.parametrize("scope", ["lora", "B0=0", "B0!=0"])
+def test_a_folder_without_a_digest_is_read_where_its_files_agree_up_to_rounding(tmp_path, scope):
+    vector_beside_its_adapter(tmp_path, scope, torch.float32)
+    vector, file = formats.read(tmp_path), tmp_path / "adapter_model.safetensors"
+    vector.save(tmp_path / "task_vector.safetensors")
+    factors = load_file(file)
+    next_number(factors)
+    save_file(factors, file, {"format": "pt"})
+    assert (formats.read(tmp_path) - vector).norm() == 0.0
+    factors[min(factors)][0, 0] += 1e-3
+    save_file(factors, file, {"format": "pt"})
     with pytest.raises(linlora.CorruptFileError, match="of different adapters"):
         formats.open(tmp_path)
 

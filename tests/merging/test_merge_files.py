@@ -403,6 +403,20 @@ def test_a_base_folder_of_two_models_is_refused(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_an_index_whose_shards_are_gone_is_of_no_model(tmp_path):
+    """transformers leaves it there when it saves a model in one file over shards, and loads that file."""
+    base = save_base(tmp_path, max_shard_size="20KB")
+    tiny_base("bert").save_pretrained(base)
+    assert (base / "model.safetensors.index.json").exists()
+    assert (base / "model.safetensors").exists()
+    tiny_model("bert", trained=True).save_pretrained(tmp_path / "adapter")
+    merge_files(base, [tmp_path / "adapter"], tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json", "model.safetensors", "tokenizer.json",
+    ]  # fmt: skip
+    BertForSequenceClassification.from_pretrained(tmp_path / "out")
+
+
 def test_a_head_of_another_size_in_an_early_shard_is_written_once(tmp_path):
     base = save_base(tmp_path)
     tensors = everything(base)
