@@ -216,9 +216,8 @@ def glu(func: Any, args: tuple, kwargs: dict) -> Any:
 @rule("var", "std", "var_mean", "std_mean")
 def spread(func: Any, args: tuple, kwargs: dict) -> Any:
     """With c = x − mean: var_t = 2 sum(c ⊙ x_t) / (n − correction), and std_t = var_t / (2 std), 0 where std is 0."""
-    if len(args) > 1 and isinstance(args[1], bool):  # x.var(unbiased)
-        kwargs = {"unbiased": args[1], **kwargs}
-        args = args[:1]
+    if len(args) == 2 and isinstance(args[-1], bool):  # x.var(unbiased)
+        args, kwargs = args[:-1], {"unbiased": args[-1], **kwargs}
     x, dim, unbiased, keepdim, correction = bound(_SPREAD, args, kwargs, correction=None)
     correction = int(unbiased) if correction is None else correction
     over = [dim] if isinstance(dim, int) else list(dim or range(x.dim()))

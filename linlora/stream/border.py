@@ -13,6 +13,7 @@ apart, and the lines that call the forward are read from its bytecode, because t
 from __future__ import annotations
 
 import dis
+from collections.abc import Iterator, Mapping
 from enum import Enum
 from functools import cache
 from types import CodeType, FrameType
@@ -85,7 +86,8 @@ _GRAD_MODES = {"no_grad", "inference_mode", "set_grad_enabled"}
 
 def without_input_gradient(x: Tensor, stream: Any) -> Tensor:
     """The input of an adapter; its backward raises where the inputs of the network ask for a gradient."""
-    return _NoInputGradient.apply(x) if _asks_for_gradient(inputs(stream)) else x
+    asks = any(type(leaf) is Tensor and leaf.requires_grad for leaf in tensors(inputs(stream)))
+    return _NoInputGradient.apply(x) if asks else x
 
 
 def inputs(stream: Any) -> list[Any]:
@@ -164,11 +166,13 @@ def _forward_lines() -> list[tuple[CodeType, set[int]]]:
 _FORWARD_LINES = _forward_lines()
 
 
-def _asks_for_gradient(tree: Any) -> bool:
+def tensors(tree: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of a call, and in the tuples, lists and mappings among them."""
     if isinstance(tree, Tensor):
-        return type(tree) is Tensor and tree.requires_grad
-    children = tree.values() if isinstance(tree, dict) else tree if isinstance(tree, (tuple, list)) else ()
-    return any(_asks_for_gradient(child) for child in children)
+        yield tree
+    elif isinstance(tree, (tuple, list, Mapping)):
+        for child in tree.values() if isinstance(tree, Mapping) else tree:
+            yield from tensors(child)
 
 
 class _NoInputGradient(torch.autograd.Function):

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from linlora.ops.transforms import transform_active
+from linlora.stream.border import tensors
 from linlora.stream.errors import TangentError
 from linlora.stream.forward import ForwardStream
 from linlora.stream.tensor import DualTensor, differentiable
@@ -104,7 +105,7 @@ def _started(x: Any, tangent: Any, name: str, stream: ForwardStream, held: list[
     if children is None or (tangent is None and name != "inputs"):
         if tangent is not None:
             raise ValueError(f"dual: {name} is {_kind(x)}, which takes no tangent; give None")
-        held.extend(leaf.detach() for leaf in _tensors(x))
+        held.extend(leaf.detach() for leaf in tensors(x))
         return x
     others = _children(tangent)
     if others is None or isinstance(x, Mapping) != isinstance(tangent, Mapping) or children.keys() != others.keys():
@@ -146,14 +147,6 @@ def _check(x: Tensor, tangent: Any, name: str) -> None:
         )
 
 
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    children = _children(tree)
-    if isinstance(tree, Tensor):
-        yield tree
-    for child in () if children is None else children.values():
-        yield from _tensors(child)
-
-
 def _kind(x: Any) -> str:
     return "None" if x is None else f"a {type(x).__name__}"
 
@@ -165,11 +158,11 @@ def _shape(x: Any) -> str:
     return f"{type(x).__name__} of {sorted(map(str, children)) if isinstance(x, Mapping) else len(children)}"
 
 
-def _primal(x: Tensor) -> Tensor:
+def _primal(x: Tensor, _: str) -> Tensor:
     return x.primal if isinstance(x, DualTensor) else x
 
 
-def _tangent(x: Tensor) -> Tensor:
+def _tangent(x: Tensor, _: str) -> Tensor:
     if not isinstance(x, DualTensor):
         return torch.zeros_like(x, requires_grad=False)
     tangent = x.tangent.contiguous() if 0 in x.tangent.stride() else x.tangent  # written by nobody else

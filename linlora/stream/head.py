@@ -7,18 +7,18 @@ another way is F to whoever uses it (linlora.stream.outside).
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from typing import Any
 
 from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from linlora.stream import border, evaluation
 from linlora.stream.outside import refuse_loss
 from linlora.stream.sharded import follow_sharding, is_boundary
-from linlora.stream.tensor import DualTensor, Stream, collapse, rebuilt
+from linlora.stream.tensor import DualTensor, Stream, collapse
+from linlora.stream.trees import replaced
 
 
 def attach(model: PeftModel, stream: Stream) -> None:
@@ -52,7 +52,15 @@ def detach(model: PeftModel) -> None:
 
 def collapse_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
     """A forward hook. A key-value cache among the outputs keeps its tangents: the next token needs them."""
-    return _collapsed(output, "", type(module).__name__)
+    network = type(module).__name__
+
+    def collapsed(x: Tensor, name: str) -> Tensor:
+        if not isinstance(x, DualTensor) or x.stream.output == "both":
+            return x
+        refuse_loss(x, name, network)
+        return x if x.unknown else x.taken()
+
+    return replaced(output, collapsed, dataclasses.is_dataclass)
 
 
 def collapse_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
@@ -60,34 +68,3 @@ def collapse_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple
 
 
 _HOOKS = (evaluation.begin, evaluation.end, collapse_outputs, collapse_inputs, follow_sharding)
-
-
-def _collapsed(tree: Any, name: str, network: str) -> Any:
-    """An output with F in the place of its DualTensors, those in dataclasses too; `name` is that of a field or key."""
-    if isinstance(tree, DualTensor):
-        if tree.stream.output == "both":
-            return tree
-        refuse_loss(tree, name, network)
-        return tree if tree.unknown else tree.taken()
-    if isinstance(tree, dict):  # and transformers' ModelOutput, which is one
-        items = dict(tree.items())
-    elif dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        items = {
-            field.name: getattr(tree, field.name) for field in dataclasses.fields(tree) if hasattr(tree, field.name)
-        }
-    elif isinstance(tree, (tuple, list)):
-        children = [_collapsed(child, name, network) for child in tree]
-        unchanged = all(new is old for new, old in zip(children, tree, strict=True))
-        return tree if unchanged else rebuilt(tree, children)
-    else:
-        return tree
-    changed = {key: new for key, old in items.items() if (new := _collapsed(old, str(key), network)) is not old}
-    if not changed:
-        return tree
-    replaced = copy.copy(tree)
-    for key, child in changed.items():
-        if isinstance(tree, dict):
-            replaced[key] = child
-        else:
-            object.__setattr__(replaced, key, child)
-    return replaced

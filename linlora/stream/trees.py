@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import deque
 from collections.abc import Callable
 from types import FunctionType, MethodType, ModuleType
 from typing import Any
@@ -11,39 +12,69 @@ from torch import Tensor, nn
 
 from linlora.stream.tensor import DualTensor, rebuilt
 
-Leaf = Callable[[Tensor], Tensor]
+Leaf = Callable[[Tensor, str], Tensor]
 _LONG = 4096  # vocabularies and data sets that a module keeps are longer than its activations are many
 _DEEP = 5
+_SEQUENCES = (tuple, list, set, frozenset, deque)
 
 
-def replaced(tree: Any, leaf: Leaf, seen: dict[int, Any] | None = None) -> Any:
-    """A tree of the same types with every tensor replaced; what holds none is the same object."""
-    seen = {} if seen is None else seen
+def replaced(
+    tree: Any, leaf: Leaf, opens: Callable[[Any], bool] | None = None, name: str = "", twins: dict | None = None
+) -> Any:
+    """A tree of the same types with leaf(tensor, its name) in the place of every tensor; what holds none is the same.
+
+    Args:
+        opens: the objects, beside tuples, lists, sets and dicts, whose attributes belong to the tree; None for all.
+        name: of the tree: the field or key that holds it, or holds the tuple or list it is in.
+        twins: the copies of dicts and objects so far, which may refer to one another; None where one is not needed yet.
+    """
+    opens, twins = opens or _is_object, {} if twins is None else twins
     if isinstance(tree, Tensor):
-        return leaf(tree)
-    if isinstance(tree, (tuple, list)):
-        children = [replaced(child, leaf, seen) for child in tree]
-        same = all(new is old for new, old in zip(children, tree, strict=True))
-        return tree if same else rebuilt(tree, children)
-    if not isinstance(tree, dict) and not _is_object(tree):
+        return leaf(tree, name)
+    if isinstance(tree, _SEQUENCES):
+        children = [replaced(child, leaf, opens, name, twins) for child in tree]
+        if all(new is old for new, old in zip(children, tree, strict=True)):
+            return tree
+        return type(tree)(children, tree.maxlen) if isinstance(tree, deque) else rebuilt(tree, children)
+    if id(tree) in twins:  # whose children are being replaced, or have been
+        if twins[id(tree)] is None:
+            twins[id(tree)] = copy.copy(tree)
+        return twins[id(tree)]
+    if not (isinstance(tree, dict) or opens(tree)) or not _holds(tree, opens, set()):
         return tree
-    if id(tree) not in seen:
-        seen[id(tree)] = tree  # to whatever refers back to it
-        seen[id(tree)] = _twin(tree, leaf, seen)
-    return seen[id(tree)]
+    twins[id(tree)] = None
+    new = {key: replaced(child, leaf, opens, str(key), twins) for key, child in _items(tree).items()}
+    changed = {key: new[key] for key, child in _items(tree).items() if new[key] is not child}
+    twin = copy.copy(tree) if changed and twins[id(tree)] is None else twins[id(tree)]
+    twins[id(tree)] = tree if twin is None else _set(twin, changed)
+    return twins[id(tree)]
 
 
-def _twin(tree: Any, leaf: Leaf, seen: dict[int, Any]) -> Any:
-    old = dict(tree.items()) if isinstance(tree, dict) else vars(tree)
-    new = {key: replaced(child, leaf, seen) for key, child in old.items()}
-    if all(new[key] is child for key, child in old.items()):
-        return tree
-    twin = copy.copy(tree)
-    if isinstance(tree, dict):
-        for key, child in new.items():  # by item: transformers' ModelOutput, a dict, keeps attributes in step
+def _holds(tree: Any, opens: Callable[[Any], bool], seen: set[int]) -> bool:
+    """Whether there is a tensor in a tree."""
+    if isinstance(tree, Tensor) or id(tree) in seen:
+        return isinstance(tree, Tensor)
+    seen.add(id(tree))
+    children: Any = tree if isinstance(tree, _SEQUENCES) else ()
+    if isinstance(tree, dict) or (not children and opens(tree)):
+        children = _items(tree).values()
+    return any(_holds(child, opens, seen) for child in children)
+
+
+def _items(tree: Any) -> dict[Any, Any]:
+    """The items of a dict, the attributes of an object."""
+    return dict(tree.items()) if isinstance(tree, dict) else {**_dict(tree), **_slots(tree)}
+
+
+def _set(twin: Any, items: dict[Any, Any]) -> Any:
+    """A dict or an object, with some of its items or attributes set."""
+    for key, child in items.items():
+        if isinstance(twin, dict):  # by item: transformers' ModelOutput, a dict, keeps attributes in step
             twin[key] = child
-    else:
-        vars(twin).update(new)
+        elif key in _dict(twin):
+            vars(twin)[key] = child
+        else:
+            object.__setattr__(twin, key, child)
     return twin
 
 
@@ -63,7 +94,7 @@ def release(tree: Any, seen: set[int], depth: int = 0) -> Any:
         children = [release(child, seen, depth + 1) for child in tree]
         if any(new is not old for new, old in zip(children, tree, strict=True)):
             return rebuilt(tree, children)
-    elif _is_object(tree):
+    elif _is_object(tree) and _dict(tree):
         seen.add(id(tree))
         release(vars(tree), seen, depth + 1)
     return tree
@@ -72,4 +103,19 @@ def release(tree: Any, seen: set[int], depth: int = 0) -> Any:
 def _is_object(value: Any) -> bool:
     """Whether something may hold tensors in its attributes: an object of a class of Python, no module, no function."""
     kinds = (type, Tensor, nn.Module, FunctionType, MethodType, ModuleType)
-    return not isinstance(value, kinds) and isinstance(getattr(value, "__dict__", None), dict)
+    return not isinstance(value, kinds) and bool(_dict(value) or _slots(value))
+
+
+def _dict(value: Any) -> dict[str, Any]:
+    found = getattr(value, "__dict__", None)
+    return found if isinstance(found, dict) else {}
+
+
+def _slots(value: Any) -> dict[str, Any]:
+    """The attributes that an object has in slots."""
+    slots = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
+    names = [name for of in slots for name in ((of,) if isinstance(of, str) else of)]
+    return {name: getattr(value, name) for name in names if name not in _OF_PYTHON and hasattr(value, name)}
+
+
+_OF_PYTHON = {"__dict__", "__weakref__"}

@@ -2,7 +2,7 @@
 
 import copy
 import gc
-from collections import namedtuple
+from collections import deque, namedtuple
 from dataclasses import dataclass
 from functools import partial
 
@@ -89,6 +89,12 @@ class Fields:
     name: str = "fields"
 
 
+@dataclass(frozen=True, slots=True)
+class Slots:
+    a: Tensor
+    b: list
+
+
 class Thing:
     def __init__(self, value):
         self.value, self.me = value, self
@@ -114,17 +120,29 @@ def test_trees_come_out_as_they_are(name):
     assert type(output) is type(tangent) is type(expected)
 
 
-def test_dataclasses_objects_and_caches_come_out_as_they_are():
-    net, (x, v) = network(), pair()
-    expected, expected_tangent = dual(net, (x,), (v,))
-    output, tangent = dual(lambda x: Fields(net(x), [net(x)]), (x,), (v,))
-    assert isinstance(tangent, Fields)
-    assert tangent.name == "fields"
-    assert torch.equal(output.b[0], expected)
-    assert torch.equal(tangent.b[0], expected_tangent)
-    output, tangent = dual(lambda x: Thing(net(x)), (x,), (v,))
-    assert torch.equal(output.value, expected)
-    assert torch.equal(tangent.value, expected_tangent)
+CONTAINERS = {
+    "a dataclass": (lambda y: Fields(y, [y]), lambda output: output.b[0]),
+    "slots": (lambda y: Slots(y, [y]), lambda output: output.b[0]),
+    "an object": (Thing, lambda output: output.me.value),
+    "a set": (lambda y: {y}, lambda output: next(iter(output))),
+    "a queue": (lambda y: deque([y], maxlen=2), lambda output: output[0]),
+    "nested": (lambda y: Slots(y, [{"things": Thing((y,))}]), lambda output: output.b[0]["things"].value[0]),
+}
+
+
+@pytest.mark.parametrize("name", CONTAINERS)
+def test_containers_and_objects_come_out_as_they_are(name):
+    net, (x, v), (made, held) = network(), pair(), CONTAINERS[name]
+    outputs = dual(lambda x: made(net(x)), (x,), (v,))
+    for output, expected in zip(outputs, dual(net, (x,), (v,)), strict=True):
+        assert type(output) is type(made(x))
+        assert type(held(output)) is Tensor
+        assert torch.equal(held(output), expected)
+
+
+def test_fields_without_a_tensor_stay():
+    output, tangent = dual(lambda x: Fields(x, []), *[(x,) for x in pair()])
+    assert output.name == tangent.name == "fields"
 
 
 @pytest.mark.parametrize(
