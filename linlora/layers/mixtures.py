@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from numbers import Real
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from linlora.kernels.uploads import upload
+from linlora.layers.temporary import attributes
 from linlora.ops.grouping import Groups
 
 BASE = "__base__"
@@ -88,14 +89,9 @@ class Rows:
         """Every row several times in succession, as beam search repeats the examples."""
         return Rows(mixture for mixture in self for _ in range(times))
 
-    @contextmanager
-    def kept(self) -> Iterator[None]:
+    def kept(self) -> AbstractContextManager[None]:
         """Say that layers which run inside the block find their rows when they run again."""
-        before, self.may_be_lost = self.may_be_lost, False
-        try:
-            yield
-        finally:
-            self.may_be_lost = before
+        return attributes(self, may_be_lost=False)
 
     def only(self, adapters: Collection[str]) -> list[Mixture]:
         """The distinct mixtures, of these adapters alone."""

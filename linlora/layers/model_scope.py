@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 from peft import PeftModel
@@ -44,8 +44,11 @@ def check_model_scope(model: PeftModel) -> None:
     """Raise a ValueError, with the remedy, where F = f(φ0) + J δ could not be formed or trained exactly."""
     check_there("model scope", model.named_parameters())
     check_attention(model)
-    _check_trained_parameters(model)
-    _check_trained_modules(model)
+    whole = [module for module in model.modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    adapters = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    factors = [p for layer in adapters for name, p in layer.named_parameters() if "lora_" in name]
+    check_trained(model, [*factors, *(p for module in whole for p in module.parameters())], "adapter")
+    check_order(model, whole, LoraLayer, "adapter")
 
 
 def check_attention(model: Any) -> None:
@@ -60,31 +63,26 @@ def check_attention(model: Any) -> None:
             )
 
 
-def _check_trained_parameters(model: PeftModel) -> None:
-    inside = {
-        id(parameter)
-        for module in model.modules()
-        if isinstance(module, (LoraLayer, AuxiliaryTrainingWrapper))
-        for name, parameter in module.named_parameters()
-        if isinstance(module, AuxiliaryTrainingWrapper) or "lora_" in name
-    }
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
+def check_trained(model: nn.Module, inside: Iterable[nn.Parameter], part: str) -> None:
+    """Raise a ValueError where parameters train that are not among those `inside`, of a model linearized in a part."""
+    known = {id(parameter) for parameter in inside}
+    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     if others:
         raise ValueError(
-            f"model scope linearizes in the adapter alone, but {len(others)} other parameters train: "
-            f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Freeze them (LoraConfig(bias='none')), or "
-            "name a head in LoraConfig(modules_to_save=[...]), which is trained on top of the linearized features"
+            f"model scope linearizes in the {part} alone, but {len(others)} other parameters train: "
+            f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Freeze them (of a LoraConfig, bias='none'), "
+            "or name a head in modules_to_save, which is trained on top of the linearized features"
         )
 
 
-def _check_trained_modules(model: PeftModel) -> None:
-    """A module trained as a whole ends the stream, so no adapter may come after it."""
+def check_order(model: nn.Module, whole: Collection[nn.Module], kind: type[nn.Module], part: str) -> None:
+    """Raise a ValueError where a layer of some kind comes after a module trained as a whole, which ends the stream."""
     trained: str | None = None
     for name, module in model.named_modules():
-        if isinstance(module, AuxiliaryTrainingWrapper):
+        if module in whole:
             trained = base_name(name)
-        elif isinstance(module, LoraLayer) and trained is not None:
+        elif isinstance(module, kind) and trained is not None:
             raise ValueError(
-                f"model scope: '{trained}' is trained as a whole and comes before the adapter of '{base_name(name)}', "
+                f"model scope: '{trained}' is trained as a whole and comes before the {part} of '{base_name(name)}', "
                 "so the network is not linear in what trains; take it out of modules_to_save, or use scope='layer'"
             )

@@ -37,22 +37,40 @@ class LayerReport:
     backend: str
 
 
+@dataclass(frozen=True, kw_only=True)
+class StreamReport:
+    """How both streams run through a model at model scope; empty at layer scope.
+
+    Attributes:
+        whole_modules: the modules that run as one op, by name.
+    """
+
+    whole_modules: tuple[str, ...] = ()
+    stream: Stream | None = field(default=None, repr=False)
+
+    @property
+    def fallbacks(self) -> tuple[Fallback, ...]:
+        """The functions that ran without a rule so far: where, how often, seconds; dearest first."""
+        found = () if self.stream is None else self.stream.fallbacks.values()
+        return tuple(sorted(found, key=lambda fallback: -fallback.seconds))
+
+    def stream_lines(self) -> list[str]:
+        """The lines of the readable form."""
+        lines = [f"  without a rule, by forward mode: {fallback}" for fallback in self.fallbacks]
+        if self.whole_modules:
+            named = ", ".join(last_names(self.whole_modules))
+            lines.insert(0, f"  modules run whole, as one op: {len(self.whole_modules)} x {named}")
+        return lines
+
+
 @dataclass(frozen=True)
-class Report:
+class Report(StreamReport):
     """The result of `linearize` or `accelerate`, layer by layer. `print(report)` is the readable form."""
 
     action: str
     layers: tuple[LayerReport, ...]
     left_alone: tuple[tuple[str, str], ...]
     trainable: int
-    whole_modules: tuple[str, ...] = ()
-    stream: Stream | None = field(default=None, repr=False)
-
-    @property
-    def fallbacks(self) -> tuple[Fallback, ...]:
-        """At model scope, the functions that ran without a rule so far: where, how often, seconds; dearest first."""
-        found = () if self.stream is None else self.stream.fallbacks.values()
-        return tuple(sorted(found, key=lambda fallback: -fallback.seconds))
 
     def __str__(self) -> str:
         lines = [f"linlora: {self.action} {len({layer.name for layer in self.layers})} LoRA layers"]
@@ -65,10 +83,7 @@ class Report:
         states = Counter(layer.state for layer in self.layers)
         lines += [f"  {count:4d} {_STATES[state]}" for state, count in states.items()]
         lines += [f"  backend: {', '.join(sorted({layer.backend for layer in self.layers}))}"]
-        if self.whole_modules:
-            named = ", ".join(last_names(self.whole_modules))
-            lines += [f"  modules run whole, as one op: {len(self.whole_modules)} x {named}"]
-        lines += [f"  without a rule, by forward mode: {fallback}" for fallback in self.fallbacks]
+        lines += self.stream_lines()
         lines += [f"  left alone: {name} ({why})" for name, why in self.left_alone]
         lines += [f"  trainable parameters: {self.trainable:,}" + ("" if self.trainable else _NOTHING_TRAINABLE)]
         return "\n".join(lines)
@@ -101,7 +116,7 @@ def report(action: str, model: nn.Module, layers: list[tuple[str, Any]], whole_m
         if isinstance(module, AuxiliaryTrainingWrapper)
     ]
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-    return Report(action, tuple(rows), tuple(left_alone), trainable, whole_modules, stream)
+    return Report(action, tuple(rows), tuple(left_alone), trainable, whole_modules=whole_modules, stream=stream)
 
 
 def _state(layer: ConvertedLoraLinear, adapter: str) -> str:

@@ -1,11 +1,34 @@
-"""Changes of a model that last for a block: eval mode, other values of parameters, gradients."""
+"""Changes that last for a block: attributes, eval mode, other values of parameters, gradients."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
+
+
+@contextmanager
+def attributes(of: Any, **values: Any) -> Iterator[None]:
+    """Other values of attributes meanwhile.
+
+    >>> from argparse import Namespace
+    >>> rows = Namespace(lost=True)
+    >>> with attributes(rows, lost=False):
+    ...     print(rows.lost)
+    False
+    >>> rows.lost
+    True
+    """
+    before = {name: getattr(of, name) for name in values}
+    try:
+        for name, value in values.items():
+            setattr(of, name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(of, name, value)
 
 
 @contextmanager

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from linlora.layers.temporary import attributes
 from linlora.ops.grouping import Groups
 
 
@@ -65,23 +65,13 @@ class Context(threading.local):
     def __reduce__(self) -> tuple[type[Context], tuple]:
         return Context, ()  # a copy of the model runs nothing yet
 
-    @contextmanager
-    def running(self, routing: Routing | None) -> Iterator[None]:
+    def running(self, routing: Routing | None) -> AbstractContextManager[None]:
         """Route the layers by `routing` inside the block."""
-        previous, self.routing = self.routing, routing
-        try:
-            yield
-        finally:
-            self.routing = previous
+        return attributes(self, routing=routing)
 
-    @contextmanager
-    def off(self) -> Iterator[None]:
+    def off(self) -> AbstractContextManager[None]:
         """Run the frozen base layers alone inside the block."""
-        previous, self.disabled = self.disabled, True
-        try:
-            yield
-        finally:
-            self.disabled = previous
+        return attributes(self, disabled=True)
 
     def checkpoint_contexts(self) -> tuple[AbstractContextManager, AbstractContextManager]:
         """The `context_fn` of torch.utils.checkpoint: a part is recomputed with the routing of its forward pass."""

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from torch import nn
 
+from linlora.layers.report import StreamReport, last_name
 from linlora.ops.explanation import explain
 from linlora.routing.inventory import in_words
 from linlora.routing.routed_layer import RoutedLayer
@@ -16,16 +16,11 @@ from linlora.routing.routed_lora_linear import RoutedLoraLinear
 from linlora.routing.scope import scope_of
 from linlora.routing.structure import RoutedStructure
 
-if TYPE_CHECKING:
-    from linlora.stream import Stream
-    from linlora.stream.fallback import Fallback
-
-
 _STATES = {"plain": "", "short": ", B0 = 0: B alone trains", "pair": ", B0 != 0: offsets from the mean train"}
 
 
 @dataclass(frozen=True)
-class RoutedReport:
+class RoutedReport(StreamReport):
     """The parts of a routed model; `print(report)` is the readable form.
 
     Attributes:
@@ -40,14 +35,6 @@ class RoutedReport:
     scope: str | None
     backend: str
     modules_to_save: tuple[str, ...]
-    whole_modules: tuple[str, ...] = ()
-    stream: Stream | None = field(default=None, repr=False)
-
-    @property
-    def fallbacks(self) -> tuple[Fallback, ...]:
-        """At model scope, the functions that ran without a rule so far: where, how often, seconds; dearest first."""
-        found = () if self.stream is None else self.stream.fallbacks.values()
-        return tuple(sorted(found, key=lambda fallback: -fallback.seconds))
 
     def __str__(self) -> str:
         how = "" if self.scope is None else f", linearized ({self.scope} scope)"
@@ -55,9 +42,7 @@ class RoutedReport:
         lines += [f"  {count:4d} x {kind}" for kind, count in self.layers.items()]
         lines += [f"  {count:4d} x selector {kind}" for kind, count in self.selectors.items()]
         lines += [f"  backend: {self.backend}"]
-        if self.whole_modules:
-            lines += [f"  modules run whole, as one op: {len(self.whole_modules)}"]
-        lines += [f"  without a rule, by forward mode: {fallback}" for fallback in self.fallbacks]
+        lines += self.stream_lines()
         lines += [f"  trained as it is: {name}" for name in self.modules_to_save]
         parts = ", ".join(f"{name} {count:,}" for name, count in self.trainable.items() if count)
         lines += [f"  trainable parameters: {sum(self.trainable.values()):,}" + (f" ({parts})" if parts else "")]
@@ -87,7 +72,7 @@ def report(model: RoutedStructure) -> RoutedReport:
 
 
 def _kind(layer: RoutedLayer) -> str:
-    name, sizes = layer.layer_name.rsplit(".", 1)[-1], layer.sizes
+    name, sizes = last_name(layer.layer_name), layer.sizes
     skills, state = f"{sizes.n_skills} experts a rank slot", ""
     if isinstance(layer, RoutedLoraLinear):
         skills, state = in_words(sizes.n_skills, sizes.n_heads), _STATES[layer.state]

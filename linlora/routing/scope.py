@@ -9,7 +9,15 @@ where all B are zero, as in a fresh inventory.
 
 from __future__ import annotations
 
-from linlora.layers.model_scope import check_attention, enter_model_scope, leave_model_scope
+from torch import nn
+
+from linlora.layers.model_scope import (
+    check_attention,
+    check_order,
+    check_trained,
+    enter_model_scope,
+    leave_model_scope,
+)
 from linlora.routing.routed_lora_linear import RoutedLoraLinear
 from linlora.routing.structure import RoutedStructure
 from linlora.storage.tensors import finite
@@ -78,43 +86,23 @@ def _check(model: RoutedStructure, scope: str) -> None:
     if scope == "layer":
         return
     check_attention(model)
-    _check_order(model)
+    whole = _trained_modules(model)
+    check_order(model.model, whole, RoutedLoraLinear, "inventory")
     gates = [layer.layer_name for layer in model.routed_layers if layer.selector.reads == "input"]
     if gates:
         raise ValueError(
             f"model scope: the weights of layer '{gates[0]}' depend on its input, so the network is not linear in what "
             "trains; use scope='layer', or a selector that routes by task"
         )
-    inside = {id(p) for part in (model.selectors, *_trained_modules(model)) for p in part.parameters()}
-    inside |= {id(p) for p in model.skills()}
-    others = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in inside]
-    if others:
-        raise ValueError(
-            f"model scope linearizes in the inventories alone, but {len(others)} other parameters train: "
-            f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Freeze them, or name a head in "
-            "modules_to_save"
-        )
-
-
-def _check_order(model: RoutedStructure) -> None:
-    """A module trained as a whole ends the stream, so no inventory may come after it."""
-    trained = None
-    for name, module in model.model.named_modules():
-        if name in model.modules_to_save:
-            trained = name
-        elif isinstance(module, RoutedLoraLinear) and trained is not None:
-            raise ValueError(
-                f"model scope: '{trained}' is trained as a whole and comes before the inventory of '{name}', so the "
-                "network is not linear in what trains; take it out of modules_to_save, or use scope='layer'"
-            )
+    beside = [p for module in (model.selectors, *whole) for p in module.parameters()]
+    check_trained(model, [*model.skills(), *beside], "inventories")
 
 
 def _enter(model: RoutedStructure) -> None:
-    whole = enter_model_scope(model)
+    model.whole_modules = enter_model_scope(model)
     for module in _trained_modules(model):
         module.register_forward_pre_hook(head.collapse_inputs, with_kwargs=True)
-    model.whole_modules = whole
 
 
-def _trained_modules(model: RoutedStructure) -> list:
+def _trained_modules(model: RoutedStructure) -> list[nn.Module]:
     return [model.model.get_submodule(name) for name in model.modules_to_save]
