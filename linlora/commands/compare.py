@@ -31,7 +31,7 @@ def compare(
     seeds: Annotated[
         int | None, typer.Option(help="Not of adapters: how many seeds to average over.", min=1, show_default="3")
     ] = None,
-    device: Annotated[str, typer.Option(help="Of the packaged tasks: cpu or cuda.")] = "cpu",
+    device: Annotated[str | None, typer.Option(help="Of the packaged tasks: cpu or cuda.", show_default="cpu")] = None,
     learning_rate: Annotated[
         list[str] | None,
         typer.Option(help="Of a recipe: METHOD=RATE for lora, lora-fa, layer or model (repeatable)."),
@@ -70,17 +70,23 @@ def compare(
         section = dict(assigned(set_ or [])) | {key: value for key, value in given.items() if value}
         processes = workers_of(workers)
         recipe = paths[0] if paths and len(paths) == 1 and Path(paths[0]).suffix in (".yaml", ".yml") else None
-        if learning_rate and recipe is None:
-            raise ValueError("--learning-rate is for a recipe")
+        if device and paths:
+            raise ValueError("--device is of the packaged tasks; in a recipe it is training.use_cpu")
         if (on or base) and (recipe or not paths):
             raise ValueError("--on and --base are of adapters; name adapters")
         with quiet():
             if recipe is not None:
                 experiments.compare_recipe(recipe, out, fresh, {"experiment": section}, workers=processes)
                 return
-            seed_count, options, _ = described(section, "--set")
+            seed_count, options, rates = described(section, "--set")
+            if rates:
+                raise ValueError("--learning-rate is for a recipe")
+            if paths and "seeds" in section:
+                raise ValueError("--seeds is not of adapters, which are trained already")
             if paths:
                 experiments.compare_adapters(paths, on or (), out, fresh, options, workers=processes, base=base)
             else:
                 settings = dataclasses.replace(quickstart.CONTROLS, options=options)
-                quickstart.run(out, device, seed_count, fresh, settings, workers=processes, job="linlora compare")
+                quickstart.run(
+                    out, device or "cpu", seed_count, fresh, settings, workers=processes, job="linlora compare"
+                )

@@ -2,11 +2,12 @@
 
 `linlora quickstart` and `linlora compare` run them.
 
-    experiment   what is done: starts, kinds of training, controls, fusion methods, seeds
-    images       an experiment on images in memory: the quickstart's
-    recipes      an experiment on the tasks of a recipe: any model and data sets that `linlora train` takes
+    run          an experiment is settings, jobs and a report; `run` does what its run directory lacks
+    jobs         the steps, each a folder that is whole or absent, in worker processes
+    comparison   starts, kinds of training, controls, fusion methods, seeds
+    images       such a comparison on images in memory: the quickstart's
+    recipes      such a comparison on the tasks of a recipe: any model and data sets that `linlora train` takes
     adapters     the user's own adapters on the user's own tasks: which method, which λ
-    jobs         its steps, each a folder that is whole or absent, in worker processes
     fusing       one control's adapters fused by every method, options chosen on validation
     report       tables, pictures, and what they say
 

@@ -10,45 +10,30 @@ import functools
 import math
 import shlex
 import statistics
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from linlora import formats
+from linlora.experiments.adapters_report import DEFAULT, write_report
 from linlora.experiments.controls import Space
-from linlora.experiments.environment import surroundings
-from linlora.experiments.figures import draw_search
 from linlora.experiments.fusing import fuse_by
-from linlora.experiments.jobs import Job, Workers, run_jobs
-from linlora.experiments.judges import judges, misfit, refuse_other_bases, refuse_untested, suite_of
-from linlora.experiments.options import METHOD_TITLES, Options, fusion_method, in_words
-from linlora.experiments.report import percent, print_outputs, write_tables
+from linlora.experiments.jobs import Job, Workers
+from linlora.experiments.judges import Judge, judges, misfit, refuse_other_bases, refuse_untested, suite_of
+from linlora.experiments.options import METHOD_TITLES, Options, fusion_method
 from linlora.experiments.results import normalised
-from linlora.experiments.run import opened
+from linlora.experiments.run import Experiment, run
+from linlora.experiments.stamps import stamp, stamps
 from linlora.fusion.registry import FROM_VECTORS
-from linlora.storage.environment import environment
 from linlora.storage.run_directory import read_json, staged, write_json
 from linlora.training.suite import Suite
 from linlora.vectors.common_space import in_one_space
 from linlora.vectors.task_vector import TaskVector
 
 SCORES_FILE, VECTOR_FILE = "scores.json", "task_vector.safetensors"
-DEFAULT = "task_arithmetic"
-CAVEAT = (
-    "Published comparisons of these methods disagree, and on large language models only task arithmetic gains "
-    "reliably: it is recommended unless another method is ahead of it here by more than one standard error."
-)
-_OUTPUTS = {
-    "results.json": "every number, by task, with the options that were tried",
-    "table.txt": "the table and the recommendation; table.md the same for a README",
-    "scalings.png": "validation score against the scaling coefficient λ",
-    "rows/": "the scores of every row, and the fused vectors",
-}
 
 
 def compare_adapters(
@@ -78,16 +63,9 @@ def compare_adapters(
     """
     if len(adapters) < 2:
         raise ValueError(f"a comparison fuses two adapters or more, got {len(adapters)}")
-    out, options, console = Path(out), options or Options(), console or Console()
-    comparison = AdapterComparison([local(adapter) for adapter in adapters], list(map(str, on)), out, options, base)
-    comparison.check()
-    begin = time.perf_counter()
-    with opened(out, comparison.fingerprint(), "linlora compare, adapters", 1, workers, fresh):
-        done = run_jobs([comparison.jobs()], workers, surroundings, console)
-        results = comparison.results()
-        results |= {"jobs": asdict(done), "wall_seconds": time.perf_counter() - begin}
-        _write(results, out, console)
-    return results
+    found = [local(adapter) for adapter in adapters]
+    comparison = AdapterComparison(found, list(map(str, on)), Path(out), options or Options(), base)
+    return run(comparison, "linlora compare, adapters", 1, workers, fresh, console)
 
 
 def local(adapter: str) -> str:
@@ -106,29 +84,40 @@ def local(adapter: str) -> str:
         raise FileNotFoundError(f"{adapter}: no such file or folder, and not found on the hub: {reason}") from error
 
 
-class AdapterComparison:
-    """The jobs of one run directory. Adapters and model are loaded when a process first asks for them."""
+class AdapterComparison(Experiment):
+    """The rows of the table. Adapters and model are loaded when a process first asks for them.
+
+    Raises as `compare_adapters`.
+    """
 
     def __init__(
         self, adapters: Sequence[str], on: Sequence[str], out: Path, options: Options, base: str | None = None
     ) -> None:
         self.adapters, self.on, self.out, self.options, self.base = list(adapters), list(on), out, options, base
+        self.device = self.judges[0].settings.device
+        refuse_untested(judge.settings for judge in self.judges)
+        refuse_other_bases(self.judges, self.vectors)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("vectors", "suite", "space")}
+        return {
+            name: value for name, value in vars(self).items() if name not in ("judges", "vectors", "suite", "space")
+        }
 
     def fingerprint(self) -> dict[str, Any]:
         """The settings that a run directory is continued with: adapters that changed since are other adapters."""
-        tasks = {judge.settings.name: judge.settings.to_dict() for judge in judges(self.on or self.adapters)}
-        files = {adapter: _stamps(Path(adapter)) for adapter in self.adapters}
+        tasks = [judge.settings for judge in self.judges]
         return {
             "adapters": self.adapters,
-            "files": files,
+            "files": {path: stamp(_adapter_files(Path(path))) for path in (*self.adapters, *self.on)} | stamps(*tasks),
             "on": self.on,
             "base": self.base,
-            "settings": tasks,
+            "settings": {task.name: task.to_dict() for task in tasks},
             "options": asdict(self.options),
         }
+
+    @functools.cached_property
+    def judges(self) -> list[Judge]:
+        return judges(self.on or self.adapters)
 
     @functools.cached_property
     def vectors(self) -> list[TaskVector]:
@@ -144,17 +133,11 @@ class AdapterComparison:
 
     @functools.cached_property
     def suite(self) -> Suite:
-        return suite_of(judges(self.on or self.adapters), self.vectors, "validation", "test")
+        return suite_of(self.judges, self.vectors, "validation", "test")
 
     @functools.cached_property
     def space(self) -> Space:
         return Space(self.vectors, self.suite.base, self.suite.model, self.suite.put)
-
-    def check(self) -> None:
-        tasks = judges(self.on or self.adapters)
-        refuse_untested(judge.settings for judge in tasks)
-        refuse_other_bases(tasks, self.vectors)
-        self.methods()
 
     def methods(self) -> dict[str, str | None]:
         """The methods that are asked for, with the reason why one does not fit."""
@@ -163,13 +146,15 @@ class AdapterComparison:
     def folder(self, row: str) -> Path:
         return self.out / "rows" / row
 
-    def jobs(self) -> list[Job]:
+    def phases(self, seeds: int) -> list[list[Job]]:
         rows = {"backbone": "scored the backbone"}
         rows |= {f"adapter-{i}": f"scored {name}" for i, name in enumerate(self.adapters, 1)}
         rows |= {m: f"fused by {METHOD_TITLES[m]}" for m, reason in self.methods().items() if reason is None}
         return [
-            Job(title, self.folder(row), (SCORES_FILE,), functools.partial(self.score, row))
-            for row, title in rows.items()
+            [
+                Job(title, self.folder(row), (SCORES_FILE,), functools.partial(self.score, row))
+                for row, title in rows.items()
+            ]
         ]
 
     def score(self, row: str) -> None:
@@ -187,9 +172,10 @@ class AdapterComparison:
             scores["chosen_by"] = tasks.scores(at.model, "validation")
             write_json(staging / SCORES_FILE, scores)
 
-    def results(self) -> dict[str, Any]:
+    def results(self, seeds: int) -> dict[str, Any]:
         """The rows, the best single adapter of each task, and the recommendation."""
-        rows = {job.folder.name: read_json(job.folder / SCORES_FILE) for job in self.jobs()}
+        (jobs,) = self.phases(seeds)
+        rows = {job.folder.name: read_json(job.folder / SCORES_FILE) for job in jobs}
         singles = [rows[f"adapter-{i}"] for i in range(1, 1 + len(self.adapters))]
         tasks = list(self.suite.tasks)
         own = not self.on and len(tasks) == len(singles)
@@ -199,7 +185,6 @@ class AdapterComparison:
             row["normalised"] = normalised(row["test"], single)
         counts = [len(task.rows("validation")) for task in self.suite.tasks.values()]
         return {
-            "environment": environment(self.suite.device),
             **self.fingerprint(),
             "scope": self.vectors[0].scope,
             "tasks": tasks,
@@ -208,6 +193,9 @@ class AdapterComparison:
             "left_out": {method: reason for method, reason in self.methods().items() if reason},
             "recommendation": self._recommended(rows, counts),
         }
+
+    def report(self, results: dict[str, Any], console: Console) -> None:
+        write_report(results, self.out, console)
 
     def _recommended(self, rows: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any]:
         """The method with the best validation score; task arithmetic where that is not clearly worse."""
@@ -226,87 +214,15 @@ class AdapterComparison:
             exported = ["export", here, "--out", "fused-adapter"]
             return shlex.join(["linlora", *(["inspect", here] if self.vectors[0].scope == "model" else exported)])
         scope = [*(["--scope", "weight"] if self.in_weights else []), *(["--base", self.base] if self.base else [])]
-        chosen = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", f"{value:g}")]
+        chosen = [part for name, value in options.items() for part in (f"--{name.replace('_', '-')}", str(value))]
         way = [*scope, "--method", fusion_method(method), "--out", "fused.safetensors"]
         return shlex.join(["linlora", "fuse", *self.adapters, *way, *chosen])
 
 
-def _stamps(adapter: Path) -> dict[str, list[int]]:
-    """Size and time of change of an adapter's files."""
-    files = (
-        [adapter] if adapter.is_file() else sorted(adapter.glob("*adapter*")) + sorted(adapter.glob("*.safetensors"))
-    )
-    return {file.name: [(stat := file.stat()).st_size, stat.st_mtime_ns] for file in files if file.is_file()}
+def _adapter_files(path: Path) -> set[Path]:
+    """The files of an adapter, without what was written beside them since; of a recipe the file itself."""
+    return {path} if path.is_file() else {*path.glob("*adapter*"), *path.glob("*.safetensors")}
 
 
 def _best(scores: Sequence[float]) -> int:
     return max(range(len(scores)), key=lambda i: scores[i])
-
-
-def table(results: Mapping[str, Any]) -> Table:
-    """A row for the backbone, each adapter, and each method: scores of the test splits in %."""
-    tasks, rows = results["tasks"], results["rows"]
-    title, below = "Test score in %; options chosen on validation", _caption(results)
-    view = Table(title=title, title_justify="left", caption=below, caption_justify="left")
-    view.add_column("", overflow="fold")
-    for heading in (*(tasks if len(tasks) <= 6 else ()), "mean", "normalised"):
-        view.add_column(heading, justify="right", overflow="fold")
-    view.add_column("options", overflow="fold")
-    for title, cells in _rows(results):
-        if title == METHOD_TITLES[next((m for m in METHOD_TITLES if m in rows), DEFAULT)]:
-            view.add_section()
-        view.add_row(title, *(cells if len(tasks) <= 6 else cells[len(tasks) :]))
-    return view
-
-
-def _rows(results: Mapping[str, Any]) -> list[tuple[str, list[str]]]:
-    found = []
-    titles = {"backbone": "backbone, no adapter"}
-    titles |= {f"adapter-{i}": Path(name).name for i, name in enumerate(results["adapters"], 1)}
-    for key, row in results["rows"].items():
-        scores = [percent(score) for score in (*row["test"], statistics.fmean(row["test"]), row["normalised"])]
-        options = in_words(row["options"])
-        found.append((titles.get(key) or METHOD_TITLES[key], [*scores, options]))
-    single = results["single"]["test"]
-    whose = "own adapter of each task" if results["single"]["own"] else "best adapter of each task"
-    cells = [*(percent(score) for score in (*single, statistics.fmean(single), 1.0)), ""]
-    return [*found[: 1 + len(results["adapters"])], (whose, cells), *found[1 + len(results["adapters"]) :]]
-
-
-def _caption(results: Mapping[str, Any]) -> str:
-    where = "as what they add to the weights" if results["scope"] == "weight" else "at their starting point"
-    over = "the task's own adapter" if results["single"]["own"] else "the best adapter of the task, by validation"
-    left = "".join(f"\nLeft out: {METHOD_TITLES[method]} {reason}." for method, reason in results["left_out"].items())
-    return f"The adapters are added {where}. Normalised: over {over}.{left}"
-
-
-def reading(results: Mapping[str, Any]) -> str:
-    """The recommendation, in a sentence, with its command."""
-    rows, chosen = results["rows"], results["recommendation"]
-    row, mean = rows[chosen["method"]], {name: statistics.fmean(row["test"]) for name, row in rows.items()}
-    single = statistics.fmean(results["single"]["test"])
-    options = in_words(row["options"])
-    beside = f", the plain average {percent(mean['average'])}" if "average" in mean else ""
-    if row["options"].get("scaling") == 0:
-        return (
-            "Recommended: the base model without adapters, for no method is clearly better on validation. It scores "
-            f"{percent(mean['backbone'])} % on test{beside}, one adapter for each task {percent(single)}.\n{CAVEAT}"
-        )
-    return (
-        f"Recommended: {METHOD_TITLES[chosen['method']]}{f' ({options})' if options else ''}. It scores "
-        f"{percent(mean[chosen['method']])} % on test; the backbone {percent(mean['backbone'])}{beside}, one adapter "
-        f"for each task {percent(single)}.\n{CAVEAT}\n  {chosen['command']}"
-    )
-
-
-def _write(results: Mapping[str, Any], out: Path, console: Console) -> None:
-    headings = ["", *results["tasks"], "mean", "normalised", "options"]
-    lines = [f"| {' | '.join(headings)} |", "|---" * len(headings) + "|"]
-    lines += [f"| {' | '.join([title, *cells])} |" for title, cells in _rows(results)]
-    searches = {METHOD_TITLES[row]: of["validation"] for row, of in results["rows"].items() if row in METHOD_TITLES}
-    before = statistics.fmean(results["rows"]["backbone"]["chosen_by"])
-    of_tasks = f"Fused adapters, scaled by λ, mean of {len(results['tasks'])} tasks"
-    draw_search(searches, {"backbone, no adapter": before}, of_tasks, out / "scalings.png")
-    words = reading(results)
-    write_tables(results, out, console, [table(results)], words, "\n".join([*lines, "", words, ""]))
-    print_outputs(results["wall_seconds"], out, _OUTPUTS, console)

@@ -12,9 +12,9 @@ from rich.table import Table
 
 from linlora.experiments.controls import Space
 from linlora.experiments.fusing import best_options, builder
-from linlora.experiments.judges import Judge, misfit, suite_of
+from linlora.experiments.judges import Judge, misfit, refuse_untested, suite_of
 from linlora.experiments.options import Options, in_words
-from linlora.experiments.results import mean_if_all
+from linlora.experiments.results import mean_if_all, ratio
 from linlora.fusion import METHODS, fuse, needs
 from linlora.fusion.checks import check_options, required
 from linlora.training.folder import Run
@@ -52,7 +52,7 @@ def evaluate_fused(
     Args:
         vectors: of one space (`linlora.vectors.common_space`).
         options: of the method. With `searched` they are searched on the validation split, among the values of
-            `Options`, or of a list where an option is one; the split itself has no say.
+            `Options`, or of a list where an option is one; the test split has no say.
         own_tasks: the vectors are the runs of the tasks, in their order.
         console: where the search is followed.
 
@@ -66,6 +66,8 @@ def evaluate_fused(
     check_options(method, METHODS[method], {**options, **dict.fromkeys(required(METHODS[method]))})
     if reason := misfit(method, vectors, own_tasks):
         raise ValueError(f"{method} {reason}")
+    if searched and split == "test":
+        refuse_untested(judge.settings for judge in tasks)
     choices = Options().choices(method, {k: v if isinstance(v, list) else [v] for k, v in options.items()})
     if searched and len(choices) < 2:
         raise ValueError(f"search: {method} has no option with several values to try; give one a list of them")
@@ -112,11 +114,11 @@ def _single(judge: Judge, split: str) -> float | None:
 
 
 def _normalised(result: dict[str, Any], single: Mapping[str, float | None]) -> dict[str, Any]:
-    """The result with each run's own score and fused / single; None where there is no run, or it scores 0."""
+    """The result with each run's own score and fused / single; None where there is no run, or none above 0."""
     tasks, ratios = {}, []
     for name, of_task in result["tasks"].items():
         alone = single[name]
-        ratios.append(of_task["score"] / alone if alone else None)
+        ratios.append(ratio(of_task["score"], alone))
         tasks[name] = {**of_task, "single": alone, "normalised": ratios[-1]}
     mean = {**result["mean"], "single": mean_if_all(single.values()), "normalised": mean_if_all(ratios)}
     return {**result, "tasks": tasks, "mean": mean}
@@ -175,4 +177,5 @@ def _title(result: Mapping[str, Any]) -> str:
     if result["method"] is None:
         return f"{result['split']} split"
     options = in_words(result["options"])
-    return f"{result['split']} split, fused by {result['method']}" + (f" ({options})" if options else "")
+    chosen = ", chosen on these rows" if result["search"] and result["split"] == "validation" else ""
+    return f"{result['split']} split, fused by {result['method']}" + (f" ({options}{chosen})" if options else "")

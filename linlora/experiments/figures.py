@@ -42,7 +42,7 @@ def draw_scalings(results: Mapping[str, Any], path: Path) -> None:
     figure = Figure(figsize=(8.0 * len(starts), 4.5), layout="constrained")
     panels = figure.subplots(1, len(starts), sharey=True, squeeze=False)[0]
     for axes, start in zip(panels, starts, strict=True):
-        added_whole = {}
+        added_whole, before = {}, None
         for key, entry in start["controls"].items():
             if not (points := _curve(entry)):
                 continue
@@ -52,11 +52,12 @@ def draw_scalings(results: Mapping[str, Any], path: Path) -> None:
             std = 100 * np.array([point["std"] or 0.0 for point in points])
             axes.plot(scalings, mean, color=color, marker=marker, markersize=5, linewidth=2, label=SHORT[key])
             axes.fill_between(scalings, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)
-            if scalings[0] == 0.0:
-                before = mean[0]
-            if scalings[-1] == 1.0:
-                added_whole[SHORT[key]] = mean[-1]
-        axes.axhline(before, color="0.35", linestyle="--", linewidth=1.5, label="backbone, not fine-tuned")
+            at = dict(zip(scalings, mean, strict=True))
+            before = at.get(0.0, before)
+            if 1.0 in at:
+                added_whole[SHORT[key]] = at[1.0]
+        if before is not None:
+            axes.axhline(before, color="0.35", linestyle="--", linewidth=1.5, label="backbone, not fine-tuned")
         axes.set_title(_takeaway(start["title"] if len(starts) > 1 else "", added_whole), fontsize=14)
         axes.set_xlabel("scaling coefficient λ", fontsize=13)
         axes.tick_params(labelsize=12)
@@ -90,7 +91,7 @@ def draw_search(
         for point in points:
             if isinstance(scaling := point["options"].get("scaling"), (int, float)):
                 of = curves.setdefault(name, {})
-                of[scaling] = max(of.get(scaling, 0.0), 100 * float(np.mean(point["scores"])))
+                of[scaling] = max(of.get(scaling, -np.inf), 100 * float(np.mean(point["scores"])))
     if max(map(len, curves.values()), default=0) < 2:
         return False
     figure = Figure(figsize=(8.0, 4.5), layout="constrained")
@@ -139,11 +140,13 @@ def draw_scores(results: Mapping[str, Any], path: Path) -> None:
     over = f"; bars: ± std over {results['seeds']} seeds" if results["seeds"] > 1 else ""
     what = f"fused / single-task test score, mean of {len(results['tasks'])} tasks{over}"
     best = {
-        f"{SHORT[key]} by {METHOD_TITLES[method]}": 100 * (of["normalised"]["mean"] or 0.0)
+        f"{SHORT[key]} by {METHOD_TITLES[method]}": 100 * of["normalised"]["mean"]
         for start in starts for key, entry in start["controls"].items() for method, of in entry["methods"].items()
+        if of["normalised"]["mean"] is not None
     }  # fmt: skip
-    most = max(best, key=best.__getitem__)
-    figure.suptitle(f"Most of the single-task scores is kept with {most}: {best[most]:.0f} %\n{what}", fontsize=11)
+    most = max(best, key=best.__getitem__, default=None)
+    kept = f"Most of the single-task scores is kept with {most}: {best[most]:.0f} %\n" if most else ""
+    figure.suptitle(kept + what, fontsize=11)
     save(figure, path)
 
 
@@ -222,5 +225,6 @@ def _grid(results: Mapping[str, Any], width: float, height: float) -> tuple[Figu
 
 
 def _curve(entry: Mapping[str, Any]) -> list[Any]:
-    """The points of the search of task arithmetic; none if it was not searched."""
-    return entry["methods"].get("task_arithmetic", {}).get("validation", [])
+    """The points of the search of task arithmetic, by λ; none if it was not searched."""
+    points = entry["methods"].get("task_arithmetic", {}).get("validation", [])
+    return sorted(points, key=lambda point: point["options"]["scaling"])

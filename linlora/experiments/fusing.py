@@ -129,7 +129,7 @@ def _moments(at: Space, task: int, tasks: Tasks, options: Options) -> dict[str, 
     """E x xᵀ of the layers' inputs where the adapter of a task sees that task."""
     at.put(at.vectors[task])
     layers = dict.fromkeys(layer for vector in at.vectors for layer in vector.scalings)
-    batches = itertools.islice(tasks.unlabeled(_BATCH)[task], -(-options.regmean_examples // _BATCH))
+    batches = tasks.unlabeled(_BATCH, limit=options.regmean_examples)[task]
     return input_moments(at.model, batches, layers, logits=tasks.logits)
 
 

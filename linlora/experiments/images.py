@@ -1,4 +1,4 @@
-"""Experiments on images that are whole in memory: a small network, frozen heads, and a training loop in plain PyTorch.
+"""Comparisons on images that are whole in memory: a small network, frozen heads, a training loop in plain PyTorch.
 
 Two starts. At `zero`, B0 = 0 as PEFT has it, a linearized layer is LoRA with A frozen, so LoRA-FA and layer scope are
 one. At `warm` the adapter of a seed has been trained for a few steps on all tasks at once, before every task goes on
@@ -10,11 +10,11 @@ from __future__ import annotations
 import copy
 import functools
 import time
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 import linlora
-from linlora.experiments.controls import CONTROLS, Trained
+from linlora.experiments.comparison import Comparison, save_vector
+from linlora.experiments.controls import Trained
+from linlora.experiments.descent import batches, descend
 from linlora.experiments.environment import surroundings
-from linlora.experiments.experiment import Experiment, save_vector
+from linlora.experiments.image_suite import ImageData, ImageSuite, Split, accuracy, features
 from linlora.experiments.jobs import Job
 from linlora.experiments.options import START_NOTES, Options, Start
 from linlora.formats.adapter_config import CONFIG_FILE
@@ -33,91 +35,7 @@ from linlora.storage.run_directory import read_json, staged, write_json
 from linlora.training.adapted import freeze_A
 from linlora.vectors.task_vector import TaskVector
 
-SplitName = Literal["train", "validation", "test"]
 RECORD_FILE, START_FILE = "training.json", "start.safetensors"
-
-
-@dataclass(frozen=True)
-class Split:
-    """Images (n, 1, H, W) and their labels (n,), whole, on one device: no loader is needed."""
-
-    images: Tensor
-    labels: Tensor
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def first(self, count: int) -> Split:
-        return Split(self.images[:count], self.labels[:count])
-
-    def to(self, device: torch.device | str) -> Split:
-        return Split(self.images.to(device), self.labels.to(device))
-
-
-@dataclass(frozen=True)
-class ImageSuite:
-    """A pre-trained network and tasks on it, as `linlora.experiments.tasks.Tasks` asks; the heads are no part of it.
-
-    Attributes:
-        network: takes `pixel_values`; its first output are the features (n, width), or tokens (n, tokens, width) of
-            which the first is read. All of it is linearized at model scope.
-        heads: a frozen linear head for each task, on the features.
-    """
-
-    network: nn.Module
-    splits: Mapping[str, Mapping[SplitName, Split]]
-    heads: Mapping[str, nn.Linear]
-
-    trained_modules: ClassVar[tuple[str, ...]] = ()
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.splits)
-
-    def scores(self, model: nn.Module, split: Any) -> list[float]:
-        """The accuracy of a model on one split of every task, each read by its own head."""
-        return [accuracy(model, self.heads[name], of_task[split]) for name, of_task in self.splits.items()]
-
-    def unlabeled(self, size: int) -> list[list[dict[str, Any]]]:
-        return [
-            [{"task": name, "inputs": {"pixel_values": images}} for images in task["validation"].images.split(size)]
-            for name, task in self.splits.items()
-        ]
-
-    def labeled(self, size: int, limit: int) -> list[list[dict[str, Any]]]:
-        batches = self.unlabeled(size)
-        for of_task, task in zip(batches, self.splits.values(), strict=True):
-            for batch, labels in zip(of_task, task["validation"].labels.split(size), strict=True):
-                batch["labels"] = labels
-        return [of_task[: -(-limit // size)] for of_task in batches]
-
-    def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return self.heads[batch["task"]](features(model, **batch["inputs"]))
-
-    def loss(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
-        return cross_entropy(self.logits(model, batch), batch["labels"])
-
-    def to(self, device: str) -> ImageSuite:
-        splits = {name: {key: split.to(device) for key, split in task.items()} for name, task in self.splits.items()}
-        return ImageSuite(self.network.to(device), splits, {name: head.to(device) for name, head in self.heads.items()})
-
-
-class ImageData(Hashable, Protocol):
-    """Where a suite comes from: a frozen dataclass, part of the settings."""
-
-    @property
-    def names(self) -> tuple[str, ...]: ...
-
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The files that `prepare` writes; none where the package brings them."""
-        ...
-
-    def prepare(self, folder: Path, device: str) -> None: ...
-
-    def open(self, folder: Path) -> ImageSuite:
-        """On the CPU."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -139,7 +57,7 @@ class Settings:
     learning_rates: tuple[tuple[Start, Trained, float], ...]
     options: Options = field(default_factory=Options)
     starts: tuple[Start, ...] = ("zero",)
-    controls: tuple[str, ...] = tuple(control.key for control in CONTROLS if control.key != "features")
+    controls: tuple[str, ...] = Comparison.controls
     kept: tuple[str, ...] = ()
     rank: int = 8
     alpha: int = 16
@@ -156,36 +74,17 @@ class Settings:
         return {(s, t): rate for s, t, rate in self.learning_rates}[start, trained]
 
 
-@dataclass(frozen=True)
-class ImageExperiment(Experiment):
-    """The experiment of some settings in a run directory."""
+class ImageExperiment(Comparison):
+    """The comparison of some settings in a run directory."""
 
-    settings: Settings
-    out: Path
-    device: str = "cpu"
-
-    @property
-    def options(self) -> Options:  # type: ignore[override]
-        return self.settings.options
-
-    @property
-    def kept(self) -> tuple[str, ...]:  # type: ignore[override]
-        return self.settings.kept
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return self.settings.data.names
-
-    @property
-    def controls(self) -> tuple[str, ...]:
-        return self.settings.controls
-
-    @property
-    def starts(self) -> dict[Start, str]:
-        return {start: START_NOTES[start] for start in self.settings.starts}
+    def __init__(self, settings: Settings, out: Path, device: str = "cpu") -> None:
+        self.settings, self.out, self.device = settings, out, device
+        self.names, self.controls, self.kept = settings.data.names, settings.controls, settings.kept
+        self.options = settings.options
+        self.starts = {start: START_NOTES[start] for start in settings.starts}
 
     def fingerprint(self) -> dict[str, Any]:
-        return {"linlora": linlora.__version__, "device": self.device, **asdict(self.settings)}
+        return asdict(self.settings)
 
     @property
     def suite(self) -> ImageSuite:
@@ -274,19 +173,6 @@ def _suite(data: ImageData, folder: Path, device: str) -> ImageSuite:
     return data.open(folder).to(device)
 
 
-def features(model: nn.Module, pixel_values: Tensor) -> Tensor:
-    """The features that heads read, (n, width): the first output, or its first token."""
-    output = model(pixel_values=pixel_values)
-    first = output if isinstance(output, Tensor) else output[0]  # a tensor of baselines.FunctorchModel
-    return first[:, 0] if first.ndim == 3 else first
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, head: nn.Linear, split: Split) -> float:
-    predicted = head(features(model, split.images)).argmax(dim=-1)
-    return (predicted == split.labels).double().mean().item()
-
-
 def adapted(network: nn.Module, settings: Settings, seed: int) -> PeftModel:
     """A copy of the network with a new LoRA adapter on every linear layer.
 
@@ -311,33 +197,20 @@ def of_kind(model: PeftModel, trained: Trained) -> PeftModel:
 def training_steps(
     model: nn.Module, head: nn.Linear, train: Split, settings: Settings, learning_rate: float, seed: int
 ) -> Iterator[Tensor]:
-    """Train the adapter; yields the loss of each step, after the step. AdamW, the learning rate falling to zero.
+    """Train the adapter; yields the loss of each step, after the step.
 
     The batches depend on the seed alone, so models given the same seed see the same images in the same order.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=settings.weight_decay)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / settings.steps)
-    for batch in batches(len(train), settings.batch, settings.steps, seed):
+
+    def loss(batch: Tensor) -> Tensor:
         batch = batch.to(train.labels.device)
-        loss = cross_entropy(head(features(model, train.images[batch])), train.labels[batch])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-        yield loss.detach()
+        return cross_entropy(head(features(model, train.images[batch])), train.labels[batch])
 
-
-def batches(images: int, batch: int, steps: int, seed: int) -> Iterator[Tensor]:
-    """Indices of `steps` full batches, reshuffled each time the images are used up."""
-    generator = torch.Generator().manual_seed(seed)
-    batch = min(batch, images)
-    queue = torch.empty(0, dtype=torch.int64)
-    for _ in range(steps):
-        if len(queue) < batch:
-            queue = torch.randperm(images, generator=generator)
-        yield queue[:batch]
-        queue = queue[batch:]
+    return descend(
+        [parameter for parameter in model.parameters() if parameter.requires_grad], settings.steps,
+        batches(len(train), settings.batch, settings.steps, seed), loss, lr=learning_rate,
+        weight_decay=settings.weight_decay,
+    )  # fmt: skip
 
 
 def _mixture(suite: ImageSuite, settings: Settings, seed: int) -> Iterator[list[tuple[str, Tensor]]]:

@@ -45,11 +45,16 @@ def judges(paths: Sequence[str | Path]) -> list[Judge]:
 
 
 def refuse_untested(tasks: Iterable[Settings]) -> None:
-    """Raise a ValueError for a task without a test split, whose options would be chosen and scored on the same rows."""
+    """Raise a ValueError for a task without a test split of its own: options are chosen on the validation split."""
     for settings in tasks:
         if not has_test(settings.data):
             raise ValueError(
                 f"task '{settings.name}' has no test split; options are chosen on validation: set data.test"
+            )
+        if settings.data.test == settings.data.validation:
+            raise ValueError(
+                f"task '{settings.name}': validation and test are both '{settings.data.test}'; options are chosen on "
+                "validation: set data.validation to a part of train, as 0.1"
             )
 
 

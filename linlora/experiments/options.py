@@ -66,9 +66,12 @@ class Options:
         unknown = [method for method in self.methods if method not in ROWS]
         if unknown or not self.methods:
             raise ValueError(f"methods: choose from {', '.join(ROWS)}, got {', '.join(unknown) or 'none'}")
-        for searched in fields(self):
-            if getattr(self, searched.name) == () and searched.name not in ("negation_scalings", "map_scalings"):
-                raise ValueError(f"{searched.name}: there has to be a value to try")
+        for option in fields(self):
+            value = getattr(self, option.name)
+            if value == () and option.name not in ("negation_scalings", "map_scalings"):
+                raise ValueError(f"{option.name}: there has to be a value to try")
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"{option.name} has to be 1 or more, got {value}")
 
     @classmethod
     def of_values(cls, values: Mapping[str, Any], where: str, beside: Sequence[str] = ()) -> Options:
@@ -92,7 +95,7 @@ soup_examples, soup_epochs, soup_learning_rates, negation_scalings, negation_kee
             if key not in known:
                 raise unknown(where, key, [*beside, *(name for name in known if name != "methods")])
             if key == "methods":
-                given[key] = tuple(map(str, value if isinstance(value, list) else [value]))
+                given[key] = tuple(dict.fromkeys(map(str, value if isinstance(value, list) else [value])))
             else:
                 given[key] = _like(f"{where} {key}", value, getattr(cls, key))
         return cls(**given)
@@ -149,11 +152,10 @@ def described(section: Mapping[str, Any], where: str) -> tuple[int, Options, dic
     seeds, rates = values.pop("seeds", 3), values.pop("learning_rates", {})
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise ValueError(f"{where}: seeds is a whole number, 1 or more, got {seeds!r}")
-    numbers = isinstance(rates, Mapping) and all(isinstance(rate, (int, float)) for rate in rates.values())
-    if not numbers:
+    if not isinstance(rates, Mapping):
         raise ValueError(f"{where}: learning_rates is a section of 'method: rate' lines, got {rates!r}")
     options = Options.of_values(values, where, ("seeds", "methods", "learning_rates"))
-    return seeds, options, {name: float(rate) for name, rate in rates.items()}
+    return seeds, options, {name: _like(f"{where} learning_rates.{name}", rate, 0.0) for name, rate in rates.items()}
 
 
 def learning_rates(assignments: Sequence[str]) -> dict[str, float]:
@@ -173,11 +175,13 @@ def learning_rates(assignments: Sequence[str]) -> dict[str, float]:
 
 
 def _like(where: str, value: Any, default: Any) -> Any:
-    """A value of the kind of the default: a number, or a list of numbers (one number is a list of one)."""
+    """A value of the kind of the default: a number, a whole one, or a list of numbers (one number is a list of one)."""
     several = isinstance(default, tuple)
     values = value if several and isinstance(value, list) else [value]
     if not all(isinstance(v, (int, float)) and not isinstance(v, bool) for v in values):
         raise ValueError(f"{where}: expected {'numbers, as [0.1, 0.2]' if several else 'a number'}, got {value!r}")
     if several:
         return tuple(float(v) for v in values)
+    if isinstance(default, int) and value != int(value):
+        raise ValueError(f"{where}: expected a whole number, got {value!r}")
     return type(default)(value)

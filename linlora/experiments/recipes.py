@@ -1,4 +1,4 @@
-"""Experiments on the tasks of a recipe: any model and data sets that `linlora train` takes.
+"""Comparisons on the tasks of a recipe: any model and data sets that `linlora train` takes.
 
 Every task is trained by LoRA, at layer and at model scope, and with A frozen where the recipe's point has B0 != 0 (at
 B0 = 0 that is layer scope), in folders as `linlora train` fills them. Where the recipe leaves open where the linearized
@@ -17,13 +17,18 @@ from typing import Any
 from rich.console import Console
 from torch import nn
 
+from linlora.experiments.comparison import Comparison
 from linlora.experiments.controls import Trained
-from linlora.experiments.experiment import Experiment
 from linlora.experiments.jobs import Workers
 from linlora.experiments.judges import refuse_untested
 from linlora.experiments.options import START_NOTES, Options, Start, described
 from linlora.experiments.run import run
+<<<<<<< HEAD
 from linlora.formats.vector_folder import TASK_VECTOR_FILE
+=======
+from linlora.experiments.stamps import stamps
+from linlora.formats.export import TASK_VECTOR_FILE
+>>>>>>> a97f9ab (Experiments: one Experiment and one run for quickstart, routing and compare; a run is continued by what made it alone; figures and options say no more than there is)
 from linlora.storage.run_directory import read_json
 from linlora.training import Run, Settings, Task, load_task, read_recipe, train
 from linlora.training.adapted import read_point
@@ -68,34 +73,21 @@ def compare_recipe(
     return run(experiment, "linlora compare", seeds, workers, fresh, console)
 
 
-class RecipeExperiment(Experiment):
-    """The experiment of a recipe in a run directory; a task is loaded when a process first asks for it."""
+class RecipeExperiment(Comparison):
+    """The comparison of a recipe in a run directory; a task is loaded when a process first asks for it."""
 
     def __init__(
         self, settings: Mapping[str, Settings], out: Path, options: Options, rates: Mapping[str, float]
     ) -> None:
         self.settings, self.out, self.options, self.rates = dict(settings), out, options, dict(rates)
-        self.device = next(iter(settings.values())).device
+        self.names, first = tuple(settings), next(iter(settings.values()))
+        self.device, self.starts = first.device, _starts(first)
+        is_similarity = isinstance(next(iter(self.loaded.values())), Similarity)
+        if is_similarity and not any(s.linear_to for s in settings.values()):
+            self.controls = (*self.controls, "features")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name not in ("loaded", "to_features", "starts")}
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.settings)
-
-    @property
-    def controls(self) -> tuple[str, ...]:
-        first = next(iter(self.loaded.values()))
-        is_open = isinstance(first, Similarity) and not any(s.linear_to for s in self.settings.values())
-        return (*super().controls, *(("features",) if is_open else ()))
-
-    @functools.cached_property
-    def starts(self) -> dict[Start, str]:
-        point = read_point(next(iter(self.settings.values())))
-        if point is not None and any(B0.any() for name, B0 in (point.point or {}).items() if name.endswith(".B0")):
-            return {"warm": "The adapters start from the recipe's point."}
-        return {"zero": START_NOTES["zero"]}
+        return {name: value for name, value in vars(self).items() if name not in ("loaded", "to_features")}
 
     @functools.cached_property
     def loaded(self) -> dict[str, Task]:
@@ -111,6 +103,7 @@ class RecipeExperiment(Experiment):
     def fingerprint(self) -> dict[str, Any]:
         return {
             "tasks": {name: {**s.to_dict(), "out": "", "method": ""} for name, s in self.settings.items()},
+            "files": stamps(*self.settings.values()),
             "options": asdict(self.options),
             "learning_rates": self.rates,
         }
@@ -121,9 +114,11 @@ class RecipeExperiment(Experiment):
     def tasks(self, start: Start, trained: Trained, seed: int) -> TaskSet:
         runs = [Run.open(self.adapter_folder(start, trained, name, seed)) for name in self.names]
         heads = {name: run.head for name, run in zip(self.names, runs, strict=True)}
-        tasks = self.loaded_for(trained)
-        first = next(iter(tasks.values()))
-        return TaskSet(tasks, heads, first.trained_modules(self.base(trained)))
+        return TaskSet(self.loaded_for(trained), heads, self.trained_modules)
+
+    @functools.cached_property
+    def trained_modules(self) -> list[str]:
+        return next(iter(self.loaded.values())).trained_modules(self.base("lora"))
 
     def train(self, start: Start, trained: Trained, task: str, seed: int) -> None:
         settings, method = self.settings[task], "model" if trained == "features" else trained
@@ -138,6 +133,13 @@ class RecipeExperiment(Experiment):
     def record(self, start: Start, trained: Trained, task: str, seed: int) -> dict[str, float | None]:
         metrics = read_json(self.adapter_folder(start, trained, task, seed) / METRICS_FILE)
         return {split: metrics[split]["score"] if split in metrics else None for split in ("validation", "test")}
+
+
+def _starts(settings: Settings) -> dict[Start, str]:
+    point = read_point(settings)
+    if point is not None and any(B0.any() for name, B0 in (point.point or {}).items() if name.endswith(".B0")):
+        return {"warm": "The adapters start from the recipe's point."}
+    return {"zero": START_NOTES["zero"]}
 
 
 def _check(tasks: Mapping[str, Settings], learning_rates: Mapping[str, float]) -> None:

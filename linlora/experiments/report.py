@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from io import StringIO
 from pathlib import Path
@@ -33,16 +34,22 @@ _OUTPUTS = {
 def write_report(results: Mapping[str, Any], out: Path, console: Console) -> None:
     """Write the files of a finished run; print the tables and the reading."""
     draw_all(results, out)
-    write_tables(results, out, console, tables(results), reading(results), markdown(results))
-    print_outputs(results["wall_seconds"], out, _OUTPUTS, console)
+    publish(results, out, console, tables(results), reading(results), _OUTPUTS, markdown(results))
 
 
-def write_tables(
-    results: Mapping[str, Any], out: Path, console: Console, views: Sequence[Table], words: str, in_markdown: str
+def publish(
+    results: Mapping[str, Any],
+    out: Path,
+    console: Console,
+    views: Sequence[Table],
+    words: str,
+    outputs: Mapping[str, str],
+    in_markdown: str | None = None,
 ) -> None:
-    """Write the numbers and tables of a run; print its tables and what they say."""
+    """Write the numbers and tables of a run; print its tables, what they say, and what its files hold."""
     write_json(out / "results.json", dict(results))
-    write_text(out / "table.md", in_markdown)
+    if in_markdown is not None:
+        write_text(out / "table.md", in_markdown)
     file = StringIO()
     for place in (console, Console(file=file, width=120)):
         for view in views:
@@ -50,11 +57,7 @@ def write_tables(
         for line in words.splitlines():
             place.print(line, highlight=False, markup=False, soft_wrap=line.startswith("  "))  # a command stays whole
     write_text(out / "table.txt", file.getvalue())
-
-
-def print_outputs(seconds: float, out: Path, outputs: Mapping[str, str], console: Console) -> None:
-    """The time a run took, and the files it left."""
-    console.print(f"\n{seconds:.0f} s. Written to {out}:", highlight=False, soft_wrap=True)
+    console.print(f"\n{results['wall_seconds']:.0f} s. Written to {out}:", highlight=False, soft_wrap=True)
     for name, what in outputs.items():
         if (out / name).exists():
             console.print(f"  {name:20s} {what}", highlight=False)
@@ -186,13 +189,13 @@ def _reading(results: Mapping[str, Any], start: Mapping[str, Any]) -> Iterator[s
     controls = start["controls"]
     before = next(iter(controls.values()))["before"]["mean"]
     best = {
-        key: max(entry["methods"].items(), key=lambda of: of[1]["normalised"]["mean"] or 0.0)
+        key: max(entry["methods"].items(), key=lambda of: _or_less_than_any(of[1]["normalised"]["mean"]))
         for key, entry in controls.items()
     }
     kept = (f"{SHORT[k]} {spread(of['normalised'])} ({METHOD_TITLES[method]})" for k, (method, of) in best.items())
     yield (
-        f"{start['title']}. With options chosen on validation, fused adapters keep, in % of the single-task scores: "
-        f"{', '.join(kept)}."
+        f"{start['title']}. With options chosen on validation, the best method of each column keeps, in % of the "
+        f"single-task scores: {', '.join(kept)}."
     )
     sums = {key: entry["methods"]["sum"]["normalised"] for key, entry in controls.items() if "sum" in entry["methods"]}
     if sums and all(of["mean"] is not None for of in sums.values()):
@@ -217,6 +220,10 @@ def _reading(results: Mapping[str, Any], start: Mapping[str, Any]) -> Iterator[s
             for scope in ("layer", "model")
         )
         yield f"In steps of LoRA, a linearized training step takes {' and '.join(steps)}."
+
+
+def _or_less_than_any(score: float | None) -> float:
+    return -math.inf if score is None else score
 
 
 def compare(one: str, other: str, value: Mapping[str, Any]) -> str:

@@ -1,23 +1,59 @@
-"""`run`: an experiment from its settings to its report."""
+"""`Experiment`: settings, jobs and a report; `run` does all of it that a run directory lacks."""
 
 from __future__ import annotations
 
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from rich.console import Console
 
 import linlora
-from linlora.experiments.experiment import Experiment
+from linlora.experiments.environment import surroundings
 from linlora.experiments.jobs import Job, Workers, check_workers, run_jobs
-from linlora.experiments.report import write_report
-from linlora.experiments.results import collect
-from linlora.experiments.step_time import FILE as STEP_TIME_FILE
-from linlora.storage.environment import environment
-from linlora.storage.run_directory import only_run_in, open_run_directory, read_json
+from linlora.storage.environment import environment, versions
+from linlora.storage.run_directory import only_run_in, open_run_directory
+
+_VERSIONS = ("linlora", "torch", "transformers", "peft")
+"""The packages that compute: a run is not continued by others."""
+
+
+class Experiment(ABC):
+    """What a run directory is filled with. It is pickled to worker processes, where its methods run.
+
+    Attributes:
+        out: the run directory.
+        device: where it computes.
+        op: the op whose backend the results name.
+    """
+
+    out: Path
+    device: str
+    op: ClassVar[str] = "linearized_lora_linear"
+
+    @abstractmethod
+    def fingerprint(self) -> dict[str, Any]:
+        """The settings that a run directory is continued with. More seeds may be added, so they are not in it."""
+
+    @abstractmethod
+    def phases(self, seeds: int) -> list[list[Job]]:
+        """All jobs; those of a phase read what the phases before it have left."""
+
+    @abstractmethod
+    def results(self, seeds: int) -> dict[str, Any]:
+        """The numbers of the report, read from what the jobs have left."""
+
+    @abstractmethod
+    def report(self, results: dict[str, Any], console: Console) -> None:
+        """Write the files of a finished run; print its tables and what they say."""
+
+    def around(self) -> AbstractContextManager[Any]:
+        """The context of every job; the backend on a GPU is chosen as in training, unless a subclass names one."""
+        return surroundings()
 
 
 def run(
@@ -43,36 +79,26 @@ def run(
     Returns: what `results.json` holds.
 
     Raises:
-        DifferentSettingsError: the directory holds a run of other settings. FileExistsError: it holds something else,
-            or another process is working in it.
+        DifferentSettingsError: the directory holds a run of other settings, on another device, or by other versions of
+            linlora, torch, transformers or PEFT. FileExistsError: it holds something else, or another process is
+            working in it.
         ValueError: fewer than one seed or process.
     """
     console, begin = console or Console(), time.perf_counter()
-    with opened(experiment.out, experiment.fingerprint(), job, seeds, workers, fresh) as stack:
-        stack.enter_context(experiment.around())
-        done = run_jobs(experiment.phases(seeds), workers, experiment.around, console, alone)
-        results = {
-            "environment": {
-                **environment(experiment.device),
-                "backend": linlora.explain("linearized_lora_linear", experiment.device).backend,
-            },
-            "settings": experiment.fingerprint(),
-            **collect(experiment, seeds),
-            "step_time": read_json(experiment.out / STEP_TIME_FILE) if alone else None,
-            "wall_seconds": time.perf_counter() - begin,
-            "workers": workers,
-            "jobs": {"made": done.made, "found": done.found},
-        }
-        write_report(results, experiment.out, console)
-    return results
-
-
-def opened(out: Path, fingerprint: dict[str, Any], job: str, seeds: int, workers: Workers, fresh: bool) -> ExitStack:
-    """Open a run directory, and keep other processes out of it until the stack is closed."""
     if seeds < 1:
         raise ValueError(f"seeds has to be 1 or more, got {seeds}")
     check_workers(workers)
-    open_run_directory(out, fingerprint, fresh, job)
-    stack = ExitStack()
-    stack.enter_context(only_run_in(out))
-    return stack
+    made_by = versions(_VERSIONS) | {"device": experiment.device}
+    open_run_directory(experiment.out, made_by | experiment.fingerprint(), fresh, job)
+    with only_run_in(experiment.out), experiment.around():
+        done = run_jobs(experiment.phases(seeds), workers, experiment.around, console, alone)
+        backend = linlora.explain(experiment.op, experiment.device).backend
+        results = {
+            "environment": environment(experiment.device) | {"backend": backend},
+            **experiment.results(seeds),
+            "wall_seconds": time.perf_counter() - begin,
+            "workers": workers,
+            "jobs": asdict(done),
+        }
+        experiment.report(results, console)
+    return results

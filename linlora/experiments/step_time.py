@@ -13,12 +13,12 @@ import torch
 from torch import nn
 
 from linlora import baselines
+from linlora.experiments.comparison import STEP_TIME_FILE
 from linlora.experiments.controls import Trained
 from linlora.experiments.images import ImageExperiment, Settings, adapted, of_kind, training_steps
 from linlora.experiments.jobs import Job
 from linlora.storage.run_directory import write_json
 
-FILE = "step_time.json"
 # Each version with the kind of training whose function and learning rate it has.
 VERSIONS: dict[str, Trained] = {
     "lora": "lora",
@@ -31,8 +31,8 @@ VERSIONS: dict[str, Trained] = {
 
 def timing(experiment: ImageExperiment) -> list[Job]:
     """The job that measures, for a process that nothing competes with; none where no step is to be timed."""
-    measured = functools.partial(_write, experiment, experiment.out / FILE)
-    return [Job("timed steps", experiment.out, (FILE,), measured)] * bool(experiment.settings.timed_steps)
+    measured = functools.partial(_write, experiment, experiment.out / STEP_TIME_FILE)
+    return [Job("timed steps", experiment.out, (STEP_TIME_FILE,), measured)] * bool(experiment.settings.timed_steps)
 
 
 def _write(experiment: ImageExperiment, path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The interface of several tasks on one model; `images.ImageSuite` and `training.suite.TaskSet` have it."""
+"""The interface of several tasks on one model; `image_suite.ImageSuite` and `training.suite.TaskSet` have it."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class Tasks(Protocol):
         """The score of each task on its validation or test split, larger is better."""
         ...
 
-    def unlabeled(self, size: int) -> Sequence[Iterable[Batch]]:
-        """For each task its validation inputs in batches of a size, without labels, as often as one asks for them."""
+    def unlabeled(self, size: int, *, limit: int | None = ...) -> Sequence[Iterable[Batch]]:
+        """For each task its first validation inputs in batches of a size, without labels; as often as one asks."""
         ...
 
     def labeled(self, size: int, limit: int) -> Sequence[Iterable[Batch]]:

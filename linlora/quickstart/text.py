@@ -40,6 +40,8 @@ def run(
 
     Raises ValueError where the hub is out of reach and needed.
     """
+    if device.startswith("cuda:"):
+        raise ValueError(f"device '{device}': --text takes cpu or cuda; CUDA_VISIBLE_DEVICES={device[5:]} names a GPU")
     check_device(device)
     content = plain_yaml.read(RECIPE)
     content["training"] |= {"use_cpu": device == "cpu"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from collections.abc import Sequence
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -30,7 +31,7 @@ def environment(device: torch.device | str = "cpu") -> dict[str, Any]:
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in PACKAGES},
+        **versions(),
         "platform": platform.platform(),
         "device": str(device),
         "cpu": _cpu(),
@@ -58,6 +59,11 @@ def commit() -> str:
     if not found:
         return "unknown"
     return f"{found}-dirty" if _output(*git, "status", "--porcelain", "--untracked-files=no") else found
+
+
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """The installed version of each package."""
+    return {package: _version(package) for package in packages}
 
 
 def _version(package: str) -> str:

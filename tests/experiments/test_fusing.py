@@ -7,12 +7,16 @@ import torch
 from torch import nn
 
 from linlora import TaskVector
-from linlora.experiments import Options
+from linlora.experiments import Options, fusing
 from linlora.experiments.controls import Space
+from linlora.experiments.evaluation import evaluate_fused
 from linlora.experiments.fusing import forgetting, fuse_by
+from linlora.experiments.image_suite import ImageSuite, Split
+from linlora.experiments.judges import Judge
 from linlora.experiments.options import learning_rates
 from linlora.experiments.report import compare
 from linlora.experiments.results import control_results, mean_std, normalised, paired
+from linlora.training import Settings
 
 
 def vector(*values):
@@ -60,6 +64,28 @@ def test_options_are_chosen_on_validation_and_test_is_looked_at_once():
     assert [point["scores"] for point in found["validation"]] == [[0.5, 0.5], [1.0, 1.0], [0.5, 0.5]]
     assert found["test"] == [0.5, 0.5]
     assert tasks.tested == [[0.5, 0.5]]
+
+
+def test_regmean_sees_as_many_rows_as_its_option_says(monkeypatch):
+    def rows(model, batches, layers, logits):
+        return sum(len(batch["inputs"]["pixel_values"]) for batch in batches)
+
+    monkeypatch.setattr(fusing, "input_moments", rows)
+    split = Split(torch.zeros(200, 1, 2, 2), torch.zeros(200, dtype=torch.int64))
+    suite = ImageSuite(nn.Identity(), {"task": {"validation": split}}, {})
+    for examples, seen in ((5, 5), (64, 64), (100, 100), (999, 200)):
+        found = fusing.data_for("regmean", at([vector(1.0)]), suite, Options(regmean_examples=examples))
+        assert found["inputs"] == [seen]
+        labels = [len(batch["labels"]) for batch in suite.labeled(16, examples)[0]]
+        assert sum(labels) == seen
+        assert max(labels) <= 16
+
+
+def test_options_are_not_searched_on_the_rows_of_the_test():
+    data = {"path": "rows", "validation": "test", "test": "test", "text": "text"}
+    task = Judge(Settings.from_dict({"model": "bert", "kind": "classification", "data": data, "name": "mood"}))
+    with pytest.raises(ValueError, match="'mood': validation and test are both 'test'"):
+        evaluate_fused([vector(1.0), vector(2.0)], [task], "test", "task_arithmetic", {}, searched=True)
 
 
 def test_lorahub_minimises_the_loss_of_the_fused_model():
@@ -116,8 +142,8 @@ def test_scores_are_averaged_over_tasks_then_over_seeds():
     assert found["cosine"][0][1] == pytest.approx(0.15)
 
 
-def test_a_single_score_of_zero_leaves_the_normalised_score_open():
-    assert normalised([0.5, 0.5], [0.0, 1.0]) is None
+def test_a_single_score_that_is_not_above_zero_leaves_the_normalised_score_open():
+    assert normalised([0.5, 0.5], [0.0, 1.0]) is normalised([0.5, 0.5], [-0.1, 1.0]) is None  # correlations go below 0
     controls = {
         "factors": control_results(records((0.0, 1.0)), scores_of([0.5, 0.5])),
         "layer": control_results(records((1.0, 1.0)), scores_of([0.5, 0.5])),
@@ -131,6 +157,8 @@ def test_a_single_score_of_zero_leaves_the_normalised_score_open():
         (lambda: Options(("slerp",)), "choose from average, task_arithmetic.*got slerp"),
         (lambda: Options.of_values({"ties_keep": "often"}, "--set"), r"--set ties_keep: expected numbers.*'often'"),
         (lambda: Options.of_values({"lorahub_budget": [1, 2]}, "--set"), "expected a number"),
+        (lambda: Options.of_values({"lorahub_budget": 2.5}, "--set"), r"lorahub_budget: expected a whole number.*2\.5"),
+        (lambda: Options(soup_examples=0), "soup_examples has to be 1 or more"),
         (lambda: Options(scalings=()), "scalings: there has to be a value"),
         (lambda: learning_rates(["model"]), "METHOD=RATE"),
     ],

@@ -24,11 +24,12 @@ import linlora
 from linlora import TaskVector
 from linlora.cli import app
 from linlora.experiments import Options, compare_adapters, compare_recipe, report
-from linlora.experiments.adapters import reading
+from linlora.experiments.adapters_report import reading
 from linlora.experiments.options import described
+from linlora.experiments.recipes import RecipeExperiment
 from linlora.quickstart import text
 from linlora.testing import tiny_base, tiny_model
-from linlora.training import Run, adapt, evaluate, load_task, plain_yaml, set_head
+from linlora.training import Run, adapt, evaluate, load_task, plain_yaml, read_recipe, set_head
 
 WORDS = ["<pad>", "<unk>", "good", "bad", "red", "blue", "film", "day", "is", "the"]
 EXPERIMENT = {
@@ -144,6 +145,23 @@ def test_a_finished_comparison_is_found_and_a_missing_part_made(finished, place,
     assert json.loads(json.dumps(results["starts"])) == json.loads(json.dumps(finished[1]["starts"]))
 
 
+def test_a_comparison_is_not_continued_with_rows_that_have_changed(place, tmp_path, console):
+    content = plain_yaml.read(place / "recipe.yaml")
+    rows = tmp_path / "train.csv"
+    shutil.copy(content["tasks"]["mood"]["data"]["train"], rows)
+    content["tasks"]["mood"]["data"]["train"] = str(rows)
+    (tmp_path / "recipe.yaml").write_text(plain_yaml.dump(content))
+
+    def fingerprint():
+        tasks = read_recipe(tmp_path / "recipe.yaml").tasks
+        return RecipeExperiment(tasks, tmp_path / "run", Options(), {}).fingerprint()
+
+    before = fingerprint()
+    assert fingerprint() == before
+    rows.write_text(rows.read_text().replace("good", "bad!"))
+    assert {key for key, value in fingerprint().items() if value != before[key]} == {"files"}
+
+
 def test_a_point_that_is_not_at_zero_brings_lora_fa(place, tmp_path, console, undrawn):
     point = TaskVector.from_model(tiny_model("bert", True, r=2, lora_alpha=4, target_modules=["query", "value"]))
     point.save(tmp_path / "point.safetensors")
@@ -174,6 +192,7 @@ def test_bad_flags_end_the_command_with_one_line(place, tmp_path, arguments, mes
         ({"seed": 1}, "experiment: unknown key 'seed'; did you mean"),
         ({"seeds": 0}, "seeds is a whole number"),
         ({"learning_rates": 1e-3}, "'method: rate' lines"),
+        ({"learning_rates": {"model": True}}, r"learning_rates.model: expected a number"),
         ({"learning_rates": {"sgd": 1.0}}, "the methods are lora, lora-fa, layer, model"),
         ({"ties_keep": "often"}, "ties_keep: expected numbers"),
         ({"methods": ["slerp"]}, "choose from average"),
@@ -196,6 +215,7 @@ def test_the_section_experiment_says_seeds_methods_and_rates():
     [
         ({"lora": {"r": 4}}, "do not share one model: lora.r"),
         ({"data": {"test": None}}, "no test split"),
+        ({"data": {"test": "rows.csv", "validation": "rows.csv"}}, "validation and test are both 'rows.csv'"),
     ],
 )
 def test_tasks_that_cannot_be_compared_are_refused(place, tmp_path, console, change, message):
@@ -303,6 +323,8 @@ def test_a_scaling_of_zero_is_read_as_the_base_model():
         (["{lora}/mood/seed0", "{lora}/colour/seed0", "--base", "org/b"], "of the base model 'org/b', and task 'mood'"),
         (["{lora}/mood/seed0", "{lora}/colour/seed0", "--learning-rate", "lora=1"], "is for a recipe"),
         (["recipe.yaml", "--on", "recipe.yaml"], "name adapters"),
+        (["{lora}/mood/seed0", "{lora}/colour/seed0", "--seeds", "5"], "trained already"),
+        (["recipe.yaml", "--device", "cuda"], "--device is of the packaged tasks"),
     ],
 )
 def test_adapters_that_cannot_be_compared_are_refused(runs, tmp_path, arguments, message):
@@ -386,3 +408,6 @@ def test_flags_of_the_quickstart_of_texts_are_for_it():
     result = CliRunner().invoke(app, ["quickstart", "--model", "bert"])
     assert result.exit_code == 2
     assert "--model and --task are for --text" in result.stderr
+    result = CliRunner().invoke(app, ["quickstart", "--text", "--device", "cuda:1"])
+    assert result.exit_code == 2
+    assert "CUDA_VISIBLE_DEVICES=1" in result.stderr

@@ -10,6 +10,7 @@ import pytest
 
 from linlora.experiments import images, report
 from linlora.quickstart import DifferentSettingsError, run
+from linlora.storage import environment
 from linlora.storage.run_directory import only_run_in
 
 
@@ -94,7 +95,7 @@ def test_an_interrupted_run_goes_on_after_the_last_finished_adapter(copied, fini
 
 def test_more_seeds_keep_the_adapters_of_the_first(tmp_path, miniature, console):
     few = dataclasses.replace(
-        miniature, starts=("zero",), controls=("layer",), timed_steps=0, kept=(),
+        miniature, starts=("zero",), controls=("layer",), timed_steps=0,
         options=dataclasses.replace(miniature.options, methods=("average",), map_scalings=(), negation_scalings=()),
     )  # fmt: skip
     first, _ = again(tmp_path / "run", few, console)
@@ -114,6 +115,24 @@ def test_other_settings_are_refused_by_name(copied, miniature, console):
 def test_a_second_process_in_the_same_directory_is_refused(copied, miniature, console):
     with only_run_in(copied), pytest.raises(FileExistsError, match="another process is working"):
         again(copied, miniature, console, seeds=2)
+
+
+def test_a_run_that_another_process_works_in_is_not_deleted(copied, miniature, console):
+    def files():
+        return {path for path in copied.rglob("*") if path.is_file()}
+
+    before = files()
+    with only_run_in(copied), pytest.raises(FileExistsError, match="another process is working"):
+        again(copied, miniature, console, fresh=True)
+    assert files() == before | {copied / ".lock"}
+
+
+@pytest.mark.parametrize("package", ["linlora", "torch", "transformers", "peft"])
+def test_a_run_is_not_continued_with_another_version(copied, miniature, console, monkeypatch, package):
+    version = environment._version
+    monkeypatch.setattr(environment, "_version", lambda name: "9.9" if name == package else version(name))
+    with pytest.raises(DifferentSettingsError, match=rf"{package}: .* and 9\.9"):
+        again(copied, miniature, console)
 
 
 @pytest.mark.parametrize("fresh", [False, True])

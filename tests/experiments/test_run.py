@@ -14,7 +14,8 @@ from matplotlib.image import imread
 import linlora
 from linlora import TaskVector, quickstart
 from linlora.experiments.controls import BY_KEY, space
-from linlora.experiments.images import ImageExperiment, features, training_steps
+from linlora.experiments.image_suite import features
+from linlora.experiments.images import ImageExperiment, training_steps
 from linlora.experiments.options import ROWS, fusion_method
 from linlora.experiments.report import markdown
 from linlora.experiments.step_time import model_of

@@ -6,7 +6,8 @@ import pytest
 import torch
 from sklearn.linear_model import LogisticRegression
 
-from linlora.experiments.images import Split, batches, features
+from linlora.experiments.descent import batches
+from linlora.experiments.image_suite import Split, features
 from linlora.quickstart.digits import Digits
 from linlora.quickstart.digits import backbone as module
 from linlora.quickstart.digits.backbone import fit_head, moved, new_backbone, pretrain

@@ -15,11 +15,12 @@ from linlora.quickstart import DifferentSettingsError
 from linlora.quickstart.digits import Digits
 from linlora.quickstart.routing import RoutingSettings, run
 from linlora.quickstart.routing.adaptation import adapt
-from linlora.quickstart.routing.experiment import RoutingExperiment, accuracy
 from linlora.quickstart.routing.inventories import load_inventory
 from linlora.quickstart.routing.methods import ADAPTATIONS, INVENTORIES
 from linlora.quickstart.routing.results import paired_difference
+from linlora.quickstart.routing.run import RoutingExperiment
 from linlora.quickstart.routing.tasks import DOMAINS, QUESTIONS, divide
+from linlora.quickstart.routing.workplace import accuracy
 
 SETTINGS = RoutingSettings(
     data=Digits(
@@ -131,6 +132,15 @@ def test_an_interrupted_run_goes_on_and_gives_the_same_numbers(finished, tmp_pat
         for shots in ("4", "8"):
             found, before = (r["methods"][name][shots]["test"]["by_seed"] for r in (again, results))
             assert found == pytest.approx(before, abs=0.003)  # trained again, rounded otherwise
+
+
+def test_a_run_that_is_started_over_has_the_backbone_of_its_own_settings(tmp_path):
+    for size in (16, 8):
+        data = dataclasses.replace(SETTINGS.data, hidden_size=size, pretraining_epochs=0)
+        place = RoutingExperiment(dataclasses.replace(SETTINGS, data=data), tmp_path)
+        for (job,) in place.prepared():
+            job.function()
+        assert place.reader().vit.config.hidden_size == size
 
 
 def test_other_settings_are_refused(finished):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import affine_grid, cross_entropy, grid_sample
 from transformers import ViTConfig, ViTModel
 
-from linlora.experiments.images import ImageSuite, Split, accuracy, features
+from linlora.experiments.image_suite import ImageSuite, Split, accuracy, features
 from linlora.quickstart.digits.data import load_digits
 from linlora.quickstart.digits.tasks import select_tasks
 from linlora.storage.run_directory import staged, write_json
@@ -24,8 +24,8 @@ _FILES = ("config.json", "model.safetensors", "heads.safetensors", "pretraining.
 
 @dataclass(frozen=True)
 class Digits:
-    """`linlora.experiments.images.ImageData` of handwritten digits: a ViT of 8 x 8 pixels in 2 x 2 patches, pre-trained
-    on upright digits, slightly moved.
+    """`linlora.experiments.image_suite.ImageData` of handwritten digits: a ViT of 8 x 8 pixels in 2 x 2 patches,
+    pre-trained on upright digits, slightly moved.
 
     Attributes:
         head_images: the heads are logistic regressions on the pre-trained features of so many labelled images.

@@ -10,7 +10,7 @@ import torch
 from sklearn.model_selection import train_test_split
 from torch import Tensor
 
-from linlora.experiments.images import Split, SplitName
+from linlora.experiments.image_suite import Split, SplitName
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import avg_pool2d
 
-from linlora.experiments.images import Split, SplitName
+from linlora.experiments.image_suite import Split, SplitName
 from linlora.quickstart.digits.data import Images
 
 

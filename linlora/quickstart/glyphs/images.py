@@ -17,10 +17,10 @@ from sklearn.model_selection import train_test_split
 from torch import Generator
 from torch.nn.functional import interpolate
 
-from linlora.experiments.images import Split, SplitName
+from linlora.experiments.image_suite import Split, SplitName
 from linlora.quickstart.glyphs.drawing import PAPERS, gray, printed
 from linlora.quickstart.glyphs.fonts import TEST_FACES, TRAINING_FACES, Characters
-from linlora.quickstart.glyphs.scripts import SCRIPTS, Script
+from linlora.quickstart.glyphs.scripts import SCRIPTS, Script, selected
 
 IMAGES: dict[SplitName, int] = {"train": 1000, "validation": 200, "test": 300}
 """Images of each split of each task."""
@@ -64,10 +64,7 @@ def tasks(names: Sequence[str] | None = None) -> list[Task]:
     >>> tasks(["hebrew"])[0].train.images.shape
     torch.Size([1000, 1, 16, 16])
     """
-    scripts = {script.name: script for script in SCRIPTS}
-    if unknown := [name for name in names or () if name not in scripts]:
-        raise ValueError(f"no task {', '.join(map(repr, unknown))}; choose from {', '.join(scripts)}")
-    return [_task(script) for script in SCRIPTS if names is None or script.name in names]
+    return [_task(script) for script in selected(names)]
 
 
 @functools.cache

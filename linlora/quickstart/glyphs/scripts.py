@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import random
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from linlora.quickstart.glyphs.drawing import PAPERS
@@ -43,6 +44,15 @@ SCRIPTS = (
     Script("hebrew", "צרעמהלנץןף", "ripples"),
     Script("lao", "ຜປງຣດຫຟຊບກ", "squared"),
 )
+
+
+def selected(names: Sequence[str] | None) -> list[Script]:
+    """The scripts of the given names, in their order, all for None; a name that none has is an error."""
+    known = [script.name for script in SCRIPTS]
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(f"no task {', '.join(map(repr, unknown))}; choose from {', '.join(known)}")
+    return [script for script in SCRIPTS if names is None or script.name in names]
+
 
 _BLOCKS = {
     "arabic": (0x621, 0x64A),

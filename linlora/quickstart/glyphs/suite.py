@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from linlora.experiments.images import ImageSuite
+from linlora.experiments.image_suite import ImageSuite
 from linlora.quickstart.glyphs.heads import head, network
 from linlora.quickstart.glyphs.images import tasks
+from linlora.quickstart.glyphs.scripts import selected
 
 
 @dataclass(frozen=True)
 class Glyphs:
-    """`linlora.experiments.images.ImageData` of printed and handwritten characters; the package brings everything.
+    """`linlora.experiments.image_suite.ImageData` of printed and handwritten characters; the package brings everything.
 
     Attributes:
         tasks: some of those of `linlora.quickstart.glyphs.tasks`; all of them for None.
@@ -22,7 +23,7 @@ class Glyphs:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(task.name for task in tasks(self.tasks))
+        return tuple(script.name for script in selected(self.tasks))
 
     @property
     def files(self) -> tuple[str, ...]:

@@ -10,49 +10,49 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 import linlora
-from linlora.experiments.images import batches
-from linlora.quickstart.routing.experiment import RoutingExperiment, Rows, accuracy
+from linlora.experiments.descent import batches, descend
 from linlora.quickstart.routing.inventories import load_inventory
 from linlora.quickstart.routing.methods import ADAPTATIONS, Method
 from linlora.quickstart.routing.settings import RoutingSettings
+from linlora.quickstart.routing.workplace import Rows, Workplace, accuracy
 from linlora.routing import RoutedModel, add_task, collapse, fit_routing, mhr_mu, mhr_z
 from linlora.storage.run_directory import read_json, staged, write_json
 
 RECORD_FILE = "scores.json"
 
 
-def adaptation_record(experiment: RoutingExperiment, method: str, shots: int, seed: int) -> dict:
-    return read_json(experiment.adaptation_folder(method, shots, seed) / RECORD_FILE)
+def adaptation_record(place: Workplace, method: str, shots: int, seed: int) -> dict:
+    return read_json(place.adaptation_folder(method, shots, seed) / RECORD_FILE)
 
 
-def adapt_all(experiment: RoutingExperiment, method: str, shots: int, seed: int) -> None:
+def adapt_all(place: Workplace, method: str, shots: int, seed: int) -> None:
     """Adapt to every held-out task by one method and write the accuracies, parameters and seconds."""
     records: list[dict[str, Any]] = []
-    for pair in experiment.held_out:
-        train = experiment.rows(pair, "train")
+    for pair in place.held_out:
+        train = place.rows(pair, "train")
         chosen = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[:shots]
         torch.manual_seed(seed)
         start = time.perf_counter()
-        model, task, parameters = adapt(experiment, ADAPTATIONS[method], train[chosen], seed)
+        model, task, parameters = adapt(place, ADAPTATIONS[method], train[chosen], seed)
         seconds = time.perf_counter() - start
         scores = {}
         for split in ("validation", "test"):
-            rows = experiment.rows(pair, split)
+            rows = place.rows(pair, split)
             scores[split] = accuracy(model, rows, **_routing(task, rows))
         records.append({"task": str(pair), "seconds": seconds, "parameters": parameters, **scores})
-    with staged(experiment.adaptation_folder(method, shots, seed)) as staging:
+    with staged(place.adaptation_folder(method, shots, seed)) as staging:
         write_json(staging / RECORD_FILE, {"tasks": records})
 
 
-def adapt(experiment: RoutingExperiment, method: Method, rows: Rows, seed: int) -> tuple[nn.Module, int | None, int]:
+def adapt(place: Workplace, method: Method, rows: Rows, seed: int) -> tuple[nn.Module, int | None, int]:
     """The adapted model, the id of the new task in it (None: it takes none), and how many numbers were fitted."""
-    settings = experiment.settings
+    settings = place.settings
     if method.inventory is None:
-        model: Any = _new_adapter(experiment, seed)
+        model: Any = _new_adapter(place, seed)
         if method.scope is not None:
             linlora.linearize(model, method.scope)
         return model, None, _fit(model, rows, settings, method.learning_rate, seed)
-    model = load_inventory(experiment, method.inventory, seed)
+    model = load_inventory(place, method.inventory, seed)
     if method.trains == "nothing":
         mhr_mu(model)
         return model, None, 0
@@ -75,31 +75,30 @@ def adapt(experiment: RoutingExperiment, method: Method, rows: Rows, seed: int) 
     return model, task, _fit(model, rows, settings, method.learning_rate, seed, task)
 
 
-def _new_adapter(experiment: RoutingExperiment, seed: int) -> nn.Module:
-    settings = experiment.settings
-    reader = experiment.reader()  # reading one draws
+def _new_adapter(place: Workplace, seed: int) -> nn.Module:
+    settings = place.settings
+    reader = place.reader()  # reading one draws
     torch.manual_seed(seed)
     config = LoraConfig(r=settings.rank, lora_alpha=settings.alpha, target_modules="all-linear")
-    return get_peft_model(reader, config).to(experiment.device).eval()
+    return get_peft_model(reader, config).to(place.device).eval()
 
 
 def _fit(
     model: nn.Module, rows: Rows, settings: RoutingSettings, learning_rate: float, seed: int, task: int | None = None
 ) -> int:
-    """AdamW on what asks for a gradient, the rate falling to zero; returns how many numbers that is."""
+    """Train what asks for a gradient; returns how many numbers that is."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(_groups(model, parameters, settings, learning_rate))
-    steps = settings.adaptation_steps
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / steps)
-    for index in batches(len(rows), settings.adaptation_batch, steps, seed):
+
+    def loss(index: Tensor) -> Tensor:
         batch = rows[index]
-        loss = model(
+        return model(
             pixel_values=batch.images, question_ids=batch.question_ids, labels=batch.labels, **_routing(task, batch)
         ).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
+
+    steps = settings.adaptation_steps
+    groups = _groups(model, parameters, settings, learning_rate)
+    for _ in descend(groups, steps, batches(len(rows), settings.adaptation_batch, steps, seed), loss):
+        pass
     return sum(parameter.numel() for parameter in parameters)
 
 

@@ -11,37 +11,35 @@ import torch
 
 from linlora.experiments.results import mean_std
 from linlora.quickstart.routing.adaptation import adaptation_record
-from linlora.quickstart.routing.experiment import RoutingExperiment, accuracy
 from linlora.quickstart.routing.inventories import load_inventory, training_record
 from linlora.quickstart.routing.methods import ADAPTATIONS, INVENTORIES
+from linlora.quickstart.routing.workplace import Workplace, accuracy
 from linlora.routing import task_weights
-from linlora.storage.environment import environment
 
 
-def collect(experiment: RoutingExperiment, seeds: int) -> dict[str, Any]:
+def collect(place: Workplace, seeds: int) -> dict[str, Any]:
     """All results as plain JSON values. Accuracies are fractions of the test split unless their key says validation."""
-    reader = experiment.reader()
+    reader = place.reader()
     return {
-        "environment": environment(experiment.device),
-        "settings": asdict(experiment.settings),
+        "settings": asdict(place.settings),
         "seeds": seeds,
-        "trained": [str(pair) for pair in experiment.trained],
-        "held_out": [str(pair) for pair in experiment.held_out],
-        "before": [accuracy(reader, experiment.rows(pair, "test")) for pair in experiment.held_out],
+        "trained": [str(pair) for pair in place.trained],
+        "held_out": [str(pair) for pair in place.held_out],
+        "before": [accuracy(reader, place.rows(pair, "test")) for pair in place.held_out],
         "inventories": {
-            inventory: inventory_results([training_record(experiment, inventory, seed) for seed in range(seeds)])
+            inventory: inventory_results([training_record(place, inventory, seed) for seed in range(seeds)])
             for inventory in INVENTORIES
         },
         "methods": {
             method: {
                 str(shots): method_results(
-                    [adaptation_record(experiment, method, shots, seed)["tasks"] for seed in range(seeds)]
+                    [adaptation_record(place, method, shots, seed)["tasks"] for seed in range(seeds)]
                 )
-                for shots in experiment.settings.shots
+                for shots in place.settings.shots
             }
             for method in ADAPTATIONS
         },
-        "routing": routing_results(experiment),
+        "routing": routing_results(place),
     }
 
 
@@ -68,11 +66,11 @@ def method_results(records: Sequence[Sequence[dict]]) -> dict[str, Any]:
     }
 
 
-def routing_results(experiment: RoutingExperiment) -> dict[str, Any]:
+def routing_results(place: Workplace) -> dict[str, Any]:
     """What MHR learned of the trained tasks, seed 0: their weights in the layer where they differ most, by head and
     skill, and how alike two tasks are routed: the cosine of their weights in all layers, less the mean task's."""
-    model = load_inventory(experiment, "mhr", 0)
-    by_layer = [task_weights(model, task) for task in range(len(experiment.trained))]
+    model = load_inventory(place, "mhr", 0)
+    by_layer = [task_weights(model, task) for task in range(len(place.trained))]
     stacked = {layer: torch.stack([weights[layer] for weights in by_layer]).detach() for layer in by_layer[0]}
     layer = max(stacked, key=lambda name: float(stacked[name].std(0).mean()))
     every = torch.cat([weights.flatten(1) for weights in stacked.values()], 1).double()

@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 import functools
-import time
-from io import StringIO
+from contextlib import AbstractContextManager
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 import linlora
-from linlora.experiments.environment import check_device
-from linlora.experiments.jobs import Job, Workers, run_jobs
-from linlora.experiments.report import print_outputs
-from linlora.experiments.run import opened
+from linlora import experiments
+from linlora.experiments.environment import check_device, surroundings
+from linlora.experiments.jobs import Job, Workers
+from linlora.experiments.report import publish
+from linlora.experiments.run import Experiment
 from linlora.quickstart.routing.adaptation import RECORD_FILE, adapt_all
-from linlora.quickstart.routing.experiment import RoutingExperiment
 from linlora.quickstart.routing.figures import draw_accuracies, draw_routing
 from linlora.quickstart.routing.inventories import INVENTORY_FILE, TRAINING_FILE, train_inventory
 from linlora.quickstart.routing.methods import ADAPTATIONS, INVENTORIES, INVENTORY_TITLES
 from linlora.quickstart.routing.report import reading, table
 from linlora.quickstart.routing.results import collect
 from linlora.quickstart.routing.settings import RoutingSettings
-from linlora.storage.files import write_text
-from linlora.storage.run_directory import write_json
+from linlora.quickstart.routing.workplace import Workplace
 
 _OUTPUTS = {
     "results.json": "every number of the table, by task and seed, with settings and environment",
@@ -50,46 +49,49 @@ def run(
     A call with the same `out` and settings continues where an interrupted one was. Arguments and errors are those of
     `linlora.quickstart.run`. Returns what `results.json` holds.
     """
-    out, settings, console = Path(out), settings or RoutingSettings(), console or Console()
     check_device(device)
-    begin = time.perf_counter()
-    experiment = RoutingExperiment(settings, out, device)
-    with opened(out, settings.fingerprint(device), "routing quickstart", seeds, workers, fresh) as stack:
-        stack.enter_context(experiment.around())
-        console.print(str(linlora.explain("routed_lora_linear", device)), highlight=False, markup=False)
-        run_jobs([*experiment.prepared(), *_phases(experiment, seeds)], workers, experiment.around, console)
-        results = collect(experiment, seeds)
-        results |= {"wall_seconds": time.perf_counter() - begin, "workers": workers}
-        _report(results, out, console)
-    return results
+    experiment, console = RoutingExperiment(settings or RoutingSettings(), Path(out), device), console or Console()
+    console.print(str(linlora.explain(experiment.op, device)), highlight=False, markup=False)
+    return experiments.run(experiment, "routing quickstart", seeds, workers, fresh, console)
 
 
-def _phases(experiment: RoutingExperiment, seeds: int) -> list[list[Job]]:
-    inventories = [
-        Job(
-            f"trained {INVENTORY_TITLES[inventory]}, seed {seed}", experiment.inventory_folder(inventory, seed),
-            (INVENTORY_FILE, TRAINING_FILE), functools.partial(train_inventory, experiment, inventory, seed),
-        )
-        for seed in range(seeds) for inventory in INVENTORIES
-    ]  # fmt: skip
-    adaptations = [
-        Job(
-            f"adapted by {method.title}, {shots} images, seed {seed}", experiment.adaptation_folder(name, shots, seed),
-            (RECORD_FILE,), functools.partial(adapt_all, experiment, name, shots, seed),
-            (experiment.inventory_folder(method.inventory, seed),) if method.inventory else (),
-        )
-        for seed in range(seeds) for shots in experiment.settings.shots for name, method in ADAPTATIONS.items()
-    ]  # fmt: skip
-    return [inventories, adaptations]
+class RoutingExperiment(Workplace, Experiment):
+    """Inventories, then adaptations to the held-out tasks."""
 
+    op = "routed_lora_linear"
 
-def _report(results: dict[str, Any], out: Path, console: Console) -> None:
-    write_json(out / "results.json", results)
-    draw_accuracies(results, out / "accuracies.png")
-    draw_routing(results, out / "routing.png")
-    file = StringIO()
-    for place in (console, Console(file=file, width=110)):
-        place.print(table(results))
-        place.print(reading(results), highlight=False)
-    write_text(out / "table.txt", file.getvalue())
-    print_outputs(results["wall_seconds"], out, _OUTPUTS, console)
+    def fingerprint(self) -> dict[str, Any]:
+        return asdict(self.settings)
+
+    def around(self) -> AbstractContextManager[None]:
+        return surroundings(self.device, self.settings.threads)
+
+    def phases(self, seeds: int) -> list[list[Job]]:
+        return [*self.prepared(), self._inventories(seeds), self._adaptations(seeds)]
+
+    def _inventories(self, seeds: int) -> list[Job]:
+        return [
+            Job(
+                f"trained {INVENTORY_TITLES[inventory]}, seed {seed}", self.inventory_folder(inventory, seed),
+                (INVENTORY_FILE, TRAINING_FILE), functools.partial(train_inventory, self, inventory, seed), (self.out,),
+            )
+            for seed in range(seeds) for inventory in INVENTORIES
+        ]  # fmt: skip
+
+    def _adaptations(self, seeds: int) -> list[Job]:
+        return [
+            Job(
+                f"adapted by {method.title}, {shots} images, seed {seed}", self.adaptation_folder(name, shots, seed),
+                (RECORD_FILE,), functools.partial(adapt_all, self, name, shots, seed),
+                (self.inventory_folder(method.inventory, seed) if method.inventory else self.out,),
+            )
+            for seed in range(seeds) for shots in self.settings.shots for name, method in ADAPTATIONS.items()
+        ]  # fmt: skip
+
+    def results(self, seeds: int) -> dict[str, Any]:
+        return collect(self, seeds)
+
+    def report(self, results: dict[str, Any], console: Console) -> None:
+        draw_accuracies(results, self.out / "accuracies.png")
+        draw_routing(results, self.out / "routing.png")
+        publish(results, self.out, console, [table(results)], reading(results), _OUTPUTS)

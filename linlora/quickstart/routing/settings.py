@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
 
-import linlora
 from linlora.quickstart.digits import Digits
 from linlora.quickstart.routing.tasks import DOMAINS, QUESTIONS
 
 
 @dataclass(frozen=True)
 class RoutingSettings:
-    """What a run directory was made with."""
+    """What a run directory is made with."""
 
     # the backbone and its pre-training
     data: Digits = field(default_factory=Digits)
@@ -39,7 +37,3 @@ class RoutingSettings:
 
     # the convex fit of weights at model scope
     ridge: float = 1e-3
-
-    def fingerprint(self, device: str) -> dict[str, Any]:
-        """What has to be equal for a run directory to be continued."""
-        return {"linlora": linlora.__version__, "device": device, **asdict(self)}

@@ -2,7 +2,7 @@
 
 import torch
 
-from linlora.experiments.images import features
+from linlora.experiments.image_suite import features
 from linlora.quickstart.glyphs import Glyphs, head, network, tasks
 
 

@@ -1,73 +1,66 @@
-"""An experiment: adapters of several kinds for several tasks, fused in every way; subclasses bring model and data.
+"""A comparison of controls: adapters of several kinds for several tasks, fused in every way.
 
 begin     the adapter that all of a start and seed set out from
 train     an adapter for each start, kind of training, task and seed
 fuse      the adapters of a control and seed, by every method
 map       the disentanglement of the first two tasks, first seed
+
+Subclasses bring model and data: `images.ImageExperiment` and `recipes.RecipeExperiment`.
 """
 
 from __future__ import annotations
 
 import functools
 import itertools
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from contextlib import AbstractContextManager
+from abc import abstractmethod
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from torch import nn
 
 from linlora.experiments.controls import CONTROLS, Control, Trained
-from linlora.experiments.environment import surroundings
 from linlora.experiments.fusing import fuse_control, map_control
 from linlora.experiments.jobs import Job
-from linlora.experiments.options import Options, Start
+from linlora.experiments.options import START_TITLES, Options, Start
+from linlora.experiments.report import write_report
+from linlora.experiments.results import control_results
+from linlora.experiments.run import Experiment
 from linlora.experiments.tasks import Tasks
+<<<<<<< HEAD:linlora/experiments/experiment.py
 from linlora.formats.export import export
 from linlora.formats.vector_folder import TASK_VECTOR_FILE, save_beside
 from linlora.storage.run_directory import staged, write_json
+=======
+from linlora.formats.export import TASK_VECTOR_FILE, export
+from linlora.storage.run_directory import read_json, staged, write_json
+>>>>>>> a97f9ab (Experiments: one Experiment and one run for quickstart, routing and compare; a run is continued by what made it alone; figures and options say no more than there is):linlora/experiments/comparison.py
 from linlora.vectors.task_vector import TaskVector
 
-SCORES_FILE, MAP_FILE = "scores.json", "map.json"
+SCORES_FILE, MAP_FILE, STEP_TIME_FILE = "scores.json", "map.json", "step_time.json"
 TRAINED_TITLES: dict[Trained, str] = {
     "lora": "LoRA", "lora-fa": "LoRA-FA", "layer": "layer scope", "model": "model scope",
     "features": "model scope up to the features",
 }  # fmt: skip
 
 
-class Experiment(ABC):
-    """Model, tasks and settings, on which every job works. It is pickled to worker processes, where its methods run.
+class Comparison(Experiment):
+    """Every control by every fusion method, on several tasks.
 
     Attributes:
-        out: the run directory.
-        device: where it computes.
+        names: the tasks.
+        starts: a sentence about each start.
+        controls: the keys of the controls that are tried.
         options: what is tried of each fusion method.
         kept: the methods whose fused vectors are written too.
     """
 
-    out: Path
-    device: str
+    names: tuple[str, ...]
+    starts: Mapping[Start, str]
+    controls: tuple[str, ...] = tuple(control.key for control in CONTROLS if control.key != "features")
     options: Options
     kept: tuple[str, ...] = ()
-
-    @property
-    @abstractmethod
-    def names(self) -> tuple[str, ...]:
-        """The tasks."""
-
-    @property
-    @abstractmethod
-    def starts(self) -> dict[Start, str]:
-        """A sentence about each start."""
-
-    @property
-    def controls(self) -> tuple[str, ...]:
-        return tuple(control.key for control in CONTROLS if control.key != "features")
-
-    @abstractmethod
-    def fingerprint(self) -> dict[str, Any]:
-        """The settings that a run directory is continued with. More seeds may be added, so they are not in it."""
 
     @abstractmethod
     def base(self, trained: Trained) -> nn.Module:
@@ -97,13 +90,13 @@ class Experiment(ABC):
         """The adapters that tasks set out from."""
         return []
 
-    def around(self) -> AbstractContextManager[Any]:
-        """The context of every job; the backend on a GPU is chosen as in training, unless a subclass names one."""
-        return surroundings()
-
     def controls_of(self, start: Start) -> list[Control]:
         """At B0 = 0 LoRA-FA is layer scope, and is not computed twice."""
         return [c for c in CONTROLS if c.key in self.controls and (start == "warm" or c.key != "lora_fa")]
+
+    def kept_of(self, control: Control) -> list[str]:
+        """The methods whose fused vectors of a control are written."""
+        return [method for method in self.kept if method in self.options.methods and control.fits(method)]
 
     def begin_folder(self, start: Start, seed: int) -> Path:
         return self.out / "starts" / start / f"seed{seed}"
@@ -127,9 +120,8 @@ class Experiment(ABC):
         vectors, tasks = self.vectors(start, control.trained, seed), self.tasks(start, control.trained, seed)
         fusion = fuse_control(control, self.base(control.trained), vectors, tasks, self.options, seed)
         with staged(self.fused_folder(start, control, seed)) as staging:
-            for method in self.kept:
-                if method in fusion.vectors:
-                    save_vector(fusion.vectors[method], staging / method)
+            for method in self.kept_of(control):
+                save_vector(fusion.vectors[method], staging / method)
             write_json(staging / SCORES_FILE, fusion.scores)
 
     def map(self, start: Start, control: Control) -> None:
@@ -140,7 +132,7 @@ class Experiment(ABC):
             write_json(staging / MAP_FILE, found)
 
     def phases(self, seeds: int) -> list[list[Job]]:
-        """Everything, seed by seed within a phase, so that what is interrupted lacks whole seeds."""
+        """Seed by seed within a phase, so that what is interrupted lacks whole seeds."""
         return [
             self.prepared(),
             self.begun(seeds),
@@ -160,7 +152,7 @@ class Experiment(ABC):
     def _fusions(self, seeds: int) -> Iterator[Job]:
         for seed, start in itertools.product(range(seeds), self.starts):
             for control in reversed(self.controls_of(start)):  # model scope takes longest
-                kept = tuple(f"{method}/{TASK_VECTOR_FILE}" for method in self.kept if control.fits(method))
+                kept = (f"{method}/{TASK_VECTOR_FILE}" for method in self.kept_of(control))
                 yield Job(
                     f"fused {control.title}, seed {seed}", self.fused_folder(start, control, seed),
                     (SCORES_FILE, *kept), functools.partial(self.fuse, start, control, seed),
@@ -177,6 +169,33 @@ class Experiment(ABC):
 
     def _adapters(self, start: Start, control: Control, seed: int) -> tuple[Path, ...]:
         return tuple(self.adapter_folder(start, control.trained, task, seed) for task in self.names)
+
+    def results(self, seeds: int) -> dict[str, Any]:
+        """The numbers of every start and control: fractions of the test split, unless a key says validation."""
+        timed = self.out / STEP_TIME_FILE
+        return {
+            "settings": self.fingerprint(),
+            "seeds": seeds,
+            "tasks": list(self.names),
+            "starts": {
+                start: {
+                    "title": START_TITLES[start],
+                    "note": note,
+                    "controls": {c.key: self._control_results(start, c, seeds) for c in self.controls_of(start)},
+                }
+                for start, note in self.starts.items()
+            },
+            "step_time": read_json(timed) if timed.exists() else None,
+        }
+
+    def _control_results(self, start: Start, control: Control, seeds: int) -> dict[str, Any]:
+        records = [[self.record(start, control.trained, task, seed) for task in self.names] for seed in range(seeds)]
+        scores = [read_json(self.fused_folder(start, control, seed) / SCORES_FILE) for seed in range(seeds)]
+        of_map = self.map_folder(start, control) / MAP_FILE
+        return {**control_results(records, scores), "map": read_json(of_map) if of_map.exists() else None}
+
+    def report(self, results: dict[str, Any], console: Console) -> None:
+        write_report(results, self.out, console)
 
 
 def save_vector(vector: TaskVector, folder: Path) -> None:

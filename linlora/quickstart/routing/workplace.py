@@ -1,19 +1,17 @@
-"""What every job works on: the digits' backbone, a frozen head a question, the images of every domain."""
+"""The place where jobs work: the digits' backbone, a frozen head a question, the images of every domain."""
 
 from __future__ import annotations
 
 import copy
 import functools
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from linlora.experiments.environment import surroundings
-from linlora.experiments.images import SplitName
+from linlora.experiments.image_suite import SplitName
 from linlora.experiments.jobs import Job
 from linlora.quickstart.digits.backbone import fit_head, load_backbone, load_heads, save_heads
 from linlora.quickstart.digits.data import Images, load_digits
@@ -41,15 +39,12 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class RoutingExperiment:
-    """The experiment of some settings in a run directory; it is pickled to worker processes."""
+class Workplace:
+    """A run directory and its settings."""
 
     settings: RoutingSettings
     out: Path
     device: str = "cpu"
-
-    def around(self) -> AbstractContextManager[None]:
-        return surroundings(self.device, self.settings.threads)
 
     @property
     def trained(self) -> tuple[Pair, ...]:
@@ -76,7 +71,7 @@ class RoutingExperiment:
 
     def reader(self) -> Reader:
         """A network without adapters, of its own."""
-        backbone, heads = _read(self.out, self.device)
+        backbone, heads = _read(self.settings, self.out, self.device)
         asked = {question: heads[question] for question in self.settings.questions}
         return Reader(copy.deepcopy(backbone), asked).to(self.device).eval()
 
@@ -103,8 +98,8 @@ def _digits() -> Images:
 
 
 @functools.lru_cache(maxsize=1)
-def _read(out: Path, device: str) -> tuple[nn.Module, Mapping[str, nn.Linear]]:
-    """Once in a process."""
+def _read(settings: RoutingSettings, out: Path, device: str) -> tuple[nn.Module, Mapping[str, nn.Linear]]:
+    """Once in a process; a run of other settings, started over in the folder, has a backbone of its own."""
     return load_backbone(out / "backbone").to(device), load_heads(out / HEADS_FILE, device)
 
 
