@@ -28,14 +28,9 @@ from linlora.experiments.report import write_report
 from linlora.experiments.results import control_results
 from linlora.experiments.run import Experiment
 from linlora.experiments.tasks import Tasks
-<<<<<<< HEAD:linlora/experiments/experiment.py
 from linlora.formats.export import export
 from linlora.formats.vector_folder import TASK_VECTOR_FILE, save_beside
-from linlora.storage.run_directory import staged, write_json
-=======
-from linlora.formats.export import TASK_VECTOR_FILE, export
 from linlora.storage.run_directory import read_json, staged, write_json
->>>>>>> a97f9ab (Experiments: one Experiment and one run for quickstart, routing and compare; a run is continued by what made it alone; figures and options say no more than there is):linlora/experiments/comparison.py
 from linlora.vectors.task_vector import TaskVector
 
 SCORES_FILE, MAP_FILE, STEP_TIME_FILE = "scores.json", "map.json", "step_time.json"

@@ -23,12 +23,8 @@ from linlora.experiments.jobs import Workers
 from linlora.experiments.judges import refuse_untested
 from linlora.experiments.options import START_NOTES, Options, Start, described
 from linlora.experiments.run import run
-<<<<<<< HEAD
-from linlora.formats.vector_folder import TASK_VECTOR_FILE
-=======
 from linlora.experiments.stamps import stamps
-from linlora.formats.export import TASK_VECTOR_FILE
->>>>>>> a97f9ab (Experiments: one Experiment and one run for quickstart, routing and compare; a run is continued by what made it alone; figures and options say no more than there is)
+from linlora.formats.vector_folder import TASK_VECTOR_FILE
 from linlora.storage.run_directory import read_json
 from linlora.training import Run, Settings, Task, load_task, read_recipe, train
 from linlora.training.adapted import read_point
