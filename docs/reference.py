@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -64,6 +63,7 @@ def _default(parameter: Any) -> str:
 
 def settings() -> str:
     """The keys of a recipe, from the dataclasses that read it."""
+    from linlora.training.setting import explained
     from linlora.training.settings import Data, Settings
 
     lines = [
@@ -72,28 +72,15 @@ def settings() -> str:
     ]  # fmt: skip
     for title, kind in (("A run", Settings), ("Under `data:`", Data)):
         lines += [f"## {title}", "", "| key | default | |", "|---|---|---|"]
-        explained = _attributes(inspect.getdoc(kind) or "", [field.name for field in dataclasses.fields(kind)])
+        meanings = explained(kind)
         for field in dataclasses.fields(kind):
             default = field.default
             if default is dataclasses.MISSING:
                 default = "required" if field.default_factory is dataclasses.MISSING else field.default_factory()
             shown = default if default in ("required", "", None) else f"`{default}`"
-            lines.append(f"| `{field.name}` | {shown or ''} | {_cell(explained.get(field.name, ''))} |")
+            lines.append(f"| `{field.name}` | {shown or ''} | {_cell(meanings[field.name])} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def _attributes(docstring: str, names: list[str]) -> dict[str, str]:
-    """The explanation of each attribute, from the section "Attributes:" of a docstring; several may share a line."""
-    section = re.search(r"Attributes:\n(.*?)(?:\n\n|\Z)", docstring, flags=re.S)
-    lines = inspect.cleandoc(section[1] if section else "").splitlines()
-    text = "".join(f" {line.strip()}" if line.startswith(" ") else f"\n{line}" for line in lines)
-    name = "|".join(names)
-    parts = re.split(rf"(?:\n|(?<=\. ))((?:(?:{name}), )*(?:{name})): ", text)
-    found = {}
-    for some, explanation in zip(parts[1::2], parts[2::2], strict=True):
-        found.update(dict.fromkeys(some.split(", "), explanation.strip()))
-    return found
 
 
 def _cell(text: str) -> str:

@@ -66,8 +66,8 @@ def test_help_names_types_in_plain_words(run, monkeypatch):
     text = run("train", "--help").output
     assert "list[" not in text
     assert "<str>" not in text
-    for method in ("lora, lora-fa, layer, model", "trained, frozen, prototypes"):
-        assert method in text
+    for choice in ("lora", "lora-fa", "layer", "model", "trained", "frozen", "prototypes"):
+        assert f'"{choice}"' in text
 
 
 @pytest.mark.parametrize(

@@ -2,72 +2,71 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from linlora.commands.errors import user_errors
-from linlora.training.settings import ENDS, FAMILIES, HEADS, KINDS
+from linlora.training.setting import explained, values_of
+from linlora.training.settings import Data, Settings
 
-if TYPE_CHECKING:
-    from linlora.training import Settings
-
-# Flags that are shorthands of settings: where what they say goes.
+# Flags that stand for a setting, which says what it takes and what it is.
 _FLAGS = {
-    "model": "model", "kind": "kind", "method": "method", "head": "head", "linear_to": "linear_to", "prompt": "prompt",
-    "seed": "seed", "data": "data.path", "config": "data.config", "text": "data.text", "image": "data.image",
-    "label": "data.label", "train": "data.train", "validation": "data.validation", "test": "data.test",
-    "rank": "lora.r", "alpha": "lora.lora_alpha", "dropout": "lora.lora_dropout", "target": "lora.target_modules",
-    "learning_rate": "training.learning_rate", "lr_grid": "lr_grid", "steps": "training.max_steps",
-    "batch_size": "training.per_device_train_batch_size", "bf16": "training.bf16", "out": "out",
+    "model": "model", "kind": "kind", "data": "data.path", "config": "data.config", "train": "data.train",
+    "validation": "data.validation", "test": "data.test", "text": "data.text", "image": "data.image",
+    "label": "data.label", "prompt": "prompt", "method": "method", "head": "head", "linear_to": "linear_to",
+    "seed": "seed", "lr_grid": "lr_grid", "out": "out",
 }  # fmt: skip
+_OF_LIBRARIES: dict[str, tuple[str, Any, str]] = {
+    "rank": ("lora.r", int, "LoRA rank."),
+    "alpha": ("lora.lora_alpha", float, "LoRA alpha; twice the rank if left out."),
+    "dropout": ("lora.lora_dropout", float, "LoRA dropout."),
+    "target": ("lora.target_modules", list[str], "layers with an adapter."),
+    "learning_rate": ("training.learning_rate", float, "learning rate; the method's own if left out."),
+    "steps": ("training.max_steps", int, "training steps."),
+    "batch_size": ("training.per_device_train_batch_size", int, "rows in a batch, on each device."),
+    "bf16": ("training.bf16", bool, "train in bfloat16."),
+}
+_KEYS = _FLAGS | {flag: key for flag, (key, _, _) in _OF_LIBRARIES.items()}
 
 
+def _with_flags(command: Callable[..., None]) -> Callable[..., None]:
+    """A command with these flags in place of its `**flags`, as typer reads them from its signature."""
+    values = values_of(Settings) | {f"data.{name}": taken for name, taken in values_of(Data).items()}
+    about = explained(Settings) | {f"data.{name}": text for name, text in explained(Data).items()}
+    described = {flag: (values[key].flag, about.get(key, "")) for flag, key in _FLAGS.items()}
+    described |= {flag: (kind, text) for flag, (_, kind, text) in _OF_LIBRARIES.items()}
+    flags = []
+    for flag, (kind, text) in described.items():
+        words = text[:1].upper() + text[1:] + (" Repeatable." if kind in (list[str], list[float]) else "")
+        annotation: Any = Annotated[kind | None, typer.Option(help=words)]
+        flags.append(inspect.Parameter(flag, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=annotation))
+    signature = inspect.signature(command, eval_str=True)
+    own = [p for p in signature.parameters.values() if p.kind != inspect.Parameter.VAR_KEYWORD]
+    together = sorted([*flags, *own], key=lambda parameter: parameter.kind)  # those by keyword alone are behind
+    command.__signature__ = signature.replace(parameters=together)  # type: ignore[attr-defined]
+    return command
+
+
+@_with_flags
 def train(
-    context: typer.Context,
     recipe: Annotated[Path | None, typer.Argument(help="A YAML file of settings, of one task or of many.")] = None,
     task: Annotated[list[str] | None, typer.Option(help="Of a recipe of many tasks: this one (repeatable).")] = None,
-    model: Annotated[str | None, typer.Option(help="Checkpoint: hub id or folder.")] = None,
-    kind: Annotated[str | None, typer.Option(help=f"{', '.join(KINDS)}.")] = None,
-    data: Annotated[str | None, typer.Option(help="Data set: hub id, folder, or csv/tsv/json/jsonl/parquet.")] = None,
-    config: Annotated[str | None, typer.Option(help="Configuration of a data set of the hub.")] = None,
-    train: Annotated[str | None, typer.Option(help="Split (or file) to train on.")] = None,
-    validation: Annotated[str | None, typer.Option(help="Split, file, or rows of train: 0.1 is a tenth.")] = None,
-    test: Annotated[str | None, typer.Option(help="Split or file to test on; a split 'test' is found.")] = None,
-    text: Annotated[list[str] | None, typer.Option(help="Column of a text to classify (twice for pairs).")] = None,
-    image: Annotated[str | None, typer.Option(help="Column of the images.")] = None,
-    label: Annotated[str | None, typer.Option(help="Column of the label or answer.")] = None,
-    prompt: Annotated[str | None, typer.Option(help="Text-to-text: columns in braces, '{question}'.")] = None,
-    method: Annotated[str | None, typer.Option(help=f"{', '.join(FAMILIES)}.")] = None,
-    head: Annotated[str | None, typer.Option(help=f"Head of a classifier: {', '.join(HEADS)}.")] = None,
-    linear_to: Annotated[
-        str | None, typer.Option(help=f"At model scope, with prototypes or zero-shot, linear up to: {', '.join(ENDS)}.")
-    ] = None,
-    rank: Annotated[int | None, typer.Option(help="LoRA rank.")] = None,
-    alpha: Annotated[float | None, typer.Option(help="LoRA alpha.")] = None,
-    dropout: Annotated[float | None, typer.Option(help="LoRA dropout.")] = None,
-    target: Annotated[list[str] | None, typer.Option(help="Layers with an adapter (repeatable).")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Learning rate; the method's if left out.")] = None,
-    lr_grid: Annotated[
-        list[float] | None, typer.Option(help="Try this learning rate (repeatable); validation chooses.")
-    ] = None,
-    steps: Annotated[int | None, typer.Option(help="Training steps.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Rows in a batch, on each device.")] = None,
-    bf16: Annotated[bool | None, typer.Option("--bf16/--no-bf16", help="Train in bfloat16.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the adapter and the order of rows.")] = None,
+    *,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", help="Any other setting: --set training.report_to=tensorboard (repeatable)."),
+        typer.Option("--set", help="Any setting: --set training.report_to=tensorboard (repeatable)."),
     ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run; of many tasks, the folder of theirs.")] = None,
     push_to_hub: Annotated[
         str | None, typer.Option(help="Upload the run as OWNER/NAME; of many tasks, each as OWNER/NAME-TASK.")
     ] = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Delete the run in the folder and start over.")] = False,
+    **flags: Any,
 ) -> None:
     """Train LoRA adapters, plain or linearized, of any transformers checkpoint; the same command resumes.
 
@@ -78,7 +77,7 @@ def train(
         from linlora.commands.surroundings import offline_without_network, quiet
         from linlora.training.data import check_files
 
-        tasks = list(_settings(recipe, task or [], _given(context.params), set_ or []).values())
+        tasks = list(_settings(recipe, task or [], _given(flags), set_ or []).values())
         for settings in tasks:
             check_files(settings.data)
         offline_without_network(name for settings in tasks for name in (settings.model, settings.data.path))
@@ -138,33 +137,23 @@ def _is_right_alone(recipe: Path, tasks: list[str]) -> bool:
 def as_flags(message: str) -> str:
     """A message about settings with the flags in their place.
 
-    >>> as_flags("settings: 'model' is missing")
+    >>> as_flags("settings: model is missing")
     '--model is missing'
     >>> as_flags("settings: kind 'classification' needs one of the two, data.text or data.image")
-    '--kind classification needs one of the two, --text or --image'
-    >>> as_flags("settings: unknown method 'full'; choose one of lora, layer")
-    "--method: unknown method 'full'; choose one of lora, layer"
+    "kind 'classification' needs one of the two, --text or --image"
+    >>> as_flags("settings: method is one of lora, layer, got 'full'")
+    "--method is one of lora, layer, got 'full'"
     """
     message = message.removeprefix("settings: ")
-    for flag, key in _FLAGS.items():
-        name = f"--{flag.replace('_', '-')}"
-        if "." in key:
-            message = re.sub(rf"(?<![\w.]){re.escape(key)}(?![\w.])", name, message)
-        else:
-            message = message.replace(f"'{key}' is missing", f"{name} is missing")
-            message = re.sub(rf"(^|: )unknown {key} '", rf"\1{name}: unknown {key} '", message)
-    message = re.sub(r"\bkind '([\w-]+)' needs", r"--kind \1 needs", message).replace("needs prompt", "needs --prompt")
-    return message.replace("'data' is missing", "--data is missing")
+    for flag, key in _KEYS.items():
+        begin, end = (r"(?<![\w.])", r"(?![\w.])") if "." in key else (r"(?:^|(?<=: )|(?<=needs ))", "(?= is |$)")
+        message = re.sub(begin + re.escape(key) + end, f"--{flag.replace('_', '-')}", message)
+    return message
 
 
 def _given(flags: dict[str, Any]) -> dict[str, Any]:
     """The settings that flags give; those left out say nothing."""
     from linlora.training.plain_yaml import parse
 
-    given = {key: flags[flag] for flag, key in _FLAGS.items() if flags[flag] not in (None, [], ())}
-    given |= {key: parse(given[key]) for key in ("data.validation", "data.test") if key in given}
-    if given.get("lora.target_modules") == ["all-linear"]:
-        given["lora.target_modules"] = "all-linear"
-    if "out" in given:
-        given["out"] = str(given["out"])
-    return given
+    given = {key: flags[flag] for flag, key in _KEYS.items() if flags[flag] not in (None, [], ())}
+    return given | {key: parse(given[key]) for key in ("data.validation", "data.test") if key in given}

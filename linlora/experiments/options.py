@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from linlora.fusion import grid
 from linlora.fusion.registry import IN_WEIGHT_SPACE
-from linlora.training.settings import unknown
+from linlora.training.setting import unknown
 
 Start = Literal["zero", "warm"]
 """Where adapters start: at B0 = 0, or at an adapter that was trained before."""

@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import difflib
 import json
-import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from linlora.training import plain_yaml
+from linlora.training.setting import TEXT, TEXTS, Values, check, check_keys, is_real, number, one_of, whole
 
-KINDS = ("classification", "text-to-text", "zero-shot")
 FAMILIES = ("lora", "lora-fa", "layer", "model")
-HEADS = ("trained", "frozen", "prototypes")
-ENDS = ("scores", "features")
 # Where `training.learning_rate` is left out. The rates that validated best on the quickstart's digits, of one grid for
 # all methods, were one and the same for LoRA and layer scope, and twice that for model scope.
 LEARNING_RATES = {"lora": 3e-4, "lora-fa": 3e-4, "layer": 3e-4, "model": 6e-4}
@@ -31,11 +28,31 @@ _RESERVED = {
     "do_train": "nothing", "do_eval": "nothing", "do_predict": "nothing",
     "push_to_hub": "nothing: upload the folder of the run when it is done",
 }  # fmt: skip
-_COUNTS = (
-    "max_steps", "per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
-)  # fmt: skip
-_RANK = 16
-_TRAINING = {"per_device_train_batch_size": 16, "max_steps": 1000}
+# Values that PEFT and transformers do not check before the model is made, or at all.
+_LORA = {
+    "r": whole(1),
+    "lora_alpha": number(" other than 0", bool),
+    "lora_dropout": number(", 0 or more and below 1", lambda v: 0 <= v < 1),
+}
+_TRAINING = {
+    "learning_rate": number(", 0 or more", lambda v: v >= 0),
+    "max_steps": Values(
+        "a whole number, 1 or more, or -1 with num_train_epochs", lambda v: type(v) is int and (v > 0 or v == -1), int
+    ),
+    "num_train_epochs": number(" above 0", lambda v: v > 0),
+    "per_device_train_batch_size": whole(1),
+    "per_device_eval_batch_size": whole(1),
+    "gradient_accumulation_steps": whole(1),
+}
+_DEFAULT_TRAINING = {"per_device_train_batch_size": 16, "max_steps": 1000}
+
+
+def _is_held_out(value: Any) -> bool:
+    return isinstance(value, str) or (is_real(value) and (0 < value < 1 or (value >= 1 and value == int(value))))
+
+
+_SPLIT_OR_ROWS = Values("a split, a file, or how many rows of train are held out (0.1: a tenth)", _is_held_out)
+_SPLIT_OR_FALSE = Values("a split, a file or false", lambda v: v is False or isinstance(v, str))
 
 
 @dataclass(frozen=True)
@@ -47,36 +64,101 @@ class Data:
             images), or a csv, tsv, json, jsonl or parquet file.
         config: the configuration of a data set that has several.
         train: a split, also a slice of one ("train[:80%]"), or a file.
-        test: the same; a split of that name that is found, if left out; false: nothing is tested.
-        validation: the same; or how many rows of train, a fraction below 1 or a number, are held out for it.
-        prototypes: the same, of the examples that make prototypes (`head: prototypes`); train if left out.
-        text: the columns of a classified text, one or two. image: the column of an image.
+        validation: a split, a file, or how many rows of train, a fraction or a number, are held out for it.
+        test: a split or file; a split of that name that is found, if left out; false: nothing is tested.
+        prototypes: a split or file of the examples that make prototypes (`head: prototypes`); train if left out.
+        text: the columns of a classified text, one or two.
+        image: the column of an image.
         label: the column of the class (its name or index), of the number, or of the answer.
     """
 
-    path: str | None = None
-    config: str | None = None
-    train: str = "train"
-    validation: str | float = "validation"
-    test: str | bool | None = None
-    prototypes: str | None = None
-    text: tuple[str, ...] = ()
-    image: str | None = None
-    label: str = "label"
+    path: Annotated[str | None, TEXT] = None
+    config: Annotated[str | None, TEXT] = None
+    train: Annotated[str, TEXT] = "train"
+    validation: Annotated[str | float, _SPLIT_OR_ROWS] = "validation"
+    test: Annotated[str | bool | None, _SPLIT_OR_FALSE] = None
+    prototypes: Annotated[str | None, TEXT] = None
+    text: Annotated[tuple[str, ...], TEXTS] = ()
+    image: Annotated[str | None, TEXT] = None
+    label: Annotated[str, TEXT] = "label"
 
     def __post_init__(self) -> None:
-        _check_strings("data", self, ("path", "config", "prototypes", "image"), optional=True)
-        if self.test is not None and self.test is not False and not isinstance(self.test, str):
-            raise ValueError(f"data: 'test' is a split, a file or false, got {self.test!r}")
-        _check_strings("data", self, ("train", "label"))
-        _set(self, "text", _strings("data.text", self.text))
-        held_out = self.validation
-        if isinstance(held_out, bool) or not isinstance(held_out, (str, int, float)):
-            raise ValueError(f"data.validation is a split, a fraction or a number of rows, got {held_out!r}")
-        if not isinstance(held_out, str) and not (0 < held_out < 1 or (held_out >= 1 and held_out == int(held_out))):
-            raise ValueError(
-                f"data.validation: {held_out} is neither a fraction of train, above 0 and below 1, nor a number of rows"
-            )
+        check(self, "data.")
+
+
+def _data(content: Any) -> Data:
+    if isinstance(content, Data):
+        return content
+    check_keys("data", content, Data)
+    return Data(**content)
+
+
+def _plain(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
+    """A section as plain values, the same however it was written (tuples are lists)."""
+    try:
+        return json.loads(json.dumps(dict(content)))
+    except TypeError as error:
+        raise ValueError(f"{section} holds plain values (numbers, words, lists): {error}") from None
+
+
+def _checked(section: str, options: dict[str, Any], values: Mapping[str, Values]) -> dict[str, Any]:
+    return {
+        key: values[key].checked(f"{section}.{key}", value) if key in values else value
+        for key, value in options.items()
+    }
+
+
+def _lora(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `lora`, checked; alpha is twice the rank, as in the papers, unless it is given."""
+    from peft import LoraConfig
+
+    from linlora.layers.vanilla import refuse_changed_base
+
+    options = _checked("lora", {"r": 16, **_plain("lora", content)}, _LORA)
+    check_keys("lora", options, LoraConfig)
+    for key in ("task_type", "inference_mode", "base_model_name_or_path"):
+        if key in options:
+            raise ValueError(f"lora.{key} follows from the other settings; leave it out")
+    refuse_changed_base(options.get("init_lora_weights"), "lora")
+    if options.get("target_modules") == ["all-linear"]:  # as a flag has it
+        options["target_modules"] = "all-linear"
+    return {"lora_alpha": 2 * options["r"], "lora_dropout": 0.0, **options}
+
+
+def _training(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The section `training`, checked. Epochs that are asked for are not cut short by the default number of steps."""
+    from transformers import TrainingArguments
+
+    options = _checked("training", _plain("training", content), _TRAINING)
+    for key in options:
+        if key in _RESERVED:
+            raise ValueError(f"training.{key} is not set here; set {_RESERVED[key]}")
+    check_keys("training", options, TrainingArguments)
+    defaults = {f.name: f.default for f in fields(TrainingArguments)}
+    for key, value in options.items():
+        if isinstance(defaults[key], (int, float)) and not isinstance(value, (int, float)):
+            kind = "true or false" if isinstance(defaults[key], bool) else "a number"
+            raise ValueError(f"training.{key} is {kind}, got {value!r}")
+    own = {k: v for k, v in _DEFAULT_TRAINING.items() if k != "max_steps" or "num_train_epochs" not in options}
+    return {**own, **options}
+
+
+def _section(read: Any) -> Values:
+    return Values("a section of 'key: value' lines", lambda v: isinstance(v, Mapping), read=read)
+
+
+def _rates(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+_DATA = Values("a section (path, train, label, ...)", lambda v: isinstance(v, (Data, Mapping)), read=_data)
+_OPTIONS = _section(partial(_plain, "model_options"))
+_GRID = Values(
+    "a list of learning rates above 0",
+    lambda v: all(is_real(rate) and rate > 0 for rate in _rates(v)),
+    list[float],
+    lambda v: tuple(sorted({float(rate) for rate in _rates(v)})),
+)
 
 
 @dataclass(frozen=True)
@@ -88,7 +170,8 @@ class Settings:
         kind: "classification" of texts or images by a head, "text-to-text" with a prompt and an answer, or "zero-shot"
             with CLIP, whose text tower builds the classes and whose image tower is adapted.
         data: see `Data`.
-        out: the folder of the run. name: of the task; both follow from the data where they are not given.
+        out: the folder of the run; of many tasks, the folder of theirs. It follows from the name if left out.
+        name: of the task. It follows from the data if left out.
         method: "lora", "lora-fa" (A frozen), or the scope of the linearization, "layer" or "model".
         head: of a classifier: "trained" beside the adapter; "frozen", as the checkpoint has it; or "prototypes", the
             means of each class's features before training, which go with an encoder without a head.
@@ -100,14 +183,15 @@ class Settings:
         class_names: in the order of the classes; the data set's own where it has them.
         templates: of zero-shot: sentences around a class name, which stands for {}.
         metric: the number a run is judged by; see `linlora.training.metrics`.
-        max_length: tokens of a text or prompt; what is longer is cut. max_new_tokens: of an answer.
+        max_length: tokens of a text or prompt; what is longer is cut.
+        max_new_tokens: tokens of an answer.
         point: start from this linearization point: a task vector file, or a folder that holds one. Vectors of several
             tasks add if their runs start from one point; those of one model, seed and LoRA settings do.
         seed: of the adapter, a new head, and the order of the rows.
         lr_grid: learning rates to try: the one that scores best on the validation split makes the run.
         lora: fields of `peft.LoraConfig`: r, lora_alpha (2 r), lora_dropout, target_modules, use_rslora, ...
-        training: fields of `transformers.TrainingArguments`. learning_rate is that of LEARNING_RATES for the method
-            where it is left out. report_to: tensorboard, wandb or another, which has to be installed.
+        training: fields of `transformers.TrainingArguments`. learning_rate is the method's own where it is
+            left out. report_to: tensorboard, wandb or another, which has to be installed.
         model_options: keyword arguments of the model's `from_pretrained`: dtype, revision, attn_implementation, ...
 
     >>> settings = Settings("bert-base-uncased", "classification", Data("reviews.csv", text=("review",)))
@@ -120,66 +204,50 @@ method, head, linear_to, prompt, answers, class_names, templates, metric, max_le
 lr_grid, lora, training, model_options
     """
 
-    model: str
-    kind: str
-    data: Data
-    out: str = ""
-    name: str = ""
-    method: str = "layer"
-    head: str = "trained"
-    linear_to: str = ""
-    prompt: str | None = None
-    answers: tuple[str, ...] = ()
-    class_names: tuple[str, ...] = ()
-    templates: tuple[str, ...] = ("a photo of a {}.",)
-    metric: str | None = None
-    max_length: int = 512
-    max_new_tokens: int = 16
-    point: str | None = None
-    seed: int = 0
-    lr_grid: tuple[float, ...] = ()
-    lora: Mapping[str, Any] = field(default_factory=dict)
-    training: Mapping[str, Any] = field(default_factory=dict)
-    model_options: Mapping[str, Any] = field(default_factory=dict)
+    model: Annotated[str, TEXT]
+    kind: Annotated[str, one_of("classification", "text-to-text", "zero-shot")]
+    data: Annotated[Data, _DATA]
+    out: Annotated[str, TEXT] = ""
+    name: Annotated[str, TEXT] = ""
+    method: Annotated[str, one_of(*FAMILIES)] = "layer"
+    head: Annotated[str, one_of("trained", "frozen", "prototypes")] = "trained"
+    linear_to: Annotated[str, one_of("scores", "features", unset="")] = ""
+    prompt: Annotated[str | None, TEXT] = None
+    answers: Annotated[tuple[str, ...], TEXTS] = ()
+    class_names: Annotated[tuple[str, ...], TEXTS] = ()
+    templates: Annotated[tuple[str, ...], TEXTS] = ("a photo of a {}.",)
+    metric: Annotated[str | None, TEXT] = None
+    max_length: Annotated[int, whole(1)] = 512
+    max_new_tokens: Annotated[int, whole(1)] = 16
+    point: Annotated[str | None, TEXT] = None
+    seed: Annotated[int, whole(0, 2**32, " and below 2^32")] = 0
+    lr_grid: Annotated[tuple[float, ...], _GRID] = ()
+    lora: Annotated[Mapping[str, Any], _section(_lora)] = field(default_factory=dict)
+    training: Annotated[Mapping[str, Any], _section(_training)] = field(default_factory=dict)
+    model_options: Annotated[Mapping[str, Any], _OPTIONS] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        _check_strings("settings", self, ("model", "kind", "out", "name", "method", "head", "linear_to"))
-        _check_strings("settings", self, ("prompt", "metric", "point"), optional=True)
-        for key in ("answers", "class_names", "templates"):
-            _set(self, key, _strings(key, getattr(self, key)))
-        for key in ("max_length", "max_new_tokens", "seed"):
-            value = getattr(self, key)
-            least = 0 if key == "seed" else 1
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**32:
-                raise ValueError(f"{key} is a whole number, {least} or more and below 2^32, got {value!r}")
-        _choice("kind", self.kind, KINDS)
-        _choice("method", self.method, FAMILIES)
-        _choice("head", self.head, HEADS)
+        check(self)
         self._check_kind()
         self._check_end()
-        _set(self, "lr_grid", _rates(self.lr_grid))
-        _set(self, "lora", _lora(self.lora))
-        _set(self, "training", _training(self.training))
-        _set(self, "model_options", _plain("model_options", self.model_options))
-        _set(self, "name", self.name or self.data.config or Path(self.data.path or self.data.train).stem)
-        _set(self, "out", self.out or f"runs/{self.name}")
+        name = self.name or self.data.config or Path(self.data.path or self.data.train).stem
+        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "out", self.out or f"runs/{name}")
 
     def _check_kind(self) -> None:
-        data, kind = self.data, self.kind
+        data = self.data
         if data.path is None and "." not in data.train:
             raise ValueError("data.path is missing: name a data set on the hub, a folder or a file")
-        wanted = {
-            "classification": ("data.text or data.image", bool(data.text) != bool(data.image)),
+        what, given = {
+            "classification": ("one of the two, data.text or data.image", bool(data.text) != bool(data.image)),
             "text-to-text": ("prompt", bool(self.prompt)),
             "zero-shot": ("data.image", bool(data.image)),
-        }
-        what, given = wanted[kind]
+        }[self.kind]
         if not given:
-            either = "one of the two, " if " or " in what else ""
-            raise ValueError(f"kind '{kind}' needs {either}{what}")
+            raise ValueError(f"kind '{self.kind}' needs {what}")
         if len(data.text) > 2:
             raise ValueError(f"data.text: a text of one or two columns is classified, got {list(data.text)}")
-        if kind == "zero-shot" and not (self.templates and all("{}" in template for template in self.templates)):
+        if self.kind == "zero-shot" and not (self.templates and all("{}" in template for template in self.templates)):
             raise ValueError(f"templates: each needs a {{}} for the class name, got {list(self.templates)}")
 
     @property
@@ -192,7 +260,6 @@ lr_grid, lora, training, model_options
         return self.kind == "classification" and self.head == "trained"
 
     def _check_end(self) -> None:
-        _choice("linear_to", self.ends_at, ENDS)
         both = self.kind == "zero-shot" or (self.kind == "classification" and self.head == "prototypes")
         if not both and self.linear_to == ("scores" if self._trains_head else "features"):
             what = f"a {self.head} head" if self.kind == "classification" else f"kind '{self.kind}'"
@@ -216,15 +283,13 @@ lr_grid, lora, training, model_options
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "settings") -> Settings:
         """Settings from plain values, as YAML gives them; an unknown key is an error that lists the known ones."""
-        _check_keys(where, content, cls)
-        for key in ("model", "kind", "data"):
+        check_keys(where, content, cls)
+        content = {**content, "data": content.get("data") or {}}
+        for key in ("model", "kind"):
             if content.get(key) is None:
-                raise ValueError(f"{where}: '{key}' is missing")
-        if not isinstance(content["data"], Mapping):
-            raise ValueError(f"{where}: 'data' is a section (path, train, label, ...), got {content['data']!r}")
-        _check_keys(f"{where}, data", content["data"], Data)
+                raise ValueError(f"{where}: {key} is missing")
         try:
-            return cls(**{**content, "data": Data(**content["data"])})
+            return cls(**content)
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from None
 
@@ -285,116 +350,3 @@ def flat(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         keys.update(flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return keys
-
-
-def unknown(where: str, key: str, known: Iterable[str]) -> ValueError:
-    """The error for a key that is not among the known ones: the nearest of them, and all."""
-    known = list(known)
-    near = difflib.get_close_matches(key, known, 1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return ValueError(f"{where}: unknown key '{key}'; {hint}The keys are {', '.join(known)}")
-
-
-def _check_keys(where: str, content: Mapping[str, Any], kind: type) -> None:
-    known = [f.name for f in fields(kind) if f.init]
-    for key in content:
-        if key not in known:
-            raise unknown(where, str(key), known)
-
-
-def _lora(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `lora`, checked; alpha is twice the rank, as in the papers, unless it is given."""
-    from peft import LoraConfig
-
-    from linlora.layers.vanilla import refuse_changed_base
-
-    options = _plain("lora", section)
-    _check_keys("lora", options, LoraConfig)
-    for key in ("task_type", "inference_mode", "base_model_name_or_path"):
-        if key in options:
-            raise ValueError(f"lora.{key} follows from the other settings; leave it out")
-    refuse_changed_base(options.get("init_lora_weights"), "lora")
-    rank = options.get("r", _RANK)
-    if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
-        raise ValueError(f"lora.r, the rank, is a whole number above 0, got {rank!r}")
-    options = {"r": rank, "lora_alpha": 2 * rank, "lora_dropout": 0.0, **options}
-    alpha, dropout = options["lora_alpha"], options["lora_dropout"]
-    if not (_is_real(alpha) and alpha != 0):
-        raise ValueError(f"lora.lora_alpha is a number other than 0, got {alpha!r}")
-    if not (_is_real(dropout) and 0 <= dropout < 1):
-        raise ValueError(f"lora.lora_dropout is a number, 0 or more and below 1, got {dropout!r}")
-    return options
-
-
-def _training(section: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `training`, checked. Epochs that are asked for are not cut short by the default number of steps."""
-    from transformers import TrainingArguments
-
-    options = _plain("training", section)
-    for key in options:
-        if key in _RESERVED:
-            raise ValueError(f"training.{key} is not set here; set {_RESERVED[key]}")
-    _check_keys("training", options, TrainingArguments)
-    defaults = {f.name: f.default for f in fields(TrainingArguments)}
-    for key, value in options.items():
-        if isinstance(defaults[key], (int, float)) and not isinstance(value, (int, float)):
-            kind = "true or false" if isinstance(defaults[key], bool) else "a number"
-            raise ValueError(f"training.{key} is {kind}, got {value!r}")
-        _check_range(key, value)
-    own = {k: v for k, v in _TRAINING.items() if k != "max_steps" or "num_train_epochs" not in options}
-    return {**own, **options}
-
-
-def _check_range(key: str, value: Any) -> None:
-    """Raise a ValueError for training without a step or backwards, and for parts of a step."""
-    if key in _COUNTS and not (type(value) is int and (value >= 1 or (key, value) == ("max_steps", -1))):
-        more = ", or -1 with num_train_epochs" if key == "max_steps" else ""
-        raise ValueError(f"training.{key} is a whole number, 1 or more{more}, got {value!r}")
-    if key == "learning_rate" and not (_is_real(value) and value >= 0):
-        raise ValueError(f"training.learning_rate is a number, 0 or more, got {value!r}")
-    if key == "num_train_epochs" and not value > 0:
-        raise ValueError(f"training.num_train_epochs is above 0, got {value!r}")
-
-
-def _is_real(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-
-
-def _plain(where: str, section: Any) -> dict[str, Any]:
-    """A section as plain values, the same however it was written (tuples are lists)."""
-    if not isinstance(section, Mapping):
-        raise ValueError(f"'{where}' is a section of 'key: value' lines, got {section!r}")
-    try:
-        return json.loads(json.dumps(dict(section)))
-    except TypeError as error:
-        raise ValueError(f"'{where}' holds plain values (numbers, words, lists): {error}") from None
-
-
-def _strings(where: str, value: Any) -> tuple[str, ...]:
-    values = (value,) if isinstance(value, str) else value
-    if not isinstance(values, (list, tuple)) or not all(isinstance(item, str) for item in values):
-        raise ValueError(f"'{where}' is a list of texts, got {value!r} (quote numbers)")
-    return tuple(values)
-
-
-def _check_strings(where: str, holder: Any, keys: Iterable[str], optional: bool = False) -> None:
-    for key in keys:
-        value = getattr(holder, key)
-        if not isinstance(value, str) and not (optional and value is None):
-            raise ValueError(f"{where}: '{key}' is a text, got {value!r}")
-
-
-def _choice(key: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"unknown {key} '{value}'; choose one of {', '.join(choices)}")
-
-
-def _set(holder: Any, key: str, value: Any) -> None:
-    object.__setattr__(holder, key, value)
-
-
-def _rates(rates: Any) -> tuple[float, ...]:
-    rates = (rates,) if isinstance(rates, (int, float)) else rates
-    if not isinstance(rates, (list, tuple)) or not all(_is_real(rate) and rate > 0 for rate in rates):
-        raise ValueError(f"lr_grid is a list of learning rates above 0, got {rates!r}")
-    return tuple(sorted({float(rate) for rate in rates}))

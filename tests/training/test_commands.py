@@ -100,7 +100,7 @@ def test_flags_make_a_run_and_go_before_the_file(run, recipe, checkpoints, revie
     [
         (["train"], "error: --model is missing"),
         (["train", "--model", "x", "--kind", "classification", "--data", "x.csv"], "needs one of the two, --text or"),
-        (["train", "both.yaml", "--method", "full"], "--method: unknown method 'full'; choose one of lora, lora-fa"),
+        (["train", "both.yaml", "--method", "full"], "--method is one of lora, lora-fa, layer, model, got 'full'"),
         (["train", "both.yaml", "--steps", "0"], "--steps is a whole number, 1 or more"),
         (["train", "both.yaml", "--data", "gone.csv"], "data: there is no file gone.csv"),
         (["train", "missing.yaml"], "missing.yaml: no such file"),

@@ -147,7 +147,7 @@ def test_a_suite_of_prototypes_scores_each_task_by_its_own(task, review_files, t
     [
         ({"head": "trained", "linear_to": "scores"}, "the scores are not where the function of a trained head ends"),
         ({"head": "frozen", "linear_to": "features"}, "the features are not where the function of a frozen head ends"),
-        ({"linear_to": "logits"}, "unknown linear_to 'logits'; choose one of scores, features"),
+        ({"linear_to": "logits"}, "linear_to is one of scores, features, got 'logits'"),
         ({"model": "t5"}, "is a t5; head: prototypes takes an encoder"),
     ],
 )
