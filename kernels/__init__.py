@@ -2,9 +2,8 @@
 
 The ops, each in the file of its name or of its family, which opens with its formula, tile picture and floor:
 
-    linearized_lora_linear          y + y_t of one LoRA layer, forward and backward (recompute design)
-    linearized_lora_linear_flags      the same beyond small M: persistent programs that share x Aᵀ through flags
-    lora_linear                     primal and tangent streams of one LoRA layer, forward and backward
+    lora_linear                     one LoRA layer with its tangent, in one stream or two, forward and backward
+    linearized_lora_linear_flags      one stream beyond small M: persistent programs that share x Aᵀ through flags
     factor_gradients                the gradients of both factors
     grouped_lora_linear             a LoRA layer with factors of its own for every group of rows, one stream or both
     grouped_shrink                  its products of rank r

@@ -27,7 +27,6 @@ from .grouped_problem import GroupedGradients, GroupedLoraLinear
 from .grouped_shrink import launch as launch_grouped_shrink
 from .launch import Launch
 from .linear import launch as launch_linear
-from .linearized_lora_linear import launch as launch_recompute
 from .linearized_lora_linear_flags import launch as launch_flags
 from .lora_linear import launch as launch_lora_linear
 from .mix_inventories import Layer, mix_launch, plan_of, unmix_launch
@@ -147,9 +146,7 @@ def lora_launch(case: Case) -> Launch:
     )  # fmt: skip
     # "untangled": the backward of a layer whose input had no tangent, without y
     result = empty(problem.outputs(primal="untangled" not in variant), x)
-    if two_streams:
-        return launch_lora_linear(problem, result, config)
-    return (launch_flags if config.design == "flags" else launch_recompute)(problem, result, config)
+    return (launch_flags if config.design == "flags" else launch_lora_linear)(problem, result, config)
 
 
 def factor_gradients_cases(row: Row, architecture: int) -> Iterator[Case]:

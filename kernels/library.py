@@ -12,12 +12,10 @@ import torch
 from torch import Tensor
 
 from . import factor_gradients as _factor_gradients
-from . import linearized_lora_linear as _one_stream
-from . import lora_linear as _two_streams
-from .configs import Config
+from . import lora_linear as _lora_linear
 from .counters import for_compiled_code
 from .packing import fake, pack, present, restored, schema, unpacked
-from .problem import FactorGradients, LoraLinear, Result
+from .problem import FactorGradients, LoraLinear
 
 
 def operator(
@@ -52,12 +50,5 @@ def operator(
     return call
 
 
-def _lora_linear(
-    problem: LoraLinear, save: bool = True, primal: bool = True, config: Config | None = None, change: str = ""
-) -> Result:
-    run = _two_streams.host if problem.two_streams else _one_stream.host
-    return run(problem, save=save, primal=primal, config=config, change=change)
-
-
-lora_linear = operator("lora_linear", LoraLinear, _lora_linear, {"change": ""}, save=True, primal=True)
+lora_linear = operator("lora_linear", LoraLinear, _lora_linear.host, {"change": ""}, save=True, primal=True)
 factor_gradients = operator("factor_gradients", FactorGradients, _factor_gradients.host)

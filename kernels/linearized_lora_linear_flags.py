@@ -1,6 +1,6 @@
-"""linearized_lora_linear beyond small M: persistent programs that share u and c through flags, in one launch.
+"""`lora_linear` of one stream beyond small M: persistent programs that share u and c through flags, in one launch.
 
-    u = x' S0ᵀ      c = x' (S0 + dS)ᵀ      y = x Wᵀ + b + s [ c E0ᵀ + u dEᵀ ]        (see `linearized_lora_linear`)
+    u = x' S0ᵀ      c = x' (S0 + dS)ᵀ      y = x Wᵀ + b + s [ c E0ᵀ + u dEᵀ ]                     (see `lora_linear`)
 
 [S0; dS] counts as more columns of tiles, BLOCK_R ranks each. A program draws tiles from a ticket counter, in groups of
 GROUP_M rows:

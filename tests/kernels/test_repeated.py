@@ -4,9 +4,8 @@ import pytest
 import torch
 from kernel_oracles import FLAGS, RECOMPUTE, dropped, layer
 from linlora.kernels import repeated
-from linlora.kernels.linearized_lora_linear import launch as launch_recompute
 from linlora.kernels.linearized_lora_linear_flags import launch as launch_flags
-from linlora.kernels.lora_linear import launch as launch_two_streams
+from linlora.kernels.lora_linear import launch as launch_recompute
 from linlora.kernels.packing import empty
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -63,9 +62,9 @@ def test_a_kept_launch_passes_the_arguments_of_a_new_one(device, name, design, s
     first, second = (PROBLEMS[name](device) for _ in range(2))
     if design == "two streams":
         first, second = (x._replace(two_streams=True, x_tangent=torch.randn_like(x.x)) for x in (first, second))
-    build = {"recompute": launch_recompute, "flags": launch_flags, "two streams": launch_two_streams}[design]
+    build = launch_flags if design == "flags" else launch_recompute
     config = FLAGS if design == "flags" else RECOMPUTE
-    result = empty(first.outputs(save or design == "two streams"), first.x)
+    result = empty(first.outputs(save), first.x)
     launch, compiled = build(first, result, config), Recorded()
     kept = repeated.Repeated(launch, compiled, first, result, build)
     assert not tensors_in(vars(kept)), "memory of the first call, which may be that of a CUDA graph, is kept"
