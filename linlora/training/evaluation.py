@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch.utils.data import DataLoader
 
 from linlora.fusion.search import bar
 from linlora.layers.temporary import evaluating
-from linlora.training.task import Task
+from linlora.training.task import Row, Task
 
 
 def evaluate(
@@ -42,10 +41,8 @@ def evaluate(
     device = next(model.parameters()).device
     predicted: list[Any] = []
     with PartialState().split_between_processes(list(range(count)), apply_padding=True) as mine:
-        batches: Any = DataLoader(
-            mine, size, collate_fn=functools.partial(_inputs, task, rows),
-            num_workers=int(arguments.get("dataloader_num_workers", 0)),
-        )  # fmt: skip
+        workers = int(arguments.get("dataloader_num_workers", 0))
+        batches: Any = in_order(rows.select(mine), size, task.inputs, workers=workers)
         with evaluating(model), torch.no_grad(), arithmetic(task, device):
             for inputs in bar(batches, f"evaluating {task.settings.name}", progress):
                 predicted += task.predict(model, on_device(inputs, device))
@@ -55,6 +52,14 @@ def evaluate(
     if task.settings.kind == "text-to-text" and task.answer == "classes":
         scores["unanswered"] = sum(answer < 0 for answer in answers) / count
     return {**scores, "rows": count}
+
+
+def in_order(
+    rows: Any, size: int, collate: Callable[[Sequence[Row]], Any], limit: int | None = None, workers: int = 0
+) -> DataLoader[Any]:
+    """Batches of rows, or of the first of them, in their order. No random number is drawn from torch's own state."""
+    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+    return DataLoader(rows, size, collate_fn=collate, num_workers=workers, generator=torch.Generator())
 
 
 def on_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
@@ -69,7 +74,3 @@ def arithmetic(task: Task, device: torch.device) -> Iterator[None]:
     dtype = torch.bfloat16 if arguments.get("bf16") else torch.float16 if arguments.get("fp16") else None
     with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
         yield
-
-
-def _inputs(task: Task, rows: Any, indices: Sequence[int]) -> dict[str, Any]:
-    return task.inputs([rows[i] for i in indices])

@@ -15,7 +15,6 @@ metrics.json                  the last file: a folder that holds it is done
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from linlora.formats import model_config
 from linlora.formats.vector_folder import TASK_VECTOR_FILE
-from linlora.storage.files import read_json, write_text
+from linlora.storage.files import read_json
 from linlora.storage.run_directory import LOCK_FILE, accept_directory
 from linlora.storage.run_directory import only_run_in as locked
 from linlora.storage.tensor_files import load_tensors
@@ -154,7 +153,3 @@ def last_checkpoint(folder: Path, state: PartialState) -> str | None:
                 shutil.rmtree(checkpoint)
     last = [max(found)[1] if found else None]
     return broadcast_object_list(last)[0]
-
-
-def write_metrics(folder: str | Path, metrics: dict[str, Any]) -> None:
-    write_text(Path(folder) / METRICS_FILE, json.dumps(metrics, indent=2) + "\n")

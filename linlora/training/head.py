@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 
+from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -18,7 +19,7 @@ def read_head(model: nn.Module) -> dict[str, Tensor]:
 
 
 def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
-    """Put a head into a model, in place. It may have another number of classes than the model's own.
+    """Put a head into a model, plain or a PeftModel, in place. It may have another number of classes than its own.
 
     >>> from linlora.testing import tiny_model
     >>> model = tiny_model("bert", modules_to_save=["classifier"])
@@ -27,7 +28,10 @@ def set_head(model: nn.Module, head: Mapping[str, Tensor]) -> None:
     >>> {name: tuple(weight.shape) for name, weight in read_head(model).items()}
     {'classifier.weight': (2, 32), 'classifier.bias': (2,)}
     """
-    parameters = dict(_parameters(model))
+    if isinstance(model, PeftModel):
+        parameters = dict(_parameters(model))
+    else:
+        parameters = {name: p for name, p in model.named_parameters() if name in head}
     if parameters.keys() != head.keys():
         raise ValueError(
             f"the head holds {', '.join(sorted(head)) or 'nothing'}; that of the model {', '.join(sorted(parameters))}"

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from pathlib import Path
 from typing import Any
 
-from linlora.storage.files import read_json, write_text
+from linlora.storage.files import read_json
+from linlora.storage.run_directory import write_json
 from linlora.training.data import source_of
 from linlora.training.task import Task
 
@@ -38,7 +38,7 @@ def checked_rows(task: Task, folder: Path) -> Kept:
 
 
 def keep(now: Kept, folder: Path) -> None:
-    write_text(folder / ROWS_FILE, json.dumps(now, indent=2) + "\n")
+    write_json(folder / ROWS_FILE, now)
 
 
 def digest(rows: Any) -> str:

@@ -20,12 +20,14 @@ from linlora.formats.model_config import write_model_config
 from linlora.formats.vector_folder import save_beside
 from linlora.layers.sharding import is_sharded, whole
 from linlora.storage.environment import environment
+from linlora.storage.run_directory import write_json
 from linlora.storage.tensor_files import save_tensors
 from linlora.training.adapted import Adapted, adapt
 from linlora.training.card import write_card
 from linlora.training.evaluation import evaluate
 from linlora.training.folder import (
     GRID_FOLDER,
+    METRICS_FILE,
     POINT_FILE,
     SETTINGS_FILE,
     Run,
@@ -34,7 +36,6 @@ from linlora.training.folder import (
     kept_point,
     last_checkpoint,
     only_run_in,
-    write_metrics,
 )
 from linlora.training.head import HEAD_FILE, read_head
 from linlora.training.kept_rows import checked_rows, keep
@@ -125,7 +126,7 @@ def _finish(run: Run, state: PartialState, task: Task) -> None:
     if state.is_main_process:
         run.settings.to_yaml(run.folder / SETTINGS_FILE)
         write_card(run, task)
-        write_metrics(run.folder, run.metrics)
+        write_json(run.folder / METRICS_FILE, run.metrics)
     state.wait_for_everyone()
 
 

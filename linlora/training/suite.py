@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from peft import PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from linlora.layers.temporary import evaluating
 from linlora.training.adapted import adapt, model_for
-from linlora.training.evaluation import arithmetic, evaluate, on_device
+from linlora.training.evaluation import arithmetic, evaluate, in_order, on_device
 from linlora.training.head import set_head
 from linlora.training.settings import Settings
-from linlora.training.task import Task
+from linlora.training.task import Row, Task
 from linlora.vectors.task_vector import TaskVector, apply
 from linlora.vectors.weight_vector import WeightVector
 
@@ -49,12 +49,7 @@ class TaskSet:
     def enter(self, model: nn.Module, name: str) -> Task:
         """Put the head of a task into a model."""
         if (head := self.heads.get(name)) is not None:
-            if isinstance(model, PeftModel):
-                set_head(model, head)
-            else:
-                for parameter, value in head.items():
-                    old = model.get_parameter(parameter)
-                    old.data = value.to(old.device, old.dtype)
+            set_head(model, head)
         return self.tasks[name]
 
     def evaluate(
@@ -67,13 +62,22 @@ class TaskSet:
         """The score of each task."""
         return [scores["score"] for scores in self.evaluate(model, split).values()]
 
-    def unlabeled(self, size: int, split: str = "validation", limit: int | None = 256) -> list[Batches]:
-        """For each task its batches without labels; `logits` takes them."""
-        return [Batches(name, task, split, size, limit) for name, task in self.tasks.items()]
+    def unlabeled(self, size: int, split: str = "validation", limit: int | None = 256) -> list[DataLoader[Any]]:
+        """For each task its batches without labels, {"task", "inputs"}; `logits` takes them."""
+        return [self._batches(name, split, size, limit, labels=False) for name in self.tasks]
 
-    def labeled(self, size: int, limit: int, split: str = "validation") -> list[Batches]:
-        """For each task the batches of its first rows, with labels; `loss` takes them."""
-        return [Batches(name, task, split, size, limit, labels=True) for name, task in self.tasks.items()]
+    def labeled(self, size: int, limit: int, split: str = "validation") -> list[DataLoader[Any]]:
+        """For each task the batches of its first rows, {"task", "inputs", "labels"}; `loss` takes them."""
+        return [self._batches(name, split, size, limit, labels=True) for name in self.tasks]
+
+    def _batches(self, name: str, split: str, size: int, limit: int | None, labels: bool) -> DataLoader[Any]:
+        task = self.tasks[name]
+
+        def collate(rows: Sequence[Row]) -> dict[str, Any]:
+            inputs = task.batch(rows) if labels else task.inputs(rows)
+            return {"task": name, "inputs": inputs} | ({"labels": inputs.pop("labels")} if labels else {})
+
+        return in_order(task.rows(split), size, collate, limit)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The logits of a batch, of the classes of its task."""
@@ -128,22 +132,3 @@ class Suite(TaskSet):
     def put(self, vector: TaskVector) -> None:
         """Put a vector into the model."""
         apply(self.model, vector)
-
-
-class Batches:
-    """The first rows of a split in batches, as often as they are gone through: {"task", "inputs"}, and "labels"."""
-
-    def __init__(self, name: str, task: Task, split: str, size: int, limit: int | None, labels: bool = False) -> None:
-        self._name, self._task, self._size, self._labels = name, task, size, labels
-        self._rows = task.rows(split)
-        self._count = len(self._rows) if limit is None else min(limit, len(self._rows))
-
-    def __len__(self) -> int:
-        return -(-self._count // self._size)
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        for start in range(0, self._count, self._size):
-            rows = [self._rows[i] for i in range(start, min(start + self._size, self._count))]
-            inputs = self._task.batch(rows) if self._labels else self._task.inputs(rows)
-            labels = {"labels": inputs.pop("labels")} if self._labels else {}
-            yield {"task": self._name, "inputs": inputs, **labels}

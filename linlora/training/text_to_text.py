@@ -11,7 +11,6 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
-from torch.nn.utils.rnn import pad_sequence
 
 from linlora.layers.sharding import is_sharded
 from linlora.training.answers import match, normalized, number
@@ -38,6 +37,7 @@ class TextToText(Task):
         check_kind(settings, self.config, mapping, "text-generating")
         self.task_type = "CAUSAL_LM" if self.causal else "SEQ_2_SEQ_LM"
         self.tokenizer = tokenizer_of(settings)
+        self._collate = transformers.DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
         self._positions = positions(settings, self._auto, self.config)
         train, label = self.rows("train"), settings.data.label
         check_labels(train, label)
@@ -125,15 +125,12 @@ class TextToText(Task):
         )
 
     def inputs(self, rows: Sequence[Row]) -> dict[str, Any]:
-        prompts = [self.prompt(row) for row in rows]
-        if not self.causal:
-            return self._tokens(prompts)
-        return self._padded([self._ids(prompt) for prompt in prompts], side="left")
+        return self._tokens([self.prompt(row) for row in rows], side="left" if self.causal else "right")
 
     def batch(self, rows: Sequence[Row]) -> dict[str, Any]:
         answers = [self.answer_text(row) for row in rows]
         if not self.causal:
-            tokens = self._tokens(answers)
+            tokens = self._tokens(answers, side="right")
             labels = tokens["input_ids"]
             start = torch.full_like(labels[:, :1], self.config.decoder_start_token_id)
             return {
@@ -141,11 +138,11 @@ class TextToText(Task):
                 "decoder_input_ids": torch.cat([start, labels[:, :-1]], dim=1),  # each token from those before it
                 "labels": labels.masked_fill(tokens["attention_mask"] == 0, IGNORED),
             }
-        asked = [self._ids(self.prompt(row)) for row in rows]
+        options = {"truncation": True, "max_length": self.settings.max_length}
+        asked = [self.tokenizer(self.prompt(row), **options)["input_ids"] for row in rows]
         written = [self._answer_ids(answer) for answer in answers]
-        labels = [torch.tensor([IGNORED] * len(p) + a) for p, a in zip(asked, written, strict=True)]
-        tokens = self._padded([p + a for p, a in zip(asked, written, strict=True)], side="right")
-        return {**tokens, "labels": pad_sequence(labels, batch_first=True, padding_value=IGNORED)}
+        pairs = zip(asked, written, strict=True)
+        return dict(self._collate([{"input_ids": p + a, "labels": [IGNORED] * len(p) + a} for p, a in pairs]))
 
     def scored(self, outputs: Any, labels: Tensor) -> tuple[Tensor, Tensor]:
         if self.causal:  # each token from those before it
@@ -185,25 +182,15 @@ class TextToText(Task):
             return self._no_number if value is None else value
         return text
 
-    def _tokens(self, texts: list[str]) -> dict[str, Any]:
-        options = {"padding": True, "truncation": True, "max_length": self.settings.max_length}
+    def _tokens(self, texts: list[str], side: str) -> dict[str, Any]:
+        options = {"padding": True, "padding_side": side, "truncation": True, "max_length": self.settings.max_length}
         tokens = self.tokenizer(texts, **options, return_tensors="pt")
         return {"input_ids": tokens["input_ids"], "attention_mask": tokens["attention_mask"]}
-
-    def _ids(self, prompt: str) -> list[int]:
-        return self.tokenizer(prompt, truncation=True, max_length=self.settings.max_length)["input_ids"]
 
     def _answer_ids(self, answer: str) -> list[int]:
         """A space stands between prompt and answer; the end of text after the answer ends it."""
         ids = self.tokenizer(f" {answer}", add_special_tokens=False)["input_ids"]
         return ids + ([] if self.tokenizer.eos_token_id is None else [self.tokenizer.eos_token_id])
-
-    def _padded(self, sequences: list[list[int]], side: str) -> dict[str, Any]:
-        ids, padding = [torch.tensor(sequence) for sequence in sequences], float(self.tokenizer.pad_token_id)
-        return {
-            "input_ids": pad_sequence(ids, batch_first=True, padding_value=padding, padding_side=side),
-            "attention_mask": pad_sequence([torch.ones_like(i) for i in ids], batch_first=True, padding_side=side),
-        }
 
 
 def _check_told_apart(answers: Sequence[str]) -> None:
