@@ -148,10 +148,13 @@ class _GroupedLoraLinear(torch.autograd.Function):
         if not two_streams:
             return result.y
         ctx.mark_non_differentiable(result.y_tangent)
+        ctx.set_materialize_grads(False)
         return result.y, result.y_tangent
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Any = None) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None, _: None = None) -> tuple[Any, ...]:
+        if g is None:
+            return (None,) * 16
         backend = backward_backend("grouped_lora_linear", ctx.backend, g)
         x, weight, *factors, seed, low, c = ctx.saved_tensors
         needs, (groups, scaling, dropout_p, two_streams) = ctx.needs, ctx.options

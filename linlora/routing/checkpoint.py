@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from linlora.routing.structure import Inventory, RoutedStructure
 from linlora.routing.variants import make_selector
 from linlora.storage.files import CorruptFileError, parse_json
 from linlora.storage.tensor_files import load_tensors, save_tensors
+from linlora.vectors.weight_vector import model_name
 
 FILE = "routed_model.safetensors"
 FORMAT = "linlora.routed_model"
@@ -37,6 +39,7 @@ class Saved:
     states: list[str]
     selectors: dict[str, Selector]
     modules_to_save: list[str]
+    base_model: str
     scope: str | None
     trainable: set[str]
     tensors: dict[str, Tensor]
@@ -53,7 +56,7 @@ def write(model: RoutedStructure, directory: str | os.PathLike) -> None:
         "modules_to_save": list(model.modules_to_save),
         "scope": scope_of(model),
         "trainable": [name for name, parameter in model.named_parameters() if parameter.requires_grad],
-        "base_model": getattr(getattr(model.model, "config", None), "_name_or_path", ""),
+        "base_model": _name(model.model),
     }
     metadata = {"format": FORMAT, "format_version": FORMAT_VERSION, "description": json.dumps(description)}
     tensors = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
@@ -77,14 +80,14 @@ def read(directory: str | os.PathLike, variants: Sequence[type[Selector]] = ()) 
             {name: Inventory(LayerSizes(**sizes), selector) for name, sizes, selector, _ in saved["layers"]},
             [state for _, _, _, state in saved["layers"]],
             {name: make_selector(described, variants) for name, described in saved["selectors"].items()},
-            saved["modules_to_save"], saved["scope"], set(saved["trainable"]), tensors,
+            saved["modules_to_save"], saved["base_model"], saved["scope"], set(saved["trainable"]), tensors,
         )  # fmt: skip
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptFileError(f"{path}: its description is not of a routed model ({error}); it was altered") from error
 
 
 def check_base(model: nn.Module, saved: Saved, directory: str | os.PathLike) -> None:
-    """Raise a ValueError unless the base model has the layers of the file."""
+    """Raise a ValueError unless the base model has the layers of the file; warn where it has another name."""
     names = {name for name, _ in model.named_modules()}
     missing = [name for name in (*saved.inventories, *saved.modules_to_save) if name not in names]
     if missing:
@@ -92,6 +95,18 @@ def check_base(model: nn.Module, saved: Saved, directory: str | os.PathLike) -> 
             f"{Path(directory) / FILE}: {type(model).__name__} has no module '{missing[0]}' ({len(missing)} of its "
             "modules are missing); pass the base model it was saved from, before any adapter is put on it"
         )
+    name = _name(model)
+    if saved.base_model and name and model_name(saved.base_model) != model_name(name):
+        warnings.warn(
+            f"{Path(directory) / FILE}: was saved from a model on '{saved.base_model}', and is put on '{name}'; on "
+            "other weights the skills compute something else",
+            stacklevel=3,
+        )
+
+
+def _name(base: nn.Module) -> str:
+    """The folder or the id that a base model was loaded from, where transformers knows it."""
+    return getattr(getattr(base, "config", None), "_name_or_path", None) or ""
 
 
 def restore(model: RoutedStructure, saved: Saved, directory: str | os.PathLike) -> None:

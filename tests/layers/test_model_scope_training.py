@@ -6,13 +6,15 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
+from torch.nn import functional
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import cross_entropy
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainingArguments
 
 import linlora
-from linlora.stream import TangentError
-from linlora.testing import randomize, tiny_batch, tiny_model
+from linlora.stream import DualTensor, Stream, TangentError
+from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
 
 
 @pytest.fixture
@@ -189,3 +191,55 @@ def test_a_static_cache_generates_what_the_dynamic_one_does():
     expected = model.generate(**tiny_batch("llama"), **options)
     actual = model.generate(**tiny_batch("llama"), **options, cache_implementation="static")
     torch.testing.assert_close(actual, expected)
+
+
+class Filled(TorchDispatchMode):
+    """The sizes of the tensors that are filled with zeros inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.sizes = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name in ("aten::zeros", "aten::zeros_like", "aten::new_zeros"):
+            self.sizes.append(tuple(result.shape))
+        return result
+
+
+@pytest.mark.parametrize("architecture", ["bert", "llama", "gpt2", "routed"])
+def test_backward_fills_no_zeros_for_tangents(architecture):
+    kind = "bert" if architecture == "routed" else architecture
+    if architecture == "routed":
+        model = linlora.routing.route(tiny_base(kind), 3, n_skills=2, rank=2, target_modules=["query", "value"])
+    else:
+        model = tiny_model(kind, trained=True)
+    linlora.linearize(model, scope="model")
+    inputs = {"task_ids": [0, 1, 2]} if architecture == "routed" else {}
+    output = model(**tiny_batch(kind), **inputs)[0]
+    with Filled() as filled:
+        output.sum().backward()
+    assert [size for size in filled.sizes if not {7, 21}.isdisjoint(size)] == []  # of activations: 3 texts of 7 tokens
+
+
+def test_a_gradient_that_ends_leaves_none_before_it():
+    class Ends(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 1.0
+
+        @staticmethod
+        def backward(ctx, g):
+            return None
+
+    x = torch.randn(2, 4, requires_grad=True)
+    weight, stream = torch.ones(4, 4), Stream()
+    for function in (
+        functional.relu,
+        lambda x: functional.silu(x) * (x + 1.0),
+        lambda x: functional.layer_norm(x, (4,)),
+        lambda x: functional.rms_norm(x, (4,)),
+        lambda x: functional.linear(x, weight),
+    ):
+        y = function(DualTensor(x, torch.ones_like(x), stream)).primal
+        assert torch.autograd.grad(Ends.apply(y).sum(), x, allow_unused=True) == (None,)

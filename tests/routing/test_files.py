@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 
 import peft
 import pytest
@@ -111,6 +112,31 @@ def test_parameters_of_the_base_that_train_are_saved_too(tmp_path, batch, ids):
     assert torch.equal(logits(again, **batch, task_ids=ids), logits(routed, **batch, task_ids=ids))
     with pytest.raises(ValueError, match=r"base model train, .*LayerNorm.*modules_to_save"):
         routing.export_task(routed, tmp_path, 1)
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "warns"),
+    [
+        ("org/Base", "org/other", True),
+        ("org/base-v1", "org/base-v2", True),
+        ("org/Base", "/cache/models--org--Base/snapshots/0a1b", False),
+        ("./base/", "base", False),
+        ("org/base", "", False),
+        ("", "org/base", False),
+    ],
+)
+def test_a_base_of_another_name_is_warned_of(saved, given, warns, tmp_path):
+    routed = routed_model(dtype=torch.float32)
+    routed.model.config._name_or_path = saved
+    routed.save_pretrained(tmp_path)
+    base = tiny_base("bert")
+    base.config._name_or_path = given
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        routing.RoutedModel.from_pretrained(base, tmp_path)
+    told = [str(warning.message) for warning in caught if "was saved from a model on" in str(warning.message)]
+    assert len(told) == warns
+    assert all(f"'{saved}'" in message and f"'{given}'" in message for message in told)
 
 
 class TestBrokenFiles:

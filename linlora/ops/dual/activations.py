@@ -17,7 +17,7 @@ from torch import Tensor
 
 from linlora.ops.aten.activations import Kind
 from linlora.ops.composed import backward_backend
-from linlora.ops.dual.checks import backend_of, check_constants
+from linlora.ops.dual.checks import backend_of, check_constants, return_constant
 
 
 def activation(x: Tensor, x_tangent: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
@@ -43,11 +43,13 @@ class _Activation(torch.autograd.Function):
         y, y_tangent = backend.activation(x, x_tangent, kind)
         ctx.save_for_backward(x)
         ctx.kind, ctx.backend = kind, backend
-        ctx.mark_non_differentiable(y_tangent)
+        return_constant(ctx, y_tangent)
         return y, y_tangent
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None, None
         backend = backward_backend("activation", ctx.backend, g)
         return backend.activation_backward(g, *ctx.saved_tensors, ctx.kind), None, None, None
 
@@ -66,11 +68,13 @@ class _GatedActivation(torch.autograd.Function):
         y, y_tangent = backend.gated_activation(gate, gate_tangent, up, up_tangent, kind)
         ctx.save_for_backward(gate, up)
         ctx.kind, ctx.backend = kind, backend
-        ctx.mark_non_differentiable(y_tangent)
+        return_constant(ctx, y_tangent)
         return y, y_tangent
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
+        if g is None:
+            return None, None, None, None, None, None
         backend = backward_backend("gated_activation", ctx.backend, g)
         d_gate, d_up = backend.gated_activation_backward(g, *ctx.saved_tensors, ctx.kind)
         return d_gate, None, d_up, None, None, None

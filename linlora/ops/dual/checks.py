@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,12 @@ def check_constants(op: str, **tangents: Tensor | None) -> None:
                 f"{op}: {name} asks for a gradient, but at model scope a tangent is a constant to autograd; detach it, "
                 "or build the layer of the ops in linlora.functional, which give the gradient of their tangents"
             )
+
+
+def return_constant(ctx: Any, tangent: Tensor) -> None:
+    """Let an output of a Function be a constant to autograd, for which its backward gets None, not zeros."""
+    ctx.mark_non_differentiable(tangent)
+    ctx.set_materialize_grads(False)
 
 
 def backend_of(op: str, x: Tensor, *parameters: Tensor) -> ModuleType:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from linlora.ops.checks import autocast_input
-from linlora.ops.dual.checks import backend_of, check_constants
+from linlora.ops.dual.checks import backend_of, check_constants, return_constant
 from linlora.ops.rows import as_rows, of_rows
 
 
@@ -34,10 +34,10 @@ class _Linear(torch.autograd.Function):
         y, y_tangent = backend.linear(as_rows(x), as_rows(x_tangent), weight, bias)
         ctx.save_for_backward(weight)
         y, y_tangent = of_rows(y, x), of_rows(y_tangent, x)
-        ctx.mark_non_differentiable(y_tangent)
+        return_constant(ctx, y_tangent)
         return y, y_tangent
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return of_rows(as_rows(g) @ weight, g), None, None, None, None
+        return None if g is None else of_rows(as_rows(g) @ weight, g), None, None, None, None

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from linlora.kernels.norm_problem import Norm, NormResult
 from linlora.ops.composed import backward_backend
-from linlora.ops.dual.checks import backend_of, check_constants
+from linlora.ops.dual.checks import backend_of, check_constants, return_constant
 from linlora.ops.rows import as_rows, of_rows
 
 
@@ -48,11 +48,13 @@ class _Norm(torch.autograd.Function):
         ctx.save_for_backward(x, weight, result.mean, result.rstd)
         ctx.backend, ctx.numbers = backend, fields[4:]
         y, y_tangent = of_rows(result.y, x), of_rows(result.y_tangent, x)
-        ctx.mark_non_differentiable(y_tangent)
+        return_constant(ctx, y_tangent)
         return y, y_tangent
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor, _: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Any, ...]:
+        if g is None:
+            return (None,) * 7
         x, weight, mean, rstd = ctx.saved_tensors
         problem = Norm(as_rows(x), None, weight, None, *ctx.numbers)
         backend = backward_backend(problem.op, ctx.backend, g)
