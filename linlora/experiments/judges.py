@@ -16,9 +16,9 @@ from linlora.training.kinds import load_task
 from linlora.training.recipe import recipe
 from linlora.training.settings import Settings
 from linlora.training.suite import Suite
+from linlora.vectors.base_models import model_name
 from linlora.vectors.points import DifferentPointError
 from linlora.vectors.task_vector import TaskVector
-from linlora.vectors.weight_vector import model_name
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch import Tensor, nn
 from linlora.fusion.checks import check_count, check_number, checked
 from linlora.fusion.inference import Logits, main_logits
 from linlora.fusion.search import bar
-from linlora.fusion.tensorwise import wide
 from linlora.layers.temporary import displaced, evaluating, trainable
+from linlora.storage.tensors import wide
 from linlora.vectors.adapters import delta_parameters
 from linlora.vectors.points import point_name
 from linlora.vectors.task_vector import TaskVector
@@ -93,7 +93,8 @@ def coefficients(
     if not inputs:
         raise ValueError("adamerging: inputs holds no task; pass the unlabeled batches of each")
     first = vectors[0]
-    first.check_same_point(TaskVector.from_model(model, point=first if first.scope == "lora" else None))
+    current = TaskVector.from_model(model, point=first if first.scope == "lora" else None)
+    first.check_same_point(replace(current, base_model=None))
     parameters = delta_parameters(model)
     point = (first.point or {}) if first.scope == "lora" else {}  # plain LoRA's parameters are A0 + dA, B0 + dB
     start = {name: point[point_name(name)].to(p.device) for name, p in parameters.items() if point}
@@ -118,7 +119,7 @@ def _gradients(
     model: PeftModel, parameters: Mapping[str, nn.Parameter], batches: Sequence[Any], logits: Logits
 ) -> dict[str, Tensor]:
     """∂/∂δ of the entropies of all tasks, summed, one graph at a time; a batch of each task."""
-    total = {name: torch.zeros_like(parameter, dtype=wide(parameter)) for name, parameter in parameters.items()}
+    total = {name: torch.zeros_like(parameter, dtype=wide(parameter.dtype)) for name, parameter in parameters.items()}
     for task, batch in enumerate(batches):
         entropy = mean_entropy(logits(model, batch))
         if not entropy.isfinite():
@@ -135,7 +136,7 @@ def mean_entropy(logits: Tensor) -> Tensor:
     >>> round(float(mean_entropy(torch.zeros(2, 4)).exp()), 3)
     4.0
     """
-    log_p = logits.to(wide(logits)).log_softmax(-1)
+    log_p = logits.to(wide(logits.dtype)).log_softmax(-1)
     return -(log_p.exp() * log_p).sum(-1).mean()
 
 
@@ -143,7 +144,8 @@ def _combine(deltas: Sequence[Mapping[str, Tensor]], lambdas: Tensor, rows: Mapp
     """Σᵢ λᵢ δᵢ, tensor by tensor, with the λ of the row of each."""
     fused = {}
     for name, row in rows.items():
-        terms = [of_vector[name].to(wide(of_vector[name])) * lambdas[row, i] for i, of_vector in enumerate(deltas)]
+        of_each = [of_vector[name] for of_vector in deltas]
+        terms = [delta.to(wide(delta.dtype)) * lambdas[row, i] for i, delta in enumerate(of_each)]
         fused[name] = sum(terms[1:], start=terms[0])
     return fused
 

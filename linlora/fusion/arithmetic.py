@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
+import torch
 from torch import Tensor
 
 from linlora.fusion.checks import check_finite, check_number, plain
 from linlora.fusion.layerwise import peek, summed, weight_vectors
-from linlora.fusion.tensorwise import Rule, fused, zeros
+from linlora.fusion.tensorwise import Rule, fused
 from linlora.fusion.truncation import Cut, OutRank
+from linlora.storage.tensors import wide
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
 
@@ -106,13 +108,13 @@ class WeightedSum(Rule[Tensor]):
         return [weight / count for weight in weights] if self.mean else weights
 
     def zero(self, like: Tensor) -> Tensor:
-        return zeros(like)
+        return torch.zeros(like.shape, dtype=wide(like.dtype))
 
     def add(self, state: Tensor, index: int, name: str, delta: Tensor) -> None:
         if isinstance(self.weights, float):
-            state.add_(delta, alpha=self.weights)
+            state.add_(delta.to(state.dtype), alpha=self.weights)
         elif index < len(self.weights):  # `close` refuses the others
-            state.add_(delta, alpha=self.weights[index])
+            state.add_(delta.to(state.dtype), alpha=self.weights[index])
 
     def result(self, state: Tensor) -> Tensor:
         return state / self.count if self.mean else state

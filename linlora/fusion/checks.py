@@ -10,11 +10,12 @@ from numbers import Integral, Real
 from typing import Any
 
 from linlora.storage.tensors import shapes
+from linlora.vectors.base_models import common_base
 from linlora.vectors.task_vector import TaskVector
 
 
 def checked(vectors: Iterable[TaskVector]) -> Iterator[TaskVector]:
-    """Go through task vectors, each compared with the first; at least one.
+    """Go through task vectors, each compared with the first, its base model with all before it; at least one.
 
     Nothing here keeps a vector that was handed out, so a loop over a generator that loads them holds one at a time, if
     its body ends in `del vector`: a loop's variable lives until the next one is there.
@@ -28,6 +29,7 @@ def checked(vectors: Iterable[TaskVector]) -> Iterator[TaskVector]:
         if first is None:  # what the others are compared with, without its values
             first = replace(box[0], deltas=shapes(box[0].deltas))
         first.check_same_point(box[0])
+        first = replace(first, base_model=common_base(first.base_model, box[0].base_model))
         yield box.pop()
     if first is None:
         raise ValueError("fuse: no vectors were given")

@@ -12,8 +12,9 @@ from torch import Tensor
 
 from linlora.fusion.arithmetic import WeightedSum, task_arithmetic
 from linlora.fusion.checks import check_number, check_options
-from linlora.fusion.tensorwise import Rule, fused, mapped, wide
+from linlora.fusion.tensorwise import Rule, fused, mapped
 from linlora.fusion.ties import Ties, ties
+from linlora.storage.tensors import wide
 from linlora.vectors.task_vector import TaskVector
 
 
@@ -56,7 +57,7 @@ def thin(delta: Tensor, drop: float, seed: int, index: int, name: str) -> Tensor
     digest = hashlib.sha256(f"{seed} {index} {name}".encode()).digest()
     generator = np.random.Generator(np.random.SFC64(int.from_bytes(digest[:8], "little")))
     mask = torch.from_numpy(generator.random(delta.shape, dtype=np.float32)) < 1.0 - drop
-    return (mask * delta.to(wide(delta))).div_(1.0 - drop)
+    return (mask * delta.to(wide(delta.dtype))).div_(1.0 - drop)
 
 
 class Thinned(Rule[Any]):

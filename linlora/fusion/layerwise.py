@@ -23,11 +23,12 @@ from torch.nn.functional import pad
 from linlora.fusion.truncation import Cut, Factored, OutRank
 from linlora.layers.weights import Update
 from linlora.storage.ahead import Ahead
-from linlora.storage.tensors import StoredTensors, finite, memory
+from linlora.storage.tensors import StoredTensors, finite, holding, memory, wide
+from linlora.vectors.base_models import common_base
 from linlora.vectors.factors import Size, stored_factors
 from linlora.vectors.points import DifferentPointError
 from linlora.vectors.task_vector import TaskVector
-from linlora.vectors.weight_vector import WeightVector, common_base, weight_vector
+from linlora.vectors.weight_vector import WeightVector, weight_vector
 
 T = TypeVar("T")
 
@@ -71,7 +72,7 @@ def fused_layers(
     """
     cut = Cut(out_rank, energy)
     sizes = {
-        name: size._replace(rank=int(min(size.rank, most)), dtype=_wide(size.dtype))
+        name: size._replace(rank=int(min(size.rank, most)), dtype=wide(size.dtype))
         for name, size in fused_sizes(vectors).items()
     }
 
@@ -99,7 +100,7 @@ def fused_layers(
     for name in sizes:
         deltas[f"{name}.dA"], deltas[f"{name}.dB"], *squares = of_layer(name)
         lost, whole = lost + squares[0], whole + squares[1]
-    fused = weight_vector(vectors[0], deltas, dict.fromkeys(sizes, 1.0), common_base(*vectors))
+    fused = weight_vector(vectors[0], deltas, dict.fromkeys(sizes, 1.0), _base(vectors))
     return replace(fused, truncation_error=(lost / whole) ** 0.5 if whole else 0.0)
 
 
@@ -120,10 +121,11 @@ def summed(
         each = {abs(weight * vector.scalings[name]) for vector, weight in both if name in vector.scalings}
         if len(each) == 1 and math.isfinite(min(each)) and size.dtype.itemsize > 1:  # float8 has no negative
             scalings[name] = min(each)
-    sizes = {n: size if n in scalings else size._replace(dtype=_wide(size.dtype)) for n, size in sizes.items()}
+    sizes = {n: size if n in scalings else size._replace(dtype=wide(size.dtype)) for n, size in sizes.items()}
 
     def factors(name: str) -> tuple[Tensor, Tensor]:
-        return _padded(side_by_side(layer(vectors, name, weights, as_stored=name in scalings)), sizes[name])
+        stored_as = sizes[name].dtype if name in scalings else None
+        return _padded(side_by_side(layer(vectors, name, weights, stored_as)), sizes[name])
 
     return _of_layers(vectors, sizes, factors, {name: scalings.get(name, 1.0) for name in sizes})
 
@@ -133,19 +135,22 @@ def side_by_side(of: Layer) -> Update:
     return Update(torch.cat([update.A for update in of.updates]), torch.cat([update.B for update in of.updates], dim=1))
 
 
-def layer(vectors: Sequence[WeightVector], name: str, weights: Weights | None = None, as_stored: bool = False) -> Layer:
+def layer(
+    vectors: Sequence[WeightVector], name: str, weights: Weights | None = None, stored_as: torch.dtype | None = None
+) -> Layer:
     """The ΔW of a layer, in an order of its values. Raises ValueError where one is not finite.
 
     Args:
-        as_stored: leave the factors as they are, but for the sign of weight and scaling.
+        stored_as: a dtype that holds all factors, to leave their values as they are, but for the sign of weight and
+            scaling.
     """
     indices = [index for index, vector in enumerate(vectors) if name in vector.scalings]
     of_each = weights(name) if weights else [1.0] * len(vectors)
     updates = []
     for index in indices:
         vector, weight = vectors[index], of_each[index]
-        if as_stored:
-            A, B = vector.deltas[f"{name}.dA"], vector.deltas[f"{name}.dB"]
+        if stored_as is not None:
+            A, B = (vector.deltas[f"{name}.{kind}"].to(stored_as) for kind in ("dA", "dB"))
             update = Update(A, -B if weight * vector.scalings[name] < 0.0 else B)
         else:
             update = vector.update(name, weight)
@@ -162,7 +167,7 @@ def fused_sizes(vectors: Sequence[WeightVector]) -> dict[str, Size]:
     for vector in vectors:
         for name, size in vector.sizes().items():
             there = sizes.get(name, size._replace(rank=0))
-            dtype = torch.promote_types(there.dtype, size.dtype)
+            dtype = holding(there.dtype, size.dtype)
             sizes[name] = size._replace(rank=there.rank + size.rank, dtype=dtype)
     return {name: sizes[name] for name in sorted(sizes)}
 
@@ -176,12 +181,11 @@ def _of_layers(
     """The fused vector: in files where all vectors are, else in memory."""
     stored = stored_factors(sizes, factors)
     deltas = stored if all(isinstance(vector.deltas, StoredTensors) for vector in vectors) else dict(stored)
-    return weight_vector(vectors[0], deltas, scalings, common_base(*vectors))
+    return weight_vector(vectors[0], deltas, scalings, _base(vectors))
 
 
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that a method computes and answers in."""
-    return torch.promote_types(dtype, torch.float32)
+def _base(vectors: Sequence[WeightVector]) -> str | None:
+    return common_base(*(vector.base_model for vector in vectors))
 
 
 def _padded(update: Update, size: Size) -> tuple[Tensor, Tensor]:

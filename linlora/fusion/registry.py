@@ -77,12 +77,13 @@ def fuse(vectors: Iterable[TaskVector], method: str = "task_arithmetic", **optio
             inputs or examples. In weight space most take `out_rank=r` or `energy=0.99`: the best adapter of a smaller
             rank, whose `truncation_error` says what part of the norm was cut off.
 
-    Returns: a TaskVector of the same point, dtypes and scope; sums are accumulated in float32 (float64 for float64
-        vectors) and rounded once. A method sees vectors, not models, so it works at scopes "lora", "layer" and "model"
-        alike. In weight space it sees ΔW, and the result has the rank of all vectors together unless it is cut.
+    Returns: a TaskVector of the same point and scope, in dtypes that hold those of all; sums are accumulated in float32
+        (float64 for float64 vectors) and rounded once. The order of a list changes no bit (of DARE, the masks). A
+        method sees vectors, not models, so it works at scopes "lora", "layer" and "model" alike. In weight space it
+        sees ΔW, and the result has the rank of all vectors together unless it is cut.
 
-    Raises ValueError for no vectors, an unknown method, options the method does not take or cannot use,
-    DifferentPointError for vectors of different points, scopes or layers.
+    Raises ValueError for no vectors, an unknown method, options the method does not take or cannot use, values that are
+    not finite or become so; DifferentPointError for vectors of different points, scopes, layers or base models.
 
     >>> import linlora
     >>> model = linlora.testing.tiny_model("bert")

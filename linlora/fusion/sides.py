@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from linlora.fusion.checks import check_number
+from linlora.storage.tensors import wide
 
 
 class Sides:
@@ -25,8 +26,7 @@ class Sides:
     """
 
     def __init__(self, like: Tensor) -> None:
-        dtype = torch.promote_types(like.dtype, torch.float32)
-        self.up, self.down = (torch.zeros(like.shape, dtype=dtype) for _ in range(2))
+        self.up, self.down = (torch.zeros(like.shape, dtype=wide(like.dtype)) for _ in range(2))
         self.ups, self.downs = (torch.zeros(like.shape, dtype=torch.int16) for _ in range(2))
 
     @classmethod

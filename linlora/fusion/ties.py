@@ -12,8 +12,8 @@ from torch.nn.functional import hardshrink
 from linlora.fusion.checks import check_number
 from linlora.fusion.quantiles import cut_below
 from linlora.fusion.sides import Sides, check_keep
-from linlora.fusion.tensorwise import Rule, fused, wide
-from linlora.storage.tensors import shapes
+from linlora.fusion.tensorwise import Rule, fused
+from linlora.storage.tensors import shapes, wide
 from linlora.vectors.task_vector import TaskVector
 
 PUBLISHED_KEEP, PUBLISHED_SCALING = 0.2, 1.0
@@ -52,20 +52,21 @@ class Ties(Rule[Sides]):
         check_number("ties", "scaling", scaling)
         check_keep("ties", keep)
         self.keep, self.scaling = keep, scaling
-        self.below: list[float] = []
+        self.cuts: dict[int, tuple[torch.dtype, float]] = {}
         self.majority: float | None = None
 
     def look(self, index: int, vector: TaskVector) -> None:
         """Find where the vector is cut."""
-        dtype = wide(*shapes(vector.deltas).values())
-        deltas = vector.deltas
-        self.below += cut_below(deltas, lambda name: [{0: deltas[name].to(dtype).flatten()}], 1, self.keep)
+        deltas, dtype = vector.deltas, wide(*(like.dtype for like in shapes(vector.deltas).values()))
+        below = cut_below(deltas, lambda name: [{0: deltas[name].to(dtype).flatten()}], 1, self.keep)
+        self.cuts[index] = dtype, below[0]
 
     def zero(self, like: Tensor) -> Sides:
         return Sides(like)
 
     def add(self, state: Sides, index: int, name: str, delta: Tensor) -> None:
-        state.add(hardshrink(delta.to(wide(delta)), self.below[index]))
+        dtype, below = self.cuts[index]
+        state.add(hardshrink(delta.to(dtype), below))
 
     def survey(self, states: Iterable[Sides]) -> None:
         """Elect the sign of most elements."""

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from linlora.storage.tensors import finite
+from linlora.storage.tensors import finite, wide
 
 BLOCK = 2**20
 """Elements of a block: 4 MiB of float32. Larger ones fall out of the cache, smaller ones are launches."""
@@ -69,8 +69,7 @@ def stacked(
     >>> A.shape, B.tolist()
     (torch.Size([2, 2]), [[1.0, 0.5], [1.0, 0.5], [1.0, 0.5]])
     """
-    dtype = torch.promote_types(torch.promote_types(A0.dtype, dB.dtype), torch.float32)
-    dtype = dtype if like is None else torch.promote_types(dtype, like.dtype)
+    dtype = wide(A0.dtype, dB.dtype, *(() if like is None else (like.dtype,)))
     A0, dB = A0.to(dtype), dB.to(dtype)
     if B0 is None or dA is None:
         return A0, scaling * dB
@@ -201,8 +200,8 @@ def unfold(weight: Tensor, kept: Fold) -> None:
 
 def _sum(block: Tensor, update: Update, rows: slice, sign: float) -> Tensor:
     """round(block ± ΔW[rows]); the same bits for the same arguments."""
-    wide = block.to(update.A.dtype, copy=True, memory_format=torch.contiguous_format)
-    return wide.addmm_(update.left[rows], update.right, alpha=sign).to(block.dtype)
+    total = block.to(update.A.dtype, copy=True, memory_format=torch.contiguous_format)
+    return total.addmm_(update.left[rows], update.right, alpha=sign).to(block.dtype)
 
 
 def _bits(tensor: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 
@@ -69,6 +70,23 @@ def joined(*parts: Mapping[str, Tensor]) -> StoredTensors:
     home = {name: part for part in parts for name in part}
     like = {name: tensor for part in parts for name, tensor in shapes(part).items()}
     return StoredTensors(like, lambda name: home[name][name])
+
+
+def holding(*dtypes: torch.dtype) -> torch.dtype:
+    """A floating-point dtype that holds all values of others exactly; that of all, if they have one.
+
+    >>> holding(torch.float8_e5m2, torch.bfloat16), holding(torch.bfloat16, torch.bfloat16)
+    (torch.float32, torch.bfloat16)
+    """
+    if len(set(dtypes)) == 1:
+        return dtypes[0]
+    promoted = (torch.float16 if dtype.itemsize == 1 else dtype for dtype in dtypes)  # PyTorch promotes no float8
+    return functools.reduce(torch.promote_types, promoted)
+
+
+def wide(*dtypes: torch.dtype) -> torch.dtype:
+    """The dtype to compute in: float32, or wider where one of some dtypes is."""
+    return holding(torch.float32, *dtypes)
 
 
 def finite(tensor: Tensor) -> bool:

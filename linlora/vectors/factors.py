@@ -11,7 +11,7 @@ from torch import Tensor
 from linlora.layers.vanilla import refuse_changed_base
 from linlora.layers.weights import Update, stacked
 from linlora.storage.ahead import Ahead
-from linlora.storage.tensors import StoredTensors, shapes
+from linlora.storage.tensors import StoredTensors, shapes, wide
 from linlora.vectors.task_vector import TaskVector
 
 
@@ -105,9 +105,8 @@ def total(updates: Sequence[Update]) -> Update:
 def size_of(vector: TaskVector, layer: str) -> Size:
     """The size of the factors that `factors_of` gives; no tensor is read."""
     point, deltas = shapes(vector.point or {}), shapes(vector.deltas)
-    A, dB, dtype = point[f"{layer}.A0"], deltas[f"{layer}.dB"], torch.float32
-    for factor in (A, dB, point.get(f"{layer}.B0", A), deltas.get(f"{layer}.dA", A)):
-        dtype = torch.promote_types(dtype, factor.dtype)
+    A, dB = point[f"{layer}.A0"], deltas[f"{layer}.dB"]
+    dtype = wide(A.dtype, dB.dtype, point.get(f"{layer}.B0", A).dtype, deltas.get(f"{layer}.dA", A).dtype)
     pair = vector.scope == "layer" and f"{layer}.B0" in point and f"{layer}.dA" in deltas
     return Size(dB.shape[0], A.shape[1], A.shape[0] * (1 + pair), dtype)
 
@@ -121,4 +120,5 @@ def _of_layer(vector: TaskVector, layer: str) -> tuple[Tensor | None, Tensor | N
 
 def _sum(start: Tensor | None, delta: Tensor | None) -> Tensor:
     assert delta is not None
-    return delta if start is None else start.to(torch.promote_types(start.dtype, torch.float32)) + delta
+    dtype = wide(delta.dtype, *(() if start is None else (start.dtype,)))
+    return delta if start is None else start.to(dtype) + delta.to(dtype)

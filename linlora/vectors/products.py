@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def jvp(model: PeftModel, vector: TaskVector, inputs: Mapping[str, Any]) -> tupl
     (torch.Size([3, 3]), False)
     """
     current = TaskVector.from_model(model)
-    vector.check_same_point(current)
+    vector.check_same_point(replace(current, base_model=None))
     parameters = delta_parameters(model)
     with at_point(model) as stream, displaced(parameters, vector.deltas), torch.no_grad(), stream.returning("both"):
         return both_outputs(model, inputs)
@@ -67,7 +68,7 @@ def vjp(model: PeftModel, inputs: Mapping[str, Any]) -> tuple[Tensor, Callable[[
                 output, list(parameters.values()), g, retain_graph=True, allow_unused=True, materialize_grads=True
             )
         deltas = {name: gradient.cpu() for name, gradient in zip(parameters, gradients, strict=True)}
-        return TaskVector(**{**vars(origin), "deltas": deltas})
+        return replace(origin, deltas=deltas)
 
     return output.detach(), pullback
 

@@ -18,7 +18,7 @@ loses them to rounding, and each step starts anew.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -107,7 +107,7 @@ def solve(
             delta, outputs = span.minimum()
             losses.append(problem.loss(outputs))
     deltas = {name: tensor.cpu() for name, tensor in problem.unflat(delta).items()}
-    return Solution(TaskVector(**{**vars(start), "deltas": deltas}), tuple(losses), problem.passes)
+    return Solution(replace(start, deltas=deltas), tuple(losses), problem.passes)
 
 
 class _Problem:

@@ -19,6 +19,7 @@ from linlora.layers.restoring import restoring
 from linlora.layers.vanilla import changed_base
 from linlora.storage.tensors import shapes
 from linlora.vectors.adapters import assign, check_values, delta_parameters, held_by, layers_to_change, one_adapter
+from linlora.vectors.base_models import common_base
 from linlora.vectors.files import Content, read_vector, write_vector
 from linlora.vectors.points import DifferentPointError, point_hash, point_name, some
 
@@ -95,7 +96,8 @@ class TaskVector:
         at = point_hash(held.point)
         vector = cls(held.deltas, held.point, at, held.scalings, held.scope, base_model, changed)
         if point is not None and point.point != {}:
-            vector.check_same_point(replace(point, scalings=held.scalings))  # a point has none of its own
+            # a point has no scalings of its own, and whether the model is its base is for whoever has both to say
+            vector.check_same_point(replace(point, scalings=held.scalings, base_model=None))
         return vector
 
     def save(self, path: str | os.PathLike, include_point: bool = True) -> None:
@@ -231,12 +233,14 @@ class TaskVector:
         if not isinstance(other, TaskVector):
             return NotImplemented
         self.check_same_point(other)
-        return replace(self, deltas={n: operation(delta, other.deltas[n]) for n, delta in self.deltas.items()})
+        deltas = {name: operation(delta, other.deltas[name]) for name, delta in self.deltas.items()}
+        return replace(self, deltas=deltas, base_model=common_base(self.base_model, other.base_model))
 
     def check_same_point(self, other: TaskVector) -> None:
-        """Raise a DifferentPointError unless the vectors have one scope, layers, scalings and point: then they add."""
+        """Raise a DifferentPointError unless the vectors have one scope, base, layers, scalings and point: they add."""
         self._check_displacement()
         self.check_same_scope(other)
+        common_base(self.base_model, other.base_model)
         self.check_same_layers(other)
         for name, scaling in self.scalings.items():
             if not math.isclose(scaling, other.scalings[name], rel_tol=1e-6):
@@ -294,7 +298,7 @@ class TaskVector:
         self._matching_layers(model, adapter)
         start = self.known_point("apply") if self.scope == "lora" else {}
         current = TaskVector.from_model(model, adapter, self if self.scope == "lora" else None)
-        self.check_same_point(current)
+        self.check_same_point(replace(current, base_model=None))
         deltas = dict(self.deltas)
         check_values(deltas)
         for name, parameter in delta_parameters(model, adapter).items():

@@ -13,17 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from linlora.layers.vanilla import refuse_changed_base
 from linlora.layers.weights import Update
-from linlora.storage.tensors import StoredTensors, shapes
+from linlora.storage.tensors import StoredTensors, holding, shapes, wide
 from linlora.vectors.adapters import assign, check_values, layers_to_change, state_of
+from linlora.vectors.base_models import common_base
 from linlora.vectors.factors import Size, factors_of, size_of, stored_factors, total
 from linlora.vectors.points import DifferentPointError, point_hash
 from linlora.vectors.task_vector import TaskVector
@@ -82,14 +81,14 @@ class WeightVector(TaskVector, scope="weight"):
         like, found = shapes(self.deltas), {}
         for layer in self.scalings:
             A, B = like[f"{layer}.dA"], like[f"{layer}.dB"]
-            found[layer] = Size(B.shape[0], A.shape[1], A.shape[0], torch.promote_types(A.dtype, B.dtype))
+            found[layer] = Size(B.shape[0], A.shape[1], A.shape[0], holding(A.dtype, B.dtype))
         return found
 
     def update(self, layer: str, weight: float = 1.0) -> Update:
         """ΔW of a layer, times a weight, in float32 or wider."""
         A, B = self.deltas[f"{layer}.dA"], self.deltas[f"{layer}.dB"]
-        wide = torch.promote_types(torch.promote_types(A.dtype, B.dtype), torch.float32)
-        return Update(A.to(wide), weight * self.scalings[layer] * B.to(wide))
+        dtype = wide(A.dtype, B.dtype)
+        return Update(A.to(dtype), weight * self.scalings[layer] * B.to(dtype))
 
     def __add__(self, other: TaskVector) -> WeightVector:
         if not isinstance(other, TaskVector):
@@ -107,7 +106,7 @@ class WeightVector(TaskVector, scope="weight"):
                 update, scalings[layer] = total([vector.update(layer) for vector in there]), 1.0
                 A, B = update.A, update.B
             deltas[f"{layer}.dA"], deltas[f"{layer}.dB"] = A, B
-        return weight_vector(self, deltas, scalings, common_base(self, other))
+        return weight_vector(self, deltas, scalings, common_base(self.base_model, other.base_model))
 
     def __sub__(self, other: TaskVector) -> WeightVector:
         return self + -1.0 * other if isinstance(other, TaskVector) else NotImplemented
@@ -158,7 +157,7 @@ class WeightVector(TaskVector, scope="weight"):
         """Raise a DifferentPointError unless both are in weight space and of one base model."""
         self.check_same_scope(other)
         assert isinstance(other, WeightVector)
-        common_base(self, other)
+        common_base(self.base_model, other.base_model)
         mine, others = self.sizes(), other.sizes()
         for layer in mine:
             if layer in others and mine[layer][:2] != others[layer][:2]:
@@ -196,33 +195,6 @@ def weight_vector(
 ) -> WeightVector:
     """The vector of some factors, of the base model of another vector if none is named."""
     return WeightVector(deltas, {}, point_hash({}), dict(scalings), "weight", base_model or like.base_model)
-
-
-def common_base(*vectors: TaskVector) -> str | None:
-    """The base model that vectors name, which is one, by its shortest name. Raises DifferentPointError for two.
-
-    >>> common_base(*(weight_vector(TaskVector({}, {}, "", {}, "weight", name), {}, {}) for name in ("a/Base", None)))
-    'a/Base'
-    """
-    named = [vector.base_model for vector in vectors if vector.base_model]
-    for name in named:
-        if model_name(name) != model_name(named[0]):
-            raise DifferentPointError(
-                f"the adapters are of different base models, '{named[0]}' and '{name}'. If the two are the same "
-                "weights, name them once: --base NAME, or dataclasses.replace(vector, base_model=NAME)"
-            )
-    return min(named, key=lambda name: (len(name), name), default=None)
-
-
-def model_name(base_model: str) -> str:
-    """The name of a model, whatever folder it is in, for instance one of the hub's cache.
-
-    >>> model_name("/cache/hub/models--Org--Base/snapshots/0a1b"), model_name("./Base/")
-    ('base', 'base')
-    """
-    parts = PurePath(base_model).parts
-    cached = [part.rpartition("--")[2] for part in parts if part.startswith("models--")]
-    return (cached or parts or ("",))[-1].lower()
 
 
 def _product(left: Update, right: Update) -> float:

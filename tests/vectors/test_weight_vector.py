@@ -67,6 +67,43 @@ def test_the_algebra_is_that_of_dense_matrices(a, b, layers, seed):
     assert u.loaded().norm() == u.norm()
 
 
+EVERYTHING = {
+    "norm": lambda u, v: u.norm(),
+    "dot": lambda u, v: u.dot(v),
+    "sum": lambda u, v: dense(u + v),
+    "fused": lambda u, v: dense(linlora.fuse([u, v], scaling=[1.0, -0.5])),
+    "tsv": lambda u, v: dense(linlora.fuse([u, v], "tsv", out_rank=2)),
+    "knots_ties": lambda u, v: dense(linlora.fuse([u, v], "knots_ties")),
+}
+
+
+@pytest.mark.parametrize("action", EVERYTHING)
+@pytest.mark.parametrize("other", [torch.float8_e4m3fn, torch.float8_e5m2, torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=str)
+def test_adapters_in_float8_are_those_of_their_values(dtype, other, action):
+    """PyTorch neither promotes nor adds float8; beside other dtypes either."""
+    u, v = made(1, dtype=dtype), made(2, dtype=other)
+    exact = [replace(w, deltas={name: delta.float() for name, delta in w.deltas.items()}) for w in (u, v)]
+    found, expected = EVERYTHING[action](u, v), EVERYTHING[action](*exact)
+    torch.testing.assert_close(torch.as_tensor(found), torch.as_tensor(expected), rtol=1e-6, atol=1e-6)
+
+
+def test_an_adapter_in_float8_is_read_exported_and_merged(tmp_path):
+    model = tiny_model("bert", trained=True)
+    tiny_base("bert").save_pretrained(tmp_path / "base")
+    for dtype in (torch.float8_e4m3fn, torch.float32):
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = parameter.data.to(torch.float8_e4m3fn).to(dtype)
+        model.save_pretrained(tmp_path / str(dtype))
+        vector = formats.read(tmp_path / str(dtype))
+        assert {delta.dtype for delta in vector.deltas.values()} == {dtype}
+        linlora.export(2.0 * vector, tmp_path / f"twice {dtype}")
+        merge_files(tmp_path / "base", [tmp_path / f"twice {dtype}"], tmp_path / f"merged {dtype}")
+    merged = {(folder / "model.safetensors").read_bytes() for folder in tmp_path.glob("merged *")}
+    assert len(merged) == 1
+
+
 @pytest.mark.parametrize("size", [1e-3, 1e-6])
 def test_the_norm_of_a_small_difference_keeps_its_digits(size):
     u = made(1, dtype=torch.float64)
