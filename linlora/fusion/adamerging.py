@@ -10,6 +10,7 @@ it is the vjp of the primal); the model is not rewritten and no operation of it 
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from linlora.fusion.arithmetic import WeightedSum
 from linlora.fusion.checks import check_count, check_number, checked
 from linlora.fusion.inference import Logits, main_logits
 from linlora.fusion.search import bar
+from linlora.fusion.tensorwise import fused
 from linlora.layers.temporary import displaced, evaluating, trainable
 from linlora.storage.tensors import wide
 from linlora.vectors.adapters import delta_parameters
@@ -66,23 +69,6 @@ def adamerging(
     True
     """
     vectors = list(checked(vectors))
-    lambdas = coefficients(vectors, model, inputs, level, initial, steps, learning_rate, logits, progress)
-    fused = _combine([vector.deltas for vector in vectors], lambdas, _rows(vectors[0], level))
-    return replace(vectors[0], deltas={n: delta.to(vectors[0].deltas[n].dtype) for n, delta in fused.items()})
-
-
-def coefficients(
-    vectors: Sequence[TaskVector],
-    model: PeftModel,
-    inputs: Sequence[Iterable[Any]],
-    level: str = "layer",
-    initial: float = 0.3,
-    steps: int = 500,
-    learning_rate: float = 1e-3,
-    logits: Logits = main_logits,
-    progress: bool = True,
-) -> Tensor:
-    """The λ of `adamerging`: (1, vectors) for level "task", (layers, vectors) in the vectors' order of layers else."""
     check_number("adamerging", "initial", initial)
     check_number("adamerging", "learning_rate", learning_rate)
     check_count("adamerging", "steps", steps)
@@ -106,13 +92,24 @@ def coefficients(
     with evaluating(model), trainable(parameters), torch.enable_grad():
         for _ in bar(range(steps), "adamerging", progress):
             optimizer.zero_grad()
-            fused = _combine(deltas, raw.clamp(0.0, 1.0), rows)
-            at = {name: delta.detach() + start.get(name, 0.0) for name, delta in fused.items()}
+            combined = _combined(deltas, raw.clamp(0.0, 1.0), rows)
+            at = {name: delta.detach() + start.get(name, 0.0) for name, delta in combined.items()}
             with displaced(parameters, at):
                 gradients = _gradients(model, parameters, [next(of_task) for of_task in batches], logits)
-            torch.autograd.backward(list(fused.values()), [gradients[name] for name in fused])
+            torch.autograd.backward(list(combined.values()), [gradients[name] for name in combined])
             optimizer.step()
-    return raw.detach().clamp(0.0, 1.0)
+    return fused(vectors, SumByRows(raw.detach().clamp(0.0, 1.0).tolist(), rows))
+
+
+class SumByRows(WeightedSum):
+    """Σᵢ λᵢ δᵢ, tensor by tensor, with the λ of the row of each."""
+
+    def __init__(self, lambdas: list[list[float]], rows: Mapping[str, int]) -> None:
+        super().__init__("adamerging")
+        self.lambdas, self.rows = lambdas, rows
+
+    def add(self, state: Tensor, index: int, name: str, delta: Tensor) -> None:
+        state.add_(delta.to(state.dtype), alpha=self.lambdas[self.rows[name]][index])
 
 
 def _gradients(
@@ -140,14 +137,14 @@ def mean_entropy(logits: Tensor) -> Tensor:
     return -(log_p.exp() * log_p).sum(-1).mean()
 
 
-def _combine(deltas: Sequence[Mapping[str, Tensor]], lambdas: Tensor, rows: Mapping[str, int]) -> dict[str, Tensor]:
-    """Σᵢ λᵢ δᵢ, tensor by tensor, with the λ of the row of each."""
-    fused = {}
+def _combined(deltas: Sequence[Mapping[str, Tensor]], lambdas: Tensor, rows: Mapping[str, int]) -> dict[str, Tensor]:
+    """Σᵢ λᵢ δᵢ as a function of λ."""
+    combined = {}
     for name, row in rows.items():
         of_each = [of_vector[name] for of_vector in deltas]
-        terms = [delta.to(wide(delta.dtype)) * lambdas[row, i] for i, delta in enumerate(of_each)]
-        fused[name] = sum(terms[1:], start=terms[0])
-    return fused
+        terms = [weight * delta.to(wide(delta.dtype)) for weight, delta in zip(lambdas[row], of_each, strict=True)]
+        combined[name] = functools.reduce(torch.add, terms)
+    return combined
 
 
 def _rows(vector: TaskVector, level: str) -> dict[str, int]:

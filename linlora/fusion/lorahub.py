@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -44,26 +44,6 @@ def lorahub(
     True
     """
     vectors = list(checked(vectors))
-    weights = lorahub_weights(
-        len(vectors), lambda w: objective(task_arithmetic(vectors, w)), budget, regularization, bound, seed, progress
-    )
-    return task_arithmetic(vectors, weights)
-
-
-def lorahub_weights(
-    count: int,
-    objective: Callable[[Sequence[float]], float],
-    budget: int = 40,
-    regularization: float = 0.05,
-    bound: float = 1.5,
-    seed: int = 42,
-    progress: bool = True,
-) -> list[float]:
-    """The weights of `lorahub`, for an objective of the weights.
-
-    >>> [round(weight, 3) for weight in lorahub_weights(1, lambda w: (w[0] - 1.0) ** 2)]  # 2 (1 - w) = 0.05
-    [0.975]
-    """
     nevergrad = _nevergrad()
     check_number("lorahub", "regularization", regularization)
     check_number("lorahub", "bound", bound)
@@ -71,7 +51,7 @@ def lorahub_weights(
     if bound <= 0.0:
         raise ValueError(f"lorahub: bound has to be above 0, got {bound}")
     drawn_from = np.random.get_state()  # for a seed that nevergrad then does not need
-    space = nevergrad.p.Array(init=[0.0] * count, lower=[-bound] * count, upper=[bound] * count)
+    space = nevergrad.p.Array(init=[0.0] * len(vectors), lower=[-bound] * len(vectors), upper=[bound] * len(vectors))
     np.random.set_state(drawn_from)
     space.random_state = np.random.RandomState(seed)
     optimizer = nevergrad.optimizers.NGOpt(parametrization=space, budget=budget)
@@ -82,13 +62,14 @@ def lorahub_weights(
         for _ in bar(range(budget), "lorahub", progress):
             candidate = optimizer.ask()
             weights = [float(weight) for weight in candidate.value]
-            costs.append(float(objective(weights)) + regularization * float(np.abs(weights).mean()))
+            cost = float(objective(task_arithmetic(vectors, weights)))
+            costs.append(cost + regularization * float(np.abs(weights).mean()))
             optimizer.tell(candidate, costs[-1])
     if not np.isfinite(costs).any():
         raise ValueError(
             f"lorahub: the objective was never finite in {budget} calls; the vectors or the model diverged"
         )
-    return [float(weight) for weight in optimizer.provide_recommendation().value]
+    return task_arithmetic(vectors, optimizer.provide_recommendation().value)
 
 
 def _nevergrad() -> Any:

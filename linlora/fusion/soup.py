@@ -21,8 +21,8 @@ from linlora.fusion.layerwise import Layer, fused_sizes, layer, summed, weight_v
 from linlora.fusion.search import bar
 from linlora.fusion.truncation import OutRank
 from linlora.layers.temporary import evaluating
+from linlora.layers.weights import Update
 from linlora.vectors.task_vector import TaskVector
-from linlora.vectors.weight_vector import WeightVector
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
@@ -57,48 +57,45 @@ def soup(
     Holds all vectors, on the device of the model.
     """
     in_weights = weight_vectors(vectors)
-    found = soup_weights(in_weights, model, batches, loss, epochs, learning_rate, progress)
-    return summed(in_weights, lambda name: found[name].tolist(), out_rank, energy)
-
-
-def soup_weights(
-    vectors: Sequence[WeightVector],
-    model: nn.Module,
-    batches: Sequence[Any],
-    loss: Loss = own_loss,
-    epochs: int = 1,
-    learning_rate: float = 1e-4,
-    progress: bool = True,
-) -> dict[str, Tensor]:
-    """softmax(w) of every layer, in the order of the vectors; a vector that lacks the layer is zero there."""
     check_count("soup", "epochs", epochs)
     check_number("soup", "learning_rate", learning_rate)
     modules = dict(model.named_modules())
     if not len(batches):
         raise ValueError("soup: there is no batch")
-    if missing := [name for name in fused_sizes(vectors) if name not in modules]:
+    parts = {name: layer(in_weights, name) for name in fused_sizes(in_weights)}
+    if missing := [name for name in parts if name not in modules]:
         raise ValueError(f"soup: the model has no layer '{missing[0]}'; pass the base model, without an adapter")
     device = next(model.parameters()).device
-    raw = {name: torch.zeros(len(vectors), device=device, requires_grad=True) for name in fused_sizes(vectors)}
+    raw = {name: torch.zeros(len(in_weights), device=device, requires_grad=True) for name in parts}
     optimizer = torch.optim.Adam(list(raw.values()), lr=learning_rate)
     with evaluating(model), torch.enable_grad(), ExitStack() as hooks:
         for name, w in raw.items():
-            added = functools.partial(_with_soup, layer(vectors, name), w)
-            hooks.callback(modules[name].register_forward_hook(added).remove)
+            updates = [Update(update.A.to(device), update.B.to(device)) for update in parts[name].updates]
+            hooks.callback(modules[name].register_forward_hook(functools.partial(_with_soup, updates, w)).remove)
         for batch in bar([batch for _ in range(epochs) for batch in batches], "soup", progress):
             value = loss(model, batch)
             if not value.isfinite():
                 raise ValueError(f"soup: the loss is {value}; the adapters or the model diverged")
-            for w, gradient in zip(raw.values(), torch.autograd.grad(value, list(raw.values())), strict=True):
+            of_each = torch.autograd.grad(value, list(raw.values()), allow_unused=True, materialize_grads=True)
+            for w, gradient in zip(raw.values(), of_each, strict=True):
                 w.grad = gradient
             optimizer.step()
-    return {name: w.detach().double().softmax(0).cpu() for name, w in raw.items()}
+    shares = {name: _by_vector(parts[name], w.detach().double().softmax(0).tolist()) for name, w in raw.items()}
+    return summed(in_weights, shares.__getitem__, out_rank, energy)
 
 
-def _with_soup(of: Layer, w: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+def _with_soup(
+    updates: Sequence[Update], w: Tensor, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor
+) -> Tensor:
     """A forward hook of a linear layer: its output with that of Σₜ softmax(w)ₜ ΔWₜ added."""
-    shares = w.softmax(0)
-    for index, update in zip(of.indices, of.updates, strict=True):
+    for share, update in zip(w.softmax(0), updates, strict=False):  # the last ones are of vectors that lack the layer
         A, B = update.A.to(inputs[0]), update.B.to(inputs[0])
-        output = output + (shares[index] * (inputs[0] @ A.T @ B.T)).to(output.dtype)
+        output = output + (share * (inputs[0] @ A.T @ B.T)).to(output.dtype)
     return output
+
+
+def _by_vector(of: Layer, shares: Sequence[float]) -> list[float]:
+    """The shares of a layer, which are in the order of its ΔW, by the places of the vectors."""
+    lacking = [index for index in range(len(shares)) if index not in of.indices]
+    placed = dict(zip([*of.indices, *lacking], shares, strict=True))
+    return [placed[index] for index in range(len(shares))]

@@ -46,3 +46,26 @@ def flat():
 def at():
     """A model at the vectors' point, by scope."""
     return lambda scope: displaced(0, scope)
+
+
+@pytest.fixture
+def weights_in():
+    """The weight of every vector in a fused one, in every layer, by least squares on values or on ΔW."""
+
+    def values(vector, layer):
+        if vector.scope == "weight":
+            absent = layer not in vector.scalings
+            update = None if absent else vector.update(layer)
+            return None if absent else (update.B.double() @ update.A.double()).flatten()
+        names = sorted(name for name in vector.deltas if name.rpartition(".")[0] == layer)
+        return torch.cat([vector.deltas[name].flatten().double() for name in names])
+
+    def weights(fused, vectors):
+        found = {}
+        for layer in fused.scalings:
+            target, columns = values(fused, layer), [values(vector, layer) for vector in vectors]
+            columns = torch.stack([torch.zeros_like(target) if c is None else c for c in columns], 1)
+            found[layer] = torch.linalg.lstsq(columns, target[:, None], driver="gelsd").solution.flatten()
+        return found
+
+    return weights

@@ -7,7 +7,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import linlora
 from linlora import TaskVector
-from linlora.fusion.adamerging import coefficients, mean_entropy
+from linlora.fusion.adamerging import mean_entropy
 from linlora.testing import randomize, tiny_batch, tiny_model
 
 TASKS = [[tiny_batch("bert", seed=1), tiny_batch("bert", seed=2)], [tiny_batch("bert", seed=3)]]
@@ -70,23 +70,13 @@ def trained_by_autograd(vectors, scope, level):
 
 
 @pytest.mark.parametrize("level", ["task", "layer"])
-def test_the_coefficients_are_those_of_autograd_through_the_model(wide, scope, level):
+def test_the_weights_are_those_of_autograd_through_the_model(wide, scope, level, weights_in):
     vectors, model = wide
-    ours = coefficients(vectors, model, TASKS, level, **OPTIONS)
+    fused = linlora.fuse(vectors, "adamerging", model=model, inputs=TASKS, level=level, **OPTIONS)
     theirs = trained_by_autograd(vectors, scope, level)
-    assert ours.shape == ((len(vectors[0].scalings) if level == "layer" else 1), 3)
     assert (theirs - 0.3).abs().min() > 1e-3
-    torch.testing.assert_close(ours, theirs, rtol=1e-7, atol=1e-7)
-
-
-def test_the_vector_is_the_sum_with_these_coefficients(wide, flat):
-    vectors, model = wide
-    lambdas = coefficients(vectors, model, TASKS, "layer", **OPTIONS)
-    layers = list(vectors[0].scalings)
-    fused = linlora.fuse(vectors, "adamerging", model=model, inputs=TASKS, **OPTIONS)
-    for name, delta in fused.deltas.items():
-        row = lambdas[layers.index(name[: -len(".dA")])]
-        torch.testing.assert_close(delta, sum(row[i] * vector.deltas[name] for i, vector in enumerate(vectors)))
+    for row, found in enumerate(weights_in(fused, vectors).values()):
+        torch.testing.assert_close(found, theirs[row if level == "layer" else 0], rtol=1e-7, atol=1e-7)
 
 
 def test_the_model_becomes_more_certain_and_the_rest_stays_as_it_was(vectors, at, scope):
@@ -107,7 +97,7 @@ def test_the_model_becomes_more_certain_and_the_rest_stays_as_it_was(vectors, at
     assert total(fused) < total(linlora.fuse(vectors, scaling=0.3))
 
 
-def test_plain_lora_is_merged_by_its_factors(double):
+def test_plain_lora_is_merged_by_its_factors(double, weights_in):
     model = tiny_model("bert").double()
     start = TaskVector.from_model(model)
     vectors = []
@@ -125,15 +115,18 @@ def test_plain_lora_is_merged_by_its_factors(double):
         optimizer.zero_grad()
         entropy(functional_call(model, parameters, (), TASKS[0][0])[0]).backward()
         optimizer.step()
-    ours = coefficients(vectors, model, [TASKS[0][:1]], "task", steps=3, learning_rate=0.05)
-    torch.testing.assert_close(ours[0], lambdas.detach(), rtol=1e-7, atol=1e-7)
+    options = {"level": "task", "steps": 3, "learning_rate": 0.05}
+    fused = linlora.fuse(vectors, "adamerging", model=model, inputs=[TASKS[0][:1]], **options)
+    for found in weights_in(fused, vectors).values():
+        torch.testing.assert_close(found, lambdas.detach(), rtol=1e-7, atol=1e-7)
 
 
-def test_coefficients_stay_between_zero_and_one(wide):
+def test_weights_stay_between_zero_and_one(wide, weights_in):
     vectors, model = wide
-    found = coefficients(vectors, model, TASKS, "layer", steps=4, learning_rate=1.0)
-    assert found.min() == 0.0
-    assert found.max() == 1.0
+    fused = linlora.fuse(vectors, "adamerging", model=model, inputs=TASKS, steps=4, learning_rate=1.0)
+    found = torch.cat(list(weights_in(fused, vectors).values()))
+    assert found.min() == pytest.approx(0.0, abs=1e-9)
+    assert found.max() == pytest.approx(1.0)
 
 
 def test_logits_can_be_any_function_of_model_and_batch(vectors, at, scope):
