@@ -18,14 +18,14 @@ from typing import Any
 from rich.console import Console
 
 from linlora import formats
-from linlora.experiments.adapters_report import DEFAULT, write_report
+from linlora.experiments.adapters_report import DEFAULT, report_of
 from linlora.experiments.controls import Space
 from linlora.experiments.fusing import fuse_by
 from linlora.experiments.jobs import Job, Workers
 from linlora.experiments.judges import Judge, judges, misfit, refuse_other_bases, refuse_untested, suite_of
 from linlora.experiments.options import METHOD_TITLES, Options, fusion_method
 from linlora.experiments.results import normalised
-from linlora.experiments.run import Experiment, run
+from linlora.experiments.run import Experiment, Report, run
 from linlora.experiments.stamps import stamp, stamps
 from linlora.fusion.registry import FROM_VECTORS
 from linlora.storage.run_directory import read_json, staged, write_json
@@ -194,8 +194,8 @@ class AdapterComparison(Experiment):
             "recommendation": self._recommended(rows, counts),
         }
 
-    def report(self, results: dict[str, Any], console: Console) -> None:
-        write_report(results, self.out, console)
+    def report(self, results: dict[str, Any]) -> Report:
+        return report_of(results, self.out)
 
     def _recommended(self, rows: Mapping[str, Any], counts: Sequence[int]) -> dict[str, Any]:
         """The method with the best validation score; task arithmetic where that is not clearly worse."""

@@ -8,12 +8,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from linlora.experiments.figures import draw_search
 from linlora.experiments.options import METHOD_TITLES, in_words
-from linlora.experiments.report import publish
+from linlora.experiments.run import Report
 from linlora.training.report import percent
 
 DEFAULT = "task_arithmetic"
@@ -29,14 +28,14 @@ _OUTPUTS = {
 }
 
 
-def write_report(results: Mapping[str, Any], out: Path, console: Console) -> None:
-    """Write the files of a finished comparison; print its table and the recommendation."""
+def report_of(results: Mapping[str, Any], out: Path) -> Report:
+    """Draw the searches of a finished comparison; its table and the recommendation."""
     searches = {METHOD_TITLES[row]: of["validation"] for row, of in results["rows"].items() if row in METHOD_TITLES}
     before = statistics.fmean(results["rows"]["backbone"]["chosen_by"])
     of_tasks = f"Fused adapters, scaled by λ, mean of {len(results['tasks'])} tasks"
     draw_search(searches, {"backbone, no adapter": before}, of_tasks, out / "scalings.png")
     words = reading(results)
-    publish(results, out, console, [table(results)], words, _OUTPUTS, f"{markdown(results)}\n\n{words}\n")
+    return Report([table(results)], words, _OUTPUTS, f"{markdown(results)}\n\n{words}\n")
 
 
 def table(results: Mapping[str, Any]) -> Table:

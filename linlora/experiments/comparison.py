@@ -17,16 +17,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import nn
 
 from linlora.experiments.controls import CONTROLS, Control, Trained
 from linlora.experiments.fusing import fuse_control, map_control
 from linlora.experiments.jobs import Job
 from linlora.experiments.options import START_TITLES, Options, Start
-from linlora.experiments.report import write_report
+from linlora.experiments.report import report_of
 from linlora.experiments.results import control_results
-from linlora.experiments.run import Experiment
+from linlora.experiments.run import Experiment, Report
 from linlora.experiments.tasks import Tasks
 from linlora.formats.export import export
 from linlora.formats.vector_folder import TASK_VECTOR_FILE, save_beside
@@ -189,8 +188,8 @@ class Comparison(Experiment):
         of_map = self.map_folder(start, control) / MAP_FILE
         return {**control_results(records, scores), "map": read_json(of_map) if of_map.exists() else None}
 
-    def report(self, results: dict[str, Any], console: Console) -> None:
-        write_report(results, self.out, console)
+    def report(self, results: dict[str, Any]) -> Report:
+        return report_of(results, self.out)
 
 
 def save_vector(vector: TaskVector, folder: Path) -> None:

@@ -61,7 +61,7 @@ def check_workers(workers: Workers) -> None:
             import distributed  # noqa: F401
         except ImportError:
             raise ImportError(
-                "workers on a Dask cluster need the package distributed: pip install distributed"
+                "workers on a Dask cluster need the package distributed: pip install 'linlora[cluster]'"
             ) from None
     elif workers < 1:
         raise ValueError(f"workers has to be 1 or more, got {workers}")

@@ -129,7 +129,7 @@ SEEDED = ("dare", "lorahub")
 
 
 def fusion_method(method: str) -> str:
-    """The name in `linlora.fusion.ROWS` of a row of the table."""
+    """The name in `linlora.fusion.METHODS` of a row of the table."""
     return "task_arithmetic" if method == "sum" else method
 
 

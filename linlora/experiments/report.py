@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from io import StringIO
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from linlora.experiments.figures import SHORT, draw_all
 from linlora.experiments.options import METHOD_TITLES
 from linlora.experiments.results import paired
-from linlora.storage.files import write_text
-from linlora.storage.run_directory import write_json
+from linlora.experiments.run import Report
 from linlora.training.report import percent
 
 _OUTPUTS = {
@@ -31,36 +28,10 @@ _OUTPUTS = {
 }
 
 
-def write_report(results: Mapping[str, Any], out: Path, console: Console) -> None:
-    """Write the files of a finished run; print the tables and the reading."""
+def report_of(results: Mapping[str, Any], out: Path) -> Report:
+    """Draw the pictures of a finished run; its tables and their reading."""
     draw_all(results, out)
-    publish(results, out, console, tables(results), reading(results), _OUTPUTS, markdown(results))
-
-
-def publish(
-    results: Mapping[str, Any],
-    out: Path,
-    console: Console,
-    views: Sequence[Table],
-    words: str,
-    outputs: Mapping[str, str],
-    in_markdown: str | None = None,
-) -> None:
-    """Write the numbers and tables of a run; print its tables, what they say, and what its files hold."""
-    write_json(out / "results.json", dict(results))
-    if in_markdown is not None:
-        write_text(out / "table.md", in_markdown)
-    file = StringIO()
-    for place in (console, Console(file=file, width=120)):
-        for view in views:
-            place.print(view)
-        for line in words.splitlines():
-            place.print(line, highlight=False, markup=False, soft_wrap=line.startswith("  "))  # a command stays whole
-    write_text(out / "table.txt", file.getvalue())
-    console.print(f"\n{results['wall_seconds']:.0f} s. Written to {out}:", highlight=False, soft_wrap=True)
-    for name, what in outputs.items():
-        if (out / name).exists():
-            console.print(f"  {name:20s} {what}", highlight=False)
+    return Report(tables(results), reading(results), _OUTPUTS, markdown(results))
 
 
 def tables(results: Mapping[str, Any]) -> list[Table]:

@@ -1,25 +1,45 @@
-"""`Experiment`: settings, jobs and a report; `run` does all of it that a run directory lacks."""
+"""`Experiment`: settings, jobs, a report. `run` does the jobs that a run directory lacks and publishes the report."""
 
 from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, ClassVar
 
 from rich.console import Console
+from rich.table import Table
 
 import linlora
 from linlora.experiments.environment import surroundings
 from linlora.experiments.jobs import Job, Workers, check_workers, run_jobs
 from linlora.storage.environment import environment, versions
-from linlora.storage.run_directory import only_run_in, open_run_directory
+from linlora.storage.files import write_text
+from linlora.storage.run_directory import only_run_in, open_run_directory, write_json
 
 _VERSIONS = ("linlora", "torch", "transformers", "peft")
 """The packages that compute: a run is not continued by others."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """What one reads of a finished run.
+
+    Attributes:
+        tables: printed, and written to table.txt.
+        words: what the tables say, in sentences.
+        files: what each file of the run directory holds, by its name.
+        markdown: the tables for a README, written to table.md.
+    """
+
+    tables: Sequence[Table]
+    words: str
+    files: Mapping[str, str]
+    markdown: str = ""
 
 
 class Experiment(ABC):
@@ -48,8 +68,8 @@ class Experiment(ABC):
         """The numbers of the report, read from what the jobs have left."""
 
     @abstractmethod
-    def report(self, results: dict[str, Any], console: Console) -> None:
-        """Write the files of a finished run; print its tables and what they say."""
+    def report(self, results: dict[str, Any]) -> Report:
+        """Draw the pictures of a finished run; its tables and what they say."""
 
     def around(self) -> AbstractContextManager[Any]:
         """The context of every job; the backend on a GPU is chosen as in training, unless a subclass names one."""
@@ -100,5 +120,23 @@ def run(
             "workers": workers,
             "jobs": asdict(done),
         }
-        experiment.report(results, console)
+        write_json(experiment.out / "results.json", results)
+        _publish(experiment.report(results), experiment.out, results["wall_seconds"], console)
     return results
+
+
+def _publish(report: Report, out: Path, seconds: float, console: Console) -> None:
+    """Write the tables of a run; print them, what they say, and what its files hold."""
+    if report.markdown:
+        write_text(out / "table.md", report.markdown)
+    file = StringIO()
+    for place in (console, Console(file=file, width=120)):
+        for table in report.tables:
+            place.print(table)
+        for line in report.words.splitlines():
+            place.print(line, highlight=False, markup=False, soft_wrap=line.startswith("  "))  # a command stays whole
+    write_text(out / "table.txt", file.getvalue())
+    console.print(f"\n{seconds:.0f} s. Written to {out}:", highlight=False, soft_wrap=True)
+    for name, what in report.files.items():
+        if (out / name).exists():
+            console.print(f"  {name:20s} {what}", highlight=False)

@@ -28,5 +28,8 @@ def stamps(*tasks: Settings) -> dict[str, str]:
     return {name: stamp(_files(path)) for name, path in paths.items() if path.exists()}
 
 
-def _files(path: Path) -> Iterable[Path]:
-    return [path] if path.is_file() else path.rglob("*")
+def _files(path: Path) -> list[Path]:
+    """A file itself; of a folder its tables and tensors, for logs and runs may lie there too."""
+    if path.is_file():
+        return [path]
+    return [file for file in path.iterdir() if is_file(file.name) or file.suffix == ".safetensors"]

@@ -51,7 +51,9 @@ def run(
         _reach_hub()
     if tasks:
         content["data"] |= {"train": "train", "test": "test"}
-        content["tasks"] = {Path(task).name: {"data": {"path": str(task)}} for task in tasks}
+        content["tasks"] = {Path(task).resolve().name: {"data": {"path": str(task)}} for task in tasks}
+        if len(content["tasks"]) < len(tasks):
+            raise ValueError("two folders of --task have one name, which is that of the task; rename one")
     content["experiment"] |= {"seeds": seeds}
     return compare_recipe(None, out, fresh, content, console, workers)
 

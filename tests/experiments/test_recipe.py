@@ -404,6 +404,12 @@ def test_without_a_network_the_quickstart_of_texts_says_so_in_a_line(tmp_path, m
     assert not (tmp_path / "run").exists()
 
 
+def test_two_tasks_of_one_name_are_refused_where_one_would_be_left_out(tmp_path):
+    folders = [tmp_path / place / task for place, task in (("a", "mood"), ("b", "mood"), ("a", "colour"))]
+    with pytest.raises(ValueError, match=r"two folders of --task have one name"):
+        text.run(tmp_path / "run", model=str(tmp_path), tasks=folders)
+
+
 def test_flags_of_the_quickstart_of_texts_are_for_it():
     result = CliRunner().invoke(app, ["quickstart", "--model", "bert"])
     assert result.exit_code == 2

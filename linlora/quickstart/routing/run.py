@@ -14,8 +14,7 @@ import linlora
 from linlora import experiments
 from linlora.experiments.environment import check_device, surroundings
 from linlora.experiments.jobs import Job, Workers
-from linlora.experiments.report import publish
-from linlora.experiments.run import Experiment
+from linlora.experiments.run import Experiment, Report
 from linlora.quickstart.routing.adaptation import RECORD_FILE, adapt_all
 from linlora.quickstart.routing.figures import draw_accuracies, draw_routing
 from linlora.quickstart.routing.inventories import INVENTORY_FILE, TRAINING_FILE, train_inventory
@@ -91,7 +90,7 @@ class RoutingExperiment(Workplace, Experiment):
     def results(self, seeds: int) -> dict[str, Any]:
         return collect(self, seeds)
 
-    def report(self, results: dict[str, Any], console: Console) -> None:
+    def report(self, results: dict[str, Any]) -> Report:
         draw_accuracies(results, self.out / "accuracies.png")
         draw_routing(results, self.out / "routing.png")
-        publish(results, self.out, console, [table(results)], reading(results), _OUTPUTS)
+        return Report([table(results)], reading(results), _OUTPUTS)
