@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+
+from huggingface_hub import EvalResult, ModelCardData
 
 from linlora.formats import Stored
 from linlora.formats.model_config import FOLDER
 from linlora.storage.files import write_text
-from linlora.training import plain_yaml
 from linlora.training.folder import SETTINGS_FILE, Run
 from linlora.training.head import HEAD_FILE
 from linlora.training.settings import Settings
@@ -41,17 +41,17 @@ _MARK = "linlora train"
 def card(run: Run, task: Task) -> str:
     """The text of a card, with the metadata that the hub reads."""
     settings, metrics = run.settings, run.metrics
-    front = {
-        "base_model": settings.model,
-        "library_name": "peft" if settings.method != "model" else "linlora",
-        "tags": ["lora", "linlora", settings.kind],
-        "model-index": [{"name": settings.name, "results": _results(run)}],
-    }
-    if settings.data.path and _is_of_the_hub(settings.data.path):
-        front["datasets"] = [settings.data.path]
+    front = ModelCardData(
+        base_model=settings.model,
+        library_name="peft" if settings.method != "model" else "linlora",
+        tags=["lora", "linlora", settings.kind],
+        datasets=[path] if (path := settings.data.path) and _is_of_the_hub(path) else None,
+        model_name=settings.name,
+        eval_results=_results(run),
+    )
     lora = settings.lora
     sections = [
-        f"---\n{plain_yaml.dump(front)}---",
+        f"---\n{front.to_yaml()}\n---",
         f"# {settings.name}",
         f"{_FAMILIES[settings.method]}, of `{settings.model}`: rank {lora['r']}, alpha {lora['lora_alpha']}, "
         f"{metrics['trainable_parameters']:,} trained values. Made by `{_MARK}`; `{SETTINGS_FILE}` makes it again.",
@@ -79,14 +79,16 @@ def _scores(run: Run) -> str:
     return "\n".join(lines)
 
 
-def _results(run: Run) -> list[dict[str, Any]]:
-    source = run.settings.data.path or run.settings.data.train
+def _results(run: Run) -> list[EvalResult]:
     return [
-        {
-            "task": {"type": run.settings.kind},
-            "dataset": {"name": run.settings.name, "type": source, "split": split},
-            "metrics": [{"type": run.metrics["metric"], "value": round(run.metrics[split]["score"], 4)}],
-        }
+        EvalResult(
+            task_type=run.settings.kind,
+            dataset_type=run.settings.data.path or run.settings.data.train,
+            dataset_name=run.settings.name,
+            dataset_split=split,
+            metric_type=run.metrics["metric"],
+            metric_value=round(run.metrics[split]["score"], 4),
+        )
         for split in ("validation", "test")
         if split in run.metrics
     ]
@@ -136,12 +138,11 @@ def write_card_of_export(stored: Stored, out: Path, base_model: str | None, cast
     if cast is None and own.is_file() and _MARK in own.read_text("utf-8", errors="replace"):
         write_text(path, own.read_text("utf-8"))
         return
-    front: dict[str, Any] = {"library_name": "peft", "tags": ["lora", "linlora"]}
-    front |= {"base_model": base_model} if base_model else {}
+    front = ModelCardData(base_model=base_model, library_name="peft", tags=["lora", "linlora"])
     base = f"`{base_model}`" if base_model else "a base model that it does not name"
     note = " Its values are of model scope; as an adapter they are another function." if cast else ""
     sections = [
-        f"---\n{plain_yaml.dump(front)}---",
+        f"---\n{front.to_yaml()}\n---",
         f"# {out.name}",
         f"A LoRA adapter of {base}, {len(stored.vector.scalings)} layers: {stored.kind} `{stored.path.name}`, written "
         f"by `linlora export`.{note}",
