@@ -33,9 +33,10 @@ def evaluate(
     Returns: "score", which is that of `task.metric`; every score of its kind of answer (`linlora.training.metrics`),
         as fractions; "rows"; and for answers in words "unanswered", the fraction that gave none.
     """
-    rows = task.rows(split)
     task.check(split)
+    rows = task.rows(split)
     count = len(rows) if limit is None else min(limit, len(rows))
+    labels = rows.select(range(count)).select_columns([task.settings.data.label])  # decodes no image
     arguments = task.settings.training
     size = int(arguments.get("per_device_eval_batch_size", 0) or arguments["per_device_train_batch_size"])
     device = next(model.parameters()).device
@@ -48,7 +49,7 @@ def evaluate(
                 predicted += task.predict(model, on_device(inputs, device))
     by_row = dict(gather_object(list(zip(mine, predicted, strict=True))))
     answers = [by_row[i] for i in range(count)]
-    scores = task.scores(answers, [task.expected(rows[i]) for i in range(count)])
+    scores = task.scores(answers, [task.expected(row) for row in labels])
     if task.settings.kind == "text-to-text" and task.answer == "classes":
         scores["unanswered"] = sum(answer < 0 for answer in answers) / count
     return {**scores, "rows": count}

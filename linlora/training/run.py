@@ -197,6 +197,11 @@ def _fit(trainer: TaskTrainer, checkpoint: str | None) -> float | None:
         trainer.train(resume_from_checkpoint=checkpoint)
     finally:
         trainer.progress.close()
+    if not trainer.state.global_step:
+        raise ValueError(
+            f"{trainer.task.settings.name} made no step of training: its {len(trainer.train_dataset)} rows fill no "
+            "batch, and training.dataloader_drop_last leaves out one that is not full"
+        )
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     loss = float(losses[-1]) if losses else None
     trained = [(name, p) for name, p in trainer.model.named_parameters() if p.requires_grad]

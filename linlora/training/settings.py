@@ -25,6 +25,7 @@ _RESERVED = {
     "save_only_model": "nothing: a run continues from its checkpoints, which takes the optimizer's state",
     "remove_unused_columns": "nothing: the columns that are used are named under data",
     "label_names": "data.label",
+    "bf16_full_eval": "bf16: rows are scored in the arithmetic of training", "fp16_full_eval": "fp16: the same",
     "do_train": "nothing", "do_eval": "nothing", "do_predict": "nothing",
     "push_to_hub": "nothing: upload the folder of the run when it is done",
 }  # fmt: skip

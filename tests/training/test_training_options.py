@@ -99,6 +99,14 @@ def test_a_loss_that_is_not_finite_is_an_error_and_no_result(settings):
         Run.open(wanted.out)
 
 
+def test_training_without_a_step_is_no_result(settings):
+    wanted = settings("text", training={"dataloader_drop_last": True, "per_device_train_batch_size": 64})
+    with pytest.raises(ValueError, match="text made no step of training: its 48 rows fill no batch"):
+        train(wanted)
+    with pytest.raises(FileNotFoundError, match="not finished"):
+        Run.open(wanted.out)
+
+
 def test_settings_that_fail_leave_nothing_behind(settings, tmp_path):
     out = tmp_path / "run"
     with pytest.raises(ValueError, match=r"linear layers of .* are .*query"):
