@@ -51,6 +51,7 @@ from .attention_tiles import (
     head,
     heads,
     masked_scores,
+    place_of_queries,
     row_products,
     rows_of,
     shared_arguments,
@@ -101,21 +102,12 @@ def attention_kernel(
 ):
     DTYPE: tl.constexpr = q.pointer.dtype.element_ty
     SCORES_MOVE: tl.constexpr = q_tangent is not None or k_tangent is not None
-    n_query_blocks, n_chunks = tl.cdiv(q.rows, BLOCK_M), tl.cdiv(v.columns, BLOCK_O)
-    i_query_block = n_query_blocks - 1 - tl.program_id(0) % n_query_blocks  # if causal, the last has most to do: first
-    i_chunk = tl.program_id(0) // n_query_blocks % n_chunks
-    i_row_of_heads = tl.program_id(0) // (n_query_blocks * n_chunks)
-    i_batch, i_head = i_row_of_heads // n_heads, i_row_of_heads % n_heads
-    i_key_head = i_head // heads_per_key_head
-    q = head(q, i_batch, i_head, ALIGNMENT)
-    k, v = head(k, i_batch, i_key_head, ALIGNMENT), head(v, i_batch, i_key_head, ALIGNMENT)
-    if q_tangent is not None:
-        q_tangent = head(q_tangent, i_batch, i_head, ALIGNMENT)
-    if k_tangent is not None:
-        k_tangent = head(k_tangent, i_batch, i_key_head, ALIGNMENT)
-    if v_tangent is not None:
-        v_tangent = head(v_tangent, i_batch, i_key_head, ALIGNMENT)
-    first_row = i_row_of_heads.to(tl.int64) * q.rows  # of this head in (B·H·Sq, Sk)
+    i_query_block, i_chunk, i_batch, i_head, i_key_head, first_row = place_of_queries(
+        q.rows, v.columns, n_heads, heads_per_key_head, BLOCK_M, BLOCK_O
+    )
+    q, q_tangent = head(q, i_batch, i_head, ALIGNMENT), head(q_tangent, i_batch, i_head, ALIGNMENT)
+    k, k_tangent = head(k, i_batch, i_key_head, ALIGNMENT), head(k_tangent, i_batch, i_key_head, ALIGNMENT)
+    v, v_tangent = head(v, i_batch, i_key_head, ALIGNMENT), head(v_tangent, i_batch, i_key_head, ALIGNMENT)
 
     o_m = i_query_block * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = i_chunk * BLOCK_O + tl.arange(0, BLOCK_O)

@@ -44,6 +44,7 @@ from .attention_tiles import (
     head,
     heads,
     masked_scores,
+    place_of_queries,
     row_products,
     rows_of,
     shared_arguments,
@@ -107,16 +108,12 @@ def query_gradient_kernel(
     BLOCK_O: tl.constexpr,
 ):
     DTYPE: tl.constexpr = q.pointer.dtype.element_ty
-    n_query_blocks, n_chunks = tl.cdiv(q.rows, BLOCK_M), tl.cdiv(q.columns, BLOCK_O)
-    i_query_block = n_query_blocks - 1 - tl.program_id(0) % n_query_blocks  # if causal, the last has most to do: first
-    i_chunk = tl.program_id(0) // n_query_blocks % n_chunks
-    i_row_of_heads = tl.program_id(0) // (n_query_blocks * n_chunks)
-    i_batch, i_head = i_row_of_heads // n_heads, i_row_of_heads % n_heads
-    i_key_head = i_head // heads_per_key_head
+    i_query_block, i_chunk, i_batch, i_head, i_key_head, first_row = place_of_queries(
+        q.rows, q.columns, n_heads, heads_per_key_head, BLOCK_M, BLOCK_O
+    )
     q = head(q, i_batch, i_head, ALIGNMENT)
     g, o = head(g, i_batch, i_head, ALIGNMENT), head(o, i_batch, i_head, ALIGNMENT)
     k, v = head(k, i_batch, i_key_head, ALIGNMENT), head(v, i_batch, i_key_head, ALIGNMENT)
-    first_row = i_row_of_heads.to(tl.int64) * q.rows  # of this head in (B·H·Sq, Sk)
 
     o_m = i_query_block * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = i_chunk * BLOCK_O + tl.arange(0, BLOCK_O)

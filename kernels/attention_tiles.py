@@ -68,12 +68,27 @@ def aligned(side, ALIGNMENT: tl.constexpr):
 
 
 @triton.jit
+def place_of_queries(queries, columns, n_heads, heads_per_key_head, BLOCK_M: tl.constexpr, BLOCK_O: tl.constexpr):
+    """What a program owns: (block of queries, chunk of the output's columns, batch, head, head of k and v), and the
+    first row of the head in (B·H·Sq, Sk). If causal, the last queries have most to do: they come first."""
+    n_blocks, n_chunks = tl.cdiv(queries, BLOCK_M), tl.cdiv(columns, BLOCK_O)
+    i_block = n_blocks - 1 - tl.program_id(0) % n_blocks
+    i_chunk = tl.program_id(0) // n_blocks % n_chunks
+    i_row_of_heads = tl.program_id(0) // (n_blocks * n_chunks)
+    i_batch, i_head = i_row_of_heads // n_heads, i_row_of_heads % n_heads
+    return i_block, i_chunk, i_batch, i_head, i_head // heads_per_key_head, i_row_of_heads.to(tl.int64) * queries
+
+
+@triton.jit
 def head(a, i_batch, i_head, ALIGNMENT: tl.constexpr):
-    """The Matrix of one head, its strides and columns multiples of ALIGNMENT."""
-    stride_batch, stride_head = aligned(a.stride_batch, ALIGNMENT), aligned(a.stride_head, ALIGNMENT)
-    stride_row, columns = aligned(a.stride_row, ALIGNMENT), aligned(a.columns, ALIGNMENT)
-    o_head = i_batch.to(tl.int64) * stride_batch + i_head.to(tl.int64) * stride_head
-    return Matrix(a.pointer + o_head, a.rows, columns, stride_row, a.stride_column)
+    """The Matrix of one head, its strides and columns multiples of ALIGNMENT; None of None."""
+    if a is None:
+        return None
+    else:
+        stride_batch, stride_head = aligned(a.stride_batch, ALIGNMENT), aligned(a.stride_head, ALIGNMENT)
+        stride_row, columns = aligned(a.stride_row, ALIGNMENT), aligned(a.columns, ALIGNMENT)
+        o_head = i_batch.to(tl.int64) * stride_batch + i_head.to(tl.int64) * stride_head
+        return Matrix(a.pointer + o_head, a.rows, columns, stride_row, a.stride_column)
 
 
 @triton.jit

@@ -112,42 +112,14 @@ def factor_gradients_kernel(
     if i_column < n_g_tiles:
         if g is not None and i_r * BLOCK_R < p.columns:
             gradient_tile(
-                g,
-                p,
-                d_expand,
-                i_column,
-                i_r,
-                i_split,
-                n_splits,
-                rows_per_split,
-                p_tile_partials,
-                p_counters + i_tile,
-                scaling,
-                None,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_R,
-            )
+                g, p, d_expand, i_column, i_r, i_split, n_splits, rows_per_split, p_tile_partials,
+                p_counters + i_tile, scaling, None, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+            )  # fmt: skip
     elif x is not None and i_r * BLOCK_R < q.columns:
         gradient_tile(
-            x,
-            q,
-            d_shrink_transposed,
-            i_column - n_g_tiles,
-            i_r,
-            i_split,
-            n_splits,
-            rows_per_split,
-            p_tile_partials,
-            p_counters + i_tile,
-            scaling,
-            dropout,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_R,
-        )
+            x, q, d_shrink_transposed, i_column - n_g_tiles, i_r, i_split, n_splits, rows_per_split, p_tile_partials,
+            p_counters + i_tile, scaling, dropout, PRECISION, BLOCK_M, BLOCK_N, BLOCK_R,
+        )  # fmt: skip
 
 
 def host(problem: FactorGradients, config: Config | None = None) -> Gradients:

@@ -31,6 +31,8 @@ Measured: not yet run on a GPU; verified in the interpreter and by ahead-of-time
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -55,21 +57,30 @@ from .tiles import (
 )
 
 
+class LowRank(NamedTuple):
+    """The factors and their products with x: u and c to keep, None if not wanted, s u and s c to share."""
+
+    shrink: Any
+    d_shrink: Any
+    expand: Any
+    d_expand: Any
+    u: Any
+    c: Any
+    su: Any
+    sc: Any
+    scaling: Any
+    dropout: Any
+
+
 @triton.jit
 def shrink_tile(
     i_m,
     i_r,
     d_x,
-    shrink,
-    d_shrink,
-    u,
-    c,
-    su,
-    sc,
+    low,
     p_flag,
     K,
-    scaling,
-    dropout,
+    MASK_UPDATE: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -82,17 +93,19 @@ def shrink_tile(
     b_v = tl.zeros((BLOCK_M, BLOCK_R), dtype=tl.float32)
     for k in tl.range(0, K, BLOCK_K, flatten=False):
         o_k = k + tl.arange(0, BLOCK_K)
-        b_x = drop(d_x.load([i_m * BLOCK_M, k]), o_m, o_k, dropout)
-        b_u = accumulate_shrink(b_u, b_x, shrink, o_r, o_k, PRECISION)
-        if d_shrink is not None:
-            b_v = accumulate_shrink(b_v, b_x, d_shrink, o_r, o_k, PRECISION)
-    if u is not None:
-        store_tile(u, b_u, o_m, o_r)
-    if c is not None:
-        store_tile(c, b_u + b_v, o_m, o_r)
-    store_tile(su, b_u * scaling.low, o_m, o_r)
-    if d_shrink is not None:
-        store_tile(sc, (b_u + b_v) * scaling.low, o_m, o_r)
+        b_x = d_x.load([i_m * BLOCK_M, k])
+        if not MASK_UPDATE:
+            b_x = drop(b_x, o_m, o_k, low.dropout)
+        b_u = accumulate_shrink(b_u, b_x, low.shrink, o_r, o_k, PRECISION)
+        if low.d_shrink is not None:
+            b_v = accumulate_shrink(b_v, b_x, low.d_shrink, o_r, o_k, PRECISION)
+    if low.u is not None:
+        store_tile(low.u, b_u, o_m, o_r)
+    if low.c is not None:
+        store_tile(low.c, b_u + b_v, o_m, o_r)
+    store_tile(low.su, b_u * low.scaling.low, o_m, o_r)
+    if low.d_shrink is not None:
+        store_tile(low.sc, (b_u + b_v) * low.scaling.low, o_m, o_r)
     tl.debug_barrier()  # every thread has stored before one of them releases
     tl.atomic_add(p_flag, 1, sem="release")
 
@@ -104,18 +117,13 @@ def output_tile(
     d_x,
     d_weight,
     p_bias,
-    expand,
-    d_expand,
     d_y,
-    su,
-    sc,
+    low,
     p_flag,
     N,
     K,
     n_shrink_tiles,
     n_output_tiles,
-    scaling,
-    dropout,
     TRANSPOSED_WEIGHT: tl.constexpr,
     MASK_UPDATE: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -136,14 +144,14 @@ def output_tile(
     while tl.atomic_add(p_flag, 0, sem="acquire") < n_shrink_tiles:
         pass
     b_update = tl.zeros_like(b_y) if MASK_UPDATE else b_y
-    for r in tl.range(0, d_expand.columns, BLOCK_R, num_stages=2):  # few ranks at a time: y holds most registers
+    for r in tl.range(0, low.d_expand.columns, BLOCK_R, num_stages=2):  # few ranks at a time: y holds most registers
         o_r = r + tl.arange(0, BLOCK_R)
-        b_su = load_tile(su, o_m, o_r, PAST_L1=True)
-        b_update = accumulate_expand(b_update, b_su, d_expand, scaling, o_n, o_r, PRECISION)
-        if expand is not None:
-            b_sc = load_tile(sc, o_m, o_r, PAST_L1=True)
-            b_update = accumulate_expand(b_update, b_sc, expand, scaling, o_n, o_r, PRECISION)
-    b_y = add_masked(b_y, b_update, o_m, o_n, dropout) if MASK_UPDATE else b_update
+        b_su = load_tile(low.su, o_m, o_r, PAST_L1=True)
+        b_update = accumulate_expand(b_update, b_su, low.d_expand, low.scaling, o_n, o_r, PRECISION)
+        if low.expand is not None:
+            b_sc = load_tile(low.sc, o_m, o_r, PAST_L1=True)
+            b_update = accumulate_expand(b_update, b_sc, low.expand, low.scaling, o_n, o_r, PRECISION)
+    b_y = add_masked(b_y, b_update, o_m, o_n, low.dropout) if MASK_UPDATE else b_update
     d_y.store([i_m * BLOCK_M, i_n * BLOCK_N], b_y.to(d_y.dtype))
     if tl.atomic_add(p_flag, 1, sem="relaxed") == n_shrink_tiles + n_output_tiles - 1:  # the last tile of the row
         tl.atomic_xchg(p_flag, 0, sem="relaxed")
@@ -179,63 +187,23 @@ def linearized_lora_linear_flags_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
-    p_ticket = p_counters
-    p_flags = p_counters + 1
-    n_row_tiles = tl.cdiv(M, BLOCK_M)
-    n_shrink_tiles = tl.cdiv(R, BLOCK_R)
-    n_output_tiles = tl.cdiv(N, BLOCK_N)
+    FEW_RANKS: tl.constexpr = min(BLOCK_R, 32)
+    p_ticket, p_flags = p_counters, p_counters + 1
+    low = LowRank(shrink, d_shrink, expand, d_expand, u, c, su, sc, scaling, dropout)
+    n_row_tiles, n_shrink_tiles, n_output_tiles = tl.cdiv(M, BLOCK_M), tl.cdiv(R, BLOCK_R), tl.cdiv(N, BLOCK_N)
     n_tiles = n_row_tiles * (n_shrink_tiles + n_output_tiles)
     i_tile = tl.atomic_add(p_ticket, 1, sem="relaxed")
     while i_tile < n_tiles:
         i_m, i_column = grouped_tile(i_tile, n_row_tiles, n_shrink_tiles + n_output_tiles, GROUP_M)
         p_flag = p_flags + i_m
         if i_column < n_shrink_tiles:
-            shrink_tile(
-                i_m,
-                i_column,
-                d_x,
-                shrink,
-                d_shrink,
-                u,
-                c,
-                su,
-                sc,
-                p_flag,
-                K,
-                scaling,
-                None if MASK_UPDATE else dropout,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_K,
-                BLOCK_R,
-            )
+            shrink_tile(i_m, i_column, d_x, low, p_flag, K, MASK_UPDATE, PRECISION, BLOCK_M, BLOCK_K, BLOCK_R)
         else:
             output_tile(
-                i_m,
-                i_column - n_shrink_tiles,
-                d_x,
-                d_weight,
-                p_bias,
-                expand,
-                d_expand,
-                d_y,
-                su,
-                sc,
-                p_flag,
-                N,
-                K,
-                n_shrink_tiles,
-                n_output_tiles,
-                scaling,
-                dropout,
-                TRANSPOSED_WEIGHT,
-                MASK_UPDATE,
-                PRECISION,
-                BLOCK_M,
-                BLOCK_N,
-                BLOCK_K,
-                BLOCK_R if BLOCK_R < 32 else 32,
-            )
+                i_m, i_column - n_shrink_tiles, d_x, d_weight, p_bias, d_y, low, p_flag, N, K,
+                n_shrink_tiles, n_output_tiles, TRANSPOSED_WEIGHT, MASK_UPDATE, PRECISION,
+                BLOCK_M, BLOCK_N, BLOCK_K, FEW_RANKS,
+            )  # fmt: skip
         i_tile = tl.atomic_add(p_ticket, 1, sem="relaxed")
     if i_tile == n_tiles + tl.num_programs(0) - 1:  # every program has drawn its last ticket
         tl.atomic_xchg(p_ticket, 0, sem="relaxed")

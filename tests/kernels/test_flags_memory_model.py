@@ -1,4 +1,7 @@
-"""The flags protocol in a weak memory model: every interleaving and every stale value that C++'s model allows.
+"""Protocols between programs in a weak memory model: every interleaving, every stale value that C++'s model allows.
+
+flags     `linearized_lora_linear_flags` and csrc/: writers count themselves in, readers wait for them and count too
+parts     programs that share a sum store their parts and count themselves in; the last one reads all parts
 
 A machine of views, the part of C++11 (RC11) without load buffering: a location is a list of messages in modification
 order, a thread may read any message that its view has not passed, and a message carries the view that its writer
@@ -27,7 +30,13 @@ def reader(acquire="acquire", threshold=WRITERS, last=WRITERS + READERS - 1):
     return [("wait", "flag", acquire, threshold), *loads, ("add", "flag", "relaxed", last)]
 
 
-LOCATIONS = ["flag", *(f"p{i}" for i in range(WRITERS))]
+def sharer(i, order="acq_rel", programs=3):
+    """Stores its part and counts itself; the last one reads all parts and sets the counter back to 0."""
+    loads = [("load", f"p{j}") for j in range(programs)]
+    return [("store", f"p{i}", 1), ("count", "flag", order, programs - 1), *loads, ("reset", "flag")]
+
+
+LOCATIONS = ["flag", *(f"p{i}" for i in range(3))]
 NOTHING = (0,) * len(LOCATIONS)  # a view: how far a thread has seen each location
 
 
@@ -40,7 +49,8 @@ def seen_to(view, place, message):
 
 
 def moves(operation, messages, view):
-    """What a thread may do next: its new view, and the message that it adds, or the value that it loads, or neither."""
+    """What a thread may do next: its new view, and the message that it adds, or the value that it loads, or neither.
+    Who counts itself and is not the last is done: its value is "done"."""
     kind, name, *rest = operation
     place, newest = LOCATIONS.index(name), len(messages) - 1
     if kind == "store":
@@ -50,6 +60,14 @@ def moves(operation, messages, view):
         count, released = messages[newest]
         released = join(released, view) if order == "release" else released
         yield seen_to(view, place, newest + 1), (0 if last == [count] else count + 1, released), None
+    elif kind == "reset":
+        yield seen_to(view, place, newest + 1), (0, messages[newest][1]), None
+    elif kind == "count":
+        (order, last), (count, released) = rest, messages[newest]
+        view = join(view, released) if "acq" in order else view
+        released = join(released, view) if "rel" in order else released
+        view = seen_to(view, place, newest + 1)
+        yield view, (count + 1, released), None if count == last else "done"
     else:
         for at in range(view[place], newest + 1):
             value, released = messages[at]
@@ -72,8 +90,9 @@ def outcomes(threads):
                 place = LOCATIONS.index(operation[1])
                 for moved, message, value in moves(operation, memory[place], view):
                     written = (*memory[place], message) if message else memory[place]
-                    values = loaded if value is None else tuple(sorted((*loaded, value)))
-                    state = (*states[:i], (step + 1, moved), *states[i + 1 :])
+                    values = loaded if value in (None, "done") else tuple(sorted((*loaded, value)))
+                    after = len(threads[i]) if value == "done" else step + 1
+                    state = (*states[:i], (after, moved), *states[i + 1 :])
                     following.add(((*memory[:place], written, *memory[place + 1 :]), state, values))
         if not following:
             ended = all(step == len(thread) for (step, _), thread in zip(states, threads, strict=True))
@@ -107,6 +126,25 @@ def test_a_weaker_protocol_is_found(change, wrong):
         assert any(0 in outcome[0] for outcome in found if outcome != "stuck")
     else:
         assert any(outcome == "stuck" or outcome[1] != 0 for outcome in found)
+
+
+def test_the_last_of_the_programs_that_share_a_sum_sees_every_part_and_the_counter_ends_at_zero():
+    assert outcomes([sharer(i) for i in range(3)]) == {((1, 1, 1), 0)}
+
+
+@pytest.mark.parametrize("order", ["acquire", "release", "relaxed"])
+def test_a_weaker_order_of_the_counter_loses_parts(order):
+    assert any(0 in outcome[0] for outcome in outcomes([sharer(i, order) for i in range(3)]))
+
+
+@pytest.mark.parametrize("module", ["lora_linear", "factor_gradients", "mix_inventories"])
+def test_every_counter_of_parts_has_the_order_of_the_model(module):
+    """All threads of a program meet before one of them counts; parts are read past the first-level cache."""
+    source = (ROOT / f"kernels/{module}.py").read_text()
+    counted = re.findall(r'(\w[^\n]*)\n *if tl\.atomic_add\(p_counters?[^,]*, 1, sem="(\w+)"\) == \w+ - 1:', source)
+    assert len(counted) == 1
+    assert counted[0][0].startswith("tl.debug_barrier()")
+    assert counted[0][1] == "acq_rel"
 
 
 def test_the_sources_have_the_orders_of_the_model():
