@@ -24,7 +24,7 @@ from linlora.routing.structure import Inventory, RoutedStructure
 from linlora.routing.variants import make_selector
 from linlora.storage.files import CorruptFileError, parse_json
 from linlora.storage.tensor_files import load_tensors, save_tensors
-from linlora.vectors.weight_vector import model_name
+from linlora.vectors.base_models import model_name
 
 FILE = "routed_model.safetensors"
 FORMAT = "linlora.routed_model"
