@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import torch
 from peft import PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -50,6 +51,7 @@ def detach(model: PeftModel) -> None:
                 module._forward_hooks_always_called.pop(key, None)
 
 
+@torch.compiler.disable
 def collapse_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
     """A forward hook. A key-value cache among the outputs keeps its tangents: the next token needs them."""
     network = type(module).__name__
@@ -63,6 +65,7 @@ def collapse_outputs(module: nn.Module, args: tuple, output: Any) -> Any:
     return replaced(output, collapsed, dataclasses.is_dataclass)
 
 
+@torch.compiler.disable
 def collapse_inputs(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     return collapse(args), collapse(kwargs)
 

@@ -394,6 +394,11 @@ def test_a_loss_of_unknown_make_is_refused():
 
 
 def test_a_compiled_model_gives_the_same():
-    model = linearized()
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(compiled(**tiny_batch("bert")).logits, model(**tiny_batch("bert")).logits)
+    torch._dynamo.reset()
+    model, batch = linearized(), {**tiny_batch("bert"), "labels": torch.tensor([0, 1, 2])}
+    compiled, expected = torch.compile(model, backend="aot_eager"), model(**batch)
+    for _ in range(2):  # traced, and again
+        output = compiled(**batch)
+        assert list(output) == list(expected) == ["loss", "logits"]
+        torch.testing.assert_close(output.loss, expected.loss)
+        torch.testing.assert_close(output.logits, expected.logits)
