@@ -10,7 +10,7 @@ for a ΔW of a hundredth of W, one in thirteen for a tenth. A block is kept whol
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -52,6 +52,10 @@ class Update:
         """
         R_B, R_A = (torch.linalg.qr(factor.double(), mode="r").R for factor in (self.B, self.A.t()))
         return float((R_B @ R_A.t()).norm())
+
+
+Pending = tuple[str, Tensor, Update]
+"""The name of a layer, its weight, and the update that is to be folded into it."""
 
 
 def stacked(
@@ -128,6 +132,27 @@ def check_sum(weight: Tensor, update: Update) -> None:
     if weight.dtype == torch.float16 or not float(update.A.norm() * update.B.norm()) < _LARGE:
         for rows in blocks(weight.shape):
             folded(weight[rows], update, rows)
+
+
+def check_fold(name: str, weight: Tensor, update: Update) -> None:
+    """Raise a ValueError, with the name of the layer, where `fold` would fail; the weight is as it was."""
+    try:
+        check_sum(weight, update)
+        rehearse(weight, update)
+    except OverflowError as error:
+        raise ValueError(f"layer '{name}': {error}; the model is unchanged") from error
+
+
+def fold_all(folds: Iterable[Pending]) -> None:
+    """Fold the updates of all layers: the last step of a merge, because nothing undoes it."""
+    for name, weight, update in folds:
+        try:
+            fold(weight, update)
+        except Exception as error:
+            raise RuntimeError(
+                f"merge: stopped at layer '{name}', when others had been folded; the weights are neither those of "
+                "the base nor merged, load the base model again"
+            ) from error
 
 
 def folded(block: Tensor, update: Update, rows: slice) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from linlora.layers.linearize import accelerate
@@ -13,13 +13,10 @@ from linlora.layers.peft_merging import REMEDY
 from linlora.layers.restoring import restoring, uninterrupted
 from linlora.layers.sharding import is_sharded
 from linlora.layers.sharing import adapted_layers, refuse_shared
-from linlora.layers.weights import Update, check_sum, fold, rehearse
+from linlora.layers.weights import Pending, Update, check_fold, fold_all, rehearse
 from linlora.storage.tensors import finite
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
-
-Pending = tuple[str, Tensor, Update]
-"""The name of a layer, its weight, and the update that is to be folded into it."""
 
 
 def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None = None) -> nn.Module:
@@ -69,7 +66,7 @@ def merge(model: PeftModel | nn.Module, adapters: list[str] | TaskVector | None 
             layer.merged_adapters.extend(adapters or layer.active_adapters)  # PEFT leaves them to the loop below
         tuner = model.base_model
         merged = type(tuner).merge_and_unload(tuner, adapter_names=adapters)
-        _fold(folds)
+        fold_all(folds)
         return merged
 
 
@@ -109,22 +106,6 @@ def _merge_vector(model: nn.Module, vector: WeightVector) -> nn.Module:
             wide = torch.promote_types(update.A.dtype, weight.dtype)
             A, B = (factor.to(weight.device, wide) for factor in (update.A, update.B))
             folds.append((name, weight, Update(A, B, isinstance(modules[name], Conv1D))))
-            try:
-                check_sum(*folds[-1][1:])
-                rehearse(*folds[-1][1:])
-            except OverflowError as error:
-                raise ValueError(f"merge: layer '{name}': {error}; the model is unchanged") from error
-        _fold(folds)
+            check_fold(*folds[-1])
+        fold_all(folds)
     return model
-
-
-def _fold(folds: list[Pending]) -> None:
-    """Fold the updates of all layers: the last step of a merge, because nothing undoes it."""
-    for name, weight, update in folds:
-        try:
-            fold(weight, update)
-        except Exception as error:
-            raise RuntimeError(
-                f"merge: stopped at layer '{name}', when others had been folded; the weights are neither those of "
-                "the base nor merged, load the base model again"
-            ) from error

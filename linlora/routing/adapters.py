@@ -15,11 +15,13 @@ from linlora.formats.peft_adapter import TENSOR_FILE
 from linlora.layers.calls import LINEAR, beyond_product, is_product
 from linlora.layers.folding import with_sizes
 from linlora.layers.linearize import linearize
-from linlora.layers.restoring import restoring
+from linlora.layers.restoring import restoring, uninterrupted
 from linlora.layers.sharing import refuse_shared
+from linlora.layers.weights import Pending, Update, check_fold, fold_all
 from linlora.routing.model import RoutedModel
 from linlora.routing.scope import scope_of
 from linlora.storage.tensor_files import save_tensors
+from linlora.storage.tensors import wide
 from linlora.vectors.adapters import delta_parameters
 
 
@@ -117,19 +119,17 @@ def merge_task(model: RoutedModel, task_id: int | None) -> nn.Module:
     refuse_shared(model.model, [layer.layer_name for layer in model.routed_layers], "merge_task", remedy)
     _check_products(model)
     weights = task_weights(model, task_id)
-    merged = []
-    for layer in model.routed_layers:
-        A, B = layer.adapter(weights[layer.layer_name])
-        delta = layer.sizes.scaling * (B @ A)
-        weight = layer.weight.to(delta.dtype) + (delta.t() if isinstance(layer.base_layer, Conv1D) else delta)
-        weight = weight.to(layer.weight.dtype)
-        if not weight.isfinite().all():
-            raise ValueError(f"layer '{layer.layer_name}': merging gives NaN or infinity; the model is unchanged")
-        merged.append(weight)
-    with restoring(model):
-        for layer, weight in zip(model.routed_layers, merged, strict=True):
-            layer.weight.data = weight
-        return model.unload()
+    folds: list[Pending] = []
+    with uninterrupted(), restoring(model):
+        for layer in model.routed_layers:
+            A, B = layer.adapter(weights[layer.layer_name])
+            dtype = wide(A.dtype, B.dtype, layer.weight.dtype)
+            update = Update(A.to(dtype), layer.sizes.scaling * B.to(dtype), isinstance(layer.base_layer, Conv1D))
+            folds.append((layer.layer_name, layer.weight.data, update))
+            check_fold(*folds[-1])
+        merged = model.unload()
+        fold_all(folds)
+        return merged
 
 
 def collapse(model: RoutedModel, task_id: int | None = None) -> PeftModel:
