@@ -20,6 +20,9 @@ CAVEAT = (
     "Published comparisons of these methods disagree, and on large language models only task arithmetic gains "
     "reliably: it is recommended unless another method is ahead of it here by more than one standard error."
 )
+_FITTED = {"lorahub": "lorahub_examples", "soup": "soup_examples"}
+"""Methods that are fitted to labels of the validation split, with the option that says to how many."""
+
 _OUTPUTS = {
     "results.json": "every number, by task, with the options that were tried",
     "table.txt": "the table and the recommendation; table.md the same for a README",
@@ -113,8 +116,10 @@ def reading(results: Mapping[str, Any]) -> str:
             "Recommended: the base model without adapters, for no method is clearly better on validation. It scores "
             f"{percent(mean['backbone'])} % on test{beside}, one adapter for each task {percent(single)}.\n{CAVEAT}"
         )
+    fitted = _FITTED.get(chosen["method"])
+    seen = f" It was fitted to {results['options'][fitted]} of the labels it was chosen by." if fitted else ""
     return (
         f"Recommended: {METHOD_TITLES[chosen['method']]}{f' ({options})' if options else ''}. It scores "
         f"{percent(mean[chosen['method']])} % on test; the backbone {percent(mean['backbone'])}{beside}, one adapter "
-        f"for each task {percent(single)}.\n{CAVEAT}\n  {chosen['command']}"
+        f"for each task {percent(single)}.{seen}\n{CAVEAT}\n  {chosen['command']}"
     )

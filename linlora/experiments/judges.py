@@ -51,10 +51,10 @@ def refuse_untested(tasks: Iterable[Settings]) -> None:
             raise ValueError(
                 f"task '{settings.name}' has no test split; options are chosen on validation: set data.test"
             )
-        if settings.data.test == settings.data.validation:
+        if settings.data.validation == (settings.data.test or "test"):
             raise ValueError(
-                f"task '{settings.name}': validation and test are both '{settings.data.test}'; options are chosen on "
-                "validation: set data.validation to a part of train, as 0.1"
+                f"task '{settings.name}': validation and test are both '{settings.data.validation}'; options are "
+                "chosen on validation: set data.validation to a part of train, as 0.1"
             )
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from linlora import TaskVector
-from linlora.experiments import Options, fusing
+from linlora.experiments import Options, fusing, judges
 from linlora.experiments.controls import Space
 from linlora.experiments.evaluation import evaluate_fused
 from linlora.experiments.fusing import forgetting, fuse_by
@@ -81,8 +81,10 @@ def test_regmean_sees_as_many_rows_as_its_option_says(monkeypatch):
         assert max(labels) <= 16
 
 
-def test_options_are_not_searched_on_the_rows_of_the_test():
-    data = {"path": "rows", "validation": "test", "test": "test", "text": "text"}
+@pytest.mark.parametrize("test", [None, "test"], ids=["found", "named"])
+def test_options_are_not_searched_on_the_rows_of_the_test(monkeypatch, test):
+    monkeypatch.setattr(judges, "has_test", lambda data: True)
+    data = {"path": "rows", "validation": "test", "test": test, "text": "text"}
     task = Judge(Settings.from_dict({"model": "bert", "kind": "classification", "data": data, "name": "mood"}))
     with pytest.raises(ValueError, match="'mood': validation and test are both 'test'"):
         evaluate_fused([vector(1.0), vector(2.0)], [task], "test", "task_arithmetic", {}, searched=True)

@@ -6,6 +6,7 @@ import csv
 import dataclasses
 import io
 import json
+import pickle
 import re
 import shlex
 import shutil
@@ -24,6 +25,7 @@ import linlora
 from linlora import TaskVector
 from linlora.cli import app
 from linlora.experiments import Options, compare_adapters, compare_recipe, report
+from linlora.experiments.adapters import AdapterComparison
 from linlora.experiments.adapters_report import reading
 from linlora.experiments.options import described
 from linlora.experiments.recipes import RecipeExperiment
@@ -312,6 +314,28 @@ def test_a_scaling_of_zero_is_read_as_the_base_model():
     scores = {"backbone": {"test": [0.5]}, "task_arithmetic": {"test": [0.5], "options": {"scaling": 0.0}}}
     results = {"rows": scores, "single": {"test": [0.75]}, "recommendation": {"method": "task_arithmetic"}}
     assert "the base model without adapters" in reading(results)
+
+
+def test_a_method_that_has_seen_labels_says_so():
+    row = {"test": [0.5], "options": {"epochs": 1}}
+    results = {
+        "rows": {"backbone": row, "soup": row}, "single": {"test": [0.75]}, "options": {"soup_examples": 64},
+        "recommendation": {"method": "soup", "command": "linlora export"},
+    }  # fmt: skip
+    assert "fitted to 64 of the labels it was chosen by" in reading(results)
+
+
+def test_experiments_go_to_workers_without_what_they_have_loaded(place, runs, tmp_path):
+    tasks = read_recipe(place / "recipe.yaml").tasks
+    adapters = [str(runs / "lora" / task / "seed0") for task in ("mood", "colour")]
+    recipe = RecipeExperiment(tasks, tmp_path, Options(), {})
+    comparison = AdapterComparison(adapters, [], tmp_path, Options())
+    assert recipe.base("lora") is not None
+    assert comparison.space.model is not None
+    for experiment in (recipe, comparison):
+        sent = pickle.dumps(experiment)
+        assert len(sent) < 20_000
+        assert pickle.loads(sent).fingerprint() == experiment.fingerprint()
 
 
 @pytest.mark.parametrize(
