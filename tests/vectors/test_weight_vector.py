@@ -12,6 +12,7 @@ from peft import PeftModel
 
 import linlora
 from linlora import DifferentPointError, TaskVector, WeightVector, formats
+from linlora.layers import weights
 from linlora.merging import merge_files
 from linlora.testing import randomize, relative_error, tiny_base, tiny_batch, tiny_model
 from linlora.vectors.points import point_hash
@@ -224,9 +225,7 @@ def test_a_vector_does_not_merge_into_a_weight_that_is_computed(norm):
 
 
 def test_a_merge_that_stops_halfway_says_what_the_weights_are(monkeypatch):
-    from linlora.merging import model as merging
-
-    calls, fold = [], merging.fold
+    calls, fold = [], weights.fold
 
     def stops(weight, update):
         calls.append(weight)
@@ -234,7 +233,7 @@ def test_a_merge_that_stops_halfway_says_what_the_weights_are(monkeypatch):
             raise MemoryError
         fold(weight, update)
 
-    monkeypatch.setattr(merging, "fold", stops)
+    monkeypatch.setattr(weights, "fold", stops)
     vector = TaskVector.from_model(tiny_model("bert", trained=True)).cast("weight")
     with pytest.raises(RuntimeError, match=r"stopped at layer '.*'.* load the base model again"):
         linlora.merge(tiny_base("bert"), vector)
