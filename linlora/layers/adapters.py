@@ -168,8 +168,8 @@ class LoraAdapters(PeftLoraLinear):
                 continue
             r = self.r[adapter]
             if state_dict[a].shape[0] == 2 * r:
-                A0, dA = state_dict[a].split(r)
-                B, B0 = state_dict[b].split(r, dim=1)
+                A0, dA = (part.clone() for part in state_dict[a].split(r))  # with assign=True they are the parameters
+                B, B0 = (part.contiguous() for part in state_dict[b].split(r, dim=1))
                 state_dict.update({a: A0, b: B0, d_a: dA, d_b: B - B0})
             elif state_dict[a].shape[0] == r:
                 state_dict.update({d_a: torch.zeros_like(state_dict[a]), d_b: torch.zeros_like(state_dict[b])})

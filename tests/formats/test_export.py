@@ -36,14 +36,18 @@ def test_exported_adapter_gives_the_same_logits_in_stock_peft(architecture, trai
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["B0=0", "B0!=0"])
-def test_save_pretrained_writes_the_same_and_a_linearized_model_resumes_from_it(tmp_path, trained):
+@pytest.mark.parametrize("assigned", [False, True], ids=["copied", "assigned"])
+def test_save_pretrained_writes_the_same_and_a_linearized_model_resumes_from_it(tmp_path, trained, assigned):
     model = linearized(trained=trained, modules_to_save=["classifier"])
     model.save_pretrained(tmp_path)
     stock = PeftModel.from_pretrained(tiny_base("bert"), tmp_path)
     torch.testing.assert_close(logits(stock), logits(model), rtol=1e-4, atol=1e-5)
     resumed = tiny_model("bert", trained, modules_to_save=["classifier"])
     linlora.linearize(resumed)
-    resumed.load_adapter(tmp_path, "default", is_trainable=True)
+    resumed.load_adapter(tmp_path, "default", is_trainable=True, low_cpu_mem_usage=assigned)
+    factors = [p for name, p in resumed.named_parameters() if "lora_" in name]
+    assert all(factor.is_contiguous() for factor in factors)
+    assert len({factor.untyped_storage().data_ptr() for factor in factors}) == len(factors)
     torch.testing.assert_close(logits(resumed), logits(model), rtol=1e-4, atol=1e-5)
     difference = linlora.TaskVector.from_model(resumed) - linlora.TaskVector.from_model(model)
     assert difference.norm() < 1e-5
