@@ -21,6 +21,7 @@ SINGLE_FILE, INDEX_FILE, CONFIG_FILE = "model.safetensors", "model.safetensors.i
 CONV1D_MODELS = ("gpt2", "openai-gpt", "imagegpt", "decision_transformer", "clvp")
 """Model types whose linear layers are transformers' Conv1D, which stores its weight (K, N)."""
 
+_SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _EMBEDDING = re.compile(r"(embed\w*|wte|shared)\.weight$")
 
 
@@ -143,15 +144,16 @@ class Checkpoint:
         return lambda name: name.removeprefix(shorter[0]) if shorter else name
 
     def _read_index(self) -> dict[str, Any] | None:
-        """The index; None also where a single file was saved over its shards, which are gone, and left it behind."""
+        """The index; None also where transformers, saving a single file, removed the shards and left it behind."""
         if not (self.folder / INDEX_FILE).is_file():
             return None
         index = read_json(inside(self.folder, self.folder / INDEX_FILE))
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CorruptFileError(f"{self.folder / INDEX_FILE}: the list of shards (weight_map) is missing")
-        left_behind = not any((self.folder / str(name)).is_file() for name in weight_map.values())
-        return None if left_behind and (self.folder / SINGLE_FILE).is_file() else index
+        shards = set(map(str, weight_map.values()))
+        gone = all(_SHARD.fullmatch(name) and not (self.folder / name).is_file() for name in shards)
+        return None if gone and (self.folder / SINGLE_FILE).is_file() else index
 
     def _shards(self) -> list[str]:
         if self.index is not None:
