@@ -47,6 +47,7 @@ class LayerData:
 class StreamData:
     """The inputs of an op of model scope with their tangents, its frozen parameters and the cotangent of its primal."""
 
+    case: Case
     primals: dict[str, Tensor]
     tangents: tuple[Tensor, ...]
     parameters: dict[str, Tensor]
@@ -162,6 +163,7 @@ def random_streams(case: Case, device: torch.device, seed: int = 0) -> StreamDat
     normal = _normal(case, device, seed)
     inputs, parameters, output = stream_shapes(case)
     return StreamData(
+        case,
         {name: normal(*shape).requires_grad_(case.phase != "forward") for name, shape in inputs.items()},
         tuple(normal(*shape) for shape in inputs.values()),
         {

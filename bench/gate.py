@@ -50,9 +50,9 @@ _PREPARE: dict[str, Callable[[Any], nn.Module]] = {
 def expected(case: Case, function: str, data: Data | None, device: torch.device) -> dict[str, Tensor]:
     """What a provider of `function` (see `linlora.bench.providers`) has to compute, in float64."""
     if isinstance(data, StreamData):
-        return streams.reference(case, function, data)
+        return streams.reference(function, data)
     if isinstance(data, RoutedData):
-        return routing.reference(case, function, data)
+        return routing.reference(function, data)
     if isinstance(data, LayerData):
         return _expected_layer(case, function, data)
     prepare = _PREPARE.get(function, lambda model: model)
@@ -106,12 +106,7 @@ def _expected_layer(case: Case, function: str, data: LayerData) -> dict[str, Ten
     exact = unpack(LoraLinear, [None if t is None else t.detach().double() for t in tensors], numbers)
     x, weight, bias, A0, B0, dA, dB, scaling, x_tangent, *_ = exact
     if function == "plain":
-        A0, B0, dA, dB = (
-            data.A.detach().double(),
-            None,
-            None,
-            data.B.detach().double(),
-        )  # with A0 trained (see linlora.reference)
+        A0, B0, dA, dB = data.A.detach().double(), None, None, data.B.detach().double()  # of which A0 trains
     leaves = {"grad_x": x, "grad_x_tangent": x_tangent}
     if function != "frozen" and case.phase != "input_gradient":
         leaves |= {"grad_A": A0 if function == "plain" else dA, "grad_B": dB}

@@ -48,9 +48,9 @@ class Provider:
     label: str
     function: Function
     layer: Callable[[LayerData], Layer] | None = None
-    stream: Callable[[Case, StreamData], Layer] | None = None
+    stream: Callable[[StreamData], Layer] | None = None
     model: Callable[[Any], nn.Module] | None = None
-    routing: Callable[[Case, RoutedData], Layer] | None = None
+    routing: Callable[[RoutedData], Layer] | None = None
     ops: tuple[str, ...] = ()
     scopes: tuple[Scope, ...] = ()
     backend: str | None = None
@@ -94,17 +94,8 @@ class Provider:
             assert self.model is not None
             return ModelJob(case, device, self.model, self.backend, train=self.function != "frozen")
         data = random_data(case, device) if data is None else data
-        if isinstance(data, StreamData):
-            assert self.stream is not None
-            layer = self.stream(case, data)
-        elif isinstance(data, RoutedData):
-            assert self.routing is not None
-            layer = self.routing(case, data)
-        else:
-            assert self.layer is not None
-            assert data is not None
-            layer = self.layer(data)
-        return LayerJob(layer, data, case.phase, self.backend, self.compiled)
+        build = getattr(self, case.kind)
+        return LayerJob(build(data), data, case.phase, self.backend, self.compiled)
 
 
 def _untouched(model: nn.Module) -> nn.Module:

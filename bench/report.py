@@ -183,15 +183,8 @@ def _time(outcome: Outcome | None) -> str:
 
 
 def _three_digits(value: float) -> str:
-    return (
-        f"{value:.4f}"
-        if value < 0.1
-        else f"{value:.3f}"
-        if value < 1
-        else f"{value:.2f}"
-        if value < 10
-        else f"{value:.1f}"
-    )
+    digits = 4 if value < 0.1 else 3 if value < 1 else 2 if value < 10 else 1
+    return f"{value:.{digits}f}"
 
 
 def _times_over(value: float | None, plain: bool = False) -> str:

@@ -111,10 +111,7 @@ class Run:
                 for result in content["results"]
             ]
             names = ("suite", "device", "environment", "not_run")
-            return cls(
-                **{name: content[name] for name in names},
-                results=results,
-            )
+            return cls(**{name: content[name] for name in names}, results=results)
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ValueError(
                 f"{path} is not a result file of `linlora bench`: {type(error).__name__}: {error}"

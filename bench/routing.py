@@ -28,26 +28,27 @@ from .job import Layer
 from .layers import frozen_linear
 
 
-def frozen(case: Case, data: RoutedData) -> Layer:
+def frozen(data: RoutedData) -> Layer:
     """The floor."""
     module = frozen_linear(data.weight, data.bias)
     return Layer(module, {}, list(module.parameters()))
 
 
-def one_adapter(case: Case, data: RoutedData) -> Layer:
+def one_adapter(data: RoutedData) -> Layer:
     """PEFT's LoRA layer with the factors of task 0."""
     return _lora(data, [0], lambda layer, x: layer(x))
 
 
-def loop(case: Case, data: RoutedData) -> Layer:
+def loop(data: RoutedData) -> Layer:
     """PEFT's LoRA layer with an adapter a task; `adapter_names` says which example takes which."""
     tasks = data.task_ids.tolist()
     names = [f"task{task}" for task in tasks]
     return _lora(data, sorted(set(tasks)), lambda layer, x: layer(x, adapter_names=names))
 
 
-def routed(case: Case, data: RoutedData) -> Layer:
+def routed(data: RoutedData) -> Layer:
     """linlora's op, from the logits on."""
+    case = data.case
     module = frozen_linear(data.weight, data.bias)
     A, B, Z = (nn.Parameter(tensor) for tensor in (data.A, data.B, data.Z))
 
@@ -59,8 +60,9 @@ def routed(case: Case, data: RoutedData) -> Layer:
     return Layer(forward, {"A": A, "B": B, "Z": Z}, [*module.parameters(), A, B, Z])
 
 
-def poly(case: Case, data: RoutedData) -> Layer:
+def poly(data: RoutedData) -> Layer:
     """PEFT's Poly layer, its router in evaluation mode: in training it would sample."""
+    case = data.case
     config = PolyConfig(
         r=case.rank, n_tasks=case.tasks, n_skills=case.skills, n_splits=case.heads, target_modules=["linear"]
     )
@@ -85,8 +87,9 @@ def mixture(Z: Tensor, case: Case) -> Tensor:
     return p / (p.sum(-1, keepdim=True) + 1e-12)
 
 
-def reference(case: Case, function: str, data: RoutedData) -> dict[str, Tensor]:
+def reference(function: str, data: RoutedData) -> dict[str, Tensor]:
     """What a provider of `function` has to compute, in float64."""
+    case = data.case
     x, weight, A, B, Z = (t.detach().double().requires_grad_() for t in (data.x, data.weight, data.A, data.B, data.Z))
     bias = None if data.bias is None else data.bias.double()
     s = 1 / case.rank
@@ -94,7 +97,7 @@ def reference(case: Case, function: str, data: RoutedData) -> dict[str, Tensor]:
     if function == "frozen":
         y = linear(x, weight, bias)
     elif function in ("plain", "adapters"):
-        As, Bs = (factor.detach().double() for factor in task_factors(case, data))
+        As, Bs = (factor.detach().double() for factor in task_factors(data))
         tasks = range(1 if function == "plain" else case.tasks)
         own = {f"A{t}": As[t].t() for t in tasks} | {f"B{t}": Bs[t].t() for t in tasks}
         own = {name: factor.requires_grad_() for name, factor in own.items()}
@@ -117,23 +120,22 @@ def reference(case: Case, function: str, data: RoutedData) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
-def task_factors(case: Case, data: RoutedData) -> tuple[Tensor, Tensor]:
+def task_factors(data: RoutedData) -> tuple[Tensor, Tensor]:
     """The mixed factors (T, K, r) and (T, r, N), in the dtype of the layer."""
-    A, B = formulas.mix_inventory(data.A.float(), data.B.float(), mixture(data.Z.float(), case))
+    A, B = formulas.mix_inventory(data.A.float(), data.B.float(), mixture(data.Z.float(), data.case))
     assert A is not None
     return A.to(data.weight.dtype), B.to(data.weight.dtype)
 
 
 def _lora(data: RoutedData, tasks: list[int], forward: Any) -> Layer:
     """A PEFT LoRA layer with the adapters of these tasks."""
-    rank, case = data.B.shape[2], data.case
-    config = LoraConfig(r=rank, lora_alpha=1, target_modules=["linear"])
+    config = LoraConfig(r=data.case.rank, lora_alpha=1, target_modules=["linear"])
     base = nn.Sequential(OrderedDict(linear=frozen_linear(data.weight, data.bias)))
     model = get_peft_model(base, config, adapter_name=f"task{tasks[0]}", autocast_adapter_dtype=False)
     for task in tasks[1:]:
         model.add_adapter(f"task{task}", config, autocast_adapter_dtype=False)
     layer: Any = model.base_model.model.linear
-    As, Bs = task_factors(case, data)
+    As, Bs = task_factors(data)
     trainable = {}
     for name, factors, modules in (("A", As, layer.lora_A), ("B", Bs, layer.lora_B)):
         for task in tasks:

@@ -71,7 +71,8 @@ def run_case(
             except Exception as error:  # a provider that breaks is a line of the report, not the end of the run
                 outcomes[provider.name] = _broken(provider, error)
         if FLOOR.name in jobs:
-            turns = _timed(case, jobs, device, seconds - (time.perf_counter() - began))
+            left = seconds - (time.perf_counter() - began)
+            turns = interleaved(jobs, clock_of(case, device), left)
             for name, taken in turns.items():
                 outcomes[name] = _outcome(case, outcomes[name], taken, turns[FLOOR.name], device)
             for provider in providers:
@@ -122,10 +123,6 @@ def _copies(case: Case, device: torch.device) -> list[Any]:
     return [first, *(random_data(case, device, seed) for seed in range(1, count))]
 
 
-def _timed(case: Case, jobs: dict[str, list[Job]], device: torch.device, seconds: float) -> dict[str, list[Turn]]:
-    return interleaved(jobs, clock_of(case, device), seconds)
-
-
 def clock_of(case: Case, device: torch.device) -> Clock:
     """The host belongs to the time of a whole training step; a layer's is what the GPU needs for it."""
     return DeviceClock() if device.type == "cuda" and case.kind != "model" else WallClock(device)
@@ -167,11 +164,8 @@ def _resources(device: torch.device) -> Iterator[None]:
     import torch._dynamo
 
     torch._dynamo.reset()
-    limits: dict[str, Any] = {
-        "recompile_limit": 64,
-        "fail_on_recompile_limit_hit": True,
-    }  # a silent fall-back to eager is no time
-    with torch._dynamo.config.patch(**limits):
+    # A silent fall-back to eager is no time.
+    with torch._dynamo.config.patch(recompile_limit=64, fail_on_recompile_limit_hit=True):
         yield
     if device.type == "cuda":
         torch.cuda.empty_cache()

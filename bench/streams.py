@@ -18,7 +18,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 import linlora
 from linlora.ops import dual
 
-from .cases import Case
 from .data import StreamData
 from .job import Layer
 
@@ -45,32 +44,32 @@ _FUSED: dict[str, Callable[..., tuple[Tensor, Tensor]]] = {
 }
 
 
-def primal(case: Case, data: StreamData) -> Layer:
+def primal(data: StreamData) -> Layer:
     """The floor: PyTorch's function of the primals; the tangents are not looked at."""
-    function, parameters, count = _PRIMAL[case.op], tuple(data.parameters.values()), len(data.primals)
-    return _layer(data, lambda *streams: function(case, *streams[:count], *parameters))
+    function, parameters, count = _PRIMAL[data.case.op], tuple(data.parameters.values()), len(data.primals)
+    return _layer(data, lambda *streams: function(data.case, *streams[:count], *parameters))
 
 
-def fused(case: Case, data: StreamData) -> Layer:
+def fused(data: StreamData) -> Layer:
     """linlora's op of both streams."""
-    function, parameters = _FUSED[case.op], tuple(data.parameters.values())
-    return _layer(data, lambda *streams: function(case, *streams, *parameters))
+    function, parameters = _FUSED[data.case.op], tuple(data.parameters.values())
+    return _layer(data, lambda *streams: function(data.case, *streams, *parameters))
 
 
-def functorch(case: Case, data: StreamData) -> Layer:
+def functorch(data: StreamData) -> Layer:
     """`torch.func.jvp` of PyTorch's function; attention under MATH, the only backend with forward-mode AD."""
-    function, parameters, count = _PRIMAL[case.op], tuple(data.parameters.values()), len(data.primals)
+    function, parameters, count = _PRIMAL[data.case.op], tuple(data.parameters.values()), len(data.primals)
 
     def forward(*streams: Tensor) -> Any:
         with sdpa_kernel(SDPBackend.MATH):
             return torch.func.jvp(
-                lambda *primals: function(case, *primals, *parameters), streams[:count], streams[count:]
+                lambda *primals: function(data.case, *primals, *parameters), streams[:count], streams[count:]
             )
 
     return _layer(data, forward)
 
 
-def jvp_flash(case: Case, data: StreamData) -> Layer:
+def jvp_flash(data: StreamData) -> Layer:
     """Attention of the package jvp_flash_attention, by forward-mode AD as its README asks for."""
     from jvp_flash_attention.jvp_attention import JVPAttn  # Triton kernels: imported on a GPU only
 
@@ -79,19 +78,19 @@ def jvp_flash(case: Case, data: StreamData) -> Layer:
     def forward(*streams: Tensor) -> Any:
         with forward_ad.dual_level():
             duals = [forward_ad.make_dual(*pair) for pair in zip(streams[:count], streams[count:], strict=True)]
-            return tuple(forward_ad.unpack_dual(JVPAttn.fwd_dual(*duals, causal=case.causal)))
+            return tuple(forward_ad.unpack_dual(JVPAttn.fwd_dual(*duals, causal=data.case.causal)))
 
     return _layer(data, forward)
 
 
-def reference(case: Case, function: str, data: StreamData) -> dict[str, Tensor]:
+def reference(function: str, data: StreamData) -> dict[str, Tensor]:
     """y, y_tangent (unless the function is "frozen") and the gradients of y, in float64 on the torch backend."""
     primals = {name: x.detach().double().requires_grad_() for name, x in data.primals.items()}
     others = [x.double() for x in (*data.tangents, *data.parameters.values())]
     with linlora.use_backend("torch"):
-        y, y_tangent = _FUSED[case.op](case, *primals.values(), *others)
+        y, y_tangent = _FUSED[data.case.op](data.case, *primals.values(), *others)
     results = {"y": y} if function == "frozen" else {"y": y, "y_tangent": y_tangent}
-    if case.phase != "forward":
+    if data.case.phase != "forward":
         gradients = torch.autograd.grad(y, list(primals.values()), data.cotangents[0].double())
         results |= {f"grad_{name}": gradient for name, gradient in zip(primals, gradients, strict=True)}
     return {name: tensor.detach() for name, tensor in results.items()}

@@ -101,7 +101,7 @@ def test_flops_and_bytes_count_mixing_once_a_task() -> None:
 def test_the_peers_mix_as_linlora_does() -> None:
     case = small(6, 5, 3, heads=2)
     data = random_data(case, DEVICE)
-    poly = routing.poly(case, data)
+    poly = routing.poly(data)
     assert poly.trainable["Z"].shape == (3, 2 * 8)
     torch.testing.assert_close(
         routing.mixture(data.Z, case).sum(-1), torch.ones(3, 2, device=DEVICE), atol=1e-5, rtol=1e-5

@@ -79,14 +79,14 @@ def test_the_package_jvp_flash_attention_is_called_with_dual_tensors(monkeypatch
     monkeypatch.setitem(sys.modules, "jvp_flash_attention", ModuleType("jvp_flash_attention"))
     monkeypatch.setitem(sys.modules, "jvp_flash_attention.jvp_attention", package)
     data = random_data(ATTENTION, DEVICE)
-    job = LayerJob(streams.jvp_flash(ATTENTION, data), data, ATTENTION.phase)
+    job = LayerJob(streams.jvp_flash(data), data, ATTENTION.phase)
     expected = gate.expected(ATTENTION, "network", data, DEVICE)
     assert {"y", "y_tangent", "grad_q", "grad_k", "grad_v"} == expected.keys()
     assert gate.verdict(ATTENTION, gate.errors(job.results(), expected)) is None
 
 
 def test_a_peer_that_runs_out_of_memory_is_not_red_but_linlora_is() -> None:
-    def too_large(case, data):
+    def too_large(data):
         raise torch.OutOfMemoryError("tried to allocate 80 GiB")
 
     names = ("functorch", "linlora-torch")

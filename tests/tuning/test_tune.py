@@ -173,28 +173,21 @@ def worker(folder: Path, *arguments: str, pause: float) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def test_killed_half_way_it_continues_where_it_was(gpu, tmp_path, patience):
+def test_killed_half_way_two_processes_continue_where_it_was_and_measure_every_call_once(gpu, tmp_path, patience):
     killed = worker(tmp_path, pause=0.0)
-    for _ in range(3):  # two are kept by now
+    for _ in range(2):  # one is kept by now
         killed.stdout.readline()
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=patience)
     gpu.again()
     kept = len(evidence.own_entries(None))
-    assert 2 <= kept < 4
-    again = worker(tmp_path, pause=0.0)
-    said, _ = again.communicate(timeout=patience)
-    assert again.returncode == 0
-    assert said.count("measuring") == 4 - kept
-    gpu.again()
-    assert len(evidence.own_entries(None)) == 4
-
-
-def test_two_processes_measure_every_call_once(tmp_path, patience):
+    assert 1 <= kept < 4
     both = [worker(tmp_path, pause=0.2) for _ in range(2)]
     said = [process.communicate(timeout=patience) for process in both]
     assert [process.returncode for process in both] == [0, 0], said
-    assert sum(out.count("measuring") for out, _ in said) == 4
+    assert sum(out.count("measuring") for out, _ in said) == 4 - kept
+    gpu.again()
+    assert len(evidence.own_entries(None)) == 4
 
 
 def test_a_cache_that_cannot_be_written_is_said_and_the_rest_goes_on(gpu, few, tmp_path):
