@@ -12,6 +12,7 @@ from linlora.storage.files import write_text
 from linlora.training.folder import SETTINGS_FILE, Run
 from linlora.training.head import HEAD_FILE
 from linlora.training.settings import Settings
+from linlora.training.similarity import Similarity
 from linlora.training.task import Task
 
 _FAMILIES = {
@@ -19,11 +20,6 @@ _FAMILIES = {
     "lora-fa": "A LoRA adapter whose A was frozen (LoRA-FA)",
     "layer": "A LoRA adapter, linearized layer by layer around its starting point (layer scope)",
     "model": "A task vector of a network that was linearized as a whole around its starting point (model scope)",
-}
-_CLASSES = {
-    "text-to-text": ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"),
-    "text": ("AutoModelForSequenceClassification",) * 2,
-    "image": ("AutoModelForImageClassification",) * 2,
 }
 
 
@@ -101,12 +97,7 @@ def _code(run: Run, task: Task) -> str:
             "import linlora\nfrom linlora.training import Run, load_task\n\n"
             'run = Run.open("FOLDER")  # this one\nmodel = run.model(load_task(run.settings))'
         )
-    if settings.kind == "zero-shot" or settings.head == "prototypes":
-        kind = "CLIPVisionModelWithProjection" if settings.kind == "zero-shot" else "AutoModel"
-        note = "  # scores: normalise(features - centre) @ prototypes.T, of prototypes.safetensors"
-    else:
-        of = settings.kind if settings.kind == "text-to-text" else "text" if settings.data.text else "image"
-        kind, note = _CLASSES[of][bool(getattr(getattr(task, "config", None), "is_encoder_decoder", False))], ""
+    kind = task.auto.__name__
     if run.head is not None:
         return (
             f"from peft import PeftModel\nfrom transformers import AutoConfig, {kind}\n\n"
@@ -114,10 +105,11 @@ def _code(run: Run, task: Task) -> str:
             f'base = {kind}.from_pretrained("{settings.model}", config=config, ignore_mismatched_sizes=True)\n'
             'model = PeftModel.from_pretrained(base, "FOLDER")'
         )
+    note = "  # scores: normalise(features - centre) @ prototypes.T, of prototypes.safetensors"
     return (
         f"from peft import PeftModel\nfrom transformers import {kind}\n\n"
         f'base = {kind}.from_pretrained("{settings.model}")\n'
-        f'model = PeftModel.from_pretrained(base, "FOLDER")  # this one{note}'
+        f'model = PeftModel.from_pretrained(base, "FOLDER")  # this one{note if isinstance(task, Similarity) else ""}'
     )
 
 

@@ -31,17 +31,17 @@ class Classification(Task):
         train = self.rows("train")
         self.config = config_of(settings)
         if data.image:
-            self._auto: Any = transformers.AutoModelForImageClassification
+            self.auto = transformers.AutoModelForImageClassification
             mapping, what = transformers.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING, "image classification"
         else:
-            self._auto = transformers.AutoModelForSequenceClassification
+            self.auto = transformers.AutoModelForSequenceClassification
             mapping, what = transformers.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING, "text classification"
         check_kind(settings, self.config, mapping, what)
         if data.image:
             self.processor = image_processor_of(settings)
         else:
             self.tokenizer = tokenizer_of(settings)
-            limit = positions(settings, self._auto, self.config)["encoder"]
+            limit = positions(settings, self.auto, self.config)["encoder"]
             self.max_length = min(settings.max_length, limit or settings.max_length)
         check_labels(train, data.label)
         self.answer = "numbers" if is_number(train, data.label) and not settings.class_names else "classes"
@@ -58,7 +58,7 @@ class Classification(Task):
 
     def base_model(self) -> nn.Module:
         settings, trained = self.settings, self.settings.head == "trained"
-        model, new = load_model(settings, self._auto, **(self._head_options() if trained else {}))
+        model, new = load_model(settings, self.auto, **(self._head_options() if trained else {}))
         if trained:
             beside = settings.lora.get("modules_to_save") or ()
             refuse_new(settings, new, (*self.head_modules(model), *beside), "; name it in lora.modules_to_save")

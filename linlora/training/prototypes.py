@@ -40,7 +40,7 @@ class Prototypes(Similarity, Classification):
             raise ValueError(
                 f"head: prototypes classifies, and {self.labels_in_words()}; set head: trained, or class_names"
             )
-        self.task_type = None
+        self.auto, self.task_type = transformers.AutoModel, None
 
     @functools.cached_property
     def head(self) -> Head:
@@ -75,7 +75,7 @@ class Prototypes(Similarity, Classification):
         return self.ending(self._encoder())
 
     def _encoder(self) -> nn.Module:
-        model, new = load_model(self.settings, transformers.AutoModel)
+        model, new = load_model(self.settings, self.auto)
         refuse_new(self.settings, [name for name in new if not name.startswith("pooler.")])
         if isinstance(getattr(model, "pooler", None), nn.Module):
             model.pooler = None  # of the first token, and not used

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from linlora.training import plain_yaml
+from linlora.training.setting import SECTION
 from linlora.training.settings import Settings
 
 
@@ -64,14 +65,15 @@ def read_recipe(
         content, overrides, where = dict(overrides or {}), {}, "settings"
     else:
         content, where = _merged(plain_yaml.read(path), overrides or {}), str(path)
-    experiment = _section(where, "experiment", content.pop("experiment", {}))
+    experiment = SECTION.checked(f"{where}: experiment", content.pop("experiment", {}))
     named = content.pop("tasks", None)
     if named is None:
         if tasks:
             raise ValueError(f"{where} holds one task, without a 'tasks' section; leave --task out")
         settings = Settings.from_dict(content, where)
         return Recipe({settings.name: settings}, experiment, where)
-    named = {name: _section(where, f"tasks.{name}", own) for name, own in _section(where, "tasks", named).items()}
+    named = SECTION.checked(f"{where}: tasks", named)
+    named = {name: SECTION.checked(f"{where}: tasks.{name}", own) for name, own in named.items()}
     if not named:
         raise ValueError(f"{where}: 'tasks' names no task")
     for task in tasks:
@@ -91,12 +93,6 @@ def recipe(
 ) -> dict[str, Settings]:
     """The tasks of `read_recipe`."""
     return read_recipe(path, tasks, overrides).tasks
-
-
-def _section(where: str, key: str, value: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping):
-        raise ValueError(f"{where}: '{key}' is a section of 'key: value' lines, got {value!r}")
-    return dict(value)
 
 
 def assigned(assignments: Sequence[str]) -> list[tuple[str, Any]]:

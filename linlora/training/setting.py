@@ -73,6 +73,7 @@ TEXT = Values("a text", lambda v: isinstance(v, str))
 TEXTS = Values(
     "a list of texts (quote numbers)", _are_texts, list[str], lambda v: (v,) if isinstance(v, str) else tuple(v)
 )
+SECTION = Values("a section of 'key: value' lines", lambda v: isinstance(v, Mapping), read=dict)
 
 
 def values_of(kind: type) -> dict[str, Values]:

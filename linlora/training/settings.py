@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from linlora.training import plain_yaml
-from linlora.training.setting import TEXT, TEXTS, Values, check, check_keys, is_real, number, one_of, whole
+from linlora.training.setting import SECTION, TEXT, TEXTS, Values, check, check_keys, is_real, number, one_of, whole
 
 FAMILIES = ("lora", "lora-fa", "layer", "model")
 # Where `training.learning_rate` is left out. The rates that validated best on the quickstart's digits, of one grid for
@@ -144,16 +144,13 @@ def _training(content: Mapping[str, Any]) -> dict[str, Any]:
     return {**own, **options}
 
 
-def _section(read: Any) -> Values:
-    return Values("a section of 'key: value' lines", lambda v: isinstance(v, Mapping), read=read)
-
-
 def _rates(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 _DATA = Values("a section (path, train, label, ...)", lambda v: isinstance(v, (Data, Mapping)), read=_data)
-_OPTIONS = _section(partial(_plain, "model_options"))
+_LORA_OPTIONS, _ARGUMENTS = replace(SECTION, read=_lora), replace(SECTION, read=_training)
+_OPTIONS = replace(SECTION, read=partial(_plain, "model_options"))
 _GRID = Values(
     "a list of learning rates above 0",
     lambda v: all(is_real(rate) and rate > 0 for rate in _rates(v)),
@@ -223,8 +220,8 @@ lr_grid, lora, training, model_options
     point: Annotated[str | None, TEXT] = None
     seed: Annotated[int, whole(0, 2**32, " and below 2^32")] = 0
     lr_grid: Annotated[tuple[float, ...], _GRID] = ()
-    lora: Annotated[Mapping[str, Any], _section(_lora)] = field(default_factory=dict)
-    training: Annotated[Mapping[str, Any], _section(_training)] = field(default_factory=dict)
+    lora: Annotated[Mapping[str, Any], _LORA_OPTIONS] = field(default_factory=dict)
+    training: Annotated[Mapping[str, Any], _ARGUMENTS] = field(default_factory=dict)
     model_options: Annotated[Mapping[str, Any], _OPTIONS] = field(default_factory=dict)
 
     def __post_init__(self) -> None:

@@ -284,9 +284,11 @@ def _present(cell: Any) -> Any:
 def _numbers_of(source: str, cells: list[str | None], column: str, label: bool) -> list[Any]:
     """Cells of text as numbers or booleans, where that loses no character of them."""
     present = [cell for cell in cells if cell is not None]
-    for read in (_whole, _decimal, _boolean):
-        if all(read(cell) is not None for cell in present):
-            return [None if cell is None else read(cell) for cell in cells]
+    kinds: tuple[Callable[[str], Any], ...] = (int, float, {"True": True, "False": False}.__getitem__)
+    for kind in kinds:
+        values = {cell: _as_written(kind, cell) for cell in present}
+        if None not in values.values():
+            return [None if cell is None else values[cell] for cell in cells]
     if label and any(_FRACTION.search(cell) for cell in present if _NUMBER.fullmatch(cell)):
         odd = {cell for cell in present if not _NUMBER.fullmatch(cell)}
         if not odd:
@@ -303,22 +305,14 @@ _FRACTION = re.compile("[.eE]")
 _MISSING = {"None", "none", "NONE", "NA", "N/A", "n/a", "na", "nan", "NaN", "NAN", "null", "NULL", "-", "?"}
 
 
-def _whole(cell: str) -> int | None:
-    if not re.fullmatch(r"-?\d{1,19}", cell):
+def _as_written(kind: Callable[[str], Any], cell: str) -> Any:
+    """The number or boolean that a text is, if Python writes it so too; None for infinity and beyond 64 bits."""
+    try:
+        value = kind(cell)
+    except (ValueError, KeyError):
         return None
-    value = int(cell)
-    return value if str(value) == cell and -(2**63) <= value < 2**63 else None
-
-
-def _decimal(cell: str) -> float | None:
-    if not _NUMBER.fullmatch(cell):
-        return None
-    value = float(cell)
-    return value if repr(value) == cell else None
-
-
-def _boolean(cell: str) -> bool | None:
-    return {"True": True, "False": False}.get(cell)
+    fits = -(2**63) <= value < 2**63 if isinstance(value, int) else math.isfinite(value)
+    return value if str(value) == cell and fits else None
 
 
 def _short(cell: Any) -> str:

@@ -26,12 +26,14 @@ class Task(ABC):
     Attributes:
         settings: what it was made from.
         answer: what is predicted: "classes", "numbers" or "text".
+        auto: the transformers class that the base model is read by.
         classes: those of the label column, where the answers are such.
         task_type: what PEFT calls the kind of model, or None.
         notes: of each split that was checked, what is odd in its rows and what is cut of them.
     """
 
     answer: str
+    auto: Any
     classes: Classes | None = None
     task_type: str | None = None
 

@@ -28,17 +28,16 @@ class TextToText(Task):
         super().__init__(settings)
         self.config = config_of(settings)
         self.causal = not self.config.is_encoder_decoder
-        self._auto: Any
         if self.causal:
-            self._auto, mapping = transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+            self.auto, mapping = transformers.AutoModelForCausalLM, transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         else:
-            self._auto = transformers.AutoModelForSeq2SeqLM
+            self.auto = transformers.AutoModelForSeq2SeqLM
             mapping = transformers.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING
         check_kind(settings, self.config, mapping, "text-generating")
         self.task_type = "CAUSAL_LM" if self.causal else "SEQ_2_SEQ_LM"
         self.tokenizer = tokenizer_of(settings)
         self._collate = transformers.DataCollatorForSeq2Seq(self.tokenizer, label_pad_token_id=IGNORED)
-        self._positions = positions(settings, self._auto, self.config)
+        self._positions = positions(settings, self.auto, self.config)
         train, label = self.rows("train"), settings.data.label
         check_labels(train, label)
         if settings.answers or hasattr(train.features[label], "names"):
@@ -52,7 +51,7 @@ class TextToText(Task):
         return (*_fields(str(self.settings.prompt)), self.settings.data.label)
 
     def base_model(self) -> nn.Module:
-        model, new = load_model(self.settings, self._auto)
+        model, new = load_model(self.settings, self.auto)
         refuse_new(self.settings, new)
         model.generation_config = transformers.GenerationConfig(  # greedy: no penalty or least length of the checkpoint
             eos_token_id=model.generation_config.eos_token_id,

@@ -31,8 +31,8 @@ class ZeroShot(Similarity):
         super().__init__(settings)
         config = config_of(settings)
         prefix = type(config).__name__.removesuffix("Config")
-        self._tower = getattr(transformers, f"{prefix}VisionModelWithProjection", None)
-        if self._tower is None or not hasattr(config, "logit_scale_init_value"):
+        self.auto = getattr(transformers, f"{prefix}VisionModelWithProjection", None)
+        if self.auto is None or not hasattr(config, "logit_scale_init_value"):
             raise ValueError(
                 f"model '{settings.model}' is a {config.model_type}; kind 'zero-shot' takes a CLIP checkpoint, with a "
                 "text and an image tower"
@@ -64,7 +64,7 @@ class ZeroShot(Similarity):
         return outputs.image_embeds
 
     def base_model(self) -> nn.Module:
-        model, new = load_model(self.settings, self._tower)
+        model, new = load_model(self.settings, self.auto)
         refuse_new(self.settings, new)
         return self.ending(model)
 
