@@ -210,6 +210,25 @@ def _check_columns(rows: Any, columns: Sequence[str], where: str) -> None:
             )
 
 
+def notes_on_files(data: Data, split: str) -> list[str]:
+    """The tables of a folder that are not read, as `datasets` reads those of one format alone, in words."""
+    from datasets.data_files import DataFilesDict, get_data_patterns
+
+    folder, source = Path(data.path or "").expanduser(), _named(data, split)
+    if data.path is None or is_file(source) or not folder.is_dir() or (folder / "README.md").exists():
+        return []  # a README may say which files are read
+    used = _tables_in(folder, data.config)
+    found = DataFilesDict.from_patterns(get_data_patterns(str(folder)), base_path=str(folder)) if used else {}
+    left = [
+        Path(name).name
+        for of_split, files in found.items()
+        if str(of_split) in source
+        for name in files
+        if is_file(name) and name not in used.get(str(of_split), ())
+    ]
+    return [f"{', '.join(left)} left out, beside files of another format"] if left else []
+
+
 def notes_on_lines(data: Data, split: str, rows: Any) -> list[str]:
     """How many rows of a csv or tsv file have a cell that spans lines, in words: rows may have been swallowed there."""
     source = _named(data, split)

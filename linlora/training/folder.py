@@ -153,3 +153,8 @@ def last_checkpoint(folder: Path, state: PartialState) -> str | None:
                 shutil.rmtree(checkpoint)
     last = [max(found)[1] if found else None]
     return broadcast_object_list(last)[0]
+
+
+def processes_of(checkpoint: str) -> int:
+    """How many processes wrote a checkpoint: each one its random state."""
+    return len(list(Path(checkpoint).glob("rng_state*.pth")))

@@ -36,6 +36,7 @@ from linlora.training.folder import (
     kept_point,
     last_checkpoint,
     only_run_in,
+    processes_of,
 )
 from linlora.training.head import HEAD_FILE, read_head
 from linlora.training.kept_rows import checked_rows, keep
@@ -100,6 +101,9 @@ def _train(settings: Settings, state: PartialState, console: Console, scored: Se
         checkpoint = last_checkpoint(folder, state)
         if checkpoint is not None:
             console.print(f"{settings.name}: continuing from {checkpoint}", highlight=False)
+            if (before := processes_of(checkpoint)) != state.num_processes:
+                now = f"{before} processes began this run and {state.num_processes} go on: a step takes other rows"
+                console.print(f"{settings.name}: {now}", highlight=False)
         loss = _fit(trainer, checkpoint)
         seconds = time.perf_counter() - begin
         scores = {split: evaluate(trainer.model, task, split) for split in task.splits if split in scored}

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linlora.training.data import SPLITS, has_test, load_split, notes_on_lines, source_of
+from linlora.training.data import SPLITS, has_test, load_split, notes_on_files, notes_on_lines, source_of
 from linlora.training.labels import Classes, check_labels, distinct, number_of, numbered_as
 from linlora.training.metrics import METRICS, class_scores, number_scores, text_scores
 from linlora.training.settings import Settings
@@ -72,7 +72,8 @@ class Task(ABC):
             check_labels(labels, column)
             for value in distinct(labels, column):
                 self.expected({column: value})
-            self.notes[split] = [*notes_on_lines(self.settings.data, split, rows), *self.check_lengths(rows)]
+            of_files = [*notes_on_files(self.settings.data, split), *notes_on_lines(self.settings.data, split, rows)]
+            self.notes[split] = [*of_files, *self.check_lengths(rows)]
 
     @contextmanager
     def _named(self, split: str) -> Iterator[None]:

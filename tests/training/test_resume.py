@@ -1,5 +1,6 @@
 """Checkpoints: runs that end early go on where they were, finished ones are left as they are, the best one is kept."""
 
+import io
 import shutil
 import sys
 from dataclasses import replace
@@ -10,6 +11,7 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from rich.console import Console
 
 import linlora
 from linlora.storage.run_directory import only_run_in
@@ -145,6 +147,20 @@ def test_an_interrupted_run_does_not_go_on_with_other_rows(settings, tmp_path, r
         train(wanted)
     file.write_text(rows)
     assert train(wanted).metrics["continued_from"]
+
+
+def test_a_run_that_goes_on_in_other_processes_says_so(settings, monkeypatch):
+    wanted = settings("causal", training={"save_steps": 2})
+    with monkeypatch.context() as patch:
+        patch.setattr(TaskTrainer, "_save_checkpoint", stop_after(TaskTrainer._save_checkpoint))
+        with pytest.raises(KeyboardInterrupt):
+            train(wanted)
+    state = Path(wanted.out) / "checkpoint-2" / "rng_state.pth"
+    shutil.copy(state, state.with_name("rng_state_1.pth"))
+    state.rename(state.with_name("rng_state_0.pth"))
+    console = Console(file=io.StringIO(), width=200)
+    train(wanted, console=console)
+    assert "2 processes began this run and 1 go on: a step takes other rows" in console.file.getvalue()
 
 
 def test_a_grid_does_not_go_on_with_other_rows(settings, tmp_path, review_files, monkeypatch):

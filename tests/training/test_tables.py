@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from linlora.training import Data
-from linlora.training.data import load_split, notes_on_lines
+from linlora.training.data import load_split, notes_on_files, notes_on_lines
 
 ODD = [
     "None", "NA", "N/A", "nan", "NaN", "null", "NULL", "-", "?", "#N/A", "inf", "True", "false", "007", "1e5", "1.50",
@@ -213,6 +213,18 @@ def test_the_files_of_a_folder_are_read_by_the_same_rule(tmp_path):
     assert pairs(load_split(data, "test", ["text", "label"])) == [('"half', "NA"), ("007", "x")]
     both = Data(str(tmp_path), train="train+test[1:]")
     assert [row["label"] for row in load_split(both, "train", ["label"])] == ["None", "x", "x"]
+
+
+def test_files_of_a_folder_that_are_left_out_are_named(tmp_path):
+    """`datasets` reads the files of one format, and passes over the others."""
+    for name, row in (("train-1.csv", "a,x"), ("train-2.csv", "b,x"), ("test.csv", "c,x")):
+        (tmp_path / name).write_text(f"text,label\n{row}\n")
+    data = Data(str(tmp_path))
+    assert notes_on_files(data, "train") == []
+    (tmp_path / "train-3.jsonl").write_text('{"text": "d", "label": "x"}\n')
+    assert notes_on_files(data, "train") == ["train-3.jsonl left out, beside files of another format"]
+    assert notes_on_files(data, "test") == []
+    assert list(load_split(data, "train", ["text"])["text"]) == ["a", "b"]
 
 
 def test_columns_that_are_not_used_may_hold_anything(tmp_path):
