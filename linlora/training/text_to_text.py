@@ -53,10 +53,9 @@ class TextToText(Task):
     def base_model(self) -> nn.Module:
         model, new = load_model(self.settings, self.auto)
         refuse_new(self.settings, new)
-        model.generation_config = transformers.GenerationConfig(  # greedy: no penalty or least length of the checkpoint
-            eos_token_id=model.generation_config.eos_token_id,
-            decoder_start_token_id=getattr(self.config, "decoder_start_token_id", None),
-        )
+        own = model.generation_config.to_dict()  # its tokens stay; no penalty, least length or sampling of it does
+        tokens = {name: own[name] for name in own if name.endswith("_token_id")}
+        model.generation_config = transformers.GenerationConfig(**tokens)
         return model
 
     def prompt(self, row: Row) -> str:

@@ -87,6 +87,16 @@ def test_answers_are_greedy_whatever_a_checkpoint_says_of_decoding(settings, che
     assert read[0] == read[1]
 
 
+def test_answers_start_and_end_with_the_tokens_of_the_checkpoint(settings, tmp_path):
+    own = transformers.GenerationConfig.from_pretrained(settings("seq2seq").model)
+    tokens = {"bos_token_id": 7, "decoder_start_token_id": 9, "forced_bos_token_id": 8, "forced_eos_token_id": 1}
+    own.update(**tokens)
+    shutil.copytree(settings("seq2seq").model, tmp_path / "odd")
+    own.save_pretrained(tmp_path / "odd")
+    model = load_task(settings("seq2seq", model=str(tmp_path / "odd"))).base_model()
+    assert {name: getattr(model.generation_config, name) for name in tokens} == tokens
+
+
 def test_texts_are_classified_alike_in_every_batch(settings, checkpoints, tmp_path):
     """A tokenizer that pads in front would move the positions of the shorter ones."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints["bert"], padding_side="left")
