@@ -61,8 +61,8 @@ def number(which: str, takes: Callable[[float], bool]) -> Values:
     return Values(f"a number{which}", lambda v: is_real(v) and takes(v), float)
 
 
-def one_of(*choices: str, unset: str | None = None) -> Values:
-    return Values(f"one of {', '.join(choices)}", (*choices, unset).__contains__)
+def one_of(*choices: str, unset: tuple[str, ...] = ()) -> Values:
+    return Values(f"one of {', '.join(choices)}", (*choices, *unset).__contains__)
 
 
 def _are_texts(value: Any) -> bool:

@@ -4,48 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
-from functools import partial
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
 from linlora.training import plain_yaml
-from linlora.training.setting import SECTION, TEXT, TEXTS, Values, check, check_keys, is_real, number, one_of, whole
+from linlora.training.sections import LORA, OPTIONS, TRAINING
+from linlora.training.setting import TEXT, TEXTS, Values, check, check_keys, is_real, one_of, whole
 
 FAMILIES = ("lora", "lora-fa", "layer", "model")
 # Where `training.learning_rate` is left out. The rates that validated best on the quickstart's digits, of one grid for
 # all methods, were one and the same for LoRA and layer scope, and twice that for model scope.
 LEARNING_RATES = {"lora": 3e-4, "lora-fa": 3e-4, "layer": 3e-4, "model": 6e-4}
-
-# TrainingArguments that `Settings` or `train` decide, with what to set instead.
-_RESERVED = {
-    "output_dir": "out",
-    "seed": "seed",
-    "resume_from_checkpoint": "nothing: a run continues in its folder by itself",
-    "save_only_model": "nothing: a run continues from its checkpoints, which takes the optimizer's state",
-    "remove_unused_columns": "nothing: the columns that are used are named under data",
-    "label_names": "data.label",
-    "bf16_full_eval": "bf16: rows are scored in the arithmetic of training", "fp16_full_eval": "fp16: the same",
-    "do_train": "nothing", "do_eval": "nothing", "do_predict": "nothing",
-    "push_to_hub": "nothing: upload the folder of the run when it is done",
-}  # fmt: skip
-# Values that PEFT and transformers do not check before the model is made, or at all.
-_LORA = {
-    "r": whole(1),
-    "lora_alpha": number(" other than 0", bool),
-    "lora_dropout": number(", 0 or more and below 1", lambda v: 0 <= v < 1),
-}
-_TRAINING = {
-    "learning_rate": number(", 0 or more", lambda v: v >= 0),
-    "max_steps": Values(
-        "a whole number, 1 or more, or -1 with num_train_epochs", lambda v: type(v) is int and (v > 0 or v == -1), int
-    ),
-    "num_train_epochs": number(" above 0", lambda v: v > 0),
-    "per_device_train_batch_size": whole(1),
-    "per_device_eval_batch_size": whole(1),
-    "gradient_accumulation_steps": whole(1),
-}
-_DEFAULT_TRAINING = {"per_device_train_batch_size": 16, "max_steps": 1000}
 
 
 def _is_held_out(value: Any) -> bool:
@@ -94,63 +64,11 @@ def _data(content: Any) -> Data:
     return Data(**content)
 
 
-def _plain(section: str, content: Mapping[str, Any]) -> dict[str, Any]:
-    """A section as plain values, the same however it was written (tuples are lists)."""
-    try:
-        return json.loads(json.dumps(dict(content)))
-    except TypeError as error:
-        raise ValueError(f"{section} holds plain values (numbers, words, lists): {error}") from None
-
-
-def _checked(section: str, options: dict[str, Any], values: Mapping[str, Values]) -> dict[str, Any]:
-    return {
-        key: values[key].checked(f"{section}.{key}", value) if key in values else value
-        for key, value in options.items()
-    }
-
-
-def _lora(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `lora`, checked; alpha is twice the rank, as in the papers, unless it is given."""
-    from peft import LoraConfig
-
-    from linlora.layers.vanilla import refuse_changed_base
-
-    options = _checked("lora", {"r": 16, **_plain("lora", content)}, _LORA)
-    check_keys("lora", options, LoraConfig)
-    for key in ("task_type", "inference_mode", "base_model_name_or_path"):
-        if key in options:
-            raise ValueError(f"lora.{key} follows from the other settings; leave it out")
-    refuse_changed_base(options.get("init_lora_weights"), "lora")
-    if options.get("target_modules") == ["all-linear"]:  # as a flag has it
-        options["target_modules"] = "all-linear"
-    return {"lora_alpha": 2 * options["r"], "lora_dropout": 0.0, **options}
-
-
-def _training(content: Mapping[str, Any]) -> dict[str, Any]:
-    """The section `training`, checked. Epochs that are asked for are not cut short by the default number of steps."""
-    from transformers import TrainingArguments
-
-    options = _checked("training", _plain("training", content), _TRAINING)
-    for key in options:
-        if key in _RESERVED:
-            raise ValueError(f"training.{key} is not set here; set {_RESERVED[key]}")
-    check_keys("training", options, TrainingArguments)
-    defaults = {f.name: f.default for f in fields(TrainingArguments)}
-    for key, value in options.items():
-        if isinstance(defaults[key], (int, float)) and not isinstance(value, (int, float)):
-            kind = "true or false" if isinstance(defaults[key], bool) else "a number"
-            raise ValueError(f"training.{key} is {kind}, got {value!r}")
-    own = {k: v for k, v in _DEFAULT_TRAINING.items() if k != "max_steps" or "num_train_epochs" not in options}
-    return {**own, **options}
-
-
 def _rates(value: Any) -> list[Any]:
     return list(value) if isinstance(value, (list, tuple)) else [value]
 
 
 _DATA = Values("a section (path, train, label, ...)", lambda v: isinstance(v, (Data, Mapping)), read=_data)
-_LORA_OPTIONS, _ARGUMENTS = replace(SECTION, read=_lora), replace(SECTION, read=_training)
-_OPTIONS = replace(SECTION, read=partial(_plain, "model_options"))
 _GRID = Values(
     "a list of learning rates above 0",
     lambda v: all(is_real(rate) and rate > 0 for rate in _rates(v)),
@@ -209,7 +127,7 @@ lr_grid, lora, training, model_options
     name: Annotated[str, TEXT] = ""
     method: Annotated[str, one_of(*FAMILIES)] = "layer"
     head: Annotated[str, one_of("trained", "frozen", "prototypes")] = "trained"
-    linear_to: Annotated[str, one_of("scores", "features", unset="")] = ""
+    linear_to: Annotated[str, one_of("scores", "features", unset=("",))] = ""
     prompt: Annotated[str | None, TEXT] = None
     answers: Annotated[tuple[str, ...], TEXTS] = ()
     class_names: Annotated[tuple[str, ...], TEXTS] = ()
@@ -220,9 +138,9 @@ lr_grid, lora, training, model_options
     point: Annotated[str | None, TEXT] = None
     seed: Annotated[int, whole(0, 2**32, " and below 2^32")] = 0
     lr_grid: Annotated[tuple[float, ...], _GRID] = ()
-    lora: Annotated[Mapping[str, Any], _LORA_OPTIONS] = field(default_factory=dict)
-    training: Annotated[Mapping[str, Any], _ARGUMENTS] = field(default_factory=dict)
-    model_options: Annotated[Mapping[str, Any], _OPTIONS] = field(default_factory=dict)
+    lora: Annotated[Mapping[str, Any], LORA] = field(default_factory=dict)
+    training: Annotated[Mapping[str, Any], TRAINING] = field(default_factory=dict)
+    model_options: Annotated[Mapping[str, Any], OPTIONS] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         check(self)
