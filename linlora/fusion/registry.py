@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from linlora.fusion.adamerging import adamerging
 from linlora.fusion.arithmetic import average, negation, task_arithmetic
-from linlora.fusion.checks import check_options
+from linlora.fusion.checks import check_options, required
 from linlora.fusion.compress import compress_then_merge
 from linlora.fusion.dare import dare
 from linlora.fusion.knots import knots_ties
@@ -43,19 +43,18 @@ METHODS: dict[str, Callable[..., TaskVector]] = {
 
 Needs = Literal["nothing", "inputs", "examples"]
 
-_NEEDS: dict[str, Needs] = {"lorahub": "examples", "soup": "examples", "adamerging": "inputs", "regmean": "inputs"}
-
 
 def needs(method: str) -> Needs:
     """Names what a method needs beside the vectors: nothing, unlabeled inputs of the tasks, or labeled examples.
 
-    The options that bring it have no default: of inputs `inputs`, and for AdaMerging `model`; of examples `objective`
-    for LoraHub, `model` and `batches` for LoRA-Soups.
+    It says so by options without a default: `inputs`, and for AdaMerging `model`; or, where it learns from examples,
+    `objective` for LoraHub, `model` and `batches` for LoRA-Soups.
 
     >>> needs("tsv"), needs("regmean"), needs("soup")
     ('nothing', 'inputs', 'examples')
     """
-    return _NEEDS.get(method, "nothing")
+    options = required(METHODS[method])
+    return "inputs" if "inputs" in options else "examples" if options else "nothing"
 
 
 FROM_VECTORS = tuple(method for method in METHODS if needs(method) == "nothing")

@@ -11,17 +11,17 @@ from hypothesis import strategies as st
 import linlora
 from linlora import TaskVector
 from linlora.fusion.quantiles import cut_below
+from linlora.fusion.registry import FROM_VECTORS, IN_WEIGHT_SPACE
 from linlora.storage.tensor_files import TensorFile
 from linlora.storage.tensors import StoredTensors
 
 OPTIONS = [
-    ("average", {}),
+    *((method, {}) for method in FROM_VECTORS if method not in IN_WEIGHT_SPACE),
     ("task_arithmetic", {"scaling": [0.3, -1.0, 0.5]}),
-    ("negation", {"scaling": 0.5}),
     ("ties", {"keep": 0.3}),
-    ("dare", {"drop": 0.5}),
     ("dare", {"drop": 0.5, "combine": "ties", "keep": 0.5}),
 ]
+NAMES = [" ".join([method, *map(str, options.values())]) for method, options in OPTIONS]
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def files(vectors, tmp_path):
     return sorted(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("method", "options"), OPTIONS, ids=[m + str(o.get("combine", "")) for m, o in OPTIONS])
+@pytest.mark.parametrize(("method", "options"), OPTIONS, ids=NAMES)
 def test_from_files_is_from_memory_bit_for_bit(vectors, files, tmp_path, method, options):
     expected = linlora.fuse(vectors, method, **options)
     fused = linlora.fuse([TaskVector.open(file) for file in files], method, **options)
@@ -58,7 +58,7 @@ def test_ties_in_files_elects_the_majority_where_values_cancel(made, tmp_path):
     )
 
 
-@pytest.mark.parametrize(("method", "options"), OPTIONS, ids=[m + str(o.get("combine", "")) for m, o in OPTIONS])
+@pytest.mark.parametrize(("method", "options"), OPTIONS, ids=NAMES)
 def test_a_few_tensors_are_alive_however_many_files_there_are(files, tmp_path, monkeypatch, method, options):
     alive, peak = set(), 0
     original = TensorFile.read
