@@ -37,6 +37,8 @@ from torch import Tensor
 from .packing import Output, packable
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+FROZEN, FACTORS = slice(1, 3), slice(3, 7)
+"""The fields of `LoraLinear` that hold the frozen layer, and the adapter."""
 
 
 class Factors(NamedTuple):
@@ -95,6 +97,18 @@ class LoraLinear(NamedTuple):
     @property
     def is_pair(self) -> bool:
         return self.expand is not None
+
+    def like_x(self, fields: slice) -> LoraLinear:
+        """Itself with these fields in the dtype of x."""
+        parameters: Any = self[fields]
+        dtype = self.x.dtype
+        for parameter in parameters:
+            if parameter is not None and parameter.dtype is not dtype:
+                break
+        else:
+            return self
+        cast: Any = [parameter if parameter is None else parameter.to(dtype) for parameter in parameters]
+        return LoraLinear(*(*self[: fields.start], *cast, *self[fields.stop :]))
 
     def adjoint(self, g: Tensor | None, g_tangent: Tensor | None = None) -> LoraLinear:
         """The problem of the transposes, whose y are the gradients of the inputs, from the cotangents (M, N).

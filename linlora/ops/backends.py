@@ -95,12 +95,14 @@ def select(
 
 
 def select_layer(problem: LoraLinear) -> ModuleType:
-    """The module whose `lora_linear` runs for a problem, whose x is (..., K)."""
+    """The module whose `lora_linear` runs for a problem, whose x is (..., K); `torch` where there is nothing to launch."""
     x = problem.x
     if choice.name() is None and x.is_cpu and "cpu" not in DECIDED:
         return aten
     n, k = problem.weight.shape
-    size = x.numel() // max(k, 1), k, n
+    if x.numel() == 0 or n == 0 or problem.rank == 0:
+        return aten
+    size = x.numel() // k, k, n
     return select(x.device, problem.op, size, x.dtype, problem.rank, problem.dropout_p > 0.0)
 
 

@@ -82,10 +82,9 @@ def obstacles() -> dict[torch.device, str | None]:
 
 def _current() -> _Choice | None:
     choice = _of_context.get()
-    if choice is None:
+    if choice is None and torch._C._is_key_in_tls(_HANDED_ON):
         handed = _handed()
-        if handed is not None and handed.thread != threading.get_ident():
-            return handed
+        return None if handed is None or handed.thread == threading.get_ident() else handed
     return choice
 
 

@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from linlora.kernels.problem import FactorGradients, Gradients, LoraLinear, Result
+from linlora.kernels.problem import FACTORS, FROZEN, FactorGradients, Gradients, LoraLinear, Result
 from linlora.ops import aten, backends, composed
 from linlora.ops.checks import autocast_input
 from linlora.ops.composed import backward_backend
@@ -134,27 +134,19 @@ def run(problem: LoraLinear, constant_tangent: bool = False) -> Any:
     transformed = not constant_tangent and (transform_active() or intercepts(problem.x))
     backend = aten if transformed else backends.select_layer(problem)
     problem = composed.with_dropout(backend, problem)
+    if not (transformed or torch.is_grad_enabled()):
+        return _shaped(backend.lora_linear(_matrices(problem), save=False), problem)
     if transformed or composed.preferred(backend, problem.x, problem.weight, problem.rank, problem.dropout_p):
         if not constant_tangent:
-            result = aten.lora_linear(_frozen_like_x(problem))
+            result = aten.lora_linear(problem.like_x(FROZEN), recorded=True)
             return result[:2] if problem.two_streams else result.y
         backend = aten
-    if not torch.is_grad_enabled():
-        return _shaped(backend.lora_linear(_matrices(problem), save=False), problem)
     return _LoraLinear.apply(backend, constant_tangent, *problem)
-
-
-def _frozen_like_x(problem: LoraLinear) -> LoraLinear:
-    """The problem with its frozen layer in the dtype of x."""
-    x, weight, bias = problem[:3]
-    if weight.dtype == x.dtype and (bias is None or bias.dtype == x.dtype):
-        return problem
-    return LoraLinear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype), *problem[3:])
 
 
 def _matrices(problem: LoraLinear) -> LoraLinear:
     """The problem as backends take it: rows for leading dimensions, the frozen layer in the dtype of x."""
-    problem = _frozen_like_x(problem)
+    problem = problem.like_x(FROZEN)
     if problem.x.dim() == 2:
         return problem
     return LoraLinear(as_rows(problem.x), *problem[1:8], _rows(problem.x_tangent), *problem[9:])
@@ -204,17 +196,7 @@ class _LoraLinear(torch.autograd.Function):
         lead = g if g_tangent is None else g_tangent
         if lead is None:
             return (None, None, *_needs())
-        fields: Any = (
-            _rows(x),
-            weight.to(lead.dtype),
-            None,
-            *factors,
-            scaling,
-            _rows(x_tangent),
-            dropout_p,
-            seed,
-            two_streams,
-        )
+        fields: Any = (_rows(x), weight, None, *factors, scaling, _rows(x_tangent), dropout_p, seed, two_streams)
         problem = LoraLinear(*fields)
         if two_streams and g_tangent is None:
             of = _gradients_of_primal(backend, problem, ctx.dtype, as_rows(lead), u, ctx.needs, ctx.constant_tangent)
@@ -246,10 +228,10 @@ def _gradients(
     y = y_tangent = u_adjoint = c_adjoint = None
     if needs.x or needs.x_tangent:
         y, y_tangent, u_adjoint, c_adjoint = backend.lora_linear(
-            adjoint, save=needs.shrink or needs.d_shrink, primal=not two or needs.x_tangent
+            adjoint.like_x(FROZEN), save=needs.shrink or needs.d_shrink, primal=not two or needs.x_tangent
         )
     elif needs.shrink or needs.d_shrink:
-        u_adjoint, c_adjoint = aten.low_rank(aten.in_one_dtype(adjoint), with_c=needs.shrink)
+        u_adjoint, c_adjoint = aten.low_rank(adjoint.like_x(FACTORS), with_c=needs.shrink)
     if problem.is_pair and needs.shrink:
         c_adjoint = aten.c_of(adjoint, c_adjoint)
     of_A0 = c_adjoint if problem.is_pair else u_adjoint
@@ -285,7 +267,7 @@ def _gradients_of_primal(
         found = _gradients(backend, problem.primal(), dtype, (g, None), (u, None), asked)
     else:
         found = _needs(
-            x=g @ problem.weight if needs.x else None,
+            x=g @ problem.weight.to(g.dtype) if needs.x else None,
             weight=_outer(g, problem.x) if needs.weight else None,
             bias=g.sum(0) if needs.bias else None,
             d_expand=_products(backend, problem, dtype, u if of_B else None, g, None, None).d_expand,

@@ -12,7 +12,6 @@ from linlora.ops.aten.lora import (
     c_of,
     factor_gradients,
     folding_pays,
-    in_one_dtype,
     kept_factors,
     lora_linear,
     low_rank,

@@ -1,6 +1,6 @@
 """The LoRA layer of the `torch` backend, one composition for two uses.
 
-In an autograd Function it computes in place. With gradients recorded, and under a transform, every call is a
+As a backend it computes in place, in matrices. Where autograd records it, and under a transform, every call is a
 differentiable one: then it is the layer by itself, on the problem of any backend.
 """
 
@@ -12,35 +12,37 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from linlora.kernels.problem import FactorGradients, Gradients, LoraLinear, Result
+from linlora.kernels.problem import FACTORS, FactorGradients, Gradients, LoraLinear, Result
 from linlora.ops.aten.dropout import dropout, mask, on_gpu, with_mask
 from linlora.ops.transforms import transform_active
 
 _REDUCTION_BLOCKS = 8
+Terms = tuple[tuple[Any, Tensor | None], ...]
+"""The products of an update: rows (M, r), and a factor (N, r)."""
 
 
-def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True) -> Result:
-    """The result of one stream or two, for x (..., K). Two streams have u and c without `save` too.
+def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True, recorded: bool = False) -> Result:
+    """The result of one stream or two, for matrices; where it is `recorded`, and under a transform, for x (..., K).
 
     A call folded into the weight makes no c: `c_of` does, where a gradient of S0 or E0 asks for it.
     """
     if problem.dropout_p > 0.0 and not problem.masks_update:
         problem = with_mask(problem)
-    problem = in_one_dtype(problem)
-    x, weight, two = problem.x, problem.weight, problem.two_streams
-    in_place = x.dim() == 2 and not _recorded()
-    folds = not save or (in_place and not problem.masks_update)  # backward, beside y and dx, W + ΔW would be the peak
-    if not two and problem.dropout_p == 0.0 and folds and folding_pays(x, weight):
-        u = linear(x, problem.shrink) if save else None
-        return Result(linear(x, _folded(problem), problem.bias), None, u)
+    problem = problem.like_x(FACTORS)
+    x, weight, bias = problem[:3]
+    two, in_place = problem.two_streams, not (recorded or transform_active())
+    folds = not (save and problem.masks_update)  # backward, beside y and dx, W + ΔW would be the peak
+    if in_place and folds and not two and problem.dropout_p == 0.0 and folding_pays(x, weight):
+        return Result(linear(x, _folded(problem), bias), None, linear(x, problem.shrink) if save else None)
     if problem.is_pair and in_place and _joining_pays(x, problem.rank):
-        return _side_by_side(problem, save, primal)
-    u, c = low_rank(problem)
-    if not two:
-        y = _updated(linear(x, weight, problem.bias), problem, u, problem.d_expand, c)
-        return Result(y, None, u, c) if save else Result(y)
-    primal_y = _updated(linear(x, weight, problem.bias), problem, u, problem.expand, None) if primal else None
-    return Result(primal_y, _updated(_frozen_tangent(problem), problem, u, problem.d_expand, c), u, c)
+        u, c, terms = _side_by_side(problem, save)
+    else:
+        u, c = low_rank(problem)
+        terms = (u, problem.d_expand), (c, problem.expand)
+    of_y = ((u, problem.expand),) if two else terms
+    y = _updated(linear(x, weight, bias), of_y, problem, in_place) if primal or not two else None
+    y_tangent = _updated(_frozen_tangent(problem), terms, problem, in_place) if two else None
+    return Result(y, y_tangent, u, c) if save else Result(y, y_tangent)
 
 
 def _frozen_tangent(problem: LoraLinear) -> Tensor:
@@ -54,31 +56,25 @@ def _joining_pays(x: Tensor, rank: int) -> bool:
     return on_gpu(x) or x.shape[0] >= 16 * rank
 
 
-def _side_by_side(problem: LoraLinear, save: bool, primal: bool) -> Result:
-    """The pair form with [c u] and [E0 dE] as one: x is read once, and y written once more, not twice.
+def _side_by_side(problem: LoraLinear, save: bool) -> tuple[Tensor, Tensor | None, Terms]:
+    """u, c and the update of the pair form with [c u] and [E0 dE] as one: x is read and y written once, not twice.
 
     The adjoint has them the other way round, so that both find the factors as `kept_factors` has laid them out.
     """
-    x, two, r, adjoint = problem.x, problem.two_streams, problem.rank, problem.masks_update
+    r, adjoint = problem.rank, problem.masks_update
     factors: Any = ((problem.shrink, problem.d_shrink), (problem.d_expand, problem.expand))
     ordered = factors if adjoint else [pair[::-1] for pair in factors]
     shrink, expand = (_joined(first, second, dim) for dim, (first, second) in enumerate(ordered))
     low, low_tangent = _low_inputs(problem)
     low = linear(low, shrink)
     u, c = (low[:, :r], low[:, r:]) if adjoint else (low[:, r:], low[:, :r])
-    if not two:
+    if not problem.two_streams:
         c.add_(u)
-        both = _updated(linear(x, problem.weight, problem.bias), problem, low, expand, None)
-        return Result(both, None, *_apart(u, c)) if save else Result(both)
-    if low_tangent is not None:
+    elif low_tangent is not None:
         c.addmm_(low_tangent, problem.shrink.t())
-    y = _updated(linear(x, problem.weight, problem.bias), problem, u, problem.expand, None) if primal else None
-    return Result(y, _updated(_frozen_tangent(problem), problem, low, expand, None), *_apart(u, c))
-
-
-def _apart(u: Tensor, c: Tensor) -> tuple[Tensor, Tensor]:
-    """u and c each in memory of its own on a CPU: who saves one of them does not hold both."""
-    return (u, c) if on_gpu(u) else (u.contiguous(), c.contiguous())
+    if save and not on_gpu(low):  # who keeps one of them does not hold both
+        u, c = u.contiguous(), c.contiguous()
+    return u, c, ((low, expand),)
 
 
 def _joined(first: Any, second: Any, dim: int) -> Tensor:
@@ -108,7 +104,7 @@ def low_rank(problem: LoraLinear, with_c: bool = True) -> tuple[Tensor, Tensor |
 
 def c_of(problem: LoraLinear, c: Tensor | None) -> Tensor | None:
     """The c of a result, or made where it was folded."""
-    return low_rank(in_one_dtype(problem))[1] if c is None else c
+    return low_rank(problem.like_x(FACTORS))[1] if c is None else c
 
 
 def _low_inputs(problem: LoraLinear) -> tuple[Tensor, Tensor | None]:
@@ -126,7 +122,7 @@ def folding_pays(x: Tensor, weight: Tensor) -> bool:
     at most a third of x and y together, on a CPU (a GPU would rather not write it), and exact enough from fp32 on.
     """
     n, k = weight.shape
-    return not on_gpu(x) and x.dtype in (torch.float32, torch.float64) and x.shape[0] * (n + k) >= 3 * n * k
+    return x.is_cpu and x.shape[0] * (n + k) >= 3 * n * k and x.dtype in (torch.float32, torch.float64)
 
 
 def _folded(problem: LoraLinear) -> Tensor:
@@ -145,24 +141,20 @@ def _add_product(weight: Tensor, expand: Tensor, shrink: Tensor, scaling: float)
     return torch.addmm(weight, expand, shrink, alpha=scaling)
 
 
-def _updated(y: Tensor, problem: LoraLinear, u: Tensor, of_u: Tensor | None, c: Tensor | None) -> Tensor:
-    """y + s [ u of_uᵀ + c E0ᵀ ], masked in an adjoint with dropout; without `of_u` or c their term is left out.
-
-    In place, unless somebody differentiates these calls.
-    """
-    expand, scaling, p = problem.expand, problem.scaling, problem.dropout_p
+def _updated(y: Tensor, terms: Terms, problem: LoraLinear, in_place: bool) -> Tensor:
+    """y + s Σ low factorᵀ over the terms that have a factor, masked in an adjoint with dropout."""
+    scaling, p = problem.scaling, problem.dropout_p
     masked = problem.masks_update and p > 0.0
-    add = _added if masked or y.dim() != 2 or _recorded() else _add
+    add = _add if in_place and not masked else _added
     update, beta = y, 0.0 if masked else 1.0
-    if of_u is not None:
-        update, beta = add(update, u, of_u, scaling, beta), 1.0
-    if c is not None and expand is not None:
-        update, beta = add(update, c, expand, scaling, beta), 1.0
+    for low, factor in terms:
+        if factor is not None:
+            update, beta = add(update, low, factor, scaling, beta), 1.0
     if not masked or beta == 0.0:
         return update
-    if _recorded():
-        return y + dropout(update, p, problem.seed)
-    return y.addcmul_(update, mask(update, p, problem.seed), value=1.0 / (1.0 - p))
+    if in_place:
+        return y.addcmul_(update, mask(update, p, problem.seed), value=1.0 / (1.0 - p))
+    return y + dropout(update, p, problem.seed)
 
 
 def _add(y: Tensor, low: Tensor, factor: Tensor, scaling: float, beta: float) -> Tensor:
@@ -175,11 +167,6 @@ def _added(y: Tensor, low: Tensor, factor: Tensor, scaling: float = 1.0, beta: f
     if y.dim() == 2:
         return torch.addmm(y, low, factor.t(), beta=beta, alpha=scaling)
     return torch.add(y, linear(low, factor), alpha=scaling)
-
-
-def _recorded() -> bool:
-    """Whether somebody differentiates these calls."""
-    return torch.is_grad_enabled() or transform_active()
 
 
 def factor_gradients(problem: FactorGradients) -> Gradients:
@@ -201,26 +188,12 @@ def _reduce_rows(low: Tensor, wide: Tensor, scaling: float) -> Tensor:
     return torch.bmm(low.reshape(blocks).transpose(1, 2), wide.reshape(blocks)).sum(0).mul_(scaling)
 
 
-def in_one_dtype(problem: LoraLinear) -> LoraLinear:
-    """The problem with its factors in the dtype of x."""
-    dtype, (shrink, expand, d_shrink, d_expand) = problem.x.dtype, problem[3:7]
-    d_shrink_fits = d_shrink is None or d_shrink.dtype == dtype
-    if shrink.dtype == d_expand.dtype == dtype and d_shrink_fits and (expand is None or expand.dtype == dtype):
-        return problem
-    return problem._replace(
-        shrink=shrink.to(dtype),
-        expand=None if expand is None else expand.to(dtype),
-        d_shrink=None if d_shrink is None else d_shrink.to(dtype),
-        d_expand=d_expand.to(dtype),
-    )
-
-
 def kept_factors(problem: LoraLinear) -> LoraLinear:
     """The problem with its factors as forward and backward read them: in the dtype of x, and in the pair form on a GPU
     side by side, in the buffers [dS; S0] and [E0 dE]."""
     _, _, _, shrink, expand, d_shrink, d_expand, *_ = problem
     if expand is None or d_shrink is None or not on_gpu(problem.x):
-        return in_one_dtype(problem)
+        return problem.like_x(FACTORS)
     dtype, r = problem.x.dtype, problem.rank
     shrinks, expands = torch.cat((d_shrink, shrink)).to(dtype), torch.cat((expand, d_expand), 1).to(dtype)
     return problem._replace(shrink=shrinks[r:], d_shrink=shrinks[:r], expand=expands[:, :r], d_expand=expands[:, r:])
