@@ -37,8 +37,8 @@ from torch import Tensor
 from .packing import Output, packable
 
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-FROZEN, FACTORS = slice(1, 3), slice(3, 7)
-"""The fields of `LoraLinear` that hold the frozen layer, and the adapter."""
+FROZEN, FACTORS, PARAMETERS = slice(1, 3), slice(3, 7), slice(1, 7)
+"""The fields of `LoraLinear` that hold the frozen layer, the adapter, and both."""
 
 
 class Factors(NamedTuple):

@@ -25,7 +25,6 @@ from torch import Tensor
 
 from linlora import reference
 from linlora.kernels.attention_problem import Attention, AttentionResult
-from linlora.kernels.packing import pack, unpack
 from linlora.ops import aten, backends
 from linlora.ops.aten.attention import cast
 from linlora.ops.aten.attention_adjoint import attention_dual_backward
@@ -121,9 +120,9 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, backend: ModuleType, constant_tangent: bool, *fields: Any) -> Any:
         problem = Attention(*fields)
         result = _computed(backend, problem)
-        tensors, ctx.numbers = pack(problem.primal() if constant_tangent else problem)
-        ctx.save_for_backward(*tensors, result.o, result.lse)
-        ctx.backend = backend
+        kept = problem.primal() if constant_tangent else problem
+        ctx.save_for_backward(*kept[:7], kept.seed, result.o, result.lse)
+        ctx.backend, ctx.numbers = backend, problem[7:10]
         ctx.set_materialize_grads(False)
         if result.o_tangent is None:
             return result.o
@@ -134,8 +133,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, g_tangent: Tensor | None = None) -> tuple[Any, ...]:
         backend = backward_backend("attention", ctx.backend, g, g_tangent)
-        *tensors, o, lse = ctx.saved_tensors
-        problem = unpack(Attention, tensors, ctx.numbers)
+        *tensors, seed, o, lse = ctx.saved_tensors
+        problem = Attention(*(*tensors, *ctx.numbers, seed))
         gradients: tuple[Tensor | None, ...] = (None,) * 6
         if g_tangent is not None:
             gradients = attention_dual_backward(problem, g, g_tangent)

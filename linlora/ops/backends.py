@@ -95,7 +95,7 @@ def select(
 
 
 def select_layer(problem: LoraLinear) -> ModuleType:
-    """The module whose `lora_linear` runs for a problem, whose x is (..., K); `torch` where there is nothing to launch."""
+    """The module whose `lora_linear` runs for a problem, whose x is (..., K); `torch` where nothing is to launch."""
     x = problem.x
     if choice.name() is None and x.is_cpu and "cpu" not in DECIDED:
         return aten

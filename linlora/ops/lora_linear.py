@@ -135,18 +135,20 @@ def run(problem: LoraLinear, constant_tangent: bool = False) -> Any:
     backend = aten if transformed else backends.select_layer(problem)
     problem = composed.with_dropout(backend, problem)
     if not (transformed or torch.is_grad_enabled()):
-        return _shaped(backend.lora_linear(_matrices(problem), save=False), problem)
+        return _shaped(backend.lora_linear(_matrices(backend, problem), save=False), problem)
     if transformed or composed.preferred(backend, problem.x, problem.weight, problem.rank, problem.dropout_p):
         if not constant_tangent:
-            result = aten.lora_linear(problem.like_x(FROZEN), recorded=True)
+            result = aten.lora_linear(problem, recorded=True)
             return result[:2] if problem.two_streams else result.y
         backend = aten
     return _LoraLinear.apply(backend, constant_tangent, *problem)
 
 
-def _matrices(problem: LoraLinear) -> LoraLinear:
-    """The problem as backends take it: rows for leading dimensions, the frozen layer in the dtype of x."""
-    problem = problem.like_x(FROZEN)
+def _matrices(backend: ModuleType, problem: LoraLinear) -> LoraLinear:
+    """The problem as a backend takes it: rows for leading dimensions, and for kernels, which cast factors alone, the
+    frozen layer in the dtype of x."""
+    if backend is not aten:
+        problem = problem.like_x(FROZEN)
     if problem.x.dim() == 2:
         return problem
     return LoraLinear(as_rows(problem.x), *problem[1:8], _rows(problem.x_tangent), *problem[9:])
@@ -167,7 +169,7 @@ class _LoraLinear(torch.autograd.Function):
             problem = aten.kept_factors(problem)
         if constant_tangent:
             needs = _needs(x=needs.x, d_shrink=needs.d_shrink, d_expand=needs.d_expand)
-        rows = _matrices(problem)
+        rows = _matrices(backend, problem)
         result = backend.lora_linear(rows, save=needs.d_expand or needs.expand)
         saves_u = needs.d_expand or (needs.expand and problem.two_streams)
         ctx.save_for_backward(

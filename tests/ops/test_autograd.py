@@ -72,6 +72,17 @@ def test_compiles_in_one_graph_with_the_same_gradients(problem, op, form, backen
 
 
 @pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("form", ["short", "pair"])
+@pytest.mark.parametrize("rows", [1, 64], ids="{} rows".format)
+def test_inference_compiles_in_one_graph(problem, op, form, rows):
+    """The factors of many rows are laid side by side, for which eager code looks at their memory."""
+    case = problem(shape=(rows,), rank=2, form=form, tangent=op == "lora_linear").cast(torch.float32)
+    compiled = torch.compile(lambda: case.call(op, functional), fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(), case.call(op, functional))
+
+
+@pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_gradient_checkpointing_recomputes_the_same_mask(problem, op, reentrant):
     case = problem(dropout_p=0.5).require_grad(("x", "dA", "dB"))

@@ -103,7 +103,7 @@ def _adjacent(problem: Attention) -> list[Tensor]:
 
 
 def _rows(x: Tensor) -> Tensor:
-    return x if x.stride(3) == 1 and x.stride(2) >= x.shape[3] else x.contiguous()
+    return x if x.is_contiguous() or (x.stride(3) == 1 and x.stride(2) >= x.shape[3]) else x.contiguous()
 
 
 def _write(y: Tensor, a: Tensor, b: Tensor, beta: int = 0) -> None:
@@ -237,7 +237,7 @@ def probabilities(problem: Attention, rows: Block, keys: Block, lse: Tensor | No
     S = scores(problem, rows, keys)
     P = softmax(problem, S)
     if lse is not None:
-        rows.of(lse).copy_(S.amax(-1) - P.amax(-1).log_())
+        torch.sub(S.amax(-1), P.amax(-1).log_(), out=rows.of(lse))
     return P
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from linlora.kernels.problem import FACTORS, FactorGradients, Gradients, LoraLinear, Result
+from linlora.kernels.problem import FACTORS, PARAMETERS, FactorGradients, Gradients, LoraLinear, Result
 from linlora.ops.aten.dropout import dropout, mask, on_gpu, with_mask
 from linlora.ops.transforms import transform_active
 
@@ -28,7 +28,7 @@ def lora_linear(problem: LoraLinear, save: bool = True, primal: bool = True, rec
     """
     if problem.dropout_p > 0.0 and not problem.masks_update:
         problem = with_mask(problem)
-    problem = problem.like_x(FACTORS)
+    problem = problem.like_x(PARAMETERS)
     x, weight, bias = problem[:3]
     two, in_place = problem.two_streams, not (recorded or transform_active())
     folds = not (save and problem.masks_update)  # backward, beside y and dx, W + ΔW would be the peak
@@ -78,10 +78,11 @@ def _side_by_side(problem: LoraLinear, save: bool) -> tuple[Tensor, Tensor | Non
 
 
 def _joined(first: Any, second: Any, dim: int) -> Tensor:
-    """Two matrices side by side: as they lie, where they lie so."""
+    """Two matrices side by side: as they lie, where they lie so, which torch.compile does not trace."""
     shape = [a + b if i == dim else a for i, (a, b) in enumerate(zip(first.shape, second.shape, strict=True))]
     if (
-        first.untyped_storage()._cdata == second.untyped_storage()._cdata
+        not torch.compiler.is_compiling()
+        and first.untyped_storage()._cdata == second.untyped_storage()._cdata
         and first.stride() == second.stride()
         and second.storage_offset() == first.storage_offset() + first.shape[dim] * first.stride(dim)
     ):
