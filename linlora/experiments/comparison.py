@@ -19,10 +19,10 @@ from typing import Any
 
 from torch import nn
 
-from linlora.experiments.controls import CONTROLS, Control, Trained
+from linlora.experiments.controls import CONTROLS, START_TITLES, TRAINED_TITLES, Control, Start, Trained
 from linlora.experiments.fusing import fuse_control, map_control
 from linlora.experiments.jobs import Job
-from linlora.experiments.options import START_TITLES, Options, Start
+from linlora.experiments.options import Options
 from linlora.experiments.report import report_of
 from linlora.experiments.results import control_results
 from linlora.experiments.run import Experiment, Report
@@ -33,10 +33,6 @@ from linlora.storage.run_directory import read_json, staged, write_json
 from linlora.vectors.task_vector import TaskVector
 
 SCORES_FILE, MAP_FILE, STEP_TIME_FILE = "scores.json", "map.json", "step_time.json"
-TRAINED_TITLES: dict[Trained, str] = {
-    "lora": "LoRA", "lora-fa": "LoRA-FA", "layer": "layer scope", "model": "model scope",
-    "features": "model scope up to the features",
-}  # fmt: skip
 
 
 class Comparison(Experiment):

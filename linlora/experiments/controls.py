@@ -33,6 +33,20 @@ from linlora.vectors.weight_vector import WeightVector
 Trained = Literal["lora", "lora-fa", "layer", "model", "features"]
 """How an adapter was trained."""
 
+TRAINED_TITLES: dict[Trained, str] = {
+    "lora": "LoRA", "lora-fa": "LoRA-FA", "layer": "layer scope", "model": "model scope",
+    "features": "model scope up to the features",
+}  # fmt: skip
+
+Start = Literal["zero", "warm"]
+"""Where adapters start: at B0 = 0, or at an adapter that was trained before."""
+
+START_TITLES: dict[Start, str] = {"zero": "B0 = 0", "warm": "B0 ≠ 0"}
+START_NOTES: dict[Start, str] = {
+    "zero": "LoRA-FA is layer scope at B0 = 0: x Wᵀ + s (x A0ᵀ) dBᵀ is both.",
+    "warm": "The adapters start from a warm-up on all tasks, common to those of a seed.",
+}
+
 ELEMENTWISE = ("ties", "dare")
 """Methods that are not linear in the vectors and act on single values: of ΔW they see matrices."""
 
@@ -46,6 +60,7 @@ class Control:
 
     key: str
     title: str
+    short: str
     trained: Trained
 
     def fits(self, method: str) -> bool:
@@ -54,14 +69,15 @@ class Control:
 
 
 CONTROLS = (
-    Control("factors", "LoRA, factors added", "lora"),
-    Control("delta_weight", "LoRA, ΔW added", "lora"),
-    Control("lora_fa", "LoRA-FA (A frozen)", "lora-fa"),
-    Control("layer", "linearized, layer scope", "layer"),
-    Control("model", "linearized, model scope", "model"),
-    Control("features", "linearized, model scope up to the features", "features"),
+    Control("factors", "LoRA, factors added", "LoRA factors", "lora"),
+    Control("delta_weight", "LoRA, ΔW added", "LoRA ΔW", "lora"),
+    Control("lora_fa", "LoRA-FA (A frozen)", "LoRA-FA", "lora-fa"),
+    Control("layer", "linearized, layer scope", "layer scope", "layer"),
+    Control("model", "linearized, model scope", "model scope", "model"),
+    Control("features", "linearized, model scope up to the features", "model scope to features", "features"),
 )
 BY_KEY = {control.key: control for control in CONTROLS}
+SHORT = {control.key: control.short for control in CONTROLS}
 _ADDED_AS_WEIGHTS = ("delta_weight", "lora_fa")
 
 

@@ -10,13 +10,9 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
+from linlora.experiments.controls import SHORT
 from linlora.experiments.options import METHOD_TITLES
 from linlora.fusion.figures import save
-
-SHORT = {
-    "factors": "LoRA factors", "delta_weight": "LoRA ΔW", "lora_fa": "LoRA-FA", "layer": "layer scope",
-    "model": "model scope", "features": "model scope to features",
-}  # fmt: skip
 
 # Okabe and Ito's palette, told apart by the colour-blind; the markers differ too.
 _STYLES = {

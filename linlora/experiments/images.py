@@ -23,12 +23,12 @@ from torch.nn.functional import cross_entropy
 
 import linlora
 from linlora.experiments.comparison import Comparison, save_vector
-from linlora.experiments.controls import Trained
+from linlora.experiments.controls import START_NOTES, Start, Trained
 from linlora.experiments.descent import batches, descend
 from linlora.experiments.environment import surroundings
 from linlora.experiments.image_suite import ImageData, ImageSuite, Split, accuracy, features
 from linlora.experiments.jobs import Job
-from linlora.experiments.options import START_NOTES, Options, Start
+from linlora.experiments.options import Options
 from linlora.formats.adapter_config import CONFIG_FILE
 from linlora.formats.vector_folder import TASK_VECTOR_FILE
 from linlora.storage.run_directory import read_json, staged, write_json

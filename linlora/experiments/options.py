@@ -4,20 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Any
 
 from linlora.fusion import grid
 from linlora.fusion.registry import IN_WEIGHT_SPACE
 from linlora.training.setting import unknown
-
-Start = Literal["zero", "warm"]
-"""Where adapters start: at B0 = 0, or at an adapter that was trained before."""
-
-START_TITLES: dict[Start, str] = {"zero": "B0 = 0", "warm": "B0 ≠ 0"}
-START_NOTES: dict[Start, str] = {
-    "zero": "LoRA-FA is layer scope at B0 = 0: x Wᵀ + s (x A0ᵀ) dBᵀ is both.",
-    "warm": "The adapters start from a warm-up on all tasks, common to those of a seed.",
-}
 
 METHOD_TITLES = {
     "average": "average", "task_arithmetic": "task arithmetic, best λ", "sum": "task arithmetic, λ = 1", "ties": "TIES",

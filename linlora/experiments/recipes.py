@@ -18,10 +18,10 @@ from rich.console import Console
 from torch import nn
 
 from linlora.experiments.comparison import Comparison
-from linlora.experiments.controls import Trained
+from linlora.experiments.controls import START_NOTES, Start, Trained
 from linlora.experiments.jobs import Workers
 from linlora.experiments.judges import refuse_untested
-from linlora.experiments.options import START_NOTES, Options, Start, described
+from linlora.experiments.options import Options, described
 from linlora.experiments.run import run
 from linlora.experiments.stamps import stamps
 from linlora.formats.vector_folder import TASK_VECTOR_FILE

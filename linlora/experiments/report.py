@@ -10,7 +10,8 @@ from typing import Any
 
 from rich.table import Table
 
-from linlora.experiments.figures import SHORT, draw_all
+from linlora.experiments.controls import SHORT
+from linlora.experiments.figures import draw_all
 from linlora.experiments.options import METHOD_TITLES
 from linlora.experiments.results import paired
 from linlora.experiments.run import Report
