@@ -27,11 +27,11 @@ class Tasks(Protocol):
         ...
 
     def unlabeled(self, size: int, *, limit: int | None = ...) -> Sequence[Iterable[Batch]]:
-        """For each task its first validation inputs in batches of a size, without labels; as often as one asks."""
+        """For each task validation inputs in batches of a size, without labels: the same as often as one asks."""
         ...
 
     def labeled(self, size: int, limit: int) -> Sequence[Iterable[Batch]]:
-        """For each task its first validation rows in batches of a size, with labels."""
+        """For each task as many validation rows in batches of a size, with labels."""
         ...
 
     def logits(self, model: nn.Module, batch: Batch) -> Tensor:

@@ -55,11 +55,8 @@ def evaluate(
     return {**scores, "rows": count}
 
 
-def in_order(
-    rows: Any, size: int, collate: Callable[[Sequence[Row]], Any], limit: int | None = None, workers: int = 0
-) -> DataLoader[Any]:
-    """Batches of rows, or of the first of them, in their order. No random number is drawn from torch's own state."""
-    rows = rows if limit is None else rows.select(range(min(limit, len(rows))))
+def in_order(rows: Any, size: int, collate: Callable[[Sequence[Row]], Any], workers: int = 0) -> DataLoader[Any]:
+    """Batches of rows in their order. No random number is drawn from torch's own state."""
     return DataLoader(rows, size, collate_fn=collate, num_workers=workers, generator=torch.Generator())
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -63,11 +64,14 @@ class TaskSet:
         return [scores["score"] for scores in self.evaluate(model, split).values()]
 
     def unlabeled(self, size: int, split: str = "validation", limit: int | None = 256) -> list[DataLoader[Any]]:
-        """For each task its batches without labels, {"task", "inputs"}; `logits` takes them."""
+        """For each task its batches without labels, {"task", "inputs"}; `logits` takes them.
+
+        Where rows are limited, the same ones are drawn every time.
+        """
         return [self._batches(name, split, size, limit, labels=False) for name in self.tasks]
 
     def labeled(self, size: int, limit: int, split: str = "validation") -> list[DataLoader[Any]]:
-        """For each task the batches of its first rows, {"task", "inputs", "labels"}; `loss` takes them."""
+        """The same with labels, {"task", "inputs", "labels"}; `loss` takes them."""
         return [self._batches(name, split, size, limit, labels=True) for name in self.tasks]
 
     def _batches(self, name: str, split: str, size: int, limit: int | None, labels: bool) -> DataLoader[Any]:
@@ -77,7 +81,11 @@ class TaskSet:
             inputs = task.batch(rows) if labels else task.inputs(rows)
             return {"task": name, "inputs": inputs} | ({"labels": inputs.pop("labels")} if labels else {})
 
-        return in_order(task.rows(split), size, collate, limit)
+        rows = task.rows(split)
+        if limit is not None and limit < len(rows):  # the first rows of a file are often of one class
+            drawn = torch.randperm(len(rows), generator=torch.Generator().manual_seed(0))[:limit]
+            rows = rows.select(drawn.tolist())
+        return in_order(rows, size, collate)
 
     def logits(self, model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
         """The logits of a batch, of the classes of its task."""

@@ -32,6 +32,7 @@ from linlora.experiments.recipes import RecipeExperiment
 from linlora.quickstart import text
 from linlora.testing import tiny_base, tiny_model
 from linlora.training import Run, adapt, evaluate, load_task, plain_yaml, read_recipe, set_head
+from linlora.training.suite import TaskSet
 
 WORDS = ["<pad>", "<unk>", "good", "bad", "red", "blue", "film", "day", "is", "the"]
 EXPERIMENT = {
@@ -162,6 +163,20 @@ def test_a_comparison_is_not_continued_with_rows_that_have_changed(place, tmp_pa
     assert fingerprint() == before
     rows.write_text(rows.read_text().replace("good", "bad!"))
     assert {key for key, value in fingerprint().items() if value != before[key]} == {"files"}
+
+
+def test_methods_that_see_few_rows_see_every_class_of_a_sorted_file(place, tmp_path):
+    rows = [f"{word} film,{word}" for word in ("good", "bad") for _ in range(40)]
+    (tmp_path / "sorted.csv").write_text("\n".join(["text,label", *rows]))
+    settings = read_recipe(place / "recipe.yaml").tasks["mood"]
+    data = dataclasses.replace(settings.data, validation=str(tmp_path / "sorted.csv"))
+    tasks = TaskSet({"mood": load_task(dataclasses.replace(settings, data=data))}, {})
+    (few,) = tasks.labeled(8, 16)
+    labels = [label for batch in few for label in batch["labels"].tolist()]
+    assert len(labels) == 16
+    assert 2 < sum(labels) < 14
+    for _ in range(2):  # the same rows every time
+        assert [label for batch in tasks.labeled(8, 16)[0] for label in batch["labels"].tolist()] == labels
 
 
 def test_a_point_that_is_not_at_zero_brings_lora_fa(place, tmp_path, console, undrawn):
