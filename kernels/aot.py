@@ -31,12 +31,12 @@ from .configs import SHARED_LIMIT
 
 ARCHITECTURES = (80, 90, 100)
 REGISTERS = 65_536  # of a multiprocessor, each of 32 bits: what one program may use
-TENSOR_CORE = ("HMMA", "HGMMA", "UTCHMMA")
+TENSOR_CORE = ("mma.sync", "wgmma.mma_async", "tcgen05.mma")  # in PTX; ptxas makes HMMA, HGMMA and UTCHMMA of them
 
 
 @dataclass(frozen=True)
 class Result:
-    """What the cubin of a case holds."""
+    """What the PTX and the cubin of a case hold."""
 
     case: str
     registers: int
@@ -53,21 +53,18 @@ def check(case: Case) -> Result:
         kernel = OPS[case.row.op].launch(case).compile()
     except Exception as error:
         return Result(str(case), 0, 0, 0, {}, (f"does not compile: {type(error).__name__}: {error}",))
-    expected = _tensor_core_of(case)
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "kernel.cubin")
         cubin.write_bytes(kernel.asm["cubin"])
-        # Disassembling takes a third of a second: only where instructions are asked for.
-        wanted = ["-res-usage"] if expected is None else ["-res-usage", "-sass"]
-        command = [triton.knobs.nvidia.cuobjdump.path, *wanted, str(cubin)]
+        command = [triton.knobs.nvidia.cuobjdump.path, "-res-usage", str(cubin)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
     text = done.stdout + done.stderr
     usage = re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", text)
     if usage is None:
         raise RuntimeError(f"cuobjdump printed no resource usage for {case}")
     registers, stack, _, local = map(int, usage.groups())
-    counts = {name: len(re.findall(rf"\b{name}\b", text)) for name in TENSOR_CORE}
-    shared, limit = kernel.metadata.shared, SHARED_LIMIT[case.architecture]
+    counts = {name: len(re.findall(rf"\b{re.escape(name)}\b", kernel.asm["ptx"])) for name in TENSOR_CORE}
+    expected, shared, limit = _tensor_core_of(case), kernel.metadata.shared, SHARED_LIMIT[case.architecture]
     failures = []
     if stack + local > 0:
         failures.append(f"spills: {stack} B of stack, {local} B of local memory")
@@ -76,7 +73,7 @@ def check(case: Case) -> Result:
     if registers * 32 * case.row.config.num_warps > REGISTERS:
         failures.append(f"{registers} registers in {case.row.config.num_warps} warps, there are {REGISTERS}")
     if expected is not None and counts[expected] == 0:
-        failures.append(f"no {expected} in the machine code")
+        failures.append(f"no {expected} in the code")
     found = {name: count for name, count in counts.items() if count}
     return Result(str(case), registers, stack + local, shared, found, tuple(failures))
 
@@ -87,8 +84,8 @@ def _tensor_core_of(case: Case) -> str | None:
     if case.row.itemsize == 4 or dot_rows is None:
         return None
     if getattr(case.row.config, dot_rows) < 64 or case.architecture == 80:
-        return "HMMA"
-    return {90: "HGMMA", 100: "UTCHMMA"}[case.architecture]
+        return "mma.sync"
+    return {90: "wgmma.mma_async", 100: "tcgen05.mma"}[case.architecture]
 
 
 class _CompileOnly:

@@ -219,9 +219,10 @@ def describable(x: Tensor, weight: Tensor) -> bool:
 
 
 def _rows_align(tensor: Tensor) -> bool:
-    """Rows that are contiguous, not empty, and start at multiples of 16 bytes."""
-    row_bytes = tensor.stride(0) * tensor.element_size()
-    return tensor.stride(1) == 1 and row_bytes % 16 == 0 < row_bytes * tensor.numel() and tensor.data_ptr() % 16 == 0
+    """Rows that are contiguous, not empty, do not overlap, and start at multiples of 16 bytes."""
+    (rows, columns), (stride, one) = tensor.shape, tensor.stride()
+    apart = one == 1 and stride >= columns > 0 < rows
+    return apart and stride * tensor.element_size() % 16 == 0 and tensor.data_ptr() % 16 == 0
 
 
 def launch(problem: LoraLinear, result: Result, config: Config) -> Launch:

@@ -84,6 +84,8 @@ def test_describable_asks_for_16_byte_rows():
     assert not describable(x, weight[:29])
     assert not describable(x[:, ::2], weight[:, ::2])
     assert not describable(x[:, :0], weight[:, :0])
+    assert not describable(x[:1].expand(8, 64), weight)
+    assert not describable(torch.zeros(120, dtype=torch.float16).as_strided((8, 64), (8, 1)), weight)  # rows overlap
 
 
 def test_a_config_is_frozen():

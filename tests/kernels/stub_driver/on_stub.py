@@ -51,14 +51,16 @@ def problem(m: int, pair: bool = True) -> LoraLinear:
 
 
 def rows() -> dict[str, Any]:
-    """Tensor maps and launches of every case, compiled ahead of time, that reads through tensor descriptors."""
+    """Tensor maps and launches of every row, compiled ahead of time, that reads through tensor descriptors, and of the
+    transposed weight that the largest tile reads."""
     found = {}
-    for case in aot_cases.cases(90):
-        if case.row.config.design == "flags":
-            before = count("stub_tensor_maps"), count("stub_launches")
-            aot_cases.OPS[case.row.op].launch(case).run(torch.device("cpu"))
-            after = count("stub_tensor_maps"), count("stub_launches")
-            found[str(case)] = [b - a for a, b in zip(before, after, strict=True)]
+    of_rows = [case for case in aot_cases.cases(90, ["linearized_lora_linear"]) if case.row.config.design == "flags"]
+    transposed = max((case for case in of_rows if "adjoint" in case.variant), key=lambda case: case.row.config.block_n)
+    for case in (*aot_cases.widest(of_rows), transposed):
+        before = count("stub_tensor_maps"), count("stub_launches")
+        aot_cases.OPS[case.row.op].launch(case).run(torch.device("cpu"))
+        after = count("stub_tensor_maps"), count("stub_launches")
+        found[str(case)] = [b - a for a, b in zip(before, after, strict=True)]
     return found
 
 
