@@ -105,9 +105,14 @@ def attention_kernel(
     i_query_block, i_chunk, i_batch, i_head, i_key_head, first_row = place_of_queries(
         q.rows, v.columns, n_heads, heads_per_key_head, BLOCK_M, BLOCK_O
     )
-    q, q_tangent = head(q, i_batch, i_head, ALIGNMENT), head(q_tangent, i_batch, i_head, ALIGNMENT)
-    k, k_tangent = head(k, i_batch, i_key_head, ALIGNMENT), head(k_tangent, i_batch, i_key_head, ALIGNMENT)
-    v, v_tangent = head(v, i_batch, i_key_head, ALIGNMENT), head(v_tangent, i_batch, i_key_head, ALIGNMENT)
+    q = head(q, i_batch, i_head, ALIGNMENT)
+    k, v = head(k, i_batch, i_key_head, ALIGNMENT), head(v, i_batch, i_key_head, ALIGNMENT)
+    if q_tangent is not None:
+        q_tangent = head(q_tangent, i_batch, i_head, ALIGNMENT)
+    if k_tangent is not None:
+        k_tangent = head(k_tangent, i_batch, i_key_head, ALIGNMENT)
+    if v_tangent is not None:
+        v_tangent = head(v_tangent, i_batch, i_key_head, ALIGNMENT)
 
     o_m = i_query_block * BLOCK_M + tl.arange(0, BLOCK_M)
     o_c = i_chunk * BLOCK_O + tl.arange(0, BLOCK_O)

@@ -81,14 +81,11 @@ def place_of_queries(queries, columns, n_heads, heads_per_key_head, BLOCK_M: tl.
 
 @triton.jit
 def head(a, i_batch, i_head, ALIGNMENT: tl.constexpr):
-    """The Matrix of one head, its strides and columns multiples of ALIGNMENT; None of None."""
-    if a is None:
-        return None
-    else:
-        stride_batch, stride_head = aligned(a.stride_batch, ALIGNMENT), aligned(a.stride_head, ALIGNMENT)
-        stride_row, columns = aligned(a.stride_row, ALIGNMENT), aligned(a.columns, ALIGNMENT)
-        o_head = i_batch.to(tl.int64) * stride_batch + i_head.to(tl.int64) * stride_head
-        return Matrix(a.pointer + o_head, a.rows, columns, stride_row, a.stride_column)
+    """The Matrix of one head, its strides and columns multiples of ALIGNMENT."""
+    stride_batch, stride_head = aligned(a.stride_batch, ALIGNMENT), aligned(a.stride_head, ALIGNMENT)
+    stride_row, columns = aligned(a.stride_row, ALIGNMENT), aligned(a.columns, ALIGNMENT)
+    o_head = i_batch.to(tl.int64) * stride_batch + i_head.to(tl.int64) * stride_head
+    return Matrix(a.pointer + o_head, a.rows, columns, stride_row, a.stride_column)
 
 
 @triton.jit
