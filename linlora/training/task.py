@@ -50,7 +50,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read."""
+        """The columns that are read, that of the labels last."""
 
     def rows(self, split: str) -> Any:
         """The rows of a split, a `datasets.Dataset`, with the columns that are read."""
@@ -73,7 +73,8 @@ class Task(ABC):
             for value in distinct(labels, column):
                 self.expected({column: value})
             of_files = [*notes_on_files(self.settings.data, split), *notes_on_lines(self.settings.data, split, rows)]
-            self.notes[split] = [*of_files, *self.check_lengths(rows)]
+            shown = [f"column '{column}' is the answer, and given to the model too"] * (column in self.columns[:-1])
+            self.notes[split] = [*of_files, *shown, *self.check_lengths(rows)]
 
     @contextmanager
     def _named(self, split: str) -> Iterator[None]:

@@ -83,6 +83,13 @@ def test_answers_that_no_model_writes_whole_are_told(settings, review_files):
     assert notes == ["48 of 48 answers are longer than 3 tokens (max_new_tokens), which is all a model writes"]
 
 
+def test_an_answer_that_is_given_is_told(settings):
+    said = ["column 'word' is the answer, and given to the model too"]
+    data = replace(settings("causal").data, label="word")
+    assert check(settings, data=data, prompt="{text} {word}", answers=("no", "yes")) == said
+    assert check(settings, data=data, prompt="{text}", answers=("no", "yes")) == []
+
+
 def test_texts_are_cut_where_the_model_has_no_more_positions(settings, tmp_path):
     model = AutoModelForSequenceClassification.from_pretrained(settings("text").model)
     size = model.config.max_position_embeddings
