@@ -100,7 +100,7 @@ class Settings:
         templates: of zero-shot: sentences around a class name, which stands for {}.
         metric: the number a run is judged by; see `linlora.training.metrics`.
         max_length: tokens of a text or prompt; what is longer is cut.
-        max_new_tokens: tokens of an answer.
+        max_new_tokens: tokens of an answer, which is written greedily.
         point: start from this linearization point: a task vector file, or a folder that holds one. Vectors of several
             tasks add if their runs start from one point; those of one model, seed and LoRA settings do.
         seed: of the adapter, a new head, and the order of the rows.
