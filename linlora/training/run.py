@@ -146,6 +146,8 @@ def _finished(settings: Settings, state: PartialState, console: Console) -> Run:
     console.print(f"{settings.name}: found finished in {run.folder}; scoring it on '{named}'", highlight=False)
     with only_run_in(run.folder, state):
         scores = evaluate(run.model(task), task, "test")
+        if state.is_main_process:  # before the settings change, beside which these would be scores of the new split
+            write_json(run.folder / METRICS_FILE, {key: of for key, of in run.metrics.items() if key != "test"})
         run = Run(run.folder, replace(run.settings, data=settings.data), {**run.metrics, "test": scores})
         _finish(run, state, task)
     return run

@@ -224,6 +224,23 @@ def test_a_test_split_is_added_to_a_finished_run(settings, review_files):
     assert {**again.metrics, "test": None} == {**run.metrics, "test": None}
 
 
+def test_scores_of_one_test_split_are_never_those_of_another(settings, review_files, monkeypatch):
+    """Ctrl-C between the two files that are written when another test split is scored."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    data = settings("text").data
+    wanted = settings("text", data=replace(data, test=f"{review_files}/test.csv"))
+    assert train(wanted).metrics["test"]["rows"] == 16
+    other = wanted.changed(data=replace(data, test=f"{review_files}/train.csv"))
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["linlora.training.run"], "write_card", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            train(other)
+    assert train(other).metrics["test"]["rows"] == 48
+
+
 def test_a_folder_of_other_settings_or_of_something_else_is_left_alone(settings, tmp_path):
     train(settings("causal"))
     changed = settings("causal", seed=1, training={"learning_rate": 1e-3})
