@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from linlora.fusion.checks import check_number, checked
 from linlora.fusion.inference import Logits, main_logits
 from linlora.fusion.layerwise import Layer, fused_layers, peek, weight_vectors
+from linlora.fusion.tensorwise import rounded, without_values
 from linlora.fusion.truncation import OutRank
 from linlora.layers.temporary import evaluating
 from linlora.layers.weights import Update
@@ -144,7 +145,7 @@ def _weighted(layer: Layer, moments: Sequence[Tensor], shrink: float, scaling: f
 
 
 def _of_one_point(vectors: Sequence[TaskVector], inputs: Sequence[Inputs], shrink: float, scaling: float) -> TaskVector:
-    first = vectors[0]
+    first = without_values(vectors)
     _check_count(vectors, inputs)
     if first.scope != "layer" or first.point is None or any(name.endswith(".dA") for name in first.deltas):
         raise ValueError(
@@ -168,8 +169,8 @@ def _of_one_point(vectors: Sequence[TaskVector], inputs: Sequence[Inputs], shrin
                 )
         tops = [vector.deltas[f"{layer}.dB"].double() @ Z for vector, Z in zip(vectors, moments, strict=True)]
         top, total = (torch.stack(sorted(parts, key=_bits)).sum(0) for parts in (tops, moments))
-        merged = scaling * _solved(top, total, layer)
-        deltas[f"{layer}.dB"] = merged.to(first.deltas[f"{layer}.dB"].dtype)
+        name = f"{layer}.dB"
+        deltas[name] = rounded(scaling * _solved(top, total, layer), first.deltas[name].dtype, name)
     return replace(first, deltas=deltas)
 
 

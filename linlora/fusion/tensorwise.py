@@ -108,7 +108,7 @@ def _by_vector(
     for name in like.deltas:
         result = rule.result(states.pop(name))
         assert result is not None
-        deltas[name] = _rounded(result, like.deltas[name].dtype, name)
+        deltas[name] = rounded(result, like.deltas[name].dtype, name)
     return replace(like, deltas=deltas)
 
 
@@ -130,7 +130,7 @@ def _by_tensor(vectors: Sequence[TaskVector], order: Sequence[int], rule: Rule[A
             rule.survey(map(state, like.deltas))
             result = rule.result(made)
         assert result is not None
-        return _rounded(result, like.deltas[name].dtype, name)
+        return rounded(result, like.deltas[name].dtype, name)
 
     return replace(like, deltas=StoredTensors(like.deltas, read))
 
@@ -160,7 +160,7 @@ def order_of_values(vectors: Sequence[TaskVector]) -> list[int]:
     return sorted(range(len(vectors)), key=keys.__getitem__)
 
 
-def _rounded(result: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+def rounded(result: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """A fused tensor in the dtype of the vectors. Raises ValueError where that does not hold it."""
     if result.numel():
         largest = max(abs(float(extreme)) for extreme in torch.aminmax(result))

@@ -1,5 +1,7 @@
 """RegMean against its normal equations on dense matrices, in float64."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -94,6 +96,22 @@ def test_linearized_adapters_of_one_point_are_averaged_in_dB(form):
     assert gradient.norm() < 1e-5 * size
     other = linlora.fuse([vectors[i] for i in (1, 2, 0)], "regmean", inputs=[given[i] for i in (1, 2, 0)], shrink=1.0)
     assert all(torch.equal(fused.deltas[name], other.deltas[name]) for name in fused.deltas)
+
+
+def test_the_first_vector_has_no_say_in_dtype_and_point():
+    model, vectors = tiny_model("bert"), []
+    linlora.linearize(model)
+    for seed in (1, 2):
+        randomize(model, seed, ("lora_B",))
+        vectors.append(TaskVector.from_model(model))
+    deltas = {name: delta.bfloat16() for name, delta in vectors[0].deltas.items()}
+    pair = [replace(vectors[0], deltas=deltas, point=None), vectors[1]]
+    inputs = [{layer: torch.eye(4) for layer in pair[0].scalings}] * 2
+    one, other = (linlora.fuse(pair[::step], "regmean", inputs=inputs) for step in (1, -1))
+    for fused in (one, other):
+        assert fused.point is not None
+        assert {delta.dtype for delta in fused.deltas.values()} == {torch.float32}
+        assert all(torch.equal(fused.deltas[name], delta) for name, delta in one.deltas.items())
 
 
 def test_inputs_that_are_always_zero_have_no_weight():
