@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import inspect
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from linlora.commands.errors import refuse_missing, user_errors
 from linlora.commands.methods import METHOD_HELP
+
+if TYPE_CHECKING:
+    from linlora import TaskVector
+    from linlora.formats import Stored
 
 
 def fuse(
@@ -40,8 +44,6 @@ def fuse(
     with user_errors(interrupted="interrupted; nothing was written"):
         first = next((i for i, argument in enumerate(vectors) if argument.startswith("--")), len(vectors))
         refuse_missing(vectors[:first])
-        from rich.console import Console
-
         import linlora
         from linlora import formats
         from linlora.fusion.registry import FROM_VECTORS
@@ -54,41 +56,51 @@ def fuse(
             )
         if out.suffix != ".safetensors":
             raise ValueError(f"--out {out}: a task vector is written to a .safetensors file")
-        if any(_is_of(out, Path(path)) for path in vectors[:first]):
+        paths, chosen = vectors[:first], options(vectors[first:])
+        if any(_is_of(out, Path(path)) for path in paths):
             raise FileExistsError(f"--out {out} is one of the vectors; name another file")
-        stored = [formats.open(path) for path in vectors[:first]]
-        of_one_space, note = in_one_space([adapter.vector for adapter in stored], vectors[:first], scope, base)
-        chosen = options(vectors[first:])
+        stored = [formats.open(path) for path in paths]
+        of_one_space, note = in_one_space([adapter.vector for adapter in stored], paths, scope, base)
         fused = linlora.fuse(of_one_space, method, **chosen)
         fused.save(out)
-        console = Console(soft_wrap=True, highlight=False)
-        what = f"{method} of {len(stored)} vectors of scope '{fused.scope}', {len(fused.scalings)} layers"
-        console.print(f"{out}: {what}", markup=False)
-        scaling = chosen.get("scaling", default(linlora.fusion.METHODS[method], "scaling"))
-        if scaling is not None:
-            console.print(f"scaling {scaling}", markup=False)
-        twice = sorted({path for path in vectors[:first] if vectors[:first].count(path) > 1})
-        if twice:
-            console.print(f"note: given more than once, and counted so: {', '.join(twice)}", markup=False)
-        if note:
-            console.print(f"note: {note}", markup=False)
-        if fused.scope == "lora":
-            console.print(
-                "note: plain LoRA adapters of one start are fused factor by factor, Σ dB_i and Σ dA_i: their product "
-                "has the cross terms B_i A_j. What they add to the weights has none: --scope weight"
-            )
-        if isinstance(fused, linlora.WeightVector):
-            ranks = sorted({size.rank for size in fused.sizes().values()})
-            lost = f"; cut off: {fused.truncation_error:.2%} of the norm" if fused.truncation_error else ", exact"
-            asked = chosen.get("out_rank", 0)
-            more = f": --out-rank {asked} is more than there is" if asked != "exact" and asked > ranks[-1] else ""
-            console.print(f"rank {' to '.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}{lost}{more}", markup=False)
-        extras = sorted({name for adapter in stored for name in adapter.extras})
-        if extras:
-            console.print(f"note: not fused, trained beside the adapters: {', '.join(extras)}", markup=False)
-        named, folder = shlex.quote(str(out)), shlex.quote(str(out.with_suffix("")))
-        cast = " --cast layer" if fused.scope == "model" else ""
-        console.print(f"next:\n  linlora inspect {named}\n  linlora export {named}{cast} --out {folder}", markup=False)
+        _report(out, fused, len(paths), method, chosen, [*_notes(paths, stored, fused), *([note] if note else [])])
+
+
+def _notes(paths: list[str], stored: list[Stored], fused: TaskVector) -> Iterator[str]:
+    """What a user may not expect of the fused vector."""
+    if twice := sorted({path for path in paths if paths.count(path) > 1}):
+        yield f"given more than once, and counted so: {', '.join(twice)}"
+    if fused.scope == "lora":
+        yield (
+            "plain LoRA adapters of one start are fused factor by factor, Σ dB_i and Σ dA_i: their product "
+            "has the cross terms B_i A_j. What they add to the weights has none: --scope weight"
+        )
+    if extras := sorted({name for adapter in stored for name in adapter.extras}):
+        yield f"not fused, trained beside the adapters: {', '.join(extras)}"
+
+
+def _report(out: Path, fused: TaskVector, number: int, method: str, chosen: dict[str, Any], notes: list[str]) -> None:
+    from rich.console import Console
+
+    from linlora import WeightVector
+    from linlora.fusion import METHODS
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(f"{out}: {method} of {number} vectors of scope '{fused.scope}', {len(fused.scalings)} layers")
+    scaling = chosen.get("scaling", default(METHODS[method], "scaling"))
+    if scaling is not None:
+        console.print(f"scaling {scaling}")
+    if isinstance(fused, WeightVector):
+        ranks = sorted({size.rank for size in fused.sizes().values()})
+        lost = f"; cut off: {fused.truncation_error:.2%} of the norm" if fused.truncation_error else ", exact"
+        asked = chosen.get("out_rank", 0)
+        more = f": --out-rank {asked} is more than there is" if asked != "exact" and asked > ranks[-1] else ""
+        console.print(f"rank {' to '.join(map(str, ranks[:: max(1, len(ranks) - 1)]))}{lost}{more}")
+    for note in notes:
+        console.print(f"note: {note}")
+    named, folder = shlex.quote(str(out)), shlex.quote(str(out.with_suffix("")))
+    cast = " --cast layer" if fused.scope == "model" else ""
+    console.print(f"next:\n  linlora inspect {named}\n  linlora export {named}{cast} --out {folder}")
 
 
 def default(function: Callable[..., Any], option: str) -> Any:
@@ -98,8 +110,11 @@ def default(function: Callable[..., Any], option: str) -> Any:
 
 
 def _is_of(out: Path, vector: Path) -> bool:
-    """Whether a file is a vector that is read, or lies in its folder."""
-    return out.exists() and (out.resolve() == vector.resolve() or out.resolve().parent == vector.resolve())
+    """Whether a file is a vector that is read, or is read, or would be, as a part of its folder."""
+    from linlora.formats.opening import ADAPTER_FILES
+
+    place, home = out.resolve(), vector.resolve()
+    return place == home or (place.parent == home and (place.exists() or place.name in ADAPTER_FILES))
 
 
 def options(arguments: list[str]) -> dict[str, Any]:

@@ -237,13 +237,18 @@ def test_inspect_of_a_vector_without_its_point(run, vectors):
     assert "start not in the file, its hash alone" in output
 
 
-@pytest.mark.parametrize("out", ["0.safetensors", "./1.safetensors", "adapter/adapter_model.safetensors"])
+@pytest.mark.parametrize(
+    "out",
+    ["0.safetensors", "./1.safetensors", "adapter/adapter_model.safetensors", "adapter/task_vector.safetensors"],
+)
 def test_a_fused_vector_takes_the_place_of_none_it_is_made_of(run, vectors, tmp_path, out):
-    before = (tmp_path / out).read_bytes()
+    """Nor would it be read in the place of one, beside whose files it lies."""
+    (tmp_path / "adapter" / "task_vector.safetensors").unlink()
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
     status, output = run(f"fuse 0.safetensors 1.safetensors adapter --out {out}")
     assert status == 2
     assert "is one of the vectors; name another file" in output
-    assert (tmp_path / out).read_bytes() == before
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
 
 
 @pytest.mark.parametrize(
