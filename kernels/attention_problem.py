@@ -69,7 +69,7 @@ class Attention(NamedTuple):
         q, k, v, q_tangent, k_tangent, v_tangent, mask, _, scale, dropout_p, seed = self
         device = q.device
         check_number("attention", "scale", scale)
-        check_dropout("attention", dropout_p)
+        check_dropout("attention", dropout_p, seed, q)
         if dropout_p > 0.0 and seed is None:
             _refuse("dropout needs a seed: pass seed=torch.randint(2**31, (), device=x.device)")
         for i, tensor in enumerate(self[:6]):

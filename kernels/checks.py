@@ -157,15 +157,9 @@ def check_supported(name: str, x: Tensor) -> None:
 
 def check_mask(dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
     """Dropout is a probability, with a seed that the kernels can read."""
-    check_dropout("dropout", dropout_p)
-    if dropout_p == 0.0:
-        return
-    if seed is None:
+    check_dropout("dropout", dropout_p, seed, x)
+    if dropout_p > 0.0 and seed is None:
         raise ValueError("dropout needs a seed: pass seed=torch.randint(2**31, (), device=x.device)")
-    if seed.ndim != 0 or seed.dtype != torch.int64 or seed.device != x.device:
-        raise ValueError(
-            f"seed is a 0-d int64 tensor on {x.device}, got {seed.dtype} {tuple(seed.shape)} {seed.device}"
-        )
 
 
 def _check_like(name: str, tensor: Tensor, shape: tuple[int, ...], x: Tensor, *, factor: bool) -> None:

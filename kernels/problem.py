@@ -253,7 +253,7 @@ def check_layer(op: str, problem: Any) -> torch.Size:
         _refuse_place(op, "bias", bias, device)
     if x_tangent is not None and x_tangent.device != device:
         _refuse_place(op, "x_tangent", x_tangent, device)
-    check_dropout(op, problem.dropout_p)
+    check_dropout(op, problem.dropout_p, problem.seed, x)
     return features
 
 
@@ -280,10 +280,15 @@ def check_number(op: str, name: str, value: float | Tensor | None) -> None:
         refuse(op, f"{name} asks for a gradient, which this op does not give; pass a number, and scale an input by it")
 
 
-def check_dropout(op: str, dropout_p: float) -> None:
-    """Raise a ValueError unless it is a probability below 1."""
+def check_dropout(op: str, dropout_p: float, seed: Tensor | None, x: Tensor) -> None:
+    """Raise a ValueError unless it is a probability below 1, and a seed that is given one of x's device."""
     if not 0.0 <= dropout_p < 1.0:
         refuse(op, f"dropout_p is {dropout_p}: a probability below 1 is expected")
+    if dropout_p == 0.0 or seed is None:
+        return
+    if seed.dim() != 0 or seed.dtype is not torch.int64 or seed.device != x.device:
+        got = f"{seed.dtype} {tuple(seed.shape)} on {seed.device}"
+        refuse(op, f"seed is a 0-d int64 tensor on {x.device}, got {got}")
 
 
 def autocast_enabled(x: Tensor) -> bool:

@@ -14,6 +14,7 @@ from types import ModuleType
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 import linlora.kernels as kernels
 from linlora.kernels.neighbours import CHANGES
@@ -104,6 +105,16 @@ def select_layer(problem: LoraLinear) -> ModuleType:
         return aten
     size = x.numel() // k, k, n
     return select(x.device, problem.op, size, x.dtype, problem.rank, problem.dropout_p > 0.0)
+
+
+def select_op(op: str, x: Tensor, *parameters: Tensor) -> ModuleType:
+    """The module whose `op` runs for x (..., K) and parameters, of which the first is (N, K), without one N being K;
+    `torch` where one of them is empty, for there is nothing to launch."""
+    if x.numel() == 0 or any(parameter.numel() == 0 for parameter in parameters):
+        return aten
+    features = x.shape[-1] if x.dim() else 1
+    outputs = parameters[0].shape[0] if parameters else features
+    return select(x.device, op, (x.numel() // features, features, outputs), x.dtype)
 
 
 @torch.compiler.assume_constant_result

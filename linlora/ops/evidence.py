@@ -43,9 +43,6 @@ Size = tuple[int, int, int]
 LARGE: Size = (8192, 4096, 4096)
 """The size of the calls that training is made of, for those that do not say theirs."""
 
-_own: dict[str, dict[str, Entry]] = {}
-"""Entries made or received by this process, which a cache that cannot be written has not."""
-
 
 def power_of_two(n: int) -> int:
     """n rounded up, 16 at the least: sizes that differ by less are decided alike.
@@ -183,13 +180,12 @@ def decisive(call: Call, index: int | None) -> Entry | None:
 
 def own_entries(index: int | None) -> list[Entry]:
     """What this machine has measured on a GPU."""
-    about = machine(index)
-    return list((_read(about_key := key(about)) | _own.get(about_key, {})).values())
+    return list(_kept(key(machine(index))).values())
 
 
 def is_measured(call: Call, index: int | None) -> bool:
     """Whether this machine has an entry of a call, or of one that is decided alike."""
-    return any(_file_name(entry.call) == _file_name(call) for entry in own_entries(index))
+    return _file_name(call) in _kept(key(machine(index)))
 
 
 def executed_on(op: str, backend: str) -> list[str]:
@@ -204,8 +200,8 @@ def add(entries: Iterable[Entry], keep: bool = True) -> None:
     """Take entries into account from now on; `keep` writes each to its file, whole or not at all."""
     for entry in entries:
         about_key = key(entry.machine)
-        _own.setdefault(about_key, {})[_file_name(entry.call)] = entry
         file = folder() / about_key / _file_name(entry.call)
+        _kept(about_key)[file.name] = entry
         try:
             if keep:
                 write_text(file, json.dumps(entry.as_json(), indent=1) + "\n")
@@ -215,8 +211,7 @@ def add(entries: Iterable[Entry], keep: bool = True) -> None:
 
 def forget() -> None:
     """Read the files again when they are next asked for."""
-    _own.clear()
-    for cache in (_read, shipped, _say_once):
+    for cache in (_kept, shipped, _say_once):
         cache.cache_clear()
 
 
@@ -269,8 +264,9 @@ def of_package(index: int | None) -> list[Entry]:
 
 
 @functools.cache
-def _read(about_key: str) -> dict[str, Entry]:
-    """The entries in a machine's folder by file; one that is damaged is named and left out, a foreign one is none."""
+def _kept(about_key: str) -> dict[str, Entry]:
+    """A machine's entries by file: those in its folder, where a damaged one is named and left out and a foreign one is
+    none, and those that `add` was given since."""
     found = {}
     for file in sorted((folder() / about_key).glob("*.json")):
         try:

@@ -98,7 +98,7 @@ def run(problem: GroupedLoraLinear) -> Tensor:
     x, weight = problem.x, problem.weight
     if x.dim() != 2:
         problem = problem._replace(x=as_rows(x))
-    backend = backends.select(x.device, "routed_lora_linear", dtype=x.dtype)
+    backend = backends.select_op("routed_lora_linear", x, weight)
     problem = composed.with_dropout(backend, problem)
     if (
         transform_active()

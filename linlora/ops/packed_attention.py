@@ -14,6 +14,8 @@ from torch import Tensor
 
 from linlora.ops.attention import attention
 
+Streams = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+
 
 def packed_attention(
     q: Tensor,
@@ -57,7 +59,7 @@ def packed_attention(
 
 def by_sequence(
     op: Callable[..., tuple[Tensor, Tensor]],
-    streams: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
+    streams: Streams,
     lengths: Sequence[int],
     key_lengths: Sequence[int] | None,
     seed: Tensor | None,
@@ -65,7 +67,7 @@ def by_sequence(
 ) -> tuple[Tensor, Tensor]:
     """(o, o_tangent) of an attention op, called on each sequence of packed streams (q, k, v and their tangents)."""
     key_lengths = lengths if key_lengths is None else key_lengths
-    _check(*streams, lengths, key_lengths)
+    _check(streams, lengths, key_lengths)
     outputs, row, key = [], 0, 0
     for n, (rows, keys) in enumerate(zip(lengths, key_lengths, strict=True)):
         places = [slice(row, row + rows)] + [slice(key, key + keys)] * 2
@@ -83,26 +85,17 @@ def by_sequence(
     return o, o_tangent
 
 
-def _check(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_tangent: Tensor | None,
-    k_tangent: Tensor | None,
-    v_tangent: Tensor | None,
-    lengths: Sequence[int],
-    key_lengths: Sequence[int],
-) -> None:
-    if any(x is not None and x.dim() != 3 for x in (q, k, v, q_tangent, k_tangent, v_tangent)):
+def _check(streams: Streams, lengths: Sequence[int], key_lengths: Sequence[int]) -> None:
+    q, k, v, *tangents = streams
+    if any(x is not None and x.dim() != 3 for x in streams):
         raise ValueError(
             "packed_attention: (tokens of all sequences, heads, head size) is expected, got "
             f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
         )
-    for name, x, tangent in (("q", q, q_tangent), ("k", k, k_tangent), ("v", v, v_tangent)):
-        if tangent is not None and tangent.shape != x.shape:
-            raise ValueError(f"packed_attention: {name}_tangent is {tuple(tangent.shape)}, {name} {tuple(x.shape)}")
     if len(lengths) != len(key_lengths) or any(n < 0 for n in (*lengths, *key_lengths)):
         raise ValueError(f"packed_attention: lengths {list(lengths)} and {list(key_lengths)} do not fit together")
-    for name, x, given in (("q", q, lengths), ("k", k, key_lengths), ("v", v, key_lengths)):
+    for name, x, tangent, given in zip("qkv", (q, k, v), tangents, (lengths, key_lengths, key_lengths), strict=True):
+        if tangent is not None and tangent.shape != x.shape:
+            raise ValueError(f"packed_attention: {name}_tangent is {tuple(tangent.shape)}, {name} {tuple(x.shape)}")
         if sum(given) != x.shape[0]:
             raise ValueError(f"packed_attention: lengths add up to {sum(given)}, but {name} has {x.shape[0]} tokens")

@@ -114,7 +114,7 @@ def _mixes_activations(problem: GroupedLoraLinear, examples: int, groups: int) -
     """Which of the two forms runs; under a transform or torch.compile, on no rows or few, the one of fewer calls."""
     x, B = problem.x, problem.d_expand
     assert B is not None
-    backend = backends.select(x.device, "routed_lora_linear", dtype=x.dtype)
+    backend = backends.select_op("routed_lora_linear", x, problem.weight)
     if transform_active() or torch.compiler.is_compiling() or x.numel() == 0:
         return True
     if composed.preferred(backend, x, problem.weight, B.shape[2], problem.dropout_p):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from linlora.ops import aten
 from linlora.ops.aten.activations import JACOBIAN
-from linlora.ops.dual.checks import backend_of
+from linlora.ops.backends import select_op
 from linlora.stream import attention, fused, structural
 from linlora.stream.caller import called_by, refuse_inside_function, where
 from linlora.stream.fallback import forward_mode
@@ -94,7 +94,7 @@ def addmm(func: Any, args: tuple, kwargs: dict) -> Any:
 def activation(func: Any, args: tuple, kwargs: dict) -> Any:
     """As the module writes it, with aten's backward for the tangent. A kernel computes both streams in one launch."""
     x, kind = fused.activated(func, args, kwargs)
-    if backend_of("activation", x.primal) is not aten:
+    if select_op("activation", x.primal) is not aten:
         return fused.activation(func, args, kwargs)
     y = func(x.primal, **kwargs)
     with torch.no_grad():

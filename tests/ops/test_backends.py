@@ -6,11 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 from fake_gpu import entry
+from linlora.kernels.grouped_problem import GroupedLoraLinear
 from linlora.kernels.problem import LoraLinear
 
 import linlora
 from linlora import functional, kernels
-from linlora.ops import aten, backends, cuda, evidence
+from linlora.ops import aten, backends, cuda, dual, evidence
 from linlora.ops.evidence import Call
 
 CALL = Call("lora_linear", (2048, 64, 4096), "bfloat16", 16)
@@ -42,6 +43,15 @@ def test_a_kernel_is_chosen_where_it_was_correct_and_faster(gpu):
 def test_what_was_not_measured_is_not_proven(gpu, call):
     evidence.add([entry(CALL, triton=1.3)])
     assert chosen(**call) is aten
+
+
+def test_routed_layers_of_both_scopes_ask_for_their_own_size(gpu):
+    x, W, A0, B0 = torch.randn(2, 32, 64), torch.randn(128, 64), torch.randn(4, 64), torch.randn(128, 4)
+    A, B, groups = torch.randn(2, 64, 4), torch.randn(2, 4, 128), functional.Groups.of(torch.tensor([1, 0]), 2, 64)
+    functional.grouped_lora_linear(x, W, None, A, B, groups, 1.0)
+    assert [call.size for call in backends.calls_met()] == [(64, 64, 128)]
+    dual.grouped_lora_linear(GroupedLoraLinear(x, W, None, A0, B0, A, B, groups, 1.0))
+    assert [call.size for call in backends.calls_met()] == [(64, 64, 128)]
 
 
 @pytest.mark.parametrize("outcome", ["wrong", "failed", "unavailable", 0.9, 1.01])

@@ -8,6 +8,7 @@ from linlora import functional
 from linlora.ops import dual
 from linlora.ops.cuda import library
 
+SEED = "seed is a 0-d int64 tensor on cpu, got torch.int64"
 BAD = {
     "wrong-features": (
         dict(x=torch.randn(3, 5)),
@@ -26,6 +27,11 @@ BAD = {
     "device-of-bias": (dict(bias=torch.randn(7, device="meta")), "bias is on meta, x on cpu"),
     "gradient-of-scaling": (dict(scaling=torch.ones((), requires_grad=True)), "scaling asks for a gradient"),
     "probability": (dict(dropout_p=1.0), "dropout_p is 1.0"),
+    "seed-like-a-mask": (dict(dropout_p=0.5, seed=torch.ones(3, 11, dtype=torch.long)), SEED + " \\(3, 11\\)"),
+    "seed-of-a-float": (
+        dict(dropout_p=0.5, seed=torch.tensor(1.5)),
+        "seed is a 0-d int64 tensor on cpu, got torch.float32",
+    ),
 }
 
 
@@ -69,6 +75,7 @@ BAD_ATTENTION = {
     "gradient-of-scale": (dict(scale=torch.ones((), requires_grad=True)), "scale asks for a gradient"),
     "probability": (dict(dropout_p=1.5, seed=torch.tensor(0)), "dropout_p is 1.5: a probability below 1"),
     "seedless": (dict(dropout_p=0.5), "dropout needs a seed"),
+    "seeds": (dict(dropout_p=0.5, seed=torch.arange(4)), SEED + " \\(4,\\)"),
 }
 
 

@@ -164,6 +164,17 @@ def test_lora_linear_saves_nothing_for_the_tangent(problem):
     assert any(t.data_ptr() == case.x.data_ptr() for t in activations)
 
 
+def test_a_frozen_layer_under_autocast_keeps_its_weight_and_no_copy():
+    x, weight = torch.randn(5, 8, requires_grad=True), torch.randn(6, 8)
+    saved = []
+    keeps = torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t), t)[1], lambda t: t)
+    with keeps, torch.autocast("cpu", torch.bfloat16):
+        y, _ = dual.linear(x, torch.randn(5, 8), weight, None)
+    assert [t.data_ptr() for t in saved] == [weight.data_ptr()]
+    (dx,) = torch.autograd.grad(y.float().sum(), x)
+    torch.testing.assert_close(dx, weight.sum(0).expand(5, 8), atol=0.05, rtol=0.02)
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("affine", [False, True])

@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 
 from linlora.ops.aten.activations import Kind
+from linlora.ops.backends import select_op
 from linlora.ops.composed import backward_backend
-from linlora.ops.dual.checks import backend_of, check_constants, return_constant
+from linlora.ops.dual.checks import check_constants, return_constant
 
 
 def activation(x: Tensor, x_tangent: Tensor, kind: Kind) -> tuple[Tensor, Tensor]:
     """(act(x), act'(x) x_tangent), shaped like x."""
     check_constants("activation", x_tangent=x_tangent)
     _check_like("activation", x, "x_tangent", x_tangent)
-    return _Activation.apply(x, x_tangent, kind, backend_of("activation", x))
+    return _Activation.apply(x, x_tangent, kind, select_op("activation", x))
 
 
 def gated_activation(
@@ -33,7 +34,7 @@ def gated_activation(
     """(act(gate) ⊙ up, its tangent), shaped like gate; at least one tangent is given."""
     check_constants("gated_activation", gate_tangent=gate_tangent, up_tangent=up_tangent)
     _check_like("gated_activation", gate, "up", up)
-    backend = backend_of("gated_activation", gate)
+    backend = select_op("gated_activation", gate)
     return _GatedActivation.apply(gate, gate_tangent, up, up_tangent, kind, backend)
 
 

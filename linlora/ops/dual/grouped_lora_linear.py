@@ -10,8 +10,9 @@ from __future__ import annotations
 from torch import Tensor
 
 from linlora.kernels.grouped_problem import GroupedLoraLinear
+from linlora.ops.backends import select_op
 from linlora.ops.checks import autocast_input
-from linlora.ops.dual.checks import backend_of, check_constants
+from linlora.ops.dual.checks import check_constants
 from linlora.ops.grouped_lora_linear import run_two_streams
 
 
@@ -26,4 +27,4 @@ def grouped_lora_linear(problem: GroupedLoraLinear) -> tuple[Tensor, Tensor]:
     x_tangent = None if x_tangent is None else autocast_input(x_tangent)
     problem = problem._replace(x=x, x_tangent=x_tangent, two_streams=True).check()
     assert problem.shrink is not None
-    return run_two_streams(problem, backend_of("routed_lora_linear", x, problem.weight, problem.shrink))
+    return run_two_streams(problem, select_op("routed_lora_linear", x, problem.weight, problem.shrink))

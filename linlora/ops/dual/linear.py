@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from linlora.ops.backends import select_op
 from linlora.ops.checks import autocast_input
-from linlora.ops.dual.checks import backend_of, check_constants, return_constant
+from linlora.ops.dual.checks import check_constants, return_constant
 from linlora.ops.rows import as_rows, of_rows
 
 
@@ -22,7 +23,7 @@ def linear(x: Tensor, x_tangent: Tensor, weight: Tensor, bias: Tensor | None) ->
     x, x_tangent = autocast_input(x), autocast_input(x_tangent)
     if x.shape[-1:] != weight.shape[1:]:
         raise ValueError(f"linear: x {tuple(x.shape)} does not fit weight {tuple(weight.shape)}")
-    return _Linear.apply(x, x_tangent, weight, bias, backend_of("linear", x, weight))
+    return _Linear.apply(x, x_tangent, weight, bias, select_op("linear", x, weight))
 
 
 class _Linear(torch.autograd.Function):
@@ -30,9 +31,9 @@ class _Linear(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, x_tangent: Tensor, weight: Tensor, bias: Tensor | None, backend: ModuleType
     ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(weight)
         weight, bias = weight.to(x.dtype), bias if bias is None else bias.to(x.dtype)
         y, y_tangent = backend.linear(as_rows(x), as_rows(x_tangent), weight, bias)
-        ctx.save_for_backward(weight)
         y, y_tangent = of_rows(y, x), of_rows(y_tangent, x)
         return_constant(ctx, y_tangent)
         return y, y_tangent
@@ -40,4 +41,4 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
-        return None if g is None else of_rows(as_rows(g) @ weight, g), None, None, None, None
+        return None if g is None else of_rows(as_rows(g) @ weight.to(g.dtype), g), None, None, None, None

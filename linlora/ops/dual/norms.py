@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from linlora.kernels.norm_problem import Norm, NormResult
+from linlora.ops.backends import select_op
 from linlora.ops.composed import backward_backend
-from linlora.ops.dual.checks import backend_of, check_constants, return_constant
+from linlora.ops.dual.checks import check_constants, return_constant
 from linlora.ops.rows import as_rows, of_rows
 
 
@@ -37,7 +38,7 @@ def rms_norm(x: Tensor, x_tangent: Tensor, weight: Tensor | None, eps: float = 1
 def _run(problem: Norm) -> tuple[Tensor, Tensor]:
     check_constants(problem.op, x_tangent=problem.x_tangent)
     _check(problem.op, problem.x, problem.x_tangent, problem.weight)
-    return _Norm.apply(backend_of(problem.op, problem.x), *problem)
+    return _Norm.apply(select_op(problem.op, problem.x), *problem)
 
 
 class _Norm(torch.autograd.Function):
