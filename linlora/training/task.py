@@ -72,9 +72,10 @@ class Task(ABC):
             check_labels(labels, column)
             for value in distinct(labels, column):
                 self.expected({column: value})
-            of_files = [*notes_on_files(self.settings.data, split), *notes_on_lines(self.settings.data, split, rows)]
-            shown = [f"column '{column}' is the answer, and given to the model too"] * (column in self.columns[:-1])
-            self.notes[split] = [*of_files, *shown, *self.check_lengths(rows)]
+            notes = [*notes_on_files(self.settings.data, split), *notes_on_lines(self.settings.data, split, rows)]
+            if column in self.columns[:-1]:
+                notes.append(f"column '{column}' is the answer, and given to the model too")
+            self.notes[split] = notes + self.check_lengths(rows)
 
     @contextmanager
     def _named(self, split: str) -> Iterator[None]:
