@@ -209,21 +209,21 @@ class LoraAdapters(PeftLoraLinear):
                     "linearized by linlora; call the layer, or linlora.delinearize(model)"
                 )
 
-    def _check_input(self, x: Tensor, weight: Tensor) -> None:
-        if x.shape[-1] != weight.shape[1]:
-            raise ValueError(
-                f"layer '{self.layer_name}': the input {tuple(x.shape)} has {x.shape[-1]} features in its last "
-                f"dimension, the layer takes {weight.shape[1]}"
-            )
-        if x.device != weight.device:
-            raise ValueError(
-                f"layer '{self.layer_name}': the input is on {x.device}, the layer on {weight.device}; move one of them"
-            )
-        if x.dtype != weight.dtype and not autocast_enabled(x):
-            raise ValueError(
-                f"layer '{self.layer_name}': the input is {x.dtype}, the layer {weight.dtype}; cast the input or the "
-                "model, or run under torch.autocast"
-            )
+
+def check_input(layer: str, x: Tensor, weight: Tensor) -> None:
+    """Raise a ValueError, with the remedy, where x (..., K) does not fit the weight (N, K) of a layer of some name."""
+    if x.shape[-1] != weight.shape[1]:
+        raise ValueError(
+            f"layer '{layer}': the input {tuple(x.shape)} has {x.shape[-1]} features in its last dimension, the layer "
+            f"takes {weight.shape[1]}"
+        )
+    if x.device != weight.device:
+        raise ValueError(f"layer '{layer}': the input is on {x.device}, the layer on {weight.device}; move one of them")
+    if x.dtype != weight.dtype and not autocast_enabled(x):
+        raise ValueError(
+            f"layer '{layer}': the input is {x.dtype}, the layer {weight.dtype}; cast the input or the model, or run "
+            "under torch.autocast"
+        )
 
 
 def factor_keys(prefix: str, adapter: str) -> list[str]:

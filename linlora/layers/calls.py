@@ -40,7 +40,7 @@ def pefts_forward_is_its_own() -> bool:
 
 def is_product(part: nn.Module) -> bool:
     """Whether a call of a part is the product (or the dropout) that its class is for, and nothing else."""
-    if part._forward_hooks or part._forward_pre_hooks or part._backward_hooks or part._backward_pre_hooks:
+    if _has_hooks(part):
         return False
     known = type(part).forward is _FORWARDS.get(type(part))
     return known and ("forward" not in part.__dict__ or has_forward_of_class(part))

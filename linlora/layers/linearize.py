@@ -13,7 +13,7 @@ from linlora.layers.calls import PATCHED, pefts_forward_is_its_own
 from linlora.layers.conversion import convert_back, convert_layer
 from linlora.layers.finding import UnsupportedLayerError, check_factors, check_unmerged, lora_layers
 from linlora.layers.lora_linear import ConvertedLoraLinear, converted_layers
-from linlora.layers.model_scope import check_model_scope, enter_model_scope, leave_model_scope
+from linlora.layers.model_scope import check_model_scope, check_scope, enter_model_scope, leave_model_scope
 from linlora.layers.peft_merging import guard_merging, unguard_merging
 from linlora.layers.peft_saving import guard_saving, unguard_saving
 from linlora.layers.report import Report, report
@@ -74,7 +74,7 @@ def linearize(model: PeftModel | Linearizable, scope: str = "layer", point: Poin
     >>> {layer.state for layer in report.layers}
     {'short'}
     """
-    _check_scope(scope)
+    check_scope(scope)
     if isinstance(model, Linearizable) and point is None:
         return model.linearize(scope)
     if not isinstance(model, PeftModel):
@@ -120,7 +120,7 @@ def set_scope(model: PeftModel | Linearizable, scope: str) -> None:
     >>> linlora.TaskVector.from_model(model).scope
     'layer'
     """
-    _check_scope(scope)
+    check_scope(scope)
     if isinstance(model, Linearizable):
         model.set_scope(scope)
         return
@@ -209,11 +209,6 @@ def _delinearize_layer(layer: ConvertedLoraLinear) -> None:
         A.requires_grad_(trainable)
         B.requires_grad_(trainable)
     convert_back(layer)
-
-
-def _check_scope(scope: str) -> None:
-    if scope not in ("layer", "model"):
-        raise ValueError(f"unknown scope {scope!r}: choose 'layer' or 'model'")
 
 
 def _check_whole(model: nn.Module, action: str, remedy: str) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from linlora.kernels import problem
 from linlora.kernels.problem import Factors
+from linlora.layers.adapters import check_input
 from linlora.layers.called import called_update
 from linlora.layers.calls import PATCHED, beyond_product, is_product, pefts_forward_is_its_own
 from linlora.layers.layer_merging import MergeableAdapters
@@ -77,7 +78,7 @@ class ConvertedLoraLinear(MergeableAdapters):
         weight = self.matrix
         x = autocast_input(x)
         if x.shape[-1] != weight.shape[1] or x.device != weight.device or x.dtype != weight.dtype:
-            self._check_input(x, weight)
+            check_input(self.layer_name, x, weight)
         layer = problem.LoraLinear(x, weight, self.base_layer.bias, *factors, None, p)
         if torch._C._get_tracing_state() is None:
             return run(layer)
@@ -129,7 +130,7 @@ class ConvertedLoraLinear(MergeableAdapters):
 
     def _two_streams(self, x: Tensor, x_tangent: Tensor | None, factors: Factors, p: float) -> tuple[Tensor, Tensor]:
         if is_product(self.base_layer):
-            self._check_input(autocast_input(x), self.matrix)
+            check_input(self.layer_name, autocast_input(x), self.matrix)
             layer = (self.matrix, self.base_layer.bias, *factors)
             return dual.lora_linear(problem.LoraLinear(x, *layer, x_tangent, p, None, two_streams=True))
         self._warn_of_base()

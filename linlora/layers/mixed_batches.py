@@ -24,7 +24,7 @@ from torch.nn.functional import linear, pad
 
 from linlora.kernels.problem import LoraLinear
 from linlora.kernels.uploads import upload
-from linlora.layers.adapters import LoraAdapters
+from linlora.layers.adapters import LoraAdapters, check_input
 from linlora.layers.called import called_plain_update, called_update
 from linlora.layers.calls import beyond_product, is_product
 from linlora.layers.mixtures import Mixture, Rows
@@ -55,7 +55,7 @@ def mixed_batch(layer: LoraAdapters, x: Tensor, rows: Rows) -> Tensor:
             stacklevel=2,
         )
     else:
-        layer._check_input(autocast_input(x), layer.matrix)
+        check_input(layer.layer_name, autocast_input(x), layer.matrix)
         return _one_op(layer, x, rows, dropouts.pop())
     return called_by_rows(layer, x, rows)
 

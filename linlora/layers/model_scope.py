@@ -40,6 +40,12 @@ def _layers(model: nn.Module) -> Iterator[Any]:
     return (module for module in model.modules() if "stream" in vars(module))
 
 
+def check_scope(scope: str) -> None:
+    """Raise a ValueError for a scope that does not exist."""
+    if scope not in ("layer", "model"):
+        raise ValueError(f"unknown scope {scope!r}: choose 'layer' or 'model'")
+
+
 def check_model_scope(model: PeftModel) -> None:
     """Raise a ValueError, with the remedy, where F = f(φ0) + J δ could not be formed or trained exactly."""
     check_there("model scope", model.named_parameters())

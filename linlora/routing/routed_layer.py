@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from linlora.layers.adapters import check_input
 from linlora.layers.calls import beyond_product, hooks_of_all_modules, is_product
-from linlora.ops.checks import autocast_enabled, autocast_input
+from linlora.ops.checks import autocast_input
 from linlora.routing.context import Context, Routing
 from linlora.stream import DualTensor, Stream
 
@@ -97,7 +98,7 @@ class RoutedLayer(nn.Module):
                 "..., use_reentrant=False, context_fn=routed.checkpoint_contexts)"
             )
         primal = autocast_input(x.primal if isinstance(x, DualTensor) else x)
-        self._check_input(primal)
+        check_input(self.layer_name, primal, self._matrix)
         if is_product(self.base_layer) and not hooks_of_all_modules():
             return self.adapted(x, routing, self._matrix, self.bias)
         why = "has hooks, those of all modules" if is_product(self.base_layer) else beyond_product(self.base_layer)
@@ -111,16 +112,3 @@ class RoutedLayer(nn.Module):
     def adapted(self, x: Tensor, routing: Routing, weight: Tensor, bias: Tensor | None) -> Tensor:
         """x Wᵀ + b and the update of the layer."""
         raise NotImplementedError
-
-    def _check_input(self, x: Tensor) -> None:
-        weight = self.weight
-        if x.shape[-1] != self.in_features:
-            raise ValueError(
-                f"layer '{self.layer_name}': the input {tuple(x.shape)} has {x.shape[-1]} features in its last "
-                f"dimension, the layer takes {self.in_features}"
-            )
-        if x.device != weight.device or (x.dtype != weight.dtype and not autocast_enabled(x)):
-            raise ValueError(
-                f"layer '{self.layer_name}': the input is {x.dtype} on {x.device}, the layer {weight.dtype} on "
-                f"{weight.device}; cast or move one of them, or run under torch.autocast"
-            )

@@ -14,6 +14,7 @@ from torch import nn
 from linlora.layers.model_scope import (
     check_attention,
     check_order,
+    check_scope,
     check_trained,
     enter_model_scope,
     leave_model_scope,
@@ -22,8 +23,6 @@ from linlora.routing.routed_lora_linear import RoutedLoraLinear
 from linlora.routing.structure import RoutedStructure
 from linlora.storage.tensors import finite
 from linlora.stream import head
-
-SCOPES = ("layer", "model")
 
 
 def linearize(model: RoutedStructure, scope: str) -> None:
@@ -78,8 +77,7 @@ def scope_of(model: RoutedStructure) -> str | None:
 
 
 def _check(model: RoutedStructure, scope: str) -> None:
-    if scope not in SCOPES:
-        raise ValueError(f"unknown scope {scope!r}: choose 'layer' or 'model'")
+    check_scope(scope)
     other = [layer for layer in model.layers if not isinstance(layer, RoutedLoraLinear)]
     if other:
         raise ValueError(f"layer '{other[0].layer_name}': a mixture of dyadic experts is not linearized")

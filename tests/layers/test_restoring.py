@@ -12,7 +12,6 @@ from torch import nn
 import linlora
 from linlora.layers import adapters, conversion, layer_merging, linearize, model_scope, report, weights
 from linlora.layers.lora_linear import ConvertedLoraLinear
-from linlora.merging import model as merging
 from linlora.stream import head
 from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
 from linlora.vectors import task_vector
@@ -154,7 +153,7 @@ def test_an_interrupt_waits_until_all_weights_are_folded(merge, monkeypatch):
     expected = linlora.merge(model("layer"))(**tiny_batch("bert")).logits
     made = model("layer")
     owner, step = {
-        "merge": (merging, "fold"),
+        "merge": (weights, "fold"),
         "merge_adapter": (layer_merging, "fold_keeping"),
         "merge_and_unload": (layer_merging, "fold"),
     }[merge]
