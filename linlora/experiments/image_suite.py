@@ -48,10 +48,6 @@ class ImageSuite:
 
     trained_modules: ClassVar[tuple[str, ...]] = ()
 
-    @property
-    def names(self) -> tuple[str, ...]:
-        return tuple(self.splits)
-
     def scores(self, model: nn.Module, split: Any) -> list[float]:
         """The accuracy of a model on one split of every task, each read by its own head."""
         return [accuracy(model, self.heads[name], of_task[split]) for name, of_task in self.splits.items()]

@@ -15,9 +15,6 @@ class Tasks(Protocol):
     """Several tasks on one model. A model here is a plain one or a PeftModel, with any vector in it."""
 
     @property
-    def names(self) -> tuple[str, ...]: ...
-
-    @property
     def trained_modules(self) -> tuple[str, ...]:
         """The modules of the base model that were trained beside the adapters, one of them for each task."""
         ...
