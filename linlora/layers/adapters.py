@@ -127,7 +127,16 @@ class LoraAdapters(PeftLoraLinear):
         return ps.pop()
 
     def update_layer(self, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """Add a plain adapter, as PEFT asks. Raises ValueError, and adds nothing, where it is not vanilla LoRA."""
+        """Add a plain adapter, or make one anew, as PEFT asks.
+
+        Raises ValueError, and adds nothing, where it is not vanilla LoRA, or an adapter of that name is linearized.
+        """
+        if adapter_name in self.linearized:
+            raise ValueError(
+                f"layer '{self.layer_name}': adapter '{adapter_name}' is linearized, and would be made anew as a plain "
+                "one (initialize_lora_eva_weights does that where it changes ranks); initialize it before "
+                "linlora.linearize, or linlora.delinearize the model first"
+            )
         with restoring(self):
             super().update_layer(adapter_name, *args, **kwargs)
             if (why := not_vanilla_layer(self, [adapter_name])) is not None:
@@ -136,9 +145,6 @@ class LoraAdapters(PeftLoraLinear):
                     "Add it as vanilla LoRA, or linlora.delinearize the model first"
                 )
             self.states[adapter_name] = "plain"
-            for deltas in (self.lora_dA, self.lora_dB):  # of one that had this name
-                if adapter_name in deltas:
-                    del deltas[adapter_name]
 
     def set_adapter(self, adapter_names: str | list[str], *args: Any, **kwargs: Any) -> None:
         super().set_adapter(adapter_names, *args, **kwargs)

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from torch import nn
 
 import linlora
@@ -134,6 +134,24 @@ def test_an_adapter_that_is_not_vanilla_is_refused_later_too(options):
         model.add_adapter("later", LoraConfig(r=2, target_modules=["0", "2"], **options))
     assert not any("later" in name for name in model.state_dict())
     model.add_adapter("later", LoraConfig(r=2, target_modules=["0", "2"]))
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["short", "pair"])
+def test_a_linearized_adapter_is_not_made_anew_as_a_plain_one(trained):
+    model = mlp(init_lora_weights="eva")
+    if trained:
+        randomize(model)
+    linlora.linearize(model)
+    layers = {name: layer.states["default"] for name, layer in converted_layers(model)}
+    of_another_rank = {f"base_model.model.{name}": torch.eye(3, 8)[:, : 6 if name == "0" else 8] for name in layers}
+    with pytest.raises(ValueError, match=r"layer '0': adapter 'default' is linearized.*linlora\.delinearize the model"):
+        initialize_lora_eva_weights(model, eva_state_dict=dict(of_another_rank))
+    assert {name: layer.states["default"] for name, layer in converted_layers(model)} == layers
+    linlora.delinearize(model)
+    initialize_lora_eva_weights(model, eva_state_dict=dict(of_another_rank))
+    assert {
+        name: layer.rank for name, layer in zip(layers, linlora.linearize(model).layers, strict=True)
+    } == dict.fromkeys(layers, 3)
 
 
 def test_a_deleted_adapter_is_gone_everywhere(tmp_path):
