@@ -77,7 +77,7 @@ CONTROLS = (
     Control("features", "linearized, model scope up to the features", "model scope to features", "features"),
 )
 BY_KEY = {control.key: control for control in CONTROLS}
-SHORT = {control.key: control.short for control in CONTROLS}
+SHORT = {key: control.short for key, control in BY_KEY.items()}
 _ADDED_AS_WEIGHTS = ("delta_weight", "lora_fa")
 
 
