@@ -9,7 +9,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
@@ -27,11 +27,8 @@ def unfinished_folder(place: Path) -> Iterator[Path]:
     >>> [path.name for path in Path(".").glob("*mod*")]
     ['model']
     """
-    folder = _beside(place)
-    folder.mkdir()
-    descriptor = os.open(folder, os.O_RDONLY)
+    folder, descriptor = _locked(place, _new_folder)
     try:
-        _lock(descriptor)
         yield folder
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -41,13 +38,35 @@ def unfinished_folder(place: Path) -> Iterator[Path]:
 @contextmanager
 def unfinished_file(place: Path) -> Iterator[tuple[FileIO, Path]]:
     """A file, opened without a buffer, to fill and rename to its place; one that is not renamed is deleted."""
-    path = _beside(place)
+    path, descriptor = _locked(place, _new_file)
     try:
-        with open(path, "xb", buffering=0) as file:
-            _lock(file.fileno())
+        with open(descriptor, "wb", buffering=0) as file:
             yield file, path
     finally:
         path.unlink(missing_ok=True)
+
+
+def _locked(place: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
+    """What is created beside a place, and its descriptor, locked; made anew where another run removed it unlocked."""
+    while True:
+        path = _beside(place)
+        try:
+            descriptor = create(path)
+        except FileNotFoundError:  # between the two steps of a folder, or with all around it
+            continue
+        _lock(descriptor, wait=True)  # for one that is just removing it
+        if path.exists():
+            return path, descriptor
+        os.close(descriptor)
+
+
+def _new_folder(path: Path) -> int:
+    path.mkdir()
+    return os.open(path, os.O_RDONLY)
+
+
+def _new_file(path: Path) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
 
 
 def _beside(place: Path) -> Path:
@@ -76,12 +95,12 @@ def _beside(place: Path) -> Path:
     return place.with_name(f".{place.name}.{secrets.token_hex(4)}{_END}")
 
 
-def _lock(descriptor: int) -> bool:
-    """Lock an open file or folder; False where another process holds the lock, or the system has none."""
+def _lock(descriptor: int, wait: bool = False) -> bool:
+    """Lock an open file or folder; False where another run holds the lock and one does not wait, or there is none."""
     try:
         import fcntl
 
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except (ImportError, OSError):
         return False
     return True

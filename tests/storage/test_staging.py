@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from linlora.storage import staging
 from linlora.storage.files import write_text
 from linlora.storage.staging import unfinished_file, unfinished_folder
 from linlora.storage.tensor_files import load_tensors, save_tensors
@@ -53,6 +54,26 @@ def test_what_a_killed_run_left_is_removed_but_not_what_another_one_fills(tmp_pa
 def test_every_way_to_write_a_file_removes_what_a_killed_run_left_of_it(write, tmp_path):
     (tmp_path / ".v.abcdefgh.unfinished").write_text("half")
     write(tmp_path / "v")
+    assert [path.name for path in tmp_path.iterdir()] == ["v"]
+
+
+def fill_folder(place):
+    with unfinished_folder(place) as folder:
+        folder.rename(place)
+
+
+@pytest.mark.parametrize("write", [lambda place: save_tensors(place, {"w": torch.ones(2)}, {}), fill_folder])
+def test_what_another_run_removes_before_it_is_locked_is_made_again(write, tmp_path, monkeypatch):
+    place, lock = tmp_path / "v", staging._lock
+
+    def late(*arguments, **options):
+        monkeypatch.setattr(staging, "_lock", lock)
+        with unfinished_file(place):  # removes what lies there unlocked
+            pass
+        return lock(*arguments, **options)
+
+    monkeypatch.setattr(staging, "_lock", late)
+    write(place)
     assert [path.name for path in tmp_path.iterdir()] == ["v"]
 
 
