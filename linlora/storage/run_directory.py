@@ -55,7 +55,13 @@ def accept_directory(out: Path, what: str, ours: bool, different: Sequence[str],
         raise FileExistsError(f"{out} is not empty and not a {what}; choose another --out")
     if ours and fresh:
         with only_run_in(out):
-            shutil.rmtree(out)
+            for path in out.iterdir():
+                if path.name == LOCK_FILE:  # it is open: a file system of the network would keep it by another name
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    shutil.rmtree(path)
+                else:
+                    path.unlink()
     elif ours and different:
         raise DifferentSettingsError(
             f"{out} holds a run of other settings (there and now: {'; '.join(different)}); choose another --out, or "

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from linlora.storage import files, tensor_files
-from linlora.storage.run_directory import staged
+from linlora.storage.run_directory import LOCK_FILE, accept_directory, staged
 
 
 def test_text_is_replaced_in_one_step(tmp_path):
@@ -107,3 +107,18 @@ def test_bytes_are_copied_while_another_thread_reads(tmp_path, monkeypatch):
             assert file.read_rows("t", slice(1, 2))[0, 0] == 128
         copying.result()
     assert (tmp_path / "copy").read_bytes() == (tmp_path / "t.safetensors").read_bytes()
+
+
+def test_starting_over_deletes_the_run_but_not_the_lock_that_it_holds(tmp_path):
+    """A file that is deleted while open stays in a folder on NFS, which then cannot be deleted."""
+    out, elsewhere = tmp_path / "run", tmp_path / "elsewhere"
+    (out / "rows").mkdir(parents=True)
+    (out / LOCK_FILE).touch()
+    (out / "rows" / "scores.json").write_text("{}")
+    elsewhere.mkdir()
+    (elsewhere / "precious").touch()
+    (out / "link").symlink_to(elsewhere)
+    lock = (out / LOCK_FILE).stat().st_ino
+    accept_directory(out, "run", ours=True, different=["seed: 0 and 1"], fresh=True)
+    assert [(path.name, path.stat().st_ino) for path in out.iterdir()] == [(LOCK_FILE, lock)]
+    assert (elsewhere / "precious").exists()
