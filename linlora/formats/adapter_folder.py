@@ -30,6 +30,7 @@ def adapter_folder(directory: str | os.PathLike) -> Iterator[Path]:
         if not (staging / FOLDER).exists():
             (directory / FOLDER / "config.json").unlink(missing_ok=True)
         for file in written:
+            file.chmod(staging.stat().st_mode & 0o666)  # as the user has it: safetensors writes for its owner alone
             place = directory / (FOLDER if file.parent.name == FOLDER else "")  # PEFT's own folders are left out
             place.mkdir(exist_ok=True)
             install_file(file, place / file.name)

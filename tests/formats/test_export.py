@@ -1,6 +1,7 @@
 """Leaving linlora: stock PEFT and plain transformers models compute the same function."""
 
 import json
+import os
 
 import pytest
 import torch
@@ -33,6 +34,17 @@ def test_exported_adapter_gives_the_same_logits_in_stock_peft(architecture, trai
     torch.testing.assert_close(logits(stock, architecture), logits(model, architecture), rtol=1e-4, atol=1e-5)
     vector = linlora.TaskVector.load(tmp_path / "task_vector.safetensors")
     assert (vector - linlora.TaskVector.from_model(model)).norm() == 0.0
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o007])
+def test_exported_files_have_the_permissions_of_the_user_s_others(tmp_path, mask):
+    before = os.umask(mask)
+    try:
+        linlora.export(linearized(), tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "adapter").iterdir()}
+    assert modes == dict.fromkeys(modes, 0o666 & ~mask)
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["B0=0", "B0!=0"])
