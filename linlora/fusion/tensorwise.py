@@ -163,7 +163,7 @@ def order_of_values(vectors: Sequence[TaskVector]) -> list[int]:
 def rounded(result: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     """A fused tensor in the dtype of the vectors. Raises ValueError where that does not hold it."""
     if result.numel():
-        largest = max(abs(float(extreme)) for extreme in torch.aminmax(result))
+        largest = max(abs(float(extreme)) for extreme in torch.aminmax(result.detach()))
         if not math.isfinite(largest):
             raise ValueError(
                 f"fuse: '{name}' is not finite: a vector holds NaN or infinity there, or the sum overflows"

@@ -26,11 +26,12 @@ def tokenizer_of(settings: Settings) -> Any:
     """The tokenizer of a checkpoint; it pads behind, with the end of text where it has no padding of its own.
 
     In front, padding would move the texts of a model with absolute positions by the length of others in their batch.
+    XLNet has none, and a text is classified by its last token there.
     """
     from transformers import AutoTokenizer
 
     tokenizer = _read(settings, AutoTokenizer, "a tokenizer")
-    tokenizer.padding_side = "right"
+    tokenizer.padding_side = "left" if config_of(settings).model_type == "xlnet" else "right"
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise ValueError(f"model '{settings.model}': its tokenizer has neither a padding nor an end-of-text token")

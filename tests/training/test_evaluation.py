@@ -97,14 +97,21 @@ def test_answers_start_and_end_with_the_tokens_of_the_checkpoint(settings, tmp_p
     assert {name: getattr(model.generation_config, name) for name in tokens} == tokens
 
 
-def test_texts_are_classified_alike_in_every_batch(settings, checkpoints, tmp_path):
-    """A tokenizer that pads in front would move the positions of the shorter ones."""
+@pytest.mark.parametrize(
+    ("kind", "config", "target"),
+    [
+        (transformers.GPT2ForSequenceClassification, {"n_embd": 16, "n_layer": 1, "n_head": 2}, "c_attn"),
+        (transformers.XLNetForSequenceClassification, {"d_model": 16, "n_layer": 1, "n_head": 2}, "layer_1"),
+    ],
+    ids=["absolute positions", "classified by the last token"],
+)
+def test_texts_are_classified_alike_in_every_batch(settings, checkpoints, tmp_path, kind, config, target):
+    """A tokenizer that pads in front would move the positions of the shorter ones; XLNet reads the last token."""
     tokenizer = transformers.AutoTokenizer.from_pretrained(checkpoints["bert"], padding_side="left")
-    sizes = {"n_embd": 16, "n_layer": 1, "n_head": 2, "initializer_range": 0.5, "pad_token_id": 0}
-    model = transformers.GPT2ForSequenceClassification(transformers.GPT2Config(vocab_size=64, **sizes))
+    model = kind(kind.config_class(vocab_size=64, initializer_range=0.5, pad_token_id=0, **config))
     for part in (tokenizer, model):
         part.save_pretrained(tmp_path / "left")
-    task = load_task(settings("text", model=str(tmp_path / "left"), lora={"target_modules": ["c_attn"]}))
+    task = load_task(settings("text", model=str(tmp_path / "left"), lora={"target_modules": [target]}))
     model = task.base_model()
     rows = [{"text": text, "label": 0} for text in ("a good film", "bad", "good and good and good")]
     with torch.no_grad():
