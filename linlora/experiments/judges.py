@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 from linlora.experiments.controls import ELEMENTWISE, ON_WEIGHTS
 from linlora.fusion import fuse
@@ -71,10 +72,12 @@ def refuse_other_bases(tasks: Sequence[Judge], vectors: Sequence[TaskVector]) ->
 
 def suite_of(tasks: Sequence[Judge], vectors: Sequence[TaskVector], *splits: str) -> Suite:
     """The suite of some judges, for vectors of one space; the labels of the splits it is for are checked first."""
+    folders = [judge.run.folder for judge in tasks if judge.run is not None]
+    if (again := _twice([folder.resolve() for folder in folders])) is not None:
+        raise ValueError(f"{folders[again]} is given twice")
     names = [judge.settings.name for judge in tasks]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        raise ValueError(f"two tasks are named '{twice[0]}'; give one another `name:` in its settings.yaml or recipe")
+    if (again := _twice(names)) is not None:
+        raise ValueError(f"two tasks are named '{names[again]}'; name one of them: linlora train ... --set name=NAME")
     refuse_other_bases(tasks, vectors)
     heads = {judge.settings.name: judge.run.head if judge.run is not None else None for judge in tasks}
     loaded = {judge.settings.name: load_task(judge.settings) for judge in tasks}
@@ -83,6 +86,11 @@ def suite_of(tasks: Sequence[Judge], vectors: Sequence[TaskVector], *splits: str
             task.check(split)
     like = fuse(vectors, "average") if vectors[0].scope == "weight" else vectors[0]
     return Suite(loaded, like, heads)
+
+
+def _twice(values: Sequence[Any]) -> int | None:
+    """The place of the first value that stood before."""
+    return next((i for i, value in enumerate(values) if value in values[:i]), None)
 
 
 def misfit(method: str, vectors: Sequence[TaskVector], own_tasks: bool) -> str | None:

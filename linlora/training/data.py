@@ -241,6 +241,30 @@ def notes_on_lines(data: Data, split: str, rows: Any) -> list[str]:
     return [f"{count} of {len(rows)} rows have a cell of several lines, the longest of {longest}"] if count else []
 
 
+def notes_on_sharing(data: Data, split: str) -> list[str]:
+    """That the rows of a split are those of one before it, in words; rows held out of train are none of its rows.
+
+    >>> notes_on_sharing(Data("rows.csv", validation=0.2, test="rows.csv"), "test")
+    ['it is the train split, rows.csv: its score is of rows that were trained on']
+    """
+    whose = {"train": "that were trained on", "validation": "that options and checkpoints are chosen by"}
+    before = SPLITS[: SPLITS.index(split)] if split in SPLITS else ()
+    if split == "validation" and not isinstance(data.validation, str):
+        return []
+    same = next((other for other in before if _place(data, other) == _place(data, split)), None)
+    if same is None:
+        return []
+    return [f"it is the {same} split, {source_of(data, split)}: its score is of rows {whose[same]}"]
+
+
+def _place(data: Data, split: str) -> tuple[str, str]:
+    """The file or data set of a split, and which part of it, the same however the path is written."""
+    source = _named(data, split)
+    path, part = (source, "train") if is_file(source) else (str(data.path), source)
+    local = Path(path).expanduser()
+    return str(local.resolve()) if local.exists() else path, part
+
+
 def source_of(data: Data, split: str) -> str:
     """Names the place of the rows of a split."""
     return _source(data, _named(data, split))

@@ -140,16 +140,27 @@ def _finished(settings: Settings, state: PartialState, console: Console) -> Run:
     named = settings.data.test
     if not named or ("test" in run.metrics and named == run.settings.data.test):
         console.print(f"{settings.name}: found finished in {run.folder} (--fresh trains it again)", highlight=False)
-        return run
+        return run if settings.name == run.settings.name else _renamed(run, settings.name, state)
     task = load_task(settings)
     task.check("test")
     console.print(f"{settings.name}: found finished in {run.folder}; scoring it on '{named}'", highlight=False)
+    for note in task.notes["test"]:
+        console.print(f"test: {note}", highlight=False, markup=False, soft_wrap=True)
     with only_run_in(run.folder, state):
         scores = evaluate(run.model(task), task, "test")
         if state.is_main_process:  # before the settings change, beside which these would be scores of the new split
             write_json(run.folder / METRICS_FILE, {key: of for key, of in run.metrics.items() if key != "test"})
-        run = Run(run.folder, replace(run.settings, data=settings.data), {**run.metrics, "test": scores})
+        named_now = replace(run.settings, data=settings.data, name=settings.name)
+        run = Run(run.folder, named_now, {**run.metrics, "task": settings.name, "test": scores})
         _finish(run, state, task)
+    return run
+
+
+def _renamed(run: Run, name: str, state: PartialState) -> Run:
+    """A finished run under another name."""
+    with only_run_in(run.folder, state):
+        run = Run(run.folder, replace(run.settings, name=name), {**run.metrics, "task": name})
+        _finish(run, state, load_task(run.settings))
     return run
 
 
@@ -183,7 +194,11 @@ def _best_of_grid(settings: Settings, state: PartialState, console: Console) -> 
         if state.is_main_process:
             tried[best].copy_to(folder)
         state.wait_for_everyone()
-        metrics = {**tried[best].metrics, "lr_grid": {str(rate): score for rate, score in scores.items()}}
+        metrics = {
+            **tried[best].metrics,
+            "task": settings.name,
+            "lr_grid": {str(rate): score for rate, score in scores.items()},
+        }
         run = Run(folder, settings, metrics)
         if "test" in task.splits:
             run = Run(folder, settings, {**metrics, "test": evaluate(run.model(task), task, "test")})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -86,8 +87,8 @@ class Settings:
         kind: "classification" of texts or images by a head, "text-to-text" with a prompt and an answer, or "zero-shot"
             with CLIP, whose text tower builds the classes and whose image tower is adapted.
         data: see `Data`.
-        out: the folder of the run; of many tasks, the folder of theirs. It follows from the name if left out.
-        name: of the task. It follows from the data if left out.
+        out: the folder of the run; of many tasks, the folder of theirs. runs/NAME if left out.
+        name: of the task. If left out, the last part of `out`, or what the data are called. It changes no result.
         method: "lora", "lora-fa" (A frozen), or the scope of the linearization, "layer" or "model".
         head: of a classifier: "trained" beside the adapter; "frozen", as the checkpoint has it; or "prototypes", the
             means of each class's features before training, which go with an encoder without a head.
@@ -146,7 +147,8 @@ lr_grid, lora, training, model_options
         check(self)
         self._check_kind()
         self._check_end()
-        name = self.name or self.data.config or Path(self.data.path or self.data.train).stem
+        of_data = self.data.config or Path(self.data.path or self.data.train).stem
+        name = self.name or (self.out and Path(os.path.abspath(self.out)).name) or of_data
         object.__setattr__(self, "name", name)
         object.__setattr__(self, "out", self.out or f"runs/{name}")
 
@@ -242,17 +244,17 @@ lr_grid, lora, training, model_options
         return replace(self, **sections, **changes)
 
     def differences(self, other: Settings) -> list[str]:
-        """The fields, with both values, in which other settings differ, but for the folder.
+        """The fields, with both values, in which other settings differ, but for the folder and the name.
 
         >>> settings = Settings("gpt2", "text-to-text", Data("tasks.jsonl"), prompt="{question}")
-        >>> settings.differences(settings.changed(seed=1, out="elsewhere"))
+        >>> settings.differences(settings.changed(seed=1, out="elsewhere", name="other"))
         ['seed: 0 and 1']
         """
         mine, others = flat(self.to_dict()), flat(other.to_dict())
         return [
             f"{key}: {mine.get(key)} and {others.get(key)}"
             for key in sorted(mine.keys() | others.keys())
-            if key != "out" and mine.get(key) != others.get(key)
+            if key not in ("out", "name") and mine.get(key) != others.get(key)
         ]
 
 

@@ -11,7 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from linlora.training.data import SPLITS, has_test, load_split, notes_on_files, notes_on_lines, source_of
+from linlora.training.data import (
+    SPLITS,
+    has_test,
+    load_split,
+    notes_on_files,
+    notes_on_lines,
+    notes_on_sharing,
+    source_of,
+)
 from linlora.training.labels import Classes, check_labels, distinct, number_of, numbered_as
 from linlora.training.metrics import METRICS, class_scores, number_scores, text_scores
 from linlora.training.settings import Settings
@@ -72,7 +80,8 @@ class Task(ABC):
             check_labels(labels, column)
             for value in distinct(labels, column):
                 self.expected({column: value})
-            notes = [*notes_on_files(self.settings.data, split), *notes_on_lines(self.settings.data, split, rows)]
+            data = self.settings.data
+            notes = [*notes_on_sharing(data, split), *notes_on_files(data, split), *notes_on_lines(data, split, rows)]
             if column in self.columns[:-1]:
                 notes.append(f"column '{column}' is the answer, and given to the model too")
             self.notes[split] = notes + self.check_lengths(rows)

@@ -48,6 +48,15 @@ def test_the_command_of_the_readme_trains_on_one_file_of_rows(run, checkpoints):
     assert "rows: 18 train, 2 validation" in result.output
 
 
+def test_scores_of_rows_that_were_trained_on_say_so(run, checkpoints, review_files):
+    of_files = ("--data", f"{review_files}/train.csv", "--text", "text", "--validation", "0.2", "--out", "runs/mood")
+    model = ("--model", checkpoints["bert"], "--kind", "classification", "--steps", "1")
+    assert "it is the" not in run("train", *model, *of_files).output
+    for fresh in ([], ["--fresh"]):  # a split added to a finished run, and one scored with it
+        result = run("train", *model, *of_files, "--test", f"{review_files}/train.csv", *fresh)
+        assert "test: it is the train split" in result.output, result.output
+
+
 def test_a_recipe_trains_scores_and_fuses(run, recipe):
     result = run("train", recipe)
     assert result.exit_code == 0, result.output

@@ -1,13 +1,14 @@
 """Rows from files of every format, folders of images and slices, and labels from their columns."""
 
 import json
+from pathlib import Path
 
 import pytest
 import transformers
 from datasets import ClassLabel, Dataset
 
 from linlora.training import Data, load_task
-from linlora.training.data import has_test, load_split
+from linlora.training.data import has_test, load_split, notes_on_sharing
 from linlora.training.labels import classes_of, is_number
 
 ROWS = [{"text": f"the film is {mood}", "label": i % 2} for i, mood in enumerate(["bad", "good"] * 6)]
@@ -85,6 +86,30 @@ def test_what_is_not_there_is_named_with_what_is(tmp_path, review_files, image_f
         load_split(Data(review_files, validation="train[:0]"), "validation", ["text"])
     with pytest.raises(ValueError, match=r"holds out 48 rows, and .* has 48"):
         load_split(Data(review_files, validation=48), "train", ["text"])
+
+
+@pytest.mark.parametrize(
+    ("data", "split", "note"),
+    [
+        (Data("rows.csv", validation=0.2, test="rows.csv"), "test", "it is the train split, rows.csv"),
+        (Data("rows.csv", validation=0.2, test="./rows.csv"), "test", "it is the train split, ./rows.csv"),
+        (Data("rows.csv", validation=0.2, test="train"), "test", "it is the train split, 'train' of rows.csv"),
+        (Data(train="rows.csv", validation="rows.csv"), "validation", "it is the train split, rows.csv"),
+        (Data("rows.csv", validation="dev.csv", test="dev.csv"), "test", "it is the validation split, dev.csv"),
+        (Data("org/set", test="validation"), "test", "it is the validation split, 'validation' of org/set"),
+        (Data("rows.csv", validation=0.2, test="test.csv"), "test", None),
+        (Data("rows.csv", validation=0.2), "validation", None),
+        (Data("org/set", validation=0.1, test="validation"), "test", None),
+        (Data("org/set", train="train[:80%]", test="train[80%:]"), "test", None),
+        (Data("org/set"), "train", None),
+    ],
+)
+def test_a_split_of_the_rows_of_another_says_so(monkeypatch, tmp_path, data, split, note):
+    monkeypatch.chdir(tmp_path)
+    for name in ("rows.csv", "dev.csv", "test.csv"):
+        Path(name).write_text("text,label\n")
+    notes = notes_on_sharing(data, split)
+    assert [found.split(":")[0] for found in notes] == ([note] if note else [])
 
 
 def test_a_file_without_rows_is_refused(tmp_path):

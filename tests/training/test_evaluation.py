@@ -178,8 +178,11 @@ def test_a_suite_needs_one_model_and_every_head(runs, settings):
         Suite({"mood": tasks["mood"], "other": other}, runs[0].vector, {"mood": runs[0].head})
     with pytest.raises(linlora.DifferentPointError, match=r"of the base model 'org/b', and task 'mood' of .*--base "):
         evaluate_vector(replace(runs[0].vector, base_model="org/b"), [Judge(runs[0].settings, runs[0])], "test")
-    with pytest.raises(ValueError, match="two tasks are named 'mood'"):
-        evaluate_vector(runs[0].vector, [Judge(runs[0].settings, runs[0])] * 2, "test")
+    judge = Judge(runs[0].settings, runs[0])
+    with pytest.raises(ValueError, match=r"/mood is given twice"):
+        evaluate_vector(runs[0].vector, [judge, judge], "test")
+    with pytest.raises(ValueError, match=r"two tasks are named 'mood'; name one of them: linlora train .* --set name="):
+        evaluate_vector(runs[0].vector, [judge, Judge(runs[0].settings)], "test")
 
 
 def test_fused_scores_are_normalised_by_those_of_the_runs(runs):

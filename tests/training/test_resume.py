@@ -224,6 +224,19 @@ def test_a_test_split_is_added_to_a_finished_run(settings, review_files):
     assert {**again.metrics, "test": None} == {**run.metrics, "test": None}
 
 
+@pytest.mark.parametrize("tested", [False, True])
+def test_a_finished_run_takes_another_name_and_stays_as_it_is(settings, review_files, tested):
+    data = replace(settings("text").data, test=False)
+    run = train(settings("text", data=data))
+    before = (run.folder / "task_vector.safetensors").stat().st_mtime_ns
+    again = replace(data, test=f"{review_files}/test.csv") if tested else data
+    train(settings("text", data=again, name="mood"))
+    renamed = Run.open(run.folder)
+    assert (renamed.settings.name, renamed.metrics["task"], "test" in renamed.metrics) == ("mood", "mood", tested)
+    assert "# mood" in (run.folder / "README.md").read_text()
+    assert (run.folder / "task_vector.safetensors").stat().st_mtime_ns == before
+
+
 def test_scores_of_one_test_split_are_never_those_of_another(settings, review_files, monkeypatch):
     """Ctrl-C between the two files that are written when another test split is scored."""
 

@@ -27,6 +27,25 @@ def test_a_file_and_its_settings_are_one_another(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("given", "name", "out"),
+    [
+        ({}, "qa", "runs/qa"),
+        ({"data": {"path": "qa.csv", "config": "rte"}}, "rte", "runs/rte"),
+        ({"name": "mood"}, "mood", "runs/mood"),
+        ({"out": "runs/topic"}, "topic", "runs/topic"),
+        ({"out": "runs/topic/"}, "topic", "runs/topic/"),
+        ({"out": "runs/topic/."}, "topic", "runs/topic/."),
+        ({"out": "runs/topic", "name": "mood"}, "mood", "runs/topic"),
+        ({"out": "/"}, "qa", "/"),
+    ],
+)
+def test_a_run_is_named_by_its_folder_then_by_its_data(given, name, out):
+    settings = Settings.from_dict({**MINIMAL, **given})
+    assert (settings.name, settings.out) == (name, out)
+    assert settings.changed(out="elsewhere").name == name
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"modle": "x"}, r"unknown key 'modle'; did you mean 'model'\? The keys are model, kind, data"),
