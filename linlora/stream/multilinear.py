@@ -43,7 +43,7 @@ def max_pool(func: Any, args: tuple, kwargs: dict) -> Any:
     """The maxima of the primal, and the tangents where they were found."""
     name = func.__name__.removesuffix("_with_indices")
     x, *options, both = bound(_ADAPTIVE_POOL if "adaptive" in name else _POOL, args, kwargs)
-    over, both = -int(name[-2]), both or name != func.__name__
+    over, both = -int(name[-2]), both or name != func.__name__ or func in _ALWAYS_BOTH
     y, indices = getattr(functional, name)(x.primal, *options, return_indices=True)
     with torch.no_grad():
         y_tangent = x.tangent.flatten(over).gather(-1, indices.flatten(over)).view(indices.shape)
@@ -54,6 +54,8 @@ _POOL: dict[str, Any] = {
     **ONE, "kernel_size": ..., "stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False,
 }  # fmt: skip
 _ADAPTIVE_POOL = {**ONE, "output_size": ..., "return_indices": False}
+_ALWAYS_BOTH = {torch.adaptive_max_pool1d, torch._C._nn.adaptive_max_pool2d, torch._C._nn.adaptive_max_pool3d}
+"""The functions that give indices unasked."""
 
 
 @rule("grid_sample")

@@ -113,9 +113,15 @@ def _dict(value: Any) -> dict[str, Any]:
 
 def _slots(value: Any) -> dict[str, Any]:
     """The attributes that an object has in slots."""
-    slots = (vars(kind).get("__slots__", ()) for kind in type(value).__mro__)
-    names = [name for of in slots for name in ((of,) if isinstance(of, str) else of)]
+    slots = ((kind, vars(kind).get("__slots__", ())) for kind in type(value).__mro__)
+    names = [_attribute(kind, name) for kind, of in slots for name in ((of,) if isinstance(of, str) else of)]
     return {name: getattr(value, name) for name in names if name not in _OF_PYTHON and hasattr(value, name)}
+
+
+def _attribute(kind: type, slot: str) -> str:
+    """The name that a class gives to the attribute of a slot: a private one has that of the class in front."""
+    private = slot.startswith("__") and not slot.endswith("__")
+    return f"_{kind.__name__.lstrip('_')}{slot}" if private else slot
 
 
 _OF_PYTHON = {"__dict__", "__weakref__"}

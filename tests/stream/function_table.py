@@ -170,6 +170,7 @@ OTHERS = {
     "torch.max_pool2d": lambda x: torch.max_pool2d(_image(x), 2, [1, 2], 1),
     "adaptive_max_pool": lambda x: (F.adaptive_max_pool1d(x[None], 3, True), F.adaptive_max_pool3d(_image(x), 2)),
     "adaptive_max_pool2d": lambda x: F.adaptive_max_pool2d(_image(x), 2),
+    "torch.adaptive_max_pool1d": lambda x: torch.adaptive_max_pool1d(x[None], 2)[0],
     "fractional_max_pool2d": lambda x: F.fractional_max_pool2d(_image(x), 2, output_size=2),
     "pixel_shuffle": lambda x: F.pixel_shuffle(_image(x).reshape(1, 8, 3, 3), 2),
     "grid_sample": lambda x: F.grid_sample(_image(x), x.view(1, 3, 2, 2), align_corners=False),

@@ -95,6 +95,17 @@ class Slots:
     b: list
 
 
+class Private:
+    __slots__ = ("__value",)
+
+    def __init__(self, value):
+        self.__value = value
+
+    @property
+    def value(self):
+        return self.__value
+
+
 class Thing:
     def __init__(self, value):
         self.value, self.me = value, self
@@ -123,6 +134,7 @@ def test_trees_come_out_as_they_are(name):
 CONTAINERS = {
     "a dataclass": (lambda y: Fields(y, [y]), lambda output: output.b[0]),
     "slots": (lambda y: Slots(y, [y]), lambda output: output.b[0]),
+    "a private slot": (Private, lambda output: output.value),
     "an object": (Thing, lambda output: output.me.value),
     "a set": (lambda y: {y}, lambda output: next(iter(output))),
     "a queue": (lambda y: deque([y], maxlen=2), lambda output: output[0]),
