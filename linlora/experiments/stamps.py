@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
-from linlora.training.data import is_file
+from linlora.training.data import files_in, is_file
 from linlora.training.settings import Settings
 
 
@@ -19,17 +19,15 @@ def stamp(files: Iterable[Path]) -> str:
 
 def stamps(*tasks: Settings) -> dict[str, str]:
     """By path, the stamps of the local files that tasks read: their rows, and the point they start from."""
-    named: set[str] = set()
+    files: dict[str, set[Path]] = {}
     for of in tasks:
         splits = (of.data.train, of.data.validation, of.data.test, of.data.prototypes)
-        named |= {split for split in splits if isinstance(split, str) and is_file(split)}
-        named |= {path for path in (of.point, of.data.path) if path is not None}
-    paths = {name: Path(name).expanduser() for name in sorted(named)}
-    return {name: stamp(_files(path)) for name, path in paths.items() if path.exists()}
-
-
-def _files(path: Path) -> list[Path]:
-    """A file itself; of a folder its tables and tensors, for logs and runs may lie there too."""
-    if path.is_file():
-        return [path]
-    return [file for file in path.iterdir() if is_file(file.name) or file.suffix == ".safetensors"]
+        named = {split for split in splits if isinstance(split, str) and is_file(split)}
+        for name in named | {path for path in (of.point, of.data.path) if path is not None}:
+            path = Path(name).expanduser()
+            if path.is_file():
+                files.setdefault(name, set()).add(path)
+            elif path.is_dir():
+                found = path.glob("*.safetensors") if name == of.point else files_in(path, of.data)
+                files.setdefault(name, set()).update(found)
+    return {name: stamp(files[name]) for name in sorted(files)}

@@ -136,6 +136,15 @@ def _errors_of_datasets(data: Data, source: str) -> Iterator[None]:
         raise ValueError(f"{_source(data, source)}: {str(error).rstrip('.')}{hint}") from error
 
 
+def files_in(folder: Path, data: Data) -> list[Path]:
+    """The files of a folder that `datasets` finds there, in folders of it too; logs and runs may lie beside them."""
+    import datasets
+
+    with _errors_of_datasets(data, data.train):
+        splits = datasets.load_dataset_builder(str(folder), data.config).config.data_files or {}
+    return [Path(name) for of_split in splits.values() for name in of_split]
+
+
 def _tables_in(folder: Path, config: str | None) -> dict[str, list[str]]:
     """The files of each split of a folder of csv, tsv, json or jsonl files; none where it is another data set."""
     import datasets
