@@ -76,8 +76,9 @@ def check_trained(model: nn.Module, inside: Iterable[nn.Parameter], part: str) -
     if others:
         raise ValueError(
             f"model scope linearizes in the {part} alone, but {len(others)} other parameters train: "
-            f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Freeze them (of a LoraConfig, bias='none'), "
-            "or name a head in modules_to_save, which is trained on top of the linearized features"
+            f"{', '.join(others[:3])}{', ...' if len(others) > 3 else ''}. Freeze them (with PEFT, "
+            "LoraConfig(bias='none')), or name a head in modules_to_save, which is trained on top of the linearized "
+            "features"
         )
 
 
