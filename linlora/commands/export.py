@@ -9,11 +9,12 @@ from typing import Annotated
 import typer
 
 from linlora.commands.errors import refuse_missing, user_errors
+from linlora.storage.staging import refuse_existing
 
 
 def export(
     vector: Annotated[Path, typer.Argument(help="A task vector, or the folder of an adapter of any format.")],
-    out: Annotated[Path, typer.Option(help="The folder of the PEFT adapter.")],
+    out: Annotated[Path, typer.Option(help="The folder of the PEFT adapter; it must not exist.")],
     base: Annotated[
         str | None, typer.Option(help="Base model (hub id or folder), or the folder of an adapter of it.")
     ] = None,
@@ -31,6 +32,7 @@ def export(
     """
     with user_errors():
         refuse_missing([vector])
+        refuse_existing(out)
         if cast not in (None, "layer"):
             raise ValueError(f"--cast {cast}: the one cast that exports is to 'layer'")
         _export(vector, out, base, cast, push_to_hub)

@@ -23,7 +23,7 @@ from linlora.layers.vanilla import refuse_changed_base
 from linlora.merging.plan import Plan
 from linlora.merging.shards import Queue, save_shard, write_shard
 from linlora.storage.ahead import one_thread
-from linlora.storage.staging import unfinished_folder
+from linlora.storage.staging import refuse_existing, unfinished_folder
 
 
 @dataclass(frozen=True)
@@ -74,8 +74,7 @@ def merge_files(
     if not adapters:
         raise ValueError("merge: no adapters were given")
     folder, out = Path(out), Path(out).resolve()  # the folder a link names is replaced, not the link
-    if out == Path.cwd() or (out.exists() and not (out.is_dir() and not any(out.iterdir()))):
-        raise FileExistsError(f"{folder} exists already; choose another folder, or remove it")
+    refuse_existing(folder)
     checkpoint = Checkpoint(Path(base))
     stored = [formats.open(path) for path in adapters]
     for adapter in stored:

@@ -17,6 +17,13 @@ from pathlib import Path
 _END = ".unfinished"
 
 
+def refuse_existing(folder: str | os.PathLike) -> None:
+    """Raise a FileExistsError unless a folder to write is new or empty, and not the one the process works in."""
+    place = Path(folder).resolve()
+    if place == Path.cwd() or (place.exists() and not (place.is_dir() and not any(place.iterdir()))):
+        raise FileExistsError(f"{folder} exists already; choose another folder, or remove it")
+
+
 @contextmanager
 def unfinished_folder(place: Path) -> Iterator[Path]:
     """A folder to fill and rename to its place; a folder that is not renamed is deleted at the end.

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -136,6 +137,27 @@ def test_what_cannot_be_done_is_one_line_and_writes_nothing(run, vectors, tmp_pa
     assert message in output
     assert "Traceback" not in output
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("line", ["export 0.safetensors --out", "merge base 0.safetensors --out"])
+@pytest.mark.parametrize("out", ["base", "adapter", "./base/", "file", "link", "hidden", "."])
+def test_a_command_that_writes_a_folder_writes_over_none(run, vectors, tmp_path, line, out):
+    """A base model's (which would load the adapter), an adapter's or a run's, a file, whatever a link names."""
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "hidden").mkdir()
+    (tmp_path / "hidden" / ".kept").write_text("mine")
+    (tmp_path / "link").symlink_to("base")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    status, output = run(f"{line} {out}")
+    assert (status, output) == (2, f"error: {Path(out)} exists already; choose another folder, or remove it")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("line", ["export 0.safetensors --out empty", "merge base 0.safetensors --out empty"])
+def test_an_empty_folder_is_written(run, vectors, tmp_path, line):
+    (tmp_path / "empty").mkdir()
+    status, output = run(line)
+    assert status == 0, output
 
 
 def test_plain_adapters_of_any_origin_are_fused_as_what_they_add_to_the_weights(run, vectors, tmp_path):
