@@ -106,7 +106,7 @@ def tune(model: nn.Module, batch: Any, *, seconds: float | None = None) -> Tunin
 def this_gpu() -> torch.device:
     """The GPU whose kernels are proven; CUDA_VISIBLE_DEVICES chooses among several. Raises TuneError without one."""
     if not torch.cuda.is_available():
-        raise TuneError("kernels are proven on a CUDA GPU, and torch sees none here: composed torch runs on a CPU")
+        raise TuneError("kernels are timed on a CUDA GPU, and torch sees none: without one there is nothing to tune")
     return torch.device("cuda", torch.cuda.current_device())
 
 

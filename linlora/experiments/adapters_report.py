@@ -114,7 +114,7 @@ def reading(results: Mapping[str, Any]) -> str:
     if row["options"].get("scaling") == 0:
         return (
             "Recommended: the base model without adapters, for no method is clearly better on validation. It scores "
-            f"{percent(mean['backbone'])} % on test{beside}, one adapter for each task {percent(single)}.\n{CAVEAT}"
+            f"{percent(mean['backbone'])} % on test{beside}, one adapter for each task {percent(single)}."
         )
     fitted = _FITTED.get(chosen["method"])
     seen = f" It was fitted to {results['options'][fitted]} of the labels it was chosen by." if fitted else ""

@@ -158,6 +158,10 @@ def searched(result: Mapping[str, Any]) -> Table:
         mark = " ←" if point["options"] == result["options"] else ""
         mean = percent(statistics.fmean(point["scores"])) + mark
         view.add_row(in_words(point["options"]), *map(percent, point["scores"]), mean)
+    if len({statistics.fmean(point["scores"]) for point in result["search"]}) == 1:
+        names = {name for point in result["search"] for name in point["options"]}
+        which = "λ" if names == {"scaling"} else "choice of the options"
+        view.caption, view.caption_justify = f"note: every {which} scores the same: the search says nothing", "left"
     return view
 
 

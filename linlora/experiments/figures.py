@@ -69,13 +69,13 @@ def _takeaway(start: str, added_whole: Mapping[str, float]) -> str:
     """The title of a panel: the ends of the curves.
 
     >>> _takeaway("", {"LoRA factors": 24.0, "model scope": 77.0})
-    'Added as they are (λ = 1): model scope 77 %, LoRA factors 24 %'
+    'Validation score at λ = 1: model scope 77 %, LoRA factors 24 %'
     """
     if len(added_whole) < 2:
         return start or "Fused adapters, scaled by λ"
     best, worst = max(added_whole, key=added_whole.__getitem__), min(added_whole, key=added_whole.__getitem__)
-    added = f"{start}: added" if start else "Added"
-    return f"{added} as they are (λ = 1): {best} {added_whole[best]:.0f} %, {worst} {added_whole[worst]:.0f} %"
+    what = f"{start}, validation score" if start else "Validation score"
+    return f"{what} at λ = 1: {best} {added_whole[best]:.0f} %, {worst} {added_whole[worst]:.0f} %"
 
 
 def draw_search(

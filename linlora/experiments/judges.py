@@ -50,7 +50,8 @@ def refuse_untested(tasks: Iterable[Settings]) -> None:
     for settings in tasks:
         if not has_test(settings.data):
             raise ValueError(
-                f"task '{settings.name}' has no test split; options are chosen on validation: set data.test"
+                f"task '{settings.name}' has no test split, and options are chosen on validation: name one "
+                "with --test FILE (data.test in a recipe) and run the training command again, which adds its scores"
             )
         if settings.data.validation == (settings.data.test or "test"):
             raise ValueError(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -52,6 +53,11 @@ def adapt(task: Task, point: TaskVector | None = None, method: str | None = None
             model = get_peft_model(base, lora_config(task, base))
     except (ValueError, TypeError, AttributeError, NotImplementedError, re.error) as error:  # PEFT's own, of odd values
         layers = sorted({name.rsplit(".", 1)[-1] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
+        if unmatched := _unmatched(settings.lora.get("target_modules"), base):
+            raise ValueError(
+                f"lora.target_modules: {settings.model} has no layer {', '.join(map(repr, unmatched))}; its linear "
+                f"layers end in {', '.join(layers)}"
+            ) from error
         raise ValueError(f"lora: {error} The linear layers of {settings.model} are {', '.join(layers)}") from error
     if point is not None:
         point.move_point(model)
@@ -62,6 +68,14 @@ def adapt(task: Task, point: TaskVector | None = None, method: str | None = None
             freeze_A(model)
         report = accelerate(model)
     return Adapted(model, TaskVector.from_model(model), report)
+
+
+def _unmatched(targets: Any, base: nn.Module) -> list[str]:
+    """The targets, names of layers or the end of one, that no module has, where all are such."""
+    if not (isinstance(targets, list) and all(isinstance(target, str) for target in targets)):
+        return []
+    names = [f".{name}" for name, _ in base.named_modules()]
+    return [] if any(name.endswith(f".{target}") for target in targets for name in names) else targets
 
 
 def lora_config(task: Task, base: nn.Module) -> LoraConfig:

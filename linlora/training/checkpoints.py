@@ -124,4 +124,5 @@ def _read(settings: Settings, kind: Any, what: str) -> Any:
             return kind.from_pretrained(settings.model, revision=revision, trust_remote_code=trust)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"model '{settings.model}': {what} could not be read: {reason}") from error
+        missing = "" if Path(settings.model).exists() else f"there is no folder {settings.model}, and "
+        raise ValueError(f"model '{settings.model}': {missing}{what} could not be read: {reason}") from error

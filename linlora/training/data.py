@@ -132,7 +132,9 @@ def _errors_of_datasets(data: Data, source: str) -> Iterator[None]:
     except datasets.data_files.EmptyDatasetError as error:
         raise ValueError(f"{_source(data, source)} has no rows: {error}") from error
     except ValueError as error:  # an unknown split or configuration: the message lists those there are
-        hint = "; name one, or hold rows out of train (validation: 0.1)" if "Unknown split" in str(error) else ""
+        hint = "; name one" if "Unknown split" in str(error) else ""
+        if hint and source == data.validation:
+            hint += ", or hold rows out of train: --validation 0.1 (data.validation: 0.1)"
         raise ValueError(f"{_source(data, source)}: {str(error).rstrip('.')}{hint}") from error
 
 
@@ -201,7 +203,17 @@ def _check_names(names: Sequence[str], columns: Sequence[str], where: str) -> No
     missing = [column for column in columns if column not in names]
     if missing:
         known = ", ".join(name if name == name.strip() and name else repr(name) for name in names)
-        raise ValueError(f"{where} has no column {', '.join(map(repr, missing))}; its columns are {known}")
+        raise ValueError(
+            f"{where} has no column {', '.join(map(repr, missing))}; its columns are {known}{_other_separator(names)}"
+        )
+
+
+def _other_separator(names: Sequence[str]) -> str:
+    """That a table of one column seems to be written with another separator, in words."""
+    for separator, remedy in ((";", "save it with commas"), ("\t", "name it .tsv"), (",", "name it .csv")):
+        if len(names) == 1 and separator in names[0]:
+            return f"; the separator looks like {separator!r}: {remedy}"
+    return ""
 
 
 def _check_columns(rows: Any, columns: Sequence[str], where: str) -> None:

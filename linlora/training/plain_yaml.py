@@ -66,6 +66,8 @@ def read(path: str | Path) -> dict[str, Any]:
         content = parse(path.read_text(encoding="utf-8"), str(path))
     except UnicodeDecodeError:
         raise ValueError(f"{path}: not a text file") from None
+    if content is None:
+        raise ValueError(f"{path} is empty: expected 'key: value' lines")
     if not isinstance(content, dict):
         raise ValueError(f"{path}: expected 'key: value' lines, got {type(content).__name__}")
     return content

@@ -15,26 +15,25 @@ _SPLITS = ("validation", "test")
 
 
 def trained(runs: Sequence[Run]) -> Table:
-    """A row for each run: what it scores, how long it took, and where it is."""
+    """A row for each run: what it scores, and how long it took."""
     splits = [split for split in _SPLITS if any(split in run.metrics for run in runs)]
     view = Table(title="Trained", title_justify="left")
     for heading in ("task", "method", "metric"):
         view.add_column(heading)
     for heading in (*(f"{split} %" for split in splits), "seconds"):
         view.add_column(heading, justify="right")
-    view.add_column("folder", overflow="fold")
     for run in runs:
         scores = [percent(run.metrics[split]["score"]) if split in run.metrics else "–" for split in splits]
         m = run.metrics
-        view.add_row(m["task"], m["method"], m["metric"], *scores, f"{m['seconds']:.0f}", str(run.folder))
+        view.add_row(m["task"], m["method"], m["metric"], *scores, f"{m['seconds']:.0f}")
     if len(runs) > 1:
         view.add_section()
-        view.add_row("mean", "", "", *(_mean_score(runs, split) for split in splits), "", "")
+        view.add_row("mean", "", "", *(_mean_score(runs, split) for split in splits), "")
     return view
 
 
 def what_next(runs: Sequence[Run]) -> str:
-    """The commands one is likely to want now; each works as it stands."""
+    """Where the runs are, and the commands one is likely to want now; each works as it stands."""
     folders = shlex.join(str(run.folder) for run in runs)
     tested = all("test" in run.metrics for run in runs)
     split = "" if tested else " --split validation"
@@ -50,7 +49,8 @@ def what_next(runs: Sequence[Run]) -> str:
             lines.append(f"linlora fuse {folders} --scaling 0.3 --out {shlex.quote(str(fused))}")
     notes = [] if tested else ["a test split is added by the same command with --test"]
     notes.append(f"how to load it: {first.folder / 'README.md'}")
-    return "\n".join(["next:", *(f"  {line}" for line in lines), *(f"note: {note}" for note in notes)])
+    written = f"written to {' and '.join(str(run.folder) for run in runs)}"
+    return "\n".join([written, "next:", *(f"  {line}" for line in lines), *(f"note: {note}" for note in notes)])
 
 
 def _mean_score(runs: Sequence[Run], split: str) -> str:

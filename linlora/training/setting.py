@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, get_args, get_type_hints
 
+_LISTED = 30  # keys that a message names
+
 
 @dataclass(frozen=True)
 class Values:
@@ -95,15 +97,19 @@ def check_keys(where: str, content: Mapping[Any, Any], kind: Any) -> None:
     known = [f.name for f in fields(kind) if f.init]
     for key in content:
         if key not in known:
-            raise unknown(where, str(key), known)
+            raise unknown(where, str(key), known, f"{kind.__module__.partition('.')[0]}.{kind.__name__}")
 
 
-def unknown(where: str, key: str, known: Iterable[str]) -> ValueError:
-    """The error for a key that is not among the known ones: the nearest of them, and all."""
+def unknown(where: str, key: str, known: Iterable[str], of: str = "") -> ValueError:
+    """The error for a key that is not among the known ones: the nearest of them, else all, or whose fields they are."""
     known = list(known)
-    near = difflib.get_close_matches(key, known, 1)
-    hint = f"did you mean '{near[0]}'? " if near else ""
-    return ValueError(f"{where}: unknown key '{key}'; {hint}The keys are {', '.join(known)}")
+    if near := difflib.get_close_matches(key, known, 1):
+        hint = f"did you mean '{near[0]}'?"
+    elif len(known) <= _LISTED or not of:
+        hint = f"the keys are {', '.join(known)}"
+    else:
+        hint = f"its {len(known)} keys are the fields of {of}, which lists them"
+    return ValueError(f"{where}: unknown key '{key}'; {hint}")
 
 
 def explained(kind: type) -> dict[str, str]:

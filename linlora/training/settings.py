@@ -55,6 +55,11 @@ class Data:
     label: Annotated[str, TEXT] = "label"
 
     def __post_init__(self) -> None:
+        if is_real(self.test):
+            raise ValueError(
+                f"data.test is {_SPLIT_OR_FALSE.words}, got {self.test!r}; to hold rows out of train: "
+                "data.train 'train[:80%]' data.test 'train[80%:]'"
+            )
         check(self, "data.")
 
 
@@ -116,9 +121,7 @@ class Settings:
     ('reviews', 'runs/reviews', 16)
     >>> Settings.from_dict({**settings.to_dict(), "metod": "layer"})
     Traceback (most recent call last):
-    ValueError: settings: unknown key 'metod'; did you mean 'method'? The keys are model, kind, data, out, name, \
-method, head, linear_to, prompt, answers, class_names, templates, metric, max_length, max_new_tokens, point, seed, \
-lr_grid, lora, training, model_options
+    ValueError: settings: unknown key 'metod'; did you mean 'method'?
     """
 
     model: Annotated[str, TEXT]
@@ -200,7 +203,7 @@ lr_grid, lora, training, model_options
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any], where: str = "settings") -> Settings:
-        """Settings from plain values, as YAML gives them; an unknown key is an error that lists the known ones."""
+        """Settings from plain values, as YAML gives them; an unknown key is an error with the nearest, or all."""
         check_keys(where, content, cls)
         content = {**content, "data": content.get("data") or {}}
         for key in ("model", "kind"):

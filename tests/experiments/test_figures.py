@@ -41,7 +41,7 @@ def test_scalings_are_drawn_in_their_order_with_the_backbone_where_it_was_scored
         assert list(axes.lines[0].get_xdata()) == sorted(point["options"]["scaling"] for point in points)
         flat = [line.get_ydata()[0] for line in axes.lines if "backbone" in str(line.get_label())]
         assert flat == pytest.approx(backbone)
-        assert "LoRA factors 70 %" in axes.get_title()
+        assert axes.get_title() == "Validation score at λ = 1: LoRA factors 70 %, LoRA factors 70 %"
 
 
 @pytest.mark.parametrize(("mean", "title"), [(None, "fused /"), (-0.1, "kept with LoRA factors by average: -10 %")])

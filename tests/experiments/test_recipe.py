@@ -329,6 +329,7 @@ def test_a_scaling_of_zero_is_read_as_the_base_model():
     scores = {"backbone": {"test": [0.5]}, "task_arithmetic": {"test": [0.5], "options": {"scaling": 0.0}}}
     results = {"rows": scores, "single": {"test": [0.75]}, "recommendation": {"method": "task_arithmetic"}}
     assert "the base model without adapters" in reading(results)
+    assert "it is recommended unless" not in reading(results)
 
 
 def test_a_method_that_has_seen_labels_says_so():

@@ -57,6 +57,14 @@ def test_scores_of_rows_that_were_trained_on_say_so(run, checkpoints, review_fil
         assert "test: it is the train split" in result.output, result.output
 
 
+def test_the_folder_of_a_run_is_printed_whole_however_narrow_the_terminal(run, checkpoints, review_files, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    out = "runs/" + "a-long-name-of-a-task-" * 4
+    of_text = ("--kind", "classification", "--data", review_files, "--text", "text", "--steps", "1", "--out", out)
+    result = run("train", "--model", checkpoints["bert"], *of_text)
+    assert f"\nwritten to {out}\n" in result.output
+
+
 def test_a_recipe_trains_scores_and_fuses(run, recipe):
     result = run("train", recipe)
     assert result.exit_code == 0, result.output
@@ -117,6 +125,11 @@ def test_flags_make_a_run_and_go_before_the_file(run, recipe, checkpoints, revie
         (["train", "both.yaml", "--set", "training.steps=1"], "unknown key 'steps'"),
         (["train", "both.yaml", "--set", "seed"], "expected KEY=VALUE"),
         (["train", "both.yaml", "--label", "sentiment"], "no column 'sentiment'; its columns are text, thing, label"),
+        (["train", "both.yaml", "--target", "nolayer"], "has no layer 'nolayer'; its linear layers end in down_proj, "),
+        (["train", "both.yaml", "--target", "a", "--target", "b"], "has no layer 'a', 'b'; its linear layers end in"),
+        (["train", "both.yaml", "--model", "nobase"], "model 'nobase': there is no folder nobase, and "),
+        (["train", "both.yaml", "--model", "org/nobase"], "'org/nobase': there is no folder org/nobase, and "),
+        (["train", "both.yaml", "--test", "0.2"], "--train 'train[:80%]' --test 'train[80%:]'"),
         (["train", "both.yaml", "--set", "lora.target_modules=5"], "lora: 'int' object is not iterable"),
         (["train", "both.yaml", "--set", "lora.target_modules=((("], "lora: missing ), unterminated subpattern"),
         (["train", "both.yaml", "--set", "model_options.dtype=blue"], "model_options: module 'torch' has no"),

@@ -112,6 +112,38 @@ def test_a_split_of_the_rows_of_another_says_so(monkeypatch, tmp_path, data, spl
     assert [found.split(":")[0] for found in notes] == ([note] if note else [])
 
 
+@pytest.mark.parametrize(
+    ("name", "separator", "hint"),
+    [
+        ("rows.csv", ";", "; the separator looks like ';': save it with commas"),
+        ("rows.csv", "\t", r"; the separator looks like '\t': name it .tsv"),
+        ("rows.tsv", ",", "; the separator looks like ',': name it .csv"),
+        ("rows.tsv", ";", "; the separator looks like ';': save it with commas"),
+        ("rows.csv", "|", ""),
+    ],
+)
+def test_a_table_with_another_separator_says_so(tmp_path, name, separator, hint):
+    (tmp_path / name).write_text("".join(f"{separator.join(row)}\n" for row in (["text", "label"], ["good", "1"])))
+    with pytest.raises(ValueError, match="no column 'text', 'label'") as error:
+        load_split(Data(str(tmp_path / name)), "train", ["text", "label"])
+    assert str(error.value).partition("columns are ")[2].endswith(f"label{hint}" if separator != "\t" else hint)
+    assert ("separator looks" in str(error.value)) == bool(hint)
+
+
+def test_a_split_that_is_not_there_says_what_to_do(tmp_path):
+    path = tmp_path / "rows.csv"
+    path.write_text("text,label\ngood,1\nbad,0\n")
+    for split, data in (("train", Data(str(path), train="dev")), ("test", Data(str(path), test="test"))):
+        with pytest.raises(ValueError, match=r"Should be one of \['train'\]; name one$"):
+            load_split(data, split, ["text"])
+    with pytest.raises(
+        ValueError, match=r"name one, or hold rows out of train: --validation 0.1 \(data.validation: 0.1\)"
+    ):
+        load_split(Data(str(path)), "validation", ["text"])
+    data = Data(str(path), train="train[:50%]", validation="train", test="train[50%:]")  # what `test: 0.5` is told
+    assert [load_split(data, split, ["text"])["text"] for split in ("train", "test")] == [["good"], ["bad"]]
+
+
 def test_a_file_without_rows_is_refused(tmp_path):
     (tmp_path / "rows.csv").write_text("text,label\n")
     with pytest.raises(ValueError, match=r"'train' of .*rows\.csv.* no data"):

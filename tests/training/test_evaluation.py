@@ -8,7 +8,7 @@ import torch
 import transformers
 
 import linlora
-from linlora.experiments.evaluation import evaluate_alone, evaluate_fused, evaluate_vector
+from linlora.experiments.evaluation import evaluate_alone, evaluate_fused, evaluate_vector, searched
 from linlora.experiments.judges import Judge, judges
 from linlora.training import Data, Suite, adapt, evaluate, load_task, train
 from linlora.training.metrics import class_scores
@@ -273,3 +273,18 @@ def test_what_cannot_be_fused_is_refused(runs, settings, tmp_path):
     other = train(settings("text", seed=5, out=str(tmp_path / "other"), training={"max_steps": 1}))
     with pytest.raises(linlora.DifferentPointError):
         evaluate_fused([vectors[0], other.vector], tasks, "test", "average", {})
+
+
+@pytest.mark.parametrize(
+    ("points", "note"),
+    [
+        ([({"scaling": 0.0}, [0.5, 0.7]), ({"scaling": 1.0}, [0.5, 0.7])], "every λ scores the same"),
+        ([({"scaling": 0.0}, [0.7, 0.5]), ({"scaling": 1.0}, [0.5, 0.7])], "every λ scores the same"),
+        ([({"scaling": 1.0, "keep": k}, [0.5, 0.7]) for k in (0.1, 0.2)], "every choice of the options scores"),
+        ([({"scaling": 0.0}, [0.5, 0.7]), ({"scaling": 1.0}, [0.5, 0.8])], None),
+    ],
+)
+def test_a_search_in_which_all_score_the_same_says_nothing(points, note):
+    search = [{"options": options, "scores": scores} for options, scores in points]
+    found = searched({"tasks": ["a", "b"], "references": {}, "search": search, "options": search[0]["options"]})
+    assert note in str(found.caption) if note else found.caption is None

@@ -48,7 +48,16 @@ def test_a_run_is_named_by_its_folder_then_by_its_data(given, name, out):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"modle": "x"}, r"unknown key 'modle'; did you mean 'model'\? The keys are model, kind, data"),
+        ({"modle": "x"}, r"unknown key 'modle'; did you mean 'model'\?$"),
+        ({"zzz": 1}, r"unknown key 'zzz'; the keys are model, kind, data, .*, model_options$"),
+        ({"data": {"zzz": 1}}, r"data: unknown key 'zzz'; the keys are path, config, .*, label$"),
+        ({"lora": {"zzz": 1}}, r"lora: unknown key 'zzz'; its \d+ keys are the fields of peft.LoraConfig, which"),
+        (
+            {"training": {"zzz": 1}},
+            r"unknown key 'zzz'; its \d+ keys are the fields of transformers.TrainingArguments,",
+        ),
+        ({"data": {"path": "qa.csv", "test": 0.2}}, r"got 0.2; to hold rows out .* data.test 'train\[80%:\]'$"),
+        ({"data": {"path": "qa.csv", "test": 5}}, "data.test is a split, a file or false, got 5; to hold rows out"),
         ({"model": None}, "rte.yaml: model is missing"),
         ({"data": {"path": "qa.csv", "lable": "y"}}, "data: unknown key 'lable'; did you mean 'label'"),
         ({"data": "qa.csv"}, "data is a section"),
@@ -102,6 +111,12 @@ def test_an_error_names_the_file(tmp_path):
         Settings.from_yaml(write(tmp_path / "broken.yaml", "model: [a,\nb: }"))
     with pytest.raises(FileNotFoundError, match="no such file"):
         recipe(tmp_path / "missing.yaml")
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "# later\n", "---\n", "~"])
+def test_a_file_without_a_key_is_called_empty(tmp_path, content):
+    with pytest.raises(ValueError, match=r"empty\.yaml is empty: expected 'key: value' lines"):
+        recipe(write(tmp_path / "empty.yaml", content))
 
 
 def test_numbers_and_words_are_read_as_yaml_1_2_has_them():
