@@ -31,7 +31,7 @@ def merge(
 
     Several are summed as ΔW, whatever their ranks and layers, each times its weight: linlora merge BASE A:0.6 B:-0.2.
     Or they are fused, --method tsv: then the weights multiply ΔW before. BASE is the base model of all, whatever name
-    they record.
+    they record; a note says where that is another.
 
     W + ΔW is summed in float32 and rounded to the dtype of W once. The model is not built: a shard streams through
     memory, weight by weight. The result is a plain model folder for transformers, vLLM or SGLang.
@@ -62,6 +62,8 @@ def merge(
         )
         if merged.left_out:
             console.print(f"not copied, of the base alone: {', '.join(merged.left_out)}")
+        for note in merged.notes:
+            console.print(f"note: {note}")
         console.print(f"it loads by {_class_of(out)}.from_pretrained({str(out)!r})")
 
 

@@ -24,11 +24,15 @@ from linlora.merging.plan import Plan
 from linlora.merging.shards import Queue, save_shard, write_shard
 from linlora.storage.ahead import one_thread
 from linlora.storage.staging import refuse_existing, unfinished_folder
+from linlora.vectors.base_models import model_name
 
 
 @dataclass(frozen=True)
 class Merged:
-    """The result of `merge_files`. `left_out` names files of the base that are not in the merged folder."""
+    """The result of `merge_files`.
+
+    `left_out` names files of the base that are not in the merged folder; `notes` say which adapters name another base.
+    """
 
     folder: Path
     folded: int
@@ -36,6 +40,7 @@ class Merged:
     tensors: int
     nbytes: int
     left_out: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def merge_files(
@@ -107,7 +112,22 @@ def merge_files(
         len(plan.added.keys() | checkpoint.home.keys()),
         nbytes,
         tuple(map(str, left_out)),
+        tuple(_notes(checkpoint, stored)),
     )
+
+
+def _notes(checkpoint: Checkpoint, adapters: Sequence[formats.Stored]) -> Iterator[str]:
+    """A note of every adapter that names another base model, by its name and by that of the base's configuration."""
+    folder = checkpoint.folder
+    own = [str(folder), str(folder.resolve()), str(checkpoint.config.get("_name_or_path") or folder)]
+    names = set(map(model_name, own))
+    for adapter in adapters:
+        named = adapter.vector.base_model
+        if named and names.isdisjoint(map(model_name, [named, str(Path(named).resolve())])):
+            yield (
+                f"{adapter.path} was trained on '{named}' and is merged into '{folder}': right only if both are the "
+                "same weights"
+            )
 
 
 def _fused(

@@ -246,6 +246,36 @@ def test_adapters_that_name_their_base_differently_are_of_the_one_that_is_named(
     torch.testing.assert_close(found.state_dict(), expected.state_dict())
 
 
+@pytest.mark.parametrize(
+    ("named", "own", "noted"),
+    [
+        ("org/other", None, True),
+        ("elsewhere/other", "org/base-v2", True),
+        ("org/base", None, False),
+        ("./elsewhere/Base/", None, False),
+        ("/cache/models--org--base/snapshots/0a1b", None, False),
+        ("org/other", "org/other", False),
+        ("link", None, False),
+        (None, None, False),
+    ],
+)
+@pytest.mark.parametrize("options", ["", " --method average"])
+def test_a_merge_notes_an_adapter_that_names_another_base(run, tmp_path, named, own, noted, options):
+    tiny_base("bert").save_pretrained("base")
+    (tmp_path / "link").symlink_to("base")
+    model = tiny_model("bert", trained=True)
+    for name, base_model in (("a", named), ("b", "org/base")):
+        model.peft_config["default"].base_model_name_or_path = base_model
+        model.save_pretrained(name)
+    for path, key, value in (("a/adapter_config.json", "base_model_name_or_path", named),
+                             ("base/config.json", "_name_or_path", own)):  # fmt: skip
+        (tmp_path / path).write_text(json.dumps({**json.loads((tmp_path / path).read_text()), key: value}))
+    status, output = run(f"merge base a b --out merged{options}")
+    assert status == 0, output
+    note = f"note: a was trained on '{named}' and is merged into 'base': right only if both are the same weights"
+    assert (output.count("note:"), note in output) == ((1, True) if noted else (0, False)), output
+
+
 def test_help_lists_the_methods_there_are(run):
     for command in ("fuse", "merge"):
         assert all(method in run(f"{command} --help")[1] for method in FROM_VECTORS)
