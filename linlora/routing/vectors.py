@@ -22,6 +22,7 @@ from linlora.routing.routed_layer import LayerSizes, check_linear
 from linlora.routing.selectors import Selector, Sizes
 from linlora.routing.structure import Inventory
 from linlora.routing.variants import VARIANTS
+from linlora.vectors.base_models import common_base
 from linlora.vectors.task_vector import TaskVector
 from linlora.vectors.weight_vector import WeightVector
 
@@ -118,6 +119,7 @@ def _layers(vectors: Sequence[TaskVector]) -> tuple[dict[str, _Skills], str | No
     """The skills of every layer by its name, and the scope of the vectors; None of plain adapters trained apart."""
     if not vectors:
         raise ValueError("from_vectors: no vectors were given")
+    common_base(*(vector.base_model for vector in vectors))
     first = vectors[0]
     if all(vector.scope == "weight" or (vector.scope == "lora" and vector.point == {}) for vector in vectors):
         plain = [WeightVector.of(vector) for vector in vectors]

@@ -1,6 +1,7 @@
 """Mixed requests in one batch: task vectors as skills, and PEFT's adapter_names on converted layers."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -44,6 +45,14 @@ def test_every_row_runs_with_its_vector(scope, trained, architecture, double):
     routed = routing.from_vectors(model, vectors)
     torch.testing.assert_close(routed(**batch, task_ids=ids)[0], torch.cat(expected))
     assert not any(p.requires_grad for p in routed.parameters())
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_vectors_of_different_base_models_are_refused_whichever_come_first(scope):
+    model, vectors = model_with_vectors(scope)
+    named = [replace(vector, base_model=name) for vector, name in zip(vectors, (None, "one", "other"), strict=True)]
+    with pytest.raises(linlora.DifferentPointError, match="different base models, 'one' and 'other'"):
+        routing.from_vectors(model, named)
 
 
 @pytest.mark.parametrize("trained", [True, False], ids=["pair", "short"])
