@@ -262,3 +262,11 @@ def test_a_file_of_bench_results_enters_the_packages_table(gpu, tmp_path, monkey
 
 def test_the_packages_table_is_that_of_the_results():
     assert evidence.TABLE.read_text() == tuning.table(tuning.RESULTS), "bench/results/ has changed: export again"
+
+
+def test_a_machine_without_a_gpu_is_told_that_nothing_is_to_be_tuned(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(
+        tuning.TuneError, match="on a CUDA GPU, and torch sees none: without one there is nothing to tune"
+    ):
+        tuning.this_gpu()
