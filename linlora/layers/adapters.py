@@ -134,8 +134,8 @@ class LoraAdapters(PeftLoraLinear):
         if adapter_name in self.linearized:
             raise ValueError(
                 f"layer '{self.layer_name}': adapter '{adapter_name}' is linearized, and would be made anew as a plain "
-                "one (initialize_lora_eva_weights does that where it changes ranks); initialize it before "
-                "linlora.linearize, or linlora.delinearize the model first"
+                "one (initialize_lora_eva_weights does that where it changes ranks, inject_adapter with a name that is "
+                "taken); delete the adapter, or linlora.delinearize the model, first"
             )
         with restoring(self):
             super().update_layer(adapter_name, *args, **kwargs)

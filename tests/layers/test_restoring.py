@@ -258,10 +258,17 @@ def test_a_refused_adapter_leaves_the_layers_before_it_alone():
     assert "later" not in made.peft_config
 
 
-def test_an_adapter_made_again_is_a_plain_one():
-    made = tiny_model("bert", trained=True)
+@pytest.mark.parametrize("trained", [False, True], ids=["short", "pair"])
+def test_a_name_that_is_taken_is_free_once_its_linearized_adapter_is_deleted(trained):
+    made = tiny_model("bert", trained=trained)
     linlora.linearize(made)
-    made.base_model.inject_adapter(made.base_model.model, "default")
+    before = state(made)
+    with pytest.raises(ValueError, match="adapter 'default' is linearized"):
+        made.base_model.inject_adapter(made.base_model.model, "default")
+    assert state(made) == before
+    made.delete_adapter("default")
+    made.add_adapter("default", LoraConfig(r=2, target_modules=["query", "value"]))
+    made.set_adapter("default")
     fresh = tiny_base("bert")
     torch.testing.assert_close(made(**tiny_batch("bert")).logits, fresh(**tiny_batch("bert")).logits)
     linlora.delinearize(made)
