@@ -228,6 +228,8 @@ def _rows_align(tensor: Tensor) -> bool:
 def launch(problem: LoraLinear, result: Result, config: Config) -> Launch:
     """The launch of the flags design, which fills the result."""
     x, weight = problem.x, problem.weight
+    if problem.two_streams:
+        raise ValueError("the flags design computes one stream; two need a configuration of the recompute design")
     if not describable(x, weight):
         raise ValueError("the flags design needs 16-byte aligned rows: of x, of y, and of the weight or its transpose")
     (m, k), n, rank = x.shape, weight.shape[0], problem.rank

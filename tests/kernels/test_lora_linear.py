@@ -199,6 +199,11 @@ def test_designs_agree_and_repeat_to_the_bit(device):
     assert_close("y", first, shared.double(), 1e-6)
 
 
+def test_flags_refuse_two_streams(device):
+    with pytest.raises(ValueError, match="the flags design computes one stream"):
+        host(layer(64, 64, 64, 8, FP16, device, two_streams=True), config=FLAGS)
+
+
 def test_flags_refuse_what_descriptors_cannot_read(device):
     with pytest.raises(ValueError, match="16-byte aligned rows"):
         host(layer(20, 29, 64, 8, FP16, device), config=FLAGS)
@@ -258,8 +263,8 @@ def test_programs_that_share_a_tile(device, dtype, rank, two_streams, adjoint, s
     check(dropped(problem, seed=7, adjoint=adjoint), SHARED)
     if two_streams:
         check(problem._replace(x_tangent=None), SHARED, primal=False)
-    else:
-        check(problem, SHARED, save=False)
+        check(problem, SHARED, save=False, primal=False)
+    check(problem, SHARED, save=False)
 
 
 @pytest.mark.parametrize("splits", [3, 8])  # the last of 8 have no step of K left
