@@ -9,6 +9,7 @@ import typer
 
 from linlora.commands.errors import refuse_missing, user_errors
 from linlora.commands.methods import METHOD_HELP
+from linlora.storage.run_directory import TRAINING_FILE
 
 
 def evaluate(
@@ -105,7 +106,7 @@ def _show(result: dict[str, Any], path: Path) -> None:
 
 def _beside(vectors: list[Path], method: str | None, split: str) -> Path:
     """In the folder of a run; of several, or of what is no run, beside it, where a `*` of runs does not look."""
-    if len(vectors) == 1 and (vectors[0] / "settings.yaml").exists():
+    if len(vectors) == 1 and (vectors[0] / TRAINING_FILE).exists():
         return vectors[0] / f"eval-{split}.json"
     together = vectors[0] if len(vectors) == 1 else vectors[0].parent
     return together.parent / "-".join(part for part in (together.stem, method or "eval", f"{split}.json") if part)

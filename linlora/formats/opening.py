@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import shlex
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from linlora.formats.peft_adapter import PICKLE_FILE, TENSOR_FILE, open_peft_ada
 from linlora.formats.stored import Stored
 from linlora.formats.vector_folder import TASK_VECTOR_FILE, open_vector_folder
 from linlora.storage.files import CorruptFileError
+from linlora.storage.run_directory import TRAINING_FILE, made_by
 from linlora.storage.tensor_files import TensorFile
 from linlora.vectors.files import FORMAT
 from linlora.vectors.points import DifferentPointError, point_hash, point_name
@@ -101,7 +103,12 @@ def _open_folder(folder: Path) -> Stored:
     if (folder / TENSOR_FILE).is_file() or (folder / PICKLE_FILE).is_file():
         return open_peft_adapter(folder)
     if any((folder / name).is_file() for name in _MODEL_FILES):
-        raise CorruptFileError(f"{folder}: a whole model, not an adapter of one; a base model goes to --base")
+        raise CorruptFileError(f"{folder}: a whole model, where an adapter is expected")
+    if (folder / TRAINING_FILE).is_file():
+        resumed = shlex.quote(str(folder / TRAINING_FILE))
+        raise FileNotFoundError(f"the run in {folder} is not finished; to continue: linlora train {resumed}")
+    if (job := made_by(folder).get("job")) is not None:
+        raise FileNotFoundError(f"{folder}: the folder of a comparison or a quickstart ({job}); leave it out")
     inside = sorted({str(path.parent) for path in folder.glob("*/*") if path.name in ADAPTER_FILES and path.is_file()})
     hint = f"; there are adapters in {', '.join(inside[:3])}" if inside else ""
     raise FileNotFoundError(f"{folder}: no adapter in this folder (none of {', '.join(ADAPTER_FILES)}){hint}")

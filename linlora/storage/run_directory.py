@@ -16,6 +16,8 @@ from linlora.storage.staging import unfinished_folder
 from linlora.storage.tensor_files import load_tensors
 
 SETTINGS_FILE = "settings.json"
+TRAINING_FILE = "settings.yaml"
+"""The settings of `linlora train`; a folder that has them, and no adapter, is of a run that is not finished."""
 LOCK_FILE = ".lock"
 
 
@@ -28,15 +30,19 @@ def open_run_directory(out: Path, fingerprint: dict[str, Any], fresh: bool, job:
 
     One with content whose `settings.json` does not name the job was not made by it.
     """
-    settings_file = out / SETTINGS_FILE
-    try:
-        before = read_json(settings_file)
-    except (OSError, CorruptFileError):  # absent, or not one of ours
-        before = {}
+    before = made_by(out)
     now = json.loads(json.dumps({"job": job, **fingerprint}))  # tuples become lists, as in the file
     different = [f"{k}: {before.get(k)} and {now.get(k)}" for k in sorted(before | now) if before.get(k) != now.get(k)]
     accept_directory(out, f"{job} run", before.get("job") == job, different, fresh)
-    write_json(settings_file, now)
+    write_json(out / SETTINGS_FILE, now)
+
+
+def made_by(out: Path) -> dict[str, Any]:
+    """The job that made a run directory, under `job`, and its settings; empty where they are absent or not ours."""
+    try:
+        return read_json(out / SETTINGS_FILE)
+    except (OSError, CorruptFileError):
+        return {}
 
 
 def accept_directory(out: Path, what: str, ours: bool, different: Sequence[str], fresh: bool) -> None:

@@ -30,7 +30,7 @@ from torch import Tensor
 from linlora.formats import model_config
 from linlora.formats.vector_folder import TASK_VECTOR_FILE
 from linlora.storage.files import read_json
-from linlora.storage.run_directory import LOCK_FILE, accept_directory
+from linlora.storage.run_directory import LOCK_FILE, TRAINING_FILE, accept_directory
 from linlora.storage.run_directory import only_run_in as locked
 from linlora.storage.tensor_files import load_tensors
 from linlora.training import plain_yaml
@@ -40,7 +40,7 @@ from linlora.training.settings import Settings
 from linlora.training.task import Task
 from linlora.vectors.task_vector import TaskVector, apply
 
-SETTINGS_FILE = "settings.yaml"
+SETTINGS_FILE = TRAINING_FILE
 POINT_FILE = "point.safetensors"
 METRICS_FILE = "metrics.json"
 GRID_FOLDER = "learning_rates"

@@ -15,6 +15,7 @@ from linlora import TaskVector, formats
 from linlora.cli import app
 from linlora.commands.methods import FROM_FILES
 from linlora.fusion.registry import FROM_VECTORS, METHODS
+from linlora.storage.run_directory import open_run_directory
 from linlora.testing import randomize, tiny_base, tiny_batch, tiny_model
 
 
@@ -109,7 +110,7 @@ def test_options_of_every_method(run, vectors, options, keywords):
         ("fuse scope.safetensors plain --out f.safetensors", "a network linearized as a whole (scope 'model')"),
         ("fuse plain --out f.safetensors --method ties", "ties: picks single values, and those of"),
         ("fuse plain --out f.safetensors --scope model", "--scope model: 'weight', or the scope of the vectors"),
-        ("fuse 0.safetensors base --out f.safetensors", "base: a whole model, not an adapter of one"),
+        ("fuse 0.safetensors base --out f.safetensors", "base: a whole model, where an adapter is expected"),
         ("inspect cut.safetensors", "cut.safetensors: not a whole safetensors file"),
         ("inspect altered.safetensors", "does not match its checksum; the file was altered"),
         ("inspect base/config.json", "not an adapter; a .safetensors file or the folder of an adapter is expected"),
@@ -274,6 +275,36 @@ def test_a_merge_notes_an_adapter_that_names_another_base(run, tmp_path, named, 
     assert status == 0, output
     note = f"note: a was trained on '{named}' and is merged into 'base': right only if both are the same weights"
     assert (output.count("note:"), note in output) == ((1, True) if noted else (0, False)), output
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "inspect PLACE",
+        "eval PLACE",
+        "fuse PLACE --out f.safetensors",
+        "export PLACE --out f",
+        "merge base PLACE --out f",
+    ],
+)
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("base", "base: a whole model, where an adapter is expected"),
+        ("run", "the run in run is not finished; to continue: linlora train run/settings.yaml"),
+        ("compare", "compare: the folder of a comparison or a quickstart (linlora compare); leave it out"),
+        ("foreign", "foreign: no adapter in this folder"),
+    ],
+)
+def test_every_command_says_what_a_folder_without_an_adapter_is(run, tmp_path, command, place, message):
+    tiny_base("bert").save_pretrained("base")
+    tiny_model("bert").save_pretrained("run/checkpoint-150")
+    (tmp_path / "run" / "settings.yaml").write_text("name: it")
+    open_run_directory(tmp_path / "compare", {"seeds": 1}, False, "linlora compare")
+    (tmp_path / "foreign").mkdir()
+    (tmp_path / "foreign" / "settings.json").write_text('["of an editor"]')
+    status, output = run(command.replace("PLACE", place))
+    assert (status, output.startswith(f"error: {message}")) == (2, True), output
 
 
 def test_help_lists_the_methods_there_are(run):

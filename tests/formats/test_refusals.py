@@ -160,7 +160,7 @@ class TestWhatIsNoAdapter:
 
     def test_a_model(self, tmp_path):
         tiny_base("bert").save_pretrained(tmp_path)
-        with pytest.raises(CorruptFileError, match="a whole model, not an adapter of one"):
+        with pytest.raises(CorruptFileError, match="a whole model, where an adapter is expected"):
             formats.read(tmp_path)
         with pytest.raises(CorruptFileError, match=r"a safetensors file of format 'pt' with \d+ tensors"):
             formats.read(tmp_path / "model.safetensors")
