@@ -148,6 +148,15 @@ def test_merge_leaves_a_model_whose_sum_overflows_as_it_was(make):
     assert state(made) == before
 
 
+@pytest.fixture
+def hears_ctrl_c():
+    """A shell may start its background jobs deaf to Ctrl-C."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_ctrl_c")
 @pytest.mark.parametrize("merge", ["merge", "merge_adapter", "merge_and_unload"])
 def test_an_interrupt_waits_until_all_weights_are_folded(merge, monkeypatch):
     expected = linlora.merge(model("layer"))(**tiny_batch("bert")).logits
@@ -170,6 +179,7 @@ def test_an_interrupt_waits_until_all_weights_are_folded(merge, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("hears_ctrl_c")
 def test_an_interrupt_waits_until_all_weights_are_unfolded(monkeypatch):
     made = model("layer")
     before = state(made)
