@@ -5,6 +5,7 @@ A run locks what it fills, and the lock ends with its process: what lies there u
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
@@ -56,15 +57,27 @@ def unfinished_file(place: Path) -> Iterator[tuple[FileIO, Path]]:
 def _locked(place: Path, create: Callable[[Path], int]) -> tuple[Path, int]:
     """What is created beside a place, and its descriptor, locked; made anew where another run removed it unlocked."""
     while True:
-        path = _beside(place)
-        try:
-            descriptor = create(path)
-        except FileNotFoundError:  # between the two steps of a folder, or with all around it
-            continue
+        with _naming(place.parent):
+            path = _beside(place)
+            try:
+                descriptor = create(path)
+            except FileNotFoundError:  # between the two steps of a folder, or with all around it
+                continue
         _lock(descriptor, wait=True)  # for one that is just removing it
         if path.exists():
             return path, descriptor
         os.close(descriptor)
+
+
+@contextmanager
+def _naming(folder: Path) -> Iterator[None]:
+    """An error of a folder that cannot be written, with the folder's name in place of one that nobody chose."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+            raise
+        raise type(error)(f"cannot write in {folder}: {os.strerror(error.errno)}; choose another folder") from error
 
 
 def _new_folder(path: Path) -> int:

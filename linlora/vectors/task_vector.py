@@ -261,11 +261,17 @@ class TaskVector:
 
     def check_same_scope(self, other: TaskVector) -> None:
         """Raise a DifferentPointError for vectors of two scopes."""
-        if self.scope != other.scope:
-            raise DifferentPointError(
-                f"a vector of scope '{self.scope}' and one of scope '{other.scope}' do not add; what they add to the "
-                "weights does, except at scope 'model': vector.cast('weight')"
-            )
+        if self.scope == other.scope:
+            return
+        remedy = (
+            "one of scope 'model' adds only to its like; another function, of scope 'layer', is that of "
+            "vector.cast('layer'), or linlora export --cast layer"
+            if "model" in (self.scope, other.scope)
+            else "what they add to the weights does: vector.cast('weight'), or --scope weight"
+        )
+        raise DifferentPointError(
+            f"a vector of scope '{self.scope}' and one of scope '{other.scope}' do not add; {remedy}"
+        )
 
     @property
     def _is_plain_without_start(self) -> bool:

@@ -1,5 +1,7 @@
 """What a run that was killed left behind: removed by the next, never while another one fills it."""
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -75,6 +77,20 @@ def test_what_another_run_removes_before_it_is_locked_is_made_again(write, tmp_p
     monkeypatch.setattr(staging, "_lock", late)
     write(place)
     assert [path.name for path in tmp_path.iterdir()] == ["v"]
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EPERM, errno.EROFS], ids=errno.errorcode.get)
+@pytest.mark.parametrize("write", [lambda place: write_text(place, "text"), fill_folder], ids=["file", "folder"])
+def test_a_folder_that_cannot_be_written_is_named(write, code, tmp_path, monkeypatch):
+    def refused(path, *arguments, **options):
+        raise OSError(code, os.strerror(code), path)
+
+    monkeypatch.setattr(staging, "_new_file", refused)
+    monkeypatch.setattr(staging, "_new_folder", refused)
+    with pytest.raises(OSError, match=r"^cannot write in .*; choose another folder$") as error:
+        write(tmp_path / "there" / "v")
+    assert f"{tmp_path / 'there'}: {os.strerror(code)}" in str(error.value)
+    assert "unfinished" not in str(error.value)
 
 
 def test_a_link_in_the_place_of_what_was_left_is_not_followed(tmp_path):
