@@ -109,7 +109,7 @@ def test_training_without_a_step_is_no_result(settings):
 
 def test_settings_that_fail_leave_nothing_behind(settings, tmp_path):
     out = tmp_path / "run"
-    with pytest.raises(ValueError, match=r"linear layers of .* are .*query"):
+    with pytest.raises(ValueError, match=r"has no layer 'q_proj'; its linear layers end in .*query"):
         train(settings("text", out=str(out), lora={"target_modules": ["q_proj"]}))
     assert not out.exists()
 

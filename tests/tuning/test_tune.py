@@ -203,7 +203,7 @@ def test_without_a_gpu_the_command_says_so(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     done = invoke()
     assert done.exit_code == 2
-    assert "torch sees none here" in " ".join(done.output.split())
+    assert "torch sees none: without one there is nothing to tune" in " ".join(done.output.split())
 
 
 def test_the_layers_of_a_model_are_read_from_its_config(gpu, tmp_path):
