@@ -51,10 +51,10 @@ def evaluate(
             raise ValueError("--base is of vectors that are fused, or scored --on other data")
         if fuse is None and on and len(vectors) > 1:
             raise ValueError("--on scores one vector, or the vectors fused by --fuse; name one vector, or a method")
-        refuse_missing([*vectors, *(on or [])])
         path = out or _beside(vectors, fuse, split)
         if path.is_dir() or (path.parent.exists() and not path.parent.is_dir()):
             raise FileExistsError(f"--out {path}: a JSON file is written there; name another")
+        refuse_missing([*vectors, *(on or [])])
         from linlora.commands.surroundings import quiet
 
         with quiet():
@@ -105,9 +105,10 @@ def _show(result: dict[str, Any], path: Path) -> None:
 
 def _beside(vectors: list[Path], method: str | None, split: str) -> Path:
     """In the folder of a run; of several, or of what is no run, beside it, where a `*` of runs does not look."""
-    from linlora.storage.run_directory import TRAINING_FILE
+    if len(vectors) == 1 and vectors[0].is_dir():  # no import, of torch with it, for a path that is not there
+        from linlora.storage.run_directory import TRAINING_FILE
 
-    if len(vectors) == 1 and (vectors[0] / TRAINING_FILE).exists():
-        return vectors[0] / f"eval-{split}.json"
+        if (vectors[0] / TRAINING_FILE).exists():
+            return vectors[0] / f"eval-{split}.json"
     together = vectors[0] if len(vectors) == 1 else vectors[0].parent
     return together.parent / "-".join(part for part in (together.stem, method or "eval", f"{split}.json") if part)
