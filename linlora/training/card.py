@@ -9,7 +9,8 @@ from huggingface_hub import EvalResult, ModelCardData
 from linlora.formats import Stored
 from linlora.formats.model_config import FOLDER
 from linlora.storage.files import write_text
-from linlora.training.folder import SETTINGS_FILE, Run
+from linlora.storage.run_directory import TRAINING_FILE
+from linlora.training.folder import Run
 from linlora.training.head import HEAD_FILE
 from linlora.training.settings import Settings
 from linlora.training.similarity import Similarity
@@ -50,7 +51,7 @@ def card(run: Run, task: Task) -> str:
         f"---\n{front.to_yaml()}\n---",
         f"# {settings.name}",
         f"{_FAMILIES[settings.method]}, of `{settings.model}`: rank {lora['r']}, alpha {lora['lora_alpha']}, "
-        f"{metrics['trainable_parameters']:,} trained values. Made by `{_MARK}`; `{SETTINGS_FILE}` makes it again.",
+        f"{metrics['trainable_parameters']:,} trained values. Made by `{_MARK}`; `{TRAINING_FILE}` makes it again.",
         f"## Task\n\n{settings.kind.capitalize()}: {task.labels_in_words()}. Trained on {_source(settings)}, "
         f"{len(task.rows('train'))} rows, {metrics['steps']} steps at the learning rate {metrics['learning_rate']:g}, "
         f"seed {settings.seed}.",

@@ -40,7 +40,6 @@ from linlora.training.settings import Settings
 from linlora.training.task import Task
 from linlora.vectors.task_vector import TaskVector, apply
 
-SETTINGS_FILE = TRAINING_FILE
 POINT_FILE = "point.safetensors"
 METRICS_FILE = "metrics.json"
 GRID_FOLDER = "learning_rates"
@@ -65,8 +64,8 @@ class Run:
     def open(cls, folder: str | Path) -> Run:
         """Raises FileNotFoundError for a folder that is not of a finished run, and says what it is."""
         folder = Path(folder)
-        if not (folder / SETTINGS_FILE).is_file():
-            raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {SETTINGS_FILE}")
+        if not (folder / TRAINING_FILE).is_file():
+            raise FileNotFoundError(f"{folder} is not the folder of a run: it has no {TRAINING_FILE}")
         if not (folder / METRICS_FILE).is_file():
             raise FileNotFoundError(f"the run in {folder} is not finished; start it again to continue")
         return cls(folder, settings_in(folder), read_json(folder / METRICS_FILE))
@@ -92,7 +91,7 @@ class Run:
     def copy_to(self, folder: Path) -> None:
         """Copy what the run made, its checkpoints aside."""
         for path in self.folder.iterdir():
-            if path.is_file() and path.name not in (SETTINGS_FILE, METRICS_FILE, LOCK_FILE):
+            if path.is_file() and path.name not in (TRAINING_FILE, METRICS_FILE, LOCK_FILE):
                 shutil.copyfile(path, folder / path.name)
             elif path.name == model_config.FOLDER:
                 shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
@@ -100,10 +99,10 @@ class Run:
 
 def settings_in(folder: Path) -> Settings:
     """The settings of a run; one that was made before there was a choice ended at the features of zero-shot."""
-    content = plain_yaml.read(folder / SETTINGS_FILE)
+    content = plain_yaml.read(folder / TRAINING_FILE)
     if content.get("kind") == "zero-shot":
         content.setdefault("linear_to", "features")
-    return Settings.from_dict(content, str(folder / SETTINGS_FILE))
+    return Settings.from_dict(content, str(folder / TRAINING_FILE))
 
 
 def check_folder(settings: Settings, fresh: bool = False) -> None:
@@ -113,7 +112,7 @@ def check_folder(settings: Settings, fresh: bool = False) -> None:
     anything else, which is never written to, nor emptied.
     """
     folder = Path(settings.out)
-    ours = (folder / SETTINGS_FILE).exists()
+    ours = (folder / TRAINING_FILE).exists()
     different = _differences(settings_in(folder), settings) if ours else []  # raises for another program's file
     accept_directory(folder, "run of linlora train", ours, different, fresh)
 

@@ -20,7 +20,7 @@ from linlora.formats.model_config import write_model_config
 from linlora.formats.vector_folder import save_beside
 from linlora.layers.sharding import is_sharded, whole
 from linlora.storage.environment import environment
-from linlora.storage.run_directory import write_json
+from linlora.storage.run_directory import TRAINING_FILE, write_json
 from linlora.storage.tensor_files import save_tensors
 from linlora.training.adapted import Adapted, adapt
 from linlora.training.card import write_card
@@ -29,7 +29,6 @@ from linlora.training.folder import (
     GRID_FOLDER,
     METRICS_FILE,
     POINT_FILE,
-    SETTINGS_FILE,
     Run,
     check_folder,
     is_finished,
@@ -93,7 +92,7 @@ def _train(settings: Settings, state: PartialState, console: Console, scored: Se
     console.print(_introduction(task, adapted), highlight=False, markup=False, soft_wrap=True)
     with only_run_in(folder, state):
         if state.is_main_process:
-            settings.to_yaml(folder / SETTINGS_FILE)
+            settings.to_yaml(folder / TRAINING_FILE)
             keep(rows, folder)
             adapted.start.save(folder / POINT_FILE)
         trainer = TaskTrainer(task, adapted.model, console)
@@ -128,7 +127,7 @@ def _train(settings: Settings, state: PartialState, console: Console, scored: Se
 def _finish(run: Run, state: PartialState, task: Task) -> None:
     """Write what is written last."""
     if state.is_main_process:
-        run.settings.to_yaml(run.folder / SETTINGS_FILE)
+        run.settings.to_yaml(run.folder / TRAINING_FILE)
         write_card(run, task)
         write_json(run.folder / METRICS_FILE, run.metrics)
     state.wait_for_everyone()
@@ -171,7 +170,7 @@ def _best_of_grid(settings: Settings, state: PartialState, console: Console) -> 
     rows = checked_rows(task, folder)
     with only_run_in(folder, state):
         if state.is_main_process:
-            settings.to_yaml(folder / SETTINGS_FILE)
+            settings.to_yaml(folder / TRAINING_FILE)
             keep(rows, folder)
         for rate in settings.lr_grid:
             out, training = str(folder / GRID_FOLDER / str(rate)), {"learning_rate": rate}
